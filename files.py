@@ -1,0 +1,351 @@
+"""The files between the stages: reading, checking, and writing them so that they are never torn.
+
+Shared by every stage, because a row that two stages understand differently is a wrong number:
+pairs (`data/<name>/*.jsonl`), run directories (`results/<run_id>/`), the MT-Bench files,
+answers (FastChat's schema) and judgement rows. Formats are described in README.md, "Files".
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+BASE_RUN = "base"  # run id of the untrained model
+
+MT_BENCH_FILES = {
+    "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    "reference_answer/gpt-4.jsonl": "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+    "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
+}
+CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+# GPT-4 reference answers known to be wrong: FastChat PR 3158, and 107 and 127 (turn 2) checked by hand.
+WRONG_REFERENCES = frozenset((104, 105, 107, 109, 111, 113, 114, 120, 122, 124, 125, 126, 127, 128, 130))
+SMOKE_TEST_BELOW_B = 7.0  # judges with fewer billions of parameters test the path, they measure nothing
+
+JUDGEMENT_COLUMNS = (
+    "question_id", "turn", "category", "model_id", "choice", "grading", "order", "baseline", "judge",
+    "judge_params_b", "prompts", "repeat", "refs", "score", "winner", "status", "judgement", "request_sha256",
+    "answer_sha256", "served_model", "system_fingerprint", "prompt_tokens", "completion_tokens", "cost_usd", "tstamp",
+)  # fmt: skip
+
+
+class UserError(Exception):
+    """A mistake of the user's that the program can name: place, fact, remedy. Printed without a traceback."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a stage's `main`. Exit codes: 0 done, 1 incomplete, 2 user's mistake (one line on stderr), 130 Ctrl-C."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # the reader (`| head`) went away: not a mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+# ---- reading and writing ------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line number from 1, object) of a JSONL file; blank lines are passed over.
+
+    Raises UserError with file and line for a missing file, bad UTF-8, bad JSON or a line that is no object.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                yield number, row
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a JSONL file") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError if it is missing, torn or no object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write `value` as indented JSON. NaN and inf become null: JSON has neither, and readers choke on them."""
+    write_text(path, json.dumps(finite_or_null(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    write_text(path, "".join(jsonl_line(row) for row in rows))
+
+
+def jsonl_line(row: dict) -> str:
+    return json.dumps(finite_or_null(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite_or_null(value):
+    """`value` with every non-finite float replaced by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(item) for item in value]
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value) -> str:
+    """Hash of a JSON value that does not depend on key order or spacing."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a number, and the git commit of this toolkit ('+' = uncommitted changes)."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "scipy", "openai"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return found
+    if commit.returncode == 0:
+        found["git"] = commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return found
+
+
+# ---- pairs --------------------------------------------------------------------------------------
+
+
+def check_pair(row: dict) -> str | None:
+    """Why `row` is no usable preference pair, or None. The reasons are prep_data.py's drop reasons."""
+    for key in ("prompt", "chosen", "rejected"):
+        messages = row.get(key)
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            return f"{key} is not a list of messages"
+    for key in ("chosen", "rejected"):
+        if [m["role"] for m in row[key]] != ["assistant"]:
+            return "last message not the assistant's"
+        if not row[key][0]["content"].strip():
+            return f"empty {key}"
+    roles = [m["role"] for m in row["prompt"] if m["role"] != "system"]
+    if any(m["role"] == "system" for m in row["prompt"][1:]) or roles != ["user", "assistant"] * (len(roles) // 2) + [
+        "user"
+    ]:
+        return "roles do not alternate"
+    if not any(m["content"].strip() for m in row["prompt"] if m["role"] == "user"):
+        return "empty prompt"
+    if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
+        return "chosen == rejected"
+    return None
+
+
+def read_pairs(path: Path, limit: int | None = None) -> list[dict]:
+    """Pairs of one split, checked. Raises UserError with file, line and remedy for the first bad one."""
+    pairs = []
+    for number, row in read_jsonl(path):
+        if not isinstance(row.get("id"), str):
+            raise UserError(f"{path}:{number}: no 'id'; rerun prep_data.py")
+        if reason := check_pair(row):
+            raise UserError(f"{path}:{number}: {reason}; rerun prep_data.py")
+        pairs.append(row)
+        if limit and len(pairs) == limit:
+            break
+    if not pairs:
+        raise UserError(f"{path}: no pairs; rerun prep_data.py and see dropped.jsonl beside it")
+    return pairs
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def check_run_id(run_id: str) -> str:
+    """Return `run_id` if it is a plain folder name that cannot leave its results folder, else raise UserError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", run_id) or ".." in run_id:
+        raise UserError(f"run id {run_id!r}: use letters, digits and . _ + - only (at most 128, no '..')")
+    return run_id
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Run directories among `paths`: each is one itself (it has args.json) or is a results folder full of them.
+
+    Order: the base model first, then by run id. Raises UserError if nothing is found.
+    """
+    runs: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder")
+        found = [path] if (path / "args.json").is_file() else sorted(p.parent for p in path.glob("*/args.json"))
+        if not found:
+            raise UserError(f"{path}: no runs here (a run is a folder with args.json); train one with train_pref.py")
+        runs.update(dict.fromkeys(found))
+    for run in runs:
+        check_run_id(run.resolve().name)
+    return sorted(runs, key=lambda run: (run.resolve().name != BASE_RUN, run.resolve().name))
+
+
+# ---- MT-Bench: questions, references, answers ---------------------------------------------------
+
+
+def read_questions(path: Path) -> list[dict]:
+    """MT-Bench questions: `question_id` int, `category` str, `turns` list of two str. Checked, in file order."""
+    questions, seen = [], set()
+    for number, row in read_jsonl(path):
+        place = f"{path}:{number}"
+        if not isinstance(row.get("question_id"), int):
+            raise UserError(f"{place}: 'question_id' must be a whole number")
+        if row["question_id"] in seen:
+            raise UserError(f"{place}: question_id {row['question_id']} appears twice")
+        if row.get("category") not in CATEGORIES:
+            raise UserError(f"{place}: unknown category {row.get('category')!r}; known: {', '.join(CATEGORIES)}")
+        turns = row.get("turns")
+        if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, str) and t.strip() for t in turns):
+            raise UserError(f"{place}: 'turns' must be two non-empty strings")
+        seen.add(row["question_id"])
+        questions.append(row)
+    if not questions:
+        raise UserError(f"{path}: no questions; run prep_data.py --mt_bench")
+    return questions
+
+
+def pick_questions(questions: list[dict], count: int | None) -> list[dict]:
+    """`count` questions spread evenly over the file, hence over MT-Bench's categories; all of them for None."""
+    if count is None or count >= len(questions):
+        return questions
+    if count < 1:
+        raise UserError(f"--num_questions {count}: must be at least 1")
+    return [questions[i * len(questions) // count] for i in range(count)]
+
+
+def read_answers(path: Path) -> dict[tuple[int, int], dict]:
+    """Answers of one run by (question_id, choice index): the row of answers.jsonl, its `turns` two strings.
+
+    Raises UserError with file and line for a row of another form or an answer that stands twice.
+    """
+    answers: dict[tuple[int, int], dict] = {}
+    for number, row in read_jsonl(path):
+        try:
+            for choice in row["choices"]:
+                key = (int(row["question_id"]), int(choice["index"]))
+                if len(choice["turns"]) != 2 or not all(isinstance(t, str) for t in choice["turns"]):
+                    raise UserError(f"{path}:{number}: a choice needs two turns of text")
+                if key in answers:
+                    raise UserError(f"{path}:{number}: question {key[0]}, choice {key[1]} is answered twice")
+                answers[key] = {**row, "turns": choice["turns"], "choice": choice["index"]}
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path}:{number}: not an answer row (question_id, choices: [{{index, turns}}]); "
+                "delete the file and rerun gen_mtbench.py"
+            ) from None
+    return answers
+
+
+# ---- judgements ---------------------------------------------------------------------------------
+
+
+def write_judgements(path: Path, rows: Iterable[dict]) -> None:
+    """Write judgements.csv: JUDGEMENT_COLUMNS, empty where a value is None."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, JUDGEMENT_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if row.get(key) is None else row[key] for key in JUDGEMENT_COLUMNS})
+    write_text(path, buffer.getvalue())
+
+
+def read_judgements(path: Path) -> list[dict]:
+    """Rows of judgements.csv with numbers as numbers and empty fields as None. Raises UserError with file and line."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in JUDGEMENT_COLUMNS if c not in (reader.fieldnames or [])]
+            if missing:
+                raise UserError(f"{path}: missing columns {', '.join(missing)}; rerun judge.py to write it again")
+            for row in reader:
+                rows.append(_typed_judgement(row, f"{path}:{reader.line_num}"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a UTF-8 CSV file: {error}") from None
+    return rows
+
+
+def _typed_judgement(row: dict, place: str) -> dict:
+    if None in row or None in row.values():
+        raise UserError(f"{place}: wrong number of fields (a torn line?); rerun judge.py to write the file again")
+    typed = {key: value if value != "" else None for key, value in row.items()}
+    try:
+        for key in ("question_id", "turn", "choice", "repeat", "prompt_tokens", "completion_tokens"):
+            typed[key] = int(typed[key]) if typed[key] is not None else None
+        for key in ("score", "judge_params_b", "cost_usd", "tstamp"):
+            typed[key] = float(typed[key]) if typed[key] is not None else None
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; rerun judge.py to write the file again") from None
+    if typed["status"] == "ok" and typed["grading"] == "single":
+        if typed["score"] is None or not 1 <= typed["score"] <= 10:
+            raise UserError(f"{place}: status ok but score {typed['score']} is not a rating from 1 to 10")
+    return typed
+
+
+def params_from_name(model: str) -> float | None:
+    """Billions of parameters as a model's name states them ('Qwen-72B' 72, 'SmolLM2-135M' 0.135, '8x7B' 56)."""
+    sizes = re.findall(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", model.lower())
+    found = [int(times or 1) * float(size) / (1 if unit == "b" else 1000) for times, size, unit in sizes]
+    return max(found) if found else None
