@@ -46,11 +46,15 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, once
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader (`| head`) went away: not a mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # no permission, disk full, a file where a folder should be: the message names the path
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         code = 130

@@ -58,7 +58,8 @@ def trl_loss(loss_type: str, beta: float, settings: dict, pair: torch.Tensor) ->
     same = lambda tensor: tensor  # noqa: E731  (one process: gathering returns what it is given)
     accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=accelerator, beta=beta, args=DPOConfig(use_cpu=True, **settings),
+        model=SimpleNamespace(training=True), accelerator=accelerator, beta=beta,
+        args=DPOConfig(use_cpu=True, **settings),
         label_smoothing=settings.get("label_smoothing", 0.0), loss_types=[loss_type], loss_weights=[1.0],
         aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
         use_weighting=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,

@@ -8,3 +8,86 @@ sys.path.insert(0, str(ROOT))
 # Tests never reach for a hub, and two cores are shared fairly with the subprocesses that they start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json  # noqa: E402
+import subprocess  # noqa: E402
+
+import pytest  # noqa: E402
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def example_rows(count: int) -> list[dict]:
+    """Pairs in prep_data.py's format from examples/preferences.jsonl."""
+    lines = (ROOT / "examples" / "preferences.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    rows = [json.loads(line) for line in lines]
+    message = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    return [
+        {
+            "id": f"pair{i}",
+            "prompt": message("user", row["prompt"]),
+            "chosen": message("assistant", row["chosen"]),
+            "rejected": message("assistant", row["rejected"]),
+            "source": row["topic"],
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random two-layer Llama with a byte-level BPE tokenizer of 600 tokens, as a model folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([row["chosen"][0]["content"] for row in example_rows(200)], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>", additional_special_tokens=special[1:2]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=600, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory) -> Path:
+    """Data folder of 30 training and 8 validation pairs."""
+    folder = tmp_path_factory.mktemp("pairs") / "examples"
+    rows = example_rows(38)
+    write_jsonl(folder / "train.jsonl", rows[:30])
+    write_jsonl(folder / "val.jsonl", rows[30:])
+    return folder
+
+
+def run_script(name: str, *args, torchrun: int = 0, **environment) -> subprocess.CompletedProcess:
+    """Run a stage as a user would, in a process of its own; torchrun: number of ranks."""
+    command = [sys.executable, str(ROOT / name)]
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(torchrun),
+                   "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(ROOT / name)]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, timeout=240)

@@ -1,0 +1,862 @@
+"""Turn a results folder into numbers, tables and figures. Trains, generates and judges nothing.
+
+Reads   results/<run_id>/{args.json, summary.json, metrics.jsonl, val_pairs.jsonl, mt_bench/judgements.csv}
+Writes  results/<run_id>/metrics.json and results/<run_id>/figures/<run_id>_learning_curve.{pdf,png}
+        results/comparison/{aggregated_metrics.json, tables/*.csv, figures/comparison_*.{pdf,png}}
+
+    python analyze.py results/
+    python analyze.py results/ --run_ids '["base", "dpo_b0.05_s42", "td_dpo_b0.05_t1_s42"]'
+
+It works with whatever part is there and says what it could not do. Runs that share loss, beta, tau and every
+other setting are one cell of the grid; a cell's number is the mean over its seeds. Never averaged together:
+trial runs with full ones, one judge with another, other questions, another model, other data.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, stdev
+
+from figures import draw_comparison, draw_run, judge_suffix, judge_title, smoke_mark
+from files import (
+    CATEGORIES,
+    SMOKE_TEST_BELOW_B,
+    WRONG_REFERENCES,
+    UserError,
+    find_runs,
+    params_from_name,
+    read_json,
+    read_jsonl,
+    read_judgements,
+    run_main,
+    write_json,
+    write_text,
+)
+
+# Arguments that do not change what a run estimates, or that have a place of their own (loss, beta, tau, seed, ...).
+# Any other argument that differs makes another cell: a setting nobody thought of must not pass for a seed.
+NOT_SETTINGS = {
+    "run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256", "reference", "versions", "git",
+    "results_dir", "per_device_batch", "world_size", "shard", "checkpointing", "log_every", "save_every", "resume",
+    "truncated_prompts", "truncated_responses", "merged_boundaries",
+}  # fmt: skip
+CURVE_KEYS = (
+    "loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr",
+    "eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean", "eval/margin/rho", "eval/margin/delta",
+)  # fmt: skip
+ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
+SUMMARY_KEYS = (*ACCURACIES, "best_step", "steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
+VAL_KEYS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
+ACCURACY_COLUMNS = (*ACCURACIES, "margin_rho_first", "margin_rho_best")
+COMPARISONS = ("matched beta", "best baseline", "best of grid")
+CELL_HEADER = "loss β τ"
+SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results_dir", type=Path, help="results folder: a folder of run folders")
+    parser.add_argument("--run_ids", help='use these runs alone, a JSON list: \'["base", "dpo_b0.05_s42"]\'')
+    parser.add_argument("--baseline", default="dpo", help="loss that improvement is measured from (default: dpo)")
+    parser.add_argument("--proposed", default="td_dpo", help="loss whose improvement is measured (default: td_dpo)")
+    args = parser.parse_args(argv)
+    if args.baseline == args.proposed:
+        raise UserError(f"--baseline and --proposed are both {args.baseline}: name two losses")
+    args.run_ids = parse_run_ids(args.run_ids)
+    return args
+
+
+def parse_run_ids(text: str | None) -> list[str] | None:
+    try:
+        run_ids = json.loads(text) if text is not None else None
+    except json.JSONDecodeError:
+        run_ids = text
+    if run_ids is None or (isinstance(run_ids, list) and run_ids and all(isinstance(r, str) for r in run_ids)):
+        return run_ids
+    raise UserError(
+        f'--run_ids {text}: expected a JSON list of run ids in quotes, such as \'["base", "dpo_b0.1_s42"]\''
+    )
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def load_runs(results_dir: Path, run_ids: list[str] | None, notes: list[str]) -> list[dict]:
+    """Every full run of `results_dir` (or those in `run_ids`), read and checked. Trial runs are named in `notes`."""
+    if (results_dir / "args.json").is_file():
+        raise UserError(f"{results_dir}: is one run; give the results folder above it and choose with --run_ids")
+    paths = {path.name: path for path in find_runs([results_dir])}
+    if unknown := sorted(set(run_ids or ()) - set(paths)):
+        raise UserError(f"--run_ids: no {', '.join(unknown)} in {results_dir}; there are {', '.join(paths)}")
+    chosen = {name: path for name, path in paths.items() if run_ids is None or name in run_ids}
+    args = {name: read_args(path / "args.json") for name, path in chosen.items()}
+    if trial := [name for name in chosen if args[name]["mode"] == "trial"]:
+        notes.append(f"left out, trial runs (they test the path, not the method): {', '.join(trial)}")
+    if len(trial) == len(chosen):
+        raise UserError(
+            f"{results_dir}: only trial runs here ({', '.join(trial)}), which measure nothing; "
+            "train with train_pref.py --mode full"
+        )
+    runs = [load_run(path, args[name]) for name, path in chosen.items() if name not in trial]
+    check_same_model_and_data(runs)
+    return runs
+
+
+def load_run(path: Path, args: dict) -> dict:
+    """All that stands in one run folder; what is missing is None or empty."""
+    summary = read_summary(path / "summary.json") if (path / "summary.json").exists() else None
+    steps, evals = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
+    return {
+        "run_id": path.name,
+        "path": path,
+        "args": args,
+        "loss": args["loss"] or path.name,  # an untrained model has no loss: it goes by its run id
+        "settings": {key: plain(value) for key, value in args.items() if is_setting(key, value)},
+        "status": run_status(args, summary, has_metrics=bool(steps or evals)),
+        "summary": summary,
+        "steps": steps,
+        "evals": evals,
+        "val": read_val_pairs(path / "val_pairs.jsonl") if (path / "val_pairs.jsonl").exists() else {},
+        "judged": read_ratings(path / "mt_bench" / "judgements.csv"),
+    }
+
+
+def read_args(path: Path) -> dict:
+    args = read_json(path)
+    for key in ("loss", "model", "mode"):
+        if not isinstance(args.get(key), str) and not (key == "loss" and args.get(key) is None):
+            raise UserError(f"{path}: {key!r} must be text, found {args.get(key)!r}; was it written by train_pref.py?")
+    if args["mode"] not in ("full", "trial"):
+        raise UserError(f"{path}: mode {args['mode']!r} must be full or trial")
+    return args | {key: number(args, key, path) for key in ("beta", "tau", "seed")}
+
+
+def is_setting(key: str, value) -> bool:
+    return key not in NOT_SETTINGS and not isinstance(value, dict)
+
+
+def plain(value):
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def number(row: dict, key: str, place: str | Path) -> float | None:
+    """The number in `row[key]`; None for null, for a missing key, and for NaN or inf. Raises UserError for others."""
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{place}: {key!r} must be a number or null, found {value!r}")
+    return value if math.isfinite(value) else None
+
+
+def read_summary(path: Path) -> dict:
+    summary = read_json(path)
+    if not isinstance(summary.get("status"), str):
+        raise UserError(f"{path}: no 'status'; delete the file and rerun train_pref.py")
+    return {"status": summary["status"]} | {key: number(summary, key, path) for key in SUMMARY_KEYS}
+
+
+def run_status(args: dict, summary: dict | None, has_metrics: bool) -> str:
+    if summary:
+        return summary["status"]
+    if args["loss"] is None:
+        return "untrained"
+    return "unfinished" if has_metrics else "no training record"
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+    """(optimiser steps, evaluations) of metrics.jsonl in order of step."""
+    steps, evals = {}, {}
+    for line, row in read_jsonl(path):
+        place = f"{path}:{line}"
+        if (step := number(row, "step", place)) is None:
+            raise UserError(f"{place}: no 'step'; rerun train_pref.py")
+        kind = evals if any(key.startswith("eval/") for key in row) else steps
+        # A resumed run repeats the steps after its checkpoint: the later record of a step is the one that counts.
+        kind[step] = {"step": step} | {key: number(row, key, place) for key in CURVE_KEYS if key in row}
+    return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)]
+
+
+def read_val_pairs(path: Path) -> dict[int, dict[str, tuple[float, float] | None]]:
+    """step -> pair id -> (rho, delta) in nats, or None for a pair with a non-finite log-probability."""
+    pairs: dict[int, dict] = defaultdict(dict)
+    for line, row in read_jsonl(path):
+        place = f"{path}:{line}"
+        if missing := [key for key in ("id", "step", *VAL_KEYS) if key not in row]:
+            raise UserError(f"{place}: no {', '.join(missing)}; rerun train_pref.py to write the file again")
+        step, pair_id = number(row, "step", place), str(row["id"])
+        if pair_id in pairs[step]:
+            raise UserError(f"{place}: pair {pair_id} stands twice at step {step}; rerun train_pref.py")
+        logps = [number(row, key, place) for key in VAL_KEYS]
+        pairs[step][pair_id] = None if None in logps else rho_and_delta(*logps)
+    return dict(pairs)
+
+
+def rho_and_delta(
+    policy_chosen: float, policy_rejected: float, ref_chosen: float, ref_rejected: float
+) -> tuple[float, float]:
+    return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected), policy_chosen - policy_rejected
+
+
+def read_ratings(path: Path) -> dict[tuple, list[dict]]:
+    """(judge, prompts, refs) -> its single-answer rows. Raises UserError for a judgement that stands twice."""
+    if not path.exists():
+        return {}
+    judged, seen = defaultdict(list), set()
+    for row in read_judgements(path):
+        check_judgement(row, path)
+        if row["grading"] != "single":
+            continue
+        key = tuple(row[k] for k in ("judge", "prompts", "refs", "question_id", "turn", "choice", "repeat"))
+        if key in seen:
+            raise UserError(
+                f"{path}: question {row['question_id']}, turn {row['turn']}, choice {row['choice']}, repeat "
+                f"{row['repeat']} is judged twice by {row['judge']}; rerun judge.py to write the file again"
+            )
+        seen.add(key)
+        judged[key[:3]].append(row)
+    return dict(judged)
+
+
+def check_judgement(row: dict, path: Path) -> None:
+    if row["question_id"] is None or row["turn"] not in (1, 2) or not (row["judge"] and row["category"]):
+        found = {key: row[key] for key in ("question_id", "turn", "category", "judge")}
+        raise UserError(f"{path}: a row without question, turn 1 or 2, category or judge: {found}; rerun judge.py")
+
+
+def check_same_model_and_data(runs: list[dict]) -> None:
+    """Raise UserError, listing the groups, if the runs are of different models or of different data."""
+    groups: dict[tuple, list[str]] = {}
+    for run in sorted(runs, key=lambda run: run["args"].get("data_sha256") is None):
+        model, data = run["args"]["model"], run["args"].get("data_sha256")
+        key = (model, json.dumps(data, sort_keys=True))
+        if data is None:  # the untrained model has seen no data: it belongs with the runs trained from it
+            key = next((known for known in groups if known[0] == model), key)
+        groups.setdefault(key, []).append(run["run_id"])
+    if len(groups) > 1:
+        listed = [f"\n  model {model}, data {data[:60]}: {json.dumps(ids)}" for (model, data), ids in groups.items()]
+        raise UserError(
+            f"runs of {len(groups)} groups with different model or data, which cannot be compared; "
+            f"give one of these lists as --run_ids:{''.join(listed)}"
+        )
+
+
+# ---- numbers of one run -------------------------------------------------------------------------
+
+
+def mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return fmean(values) if values else None
+
+
+def sd(values: Iterable[float]) -> float | None:
+    """Sample standard deviation (n - 1); None for fewer than two values."""
+    values = list(values)
+    return stdev(values) if len(values) > 1 else None
+
+
+def standard_error(values: list[float]) -> float | None:
+    return sd(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def run_accuracy(run: dict) -> dict | None:
+    """Validation accuracies of a run that ended; the standard error is over pairs, at the best evaluation."""
+    if run["summary"] is None:
+        return None
+    best = run["val"].get(run["summary"]["best_step"], {})
+    # A tie counts one half, as in the training stage: every LoRA starts at rho = 0.
+    hits = [0.5 * ((pair[0] > 0) + (pair[0] >= 0)) for pair in best.values() if pair]
+    accuracy = {key: run["summary"][key] for key in (*ACCURACIES, "best_step")}
+    return accuracy | {"n_pairs": len(hits), "se_over_pairs": standard_error(hits)}
+
+
+def run_margins(run: dict) -> dict | None:
+    """Mean rho and delta (nats) with standard error over validation pairs, at the first and the best evaluation."""
+    if not run["val"]:
+        return None
+    best_step = (run["summary"] or {}).get("best_step")
+    steps = {"first": min(run["val"]), "best": best_step if best_step in run["val"] else max(run["val"])}
+    return {name: margin_at(step, run["val"][step]) for name, step in steps.items()}
+
+
+def margin_at(step: int, pairs: dict) -> dict:
+    finite = [pair for pair in pairs.values() if pair]
+    margin = {"step": step, "n_pairs": len(finite), "n_nonfinite": len(pairs) - len(finite)}
+    for i, name in enumerate(("rho", "delta")):
+        values = [pair[i] for pair in finite]
+        margin[name] = {"mean": mean(values), "se": standard_error(values)}
+    return margin
+
+
+def score_ratings(rows: list[dict], questions: set[int] | None = None) -> dict:
+    """MT-Bench scores of one run by one judge, over `questions` or all of them.
+
+    Choices and repeats are averaged within a question's turn first. turn_1, turn_2 and score are then means over
+    those: score over all turns that have a rating, as FastChat's show_result.py. A row without a rating counts in
+    n_judged and in no mean. se_over_questions: of the question means.
+    """
+    rows = [row for row in rows if questions is None or row["question_id"] in questions]
+    turns = turn_means(rows)
+    by_question = defaultdict(list)
+    for (question, _), rating in turns.items():
+        by_question[question].append(rating)
+    return {
+        "score": mean(turns.values()),
+        "turn_1": mean(rating for (_, turn), rating in turns.items() if turn == 1),
+        "turn_2": mean(rating for (_, turn), rating in turns.items() if turn == 2),
+        "score_without_wrong_references": mean(
+            rating for (question, _), rating in turns.items() if question not in WRONG_REFERENCES
+        ),
+        "se_over_questions": standard_error([fmean(ratings) for ratings in by_question.values()]),
+        "n_questions": len({row["question_id"] for row in rows}),
+        **count_ratings(rows),
+        "failures": dict(sorted(Counter(str(row["status"]) for row in rows if row["status"] != "ok").items())),
+        "categories": {name: score_category(rows, name) for name in category_order(rows)},
+    }
+
+
+def turn_means(rows: list[dict]) -> dict[tuple[int, int], float]:
+    """(question, turn) -> mean rating over choices and repeats."""
+    ratings = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok":
+            ratings[row["question_id"], row["turn"]].append(row["score"])
+    return {key: fmean(values) for key, values in sorted(ratings.items())}
+
+
+def score_category(rows: list[dict], name: str) -> dict:
+    rows = [row for row in rows if row["category"] == name]
+    return {"score": mean(turn_means(rows).values()), **count_ratings(rows)}
+
+
+def count_ratings(rows: list[dict]) -> dict:
+    return {"n_scored": sum(row["status"] == "ok" for row in rows), "n_judged": len(rows)}
+
+
+def category_order(rows: list[dict]) -> list[str]:
+    found = {row["category"] for row in rows}
+    return [name for name in CATEGORIES if name in found] + sorted(found - set(CATEGORIES))
+
+
+def describe_judge(key: tuple, rows: list[dict]) -> dict:
+    """What a score depends on besides the answers, and whether it measures anything."""
+    judge, prompts, refs = key
+    sizes = [row["judge_params_b"] for row in rows if row["judge_params_b"] is not None]
+    params_b = min(sizes) if sizes else params_from_name(judge)
+    smoke = params_b is not None and params_b < SMOKE_TEST_BELOW_B
+    return {
+        "judge": judge, "judge_params_b": params_b, "smoke_test": smoke,
+        "prompts": prompts, "refs": refs, "grading": "single",
+    }  # fmt: skip
+
+
+def run_metrics(run: dict) -> dict:
+    """What metrics.json of one run holds. Its MT-Bench scores are over all questions that this run was judged on."""
+    args = run["args"]
+    return {
+        "run_id": run["run_id"],
+        **{key: args[key] for key in ("loss", "beta", "tau", "seed", "mode", "model")},
+        "status": run["status"],
+        "accuracy": run_accuracy(run),
+        "margins": run_margins(run),
+        "training": {key: run["summary"][key] for key in SUMMARY_KEYS[5:]} if run["summary"] else None,
+        "mt_bench": [
+            describe_judge(key, rows) | score_ratings(rows)
+            for key, rows in sorted(run["judged"].items(), key=lambda item: str(item[0]))
+        ],
+    }
+
+
+# ---- the grid: cells, means over seeds, improvement ---------------------------------------------
+
+
+def make_cells(runs: list[dict]) -> list[dict]:
+    """Group runs by loss, beta, tau and every other setting: what is left inside a cell is its seeds."""
+    differing, cells = differing_settings(runs), {}
+    for run in runs:
+        settings = {key: run["settings"].get(key) for key in differing[run["loss"]]}
+        key = (run["loss"], run["args"]["beta"], run["args"]["tau"], json.dumps(settings))
+        cell = cells.setdefault(key, {"loss": key[0], "beta": key[1], "tau": key[2], "settings": settings, "runs": []})
+        if twin := next((other for other in cell["runs"] if other["args"]["seed"] == run["args"]["seed"]), None):
+            raise UserError(
+                f"{twin['run_id']} and {run['run_id']} have the same loss, beta, tau, settings and seed: one run would "
+                "count twice; choose one with --run_ids"
+            )
+        cell["runs"].append(run)
+    return sorted(cells.values(), key=cell_order)
+
+
+def differing_settings(runs: list[dict]) -> dict[str, list[str]]:
+    """loss -> settings, besides beta and tau, that differ among its runs."""
+    values: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
+    for run in runs:
+        for key in {key for other in runs for key in other["settings"]}:
+            values[run["loss"]][key].add(run["settings"].get(key))
+    return {loss: sorted(key for key in keys if len(keys[key]) > 1) for loss, keys in values.items()}
+
+
+def cell_order(cell: dict) -> tuple:
+    untrained = cell["runs"][0]["args"]["loss"] is None
+    values = [(value is not None, value or 0) for value in (cell["beta"], cell["tau"])]
+    return (not untrained, cell["loss"], *values, json.dumps(cell["settings"]))
+
+
+def cell_columns(cell: dict) -> dict:
+    settings = " ".join(f"{key}={show(value)}" for key, value in cell["settings"].items())
+    values = [f"{letter}={cell[key]:g}" for key, letter in (("beta", "β"), ("tau", "τ")) if cell[key] is not None]
+    return {
+        "label": " ".join([cell["loss"], *values, *([settings] if settings else [])]),
+        "untrained": cell["runs"][0]["args"]["loss"] is None,
+        **{key: cell[key] for key in ("loss", "beta", "tau")},
+        "settings": settings or None,
+    }
+
+
+def cell_row(cell: dict, values: dict[str, dict], names: tuple[str, ...], se: str) -> dict | None:
+    """One row of a table: mean, SD and count over seeds of each name; `se` is kept where there is one seed alone.
+
+    values: run_id -> name -> number or None. None if no run of the cell has values and none diverged. A diverged
+    run's numbers are in the means, and a cell that only diverged keeps its row: without them the loss looks better.
+    """
+    found = [run for run in cell["runs"] if run["run_id"] in values]
+    with_value = [run for run in found if values[run["run_id"]][names[0]] is not None]
+    n_diverged = sum(run["status"] == "diverged" for run in cell["runs"])
+    if not found and not n_diverged:
+        return None
+    row = cell_columns(cell) | {
+        "runs": [run["run_id"] for run in with_value],
+        "seeds": [run["args"]["seed"] for run in with_value],
+        "n_seeds": len(with_value),
+        "n_diverged": n_diverged,
+    }
+    for name in names:
+        numbers = [values[run["run_id"]][name] for run in found if values[run["run_id"]][name] is not None]
+        row |= {name: mean(numbers), f"{name}_sd": sd(numbers), f"{name}_n": len(numbers)}
+    return row | {se: values[with_value[0]["run_id"]][se] if len(with_value) == 1 else None}
+
+
+def compare_accuracy(cells: list[dict], args: argparse.Namespace) -> dict:
+    values = {run["run_id"]: accuracy_values(run) for cell in cells for run in cell["runs"] if run["summary"]}
+    rows = [cell_row(cell, values, ACCURACY_COLUMNS, "se_over_pairs") for cell in cells]
+    for cell, row in zip(cells, rows):
+        cell["accuracy"] = row and row["best_acc_ref"]
+    return {
+        "cells": [row for row in rows if row],
+        "improvement": improvement_rows(cells, rows, "best_acc_ref", args.baseline, args.proposed),
+    }
+
+
+def accuracy_values(run: dict) -> dict:
+    margins = run_margins(run)
+    rho = {f"margin_rho_{name}": margins[name]["rho"]["mean"] if margins else None for name in ("first", "best")}
+    return run_accuracy(run) | rho
+
+
+def compare_mt_bench(key: tuple, cells: list[dict], args: argparse.Namespace, notes: list[str]) -> dict:
+    """MT-Bench by one judge over the questions that every run was judged on, so that no run has an easier exam."""
+    judged = {run["run_id"]: run["judged"][key] for cell in cells for run in cell["runs"] if key in run["judged"]}
+    judge = describe_judge(key, [row for rows in judged.values() for row in rows])
+    questions, left_out = common_questions(judged)
+    note_judge(judge, judged, questions, left_out, notes)
+    scores = {run_id: score_ratings(rows, questions) for run_id, rows in judged.items()}
+    rows = [mt_bench_row(cell, scores) for cell in cells]
+    return judge | {
+        "questions": sorted(questions),
+        "questions_left_out": sorted(left_out),
+        "cells": [row for row in rows if row],
+        "categories": [row for cell in cells for row in category_rows(cell, scores)],
+        "improvement": improvement_rows(cells, rows, "score", args.baseline, args.proposed),
+    }
+
+
+def common_questions(judged: dict[str, list[dict]]) -> tuple[set[int], dict[int, list[str]]]:
+    """Questions judged in every run on the same turns, and for each other one the runs that lack it or a turn.
+
+    A question whose judgement failed is judged: were it not, 1 % of failures in 40 runs would leave few questions.
+    """
+    turns = {run_id: defaultdict(set) for run_id in judged}
+    union = defaultdict(set)
+    for run_id, rows in judged.items():
+        for row in rows:
+            turns[run_id][row["question_id"]].add(row["turn"])
+            union[row["question_id"]].add(row["turn"])
+    lacking = {q: [run_id for run_id in judged if turns[run_id][q] != union[q]] for q in sorted(union)}
+    return {q for q, runs in lacking.items() if not runs}, {q: runs for q, runs in lacking.items() if runs}
+
+
+def mt_bench_row(cell: dict, scores: dict[str, dict]) -> dict | None:
+    row = cell_row(cell, scores, SCORE_COLUMNS, "se_over_questions")
+    return row and row | sum_counts(scores[run["run_id"]] for run in cell["runs"] if run["run_id"] in scores)
+
+
+def category_rows(cell: dict, scores: dict[str, dict]) -> list[dict]:
+    mine = [scores[run["run_id"]]["categories"] for run in cell["runs"] if run["run_id"] in scores]
+    rows = []
+    for name in dict.fromkeys(name for categories in mine for name in categories):
+        found = [categories[name] for categories in mine if name in categories]
+        numbers = [category["score"] for category in found if category["score"] is not None]
+        row = {"category": name, "score": mean(numbers), "score_sd": sd(numbers), "n_seeds": len(numbers)}
+        rows.append(cell_columns(cell) | row | sum_counts(found))
+    return rows
+
+
+def sum_counts(scored: Iterable[dict]) -> dict:
+    scored = list(scored)
+    return {key: sum(one[key] for one in scored) for key in ("n_scored", "n_judged")}
+
+
+def improvement_rows(cells: list[dict], rows: list, metric: str, baseline: str, proposed: str) -> list[dict]:
+    """(proposed - baseline) / baseline: each proposed cell against the baseline at its own beta and against the best
+    baseline cell, then the best proposed cell against it. A best cell is chosen by validation accuracy where that is
+    known for all of the loss's cells (METHODS.md 5); chosen by the score itself, the maximum flatters the larger grid.
+    """
+    pairs = [(cell, row) for cell, row in zip(cells, rows) if row and row[metric] is not None]
+    ours = [pair for pair in pairs if pair[0]["loss"] == proposed]
+    theirs = [pair for pair in pairs if pair[0]["loss"] == baseline]
+    if not ours or not theirs:
+        return []
+    (best_ours, how_ours), (best_theirs, how_theirs) = pick_best(ours, metric), pick_best(theirs, metric)
+    grid = {"baseline_cells": len(theirs), "proposed_cells": len(ours)}
+    found = []
+    for one in ours:
+        found += [improvement("matched beta", one, other, metric) for other in matched(one, theirs)]
+        found.append(improvement("best baseline", one, best_theirs, metric) | {"selected_by": how_theirs})
+    how = how_ours if how_ours == how_theirs else f"proposed: {how_ours}; baseline: {how_theirs}"
+    found.append(improvement("best of grid", best_ours, best_theirs, metric) | {"selected_by": how})
+    return [row | grid for row in sorted(found, key=lambda row: COMPARISONS.index(row["comparison"]))]
+
+
+def pick_best(pairs: list[tuple], metric: str) -> tuple[tuple, str]:
+    if all(cell.get("accuracy") is not None for cell, _ in pairs):
+        return max(pairs, key=lambda pair: pair[0]["accuracy"]), "validation accuracy"
+    return max(pairs, key=lambda pair: pair[1][metric]), "the score itself"
+
+
+def matched(ours: tuple, theirs: list[tuple]) -> list[tuple]:
+    """Baseline cells of the same beta; of several, those that differ from ours in the fewest other settings."""
+    same = [pair for pair in theirs if pair[0]["beta"] == ours[0]["beta"]]
+    fewest = min((len(differences(ours[0], cell)) for cell, _ in same), default=0)
+    return [pair for pair in same if len(differences(ours[0], pair[0])) == fewest]
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """Settings that both cells have and that differ; null is "does not apply", not a difference."""
+    a, b = one["runs"][0]["settings"], other["runs"][0]["settings"]
+    return sorted(key for key in a if a[key] is not None and b.get(key) is not None and a[key] != b[key])
+
+
+def improvement(comparison: str, ours: tuple, theirs: tuple, metric: str) -> dict:
+    value, base = ours[1][metric], theirs[1][metric]
+    a, b = ours[0]["runs"][0]["settings"], theirs[0]["runs"][0]["settings"]
+    differing = [f"{key} {show(a[key])} / {show(b[key])}" for key in differences(ours[0], theirs[0])]
+    return {
+        "comparison": comparison,
+        **{key: ours[1][key] for key in ("beta", "tau")},
+        "proposed": ours[1]["label"],
+        "proposed_score": value,
+        "proposed_n_seeds": ours[1]["n_seeds"],
+        "baseline": theirs[1]["label"],
+        "baseline_score": base,
+        "baseline_n_seeds": theirs[1]["n_seeds"],
+        "difference": value - base,
+        "improvement_rate": (value - base) / base if base else None,
+        "selected_by": None,
+        "differs_in": "; ".join(differing) or None,
+    }
+
+
+def compare(runs: list[dict], args: argparse.Namespace, notes: list[str]) -> dict:
+    """aggregated_metrics.json: everything that is said over several runs."""
+    unfinished = [run["run_id"] for run in runs if run["status"] == "unfinished"]
+    used = [run for run in runs if run["status"] != "unfinished"]
+    cells = make_cells(used)
+    note_runs(runs, cells, notes)
+    accuracy = compare_accuracy(cells, args)
+    judges = sorted({key for run in used for key in run["judged"]}, key=str)
+    if len(judges) > 1:
+        notes.append(f"{len(judges)} judges or judge settings: each has tables of its own, never averaged")
+    mt_bench = [compare_mt_bench(key, cells, args, notes) for key in judges]
+    return {
+        "model": runs[0]["args"]["model"],
+        "data_sha256": next((run["args"]["data_sha256"] for run in runs if run["args"].get("data_sha256")), None),
+        "baseline": args.baseline,
+        "proposed": args.proposed,
+        "runs": [{key: run[key] for key in ("run_id", "status")} for run in runs],
+        "unfinished": unfinished,
+        "diverged": [run["run_id"] for run in runs if run["status"] == "diverged"],
+        "accuracy": accuracy,
+        "mt_bench": mt_bench,
+        "notes": notes,
+        "missing": find_missing(runs, mt_bench, args),
+    }
+
+
+# ---- what must be said --------------------------------------------------------------------------
+
+
+def note_runs(runs: list[dict], cells: list[dict], notes: list[str]) -> None:
+    for run in runs:
+        if run["status"] == "diverged":
+            steps = run["summary"]["nonfinite_steps"]
+            count = f" ({steps} non-finite steps)" if steps else ""
+            notes.append(f"diverged: {run['run_id']}{count}; counted, and the numbers it has are in the means")
+        elif run["status"] == "unfinished":
+            notes.append(f"unfinished, left out of the comparison: {run['run_id']} (no summary.json)")
+        elif run["status"] not in ("finished", "untrained", "no training record"):
+            notes.append(f"status of {run['run_id']} is {run['status']!r}; its numbers are averaged with the others")
+    trained = [cell for cell in cells if cell["runs"][0]["args"]["loss"]]
+    seeds = {seed for cell in trained for seed in cell_seeds(cell)}
+    for cell in trained:
+        if lacking := seeds - cell_seeds(cell):
+            notes.append(
+                f"unbalanced grid: {cell_columns(cell)['label']} has no seed {', '.join(map(str, sorted(lacking)))}"
+            )
+
+
+def cell_seeds(cell: dict) -> set[int]:
+    return {run["args"]["seed"] for run in cell["runs"] if run["args"]["seed"] is not None}
+
+
+def note_judge(judge: dict, judged: dict, questions: set, left_out: dict, notes: list[str]) -> None:
+    name = judge_title(judge)
+    if mark := smoke_mark(judge):
+        notes.append(f"{name}: {mark}")
+    if left_out:
+        runs = sorted({run_id for lacking in left_out.values() for run_id in lacking})
+        notes.append(
+            f"{name}: compared on the {len(questions)} of {len(questions) + len(left_out)} questions that all runs "
+            f"were judged on; left out {', '.join(map(str, left_out))} (lacking or partly judged in {', '.join(runs)})"
+        )
+    for run_id, rows in judged.items():
+        if failed := Counter(str(row["status"]) for row in rows if row["status"] != "ok"):
+            why = ", ".join(f"{status} {n}" for status, n in sorted(failed.items()))
+            notes.append(f"{name}: {run_id}: {failed.total()} of {len(rows)} judgements have no score ({why})")
+    served = {row["served_model"] for rows in judged.values() for row in rows} - {None}
+    if len(served) > 1:
+        notes.append(f"{name}: answered by different versions of the model: {', '.join(sorted(served))}")
+
+
+def find_missing(runs: list[dict], judges: list[dict], args: argparse.Namespace) -> list[dict]:
+    """What could not be done, of which runs, and what would supply it."""
+    trained = [run for run in runs if run["args"]["loss"]]
+    unfinished = [run for run in trained if run["status"] == "unfinished"]
+    unrecorded = [run for run in trained if run["status"] == "no training record"]
+    ended = [run for run in trained if run["summary"]]
+    # A run that diverged before its first evaluation has no adapter: nothing to judge, no best evaluation.
+    useless = [*unfinished, *(run for run in ended if run["summary"]["best_step"] is None)]
+    usable = [run for run in runs if run not in useless]
+    gaps = [
+        ("accuracy (unfinished)", unfinished, "the same train_pref.py command again"),
+        ("accuracy (no summary.json)", unrecorded, "train_pref.py"),
+        ("learning curve (no metrics.jsonl)", [r for r in ended if not r["steps"] and not r["evals"]], "train_pref.py"),
+        ("margins (no val_pairs.jsonl)", [r for r in ended if r in usable and not r["val"]], "train_pref.py"),
+        ("MT-Bench (no judgements)", [r for r in usable if not r["judged"]], "gen_mtbench.py, then judge.py"),
+    ]
+    for judge in judges if len(judges) > 1 else ():
+        key = tuple(judge[name] for name in ("judge", "prompts", "refs"))
+        lacking = [run for run in usable if run["judged"] and key not in run["judged"]]
+        gaps.append((f"MT-Bench by {judge_title(judge)}", lacking, f"judge.py --judge {judge['judge']}"))
+    missing = [
+        {"what": what, "runs": [r["run_id"] for r in found], "next": next_} for what, found, next_ in gaps if found
+    ]
+    if len(trained) == len(runs):
+        missing.append({"what": "the untrained model (run base)", "runs": [], "next": "gen_mtbench.py and judge.py"})
+    for flag in ("baseline", "proposed"):
+        if (loss := getattr(args, flag)) not in {run["loss"] for run in runs}:
+            what = f"improvement of {args.proposed} over {args.baseline} (no run of {loss})"
+            missing.append({"what": what, "runs": [], "next": f"train_pref.py --loss {loss}, or another --{flag}"})
+    return missing
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def show(value, digits: int | None = None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:g}" if digits is None else f"{value:.{digits}f}"
+    return str(value)
+
+
+def show_mean(row: dict, name: str, digits: int) -> str:
+    """mean ±SD, and the number of seeds where it is not the row's."""
+    sd_text = f" ±{row[f'{name}_sd']:.{digits}f}" if row[f"{name}_sd"] is not None else ""
+    n_text = f" (n={row[f'{name}_n']})" if row[name] is not None and row[f"{name}_n"] != row["n_seeds"] else ""
+    return show(row[name], digits) + sd_text + n_text
+
+
+def format_table(title: str, headers: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in [headers, *rows]) for i in range(len(headers))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in [headers, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+
+
+def accuracy_table(rows: list[dict]) -> str:
+    headers = [CELL_HEADER, "seeds", *ACCURACY_COLUMNS, "diverged"]
+    lines = [
+        [row["label"], str(row["n_seeds"]), *(show_mean(row, name, 3) for name in ACCURACY_COLUMNS), diverged(row)]
+        for row in rows
+    ]
+    return format_table("Validation accuracy and margin rho (nats): mean ±SD over seeds", headers, lines)
+
+
+def diverged(row: dict) -> str:
+    return str(row["n_diverged"]) if row["n_diverged"] else ""
+
+
+def score_table(judge: dict) -> str:
+    headers = [CELL_HEADER, "seeds", "score", "turn 1", "turn 2", "without wrong refs", "scored/judged", "diverged"]
+    lines = [
+        [
+            row["label"],
+            str(row["n_seeds"]),
+            *(show_mean(row, name, 2) for name in SCORE_COLUMNS),
+            counts(row),
+            diverged(row),
+        ]
+        for row in judge["cells"]
+    ]
+    return format_table(score_title(judge, "by turn, mean ±SD over seeds"), headers, lines)
+
+
+def score_title(judge: dict, what: str) -> str:
+    mark = f"*** {smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
+    return f"{mark}MT-Bench score (1-10, {len(judge['questions'])} questions), {judge_title(judge)}: {what}"
+
+
+def counts(row: dict) -> str:
+    return f"{row['n_scored']}/{row['n_judged']}"
+
+
+def category_table(judge: dict) -> str:
+    names = list(dict.fromkeys(row["category"] for row in judge["categories"]))
+    names.sort(key=lambda name: CATEGORIES.index(name) if name in CATEGORIES else len(CATEGORIES))
+    by_label = defaultdict(dict)
+    for row in judge["categories"]:
+        lost = row["n_judged"] - row["n_scored"]
+        by_label[row["label"]][row["category"]] = show(row["score"], 2) + (f" (-{lost})" if lost else "")
+    lines = [[label, *(scores.get(name, "-") for name in names)] for label, scores in by_label.items()]
+    title = score_title(judge, "by category, mean over seeds; (-n): n judgements without a score")
+    return format_table(title, [CELL_HEADER, *names], lines)
+
+
+def improvement_table(title: str, rows: list[dict], digits: int) -> str:
+    by_kind = {kind: [row for row in rows if row["comparison"] == kind] for kind in COMPARISONS}
+    lines = []
+    for row in by_kind["best baseline"]:
+        same_beta = [other for other in by_kind["matched beta"] if other["proposed"] == row["proposed"]]
+        score = f"{show(row['proposed_score'], digits)} (n={row['proposed_n_seeds']})"
+        matched = "; ".join(show_improvement(other, digits) for other in same_beta) or "-"
+        lines.append([row["proposed"], score, matched, show_improvement(row, digits)])
+    headers = [CELL_HEADER, "proposed", "against the baseline at the same beta", "against the best baseline"]
+    best = by_kind["best of grid"][0]
+    last = (
+        f"  best of {best['proposed_cells']} proposed cells against best of {best['baseline_cells']} baseline cells "
+        f"(selected by {best['selected_by']}): {best['proposed']} {show_improvement(best, digits)}"
+    )
+    return format_table(f"{title}: (proposed - baseline) / baseline", headers, lines) + f"\n{last}"
+
+
+def show_improvement(row: dict, digits: int) -> str:
+    rate = "-" if row["improvement_rate"] is None else f"{row['improvement_rate']:+.1%}"
+    differs = f", differs in {row['differs_in']}" if row["differs_in"] else ""
+    baseline = f"{row['baseline']}: {show(row['baseline_score'], digits)}, n={row['baseline_n_seeds']}{differs}"
+    return f"{row['difference']:+.{digits}f} {rate} ({baseline})"
+
+
+def write_csv(path: Path, rows: list[dict], judge: dict | None = None) -> None:
+    """Rows as CSV, full precision; each line of scores says whose they are and whether they are a smoke test."""
+    if not rows:
+        return
+    shared = {key: judge[key] for key in ("judge", "prompts", "refs", "smoke_test")} if judge else {}
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [*shared, *rows[0]], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: flat(value) for key, value in (shared | row).items()})
+    write_text(path, buffer.getvalue())
+
+
+def flat(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def write_tables(folder: Path, comparison: dict) -> None:
+    for stale in folder.glob("*.csv"):  # a table of runs or judges that are gone would pass for a current one
+        stale.unlink()
+    write_csv(folder / "accuracy.csv", comparison["accuracy"]["cells"])
+    write_csv(folder / "accuracy_improvement.csv", comparison["accuracy"]["improvement"])
+    for judge in comparison["mt_bench"]:
+        suffix = judge_suffix(judge, comparison["mt_bench"])
+        write_csv(folder / f"mt_bench_by_turn{suffix}.csv", judge["cells"], judge)
+        write_csv(folder / f"mt_bench_by_category{suffix}.csv", judge["categories"], judge)
+        write_csv(folder / f"mt_bench_improvement{suffix}.csv", judge["improvement"], judge)
+
+
+def print_tables(comparison: dict) -> None:
+    accuracy = comparison["accuracy"]
+    tables = [accuracy_table(accuracy["cells"])] if accuracy["cells"] else []
+    if accuracy["improvement"]:
+        tables.append(improvement_table("Improvement of best_acc_ref", accuracy["improvement"], 3))
+    for judge in comparison["mt_bench"]:
+        if judge["cells"]:
+            tables += [score_table(judge), category_table(judge)]
+        if judge["improvement"]:
+            title = score_title(judge, "improvement")
+            tables.append(improvement_table(title, judge["improvement"], 2))
+    print("".join(f"\n{table}\n" for table in tables), end="")
+
+
+# ---- the stage ----------------------------------------------------------------------------------
+
+
+def print_summary(results_dir: Path, comparison: dict) -> None:
+    statuses = Counter(run["status"] for run in comparison["runs"])
+    print(f"\n{len(comparison['runs'])} runs: {', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}")
+    for note in comparison["notes"]:
+        print(f"  note: {note}")
+    for gap in comparison["missing"]:
+        of = f" of {', '.join(gap['runs'])}" if gap["runs"] else ""
+        print(f"  missing: {gap['what']}{of}; next: {gap['next']}")
+    if not comparison["missing"]:
+        print("  nothing is missing")
+    folder = results_dir / "comparison"
+    print(f"results: {folder / 'aggregated_metrics.json'}, {results_dir}/<run_id>/metrics.json")
+    for name in ("tables", "figures"):
+        if found := sorted(path.name for path in (folder / name).glob("*.*") if path.suffix != ".png"):
+            print(f"{name}: {folder / name}/ ({', '.join(found)})")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    notes: list[str] = []
+    runs = load_runs(args.results_dir, args.run_ids, notes)
+    comparison = compare(runs, args, notes)  # before anything is written: its errors must leave no half-new results
+    print(f"{args.results_dir}: {len(runs)} runs; writing their metrics and learning curves", flush=True)
+    for run in runs:
+        write_json(run["path"] / "metrics.json", run_metrics(run))
+        draw_run(run)
+    folder = args.results_dir / "comparison"
+    write_tables(folder / "tables", comparison)
+    draw_comparison(folder / "figures", comparison)
+    write_json(folder / "aggregated_metrics.json", comparison)
+    print_tables(comparison)
+    print_summary(args.results_dir, comparison)
+
+
+if __name__ == "__main__":
+    run_main(main)

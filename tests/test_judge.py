@@ -1,0 +1,749 @@
+"""judge.py: what is sent (FastChat's messages), what is read, what is paid for, and what survives a fault."""
+
+import importlib.util
+import json
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import types
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import judge
+from files import UserError, read_judgements, sha256_json
+
+KEY = "sk-test-0123456789"
+PROMPTS = [
+    {
+        "name": "single-v1",
+        "system_prompt": "You are a fair judge.",
+        "prompt_template": "Rate it like this: [[5]].\n\n[Q]\n{question}\n\n[A]\n{answer}\n[End] {{literal}}",
+    },
+    {
+        "name": "single-math-v1",
+        "system_prompt": "",
+        "prompt_template": "[Q]\n{question}\n[Ref]\n{ref_answer_1}\n[A]\n{answer}",
+    },
+    {
+        "name": "single-v1-multi-turn",
+        "system_prompt": "Judge the second answer.",
+        "prompt_template": "<1>\n{question_1}\n{answer_1}\n<2>\n{question_2}\n{answer_2}",
+    },
+    {
+        "name": "single-math-v1-multi-turn",
+        "system_prompt": "Judge the second answer by the reference.",
+        "prompt_template": "{question_1}|{ref_answer_1}|{question_2}|{ref_answer_2}\n{answer_1}|{answer_2}",
+    },
+]
+PROMPTS = [{**prompt, "type": "single", "output_format": "[[rating]]"} for prompt in PROMPTS]
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["Write {a} poem.", "Shorten it: {answer}"]},
+    {"question_id": 111, "category": "math", "turns": ["What is 2 + 2?", "And {0} times two?"]},
+    {"question_id": 121, "category": "coding", "turns": ["Print {x!r}.", "Now in C: %s"]},
+]
+REFERENCES = {111: ["4 {", "8 }"], 121: ["print({x!r})", 'printf("%s");']}
+ANSWERS = {
+    81: ["Roses {are} red.\r\n[[9]]", "Red. \u00e9\u4e2d\U0001f600"],
+    111: ["It is {4}.", "{{8}}"],
+    121: ["print(f'{x!r}')\n", "  "],
+}
+
+
+# ---- what is sent -------------------------------------------------------------------------------
+
+
+def our_messages(question: dict, turn: int) -> list[dict]:
+    prompts = {prompt["name"]: prompt for prompt in PROMPTS}
+    question_id = question["question_id"]
+    return judge.judge_messages(prompts, question, ANSWERS[question_id], turn, REFERENCES.get(question_id, []))
+
+
+@pytest.mark.parametrize(
+    ("index", "turn", "sha256"),
+    [  # of the messages that FastChat 0.2.36's own run_judge_single sends (test_messages_by_fastchats_own_code)
+        (0, 1, "fb46821e0bb6f1ca84b851f5464a71ac2043624089cb246dfe7399b20c60fc05"),
+        (0, 2, "098f82ca94248f984282db4da84d451f1e6efd8470e74943a46d33a07948d543"),
+        (1, 1, "a47bb5d7b3b5057d5627689b7425b231fbb53f23e50858dc0658eaec4b3271b8"),
+        (1, 2, "7a53b4b326f377c3f64e857efdcc44068803ffd2825d5458d6c5dccff91521f9"),
+        (2, 1, "1c8a0b26a7240a13c0711778354184df0a182a4cfed869e55ed919d7401c8b08"),
+        (2, 2, "1ae8206d60fcd828d4ba2dd28b867d5a5fe2eb8a956fd75eaa55a133b84dc197"),
+    ],
+)
+def test_messages_are_fastchats(index, turn, sha256):
+    assert sha256_json(our_messages(QUESTIONS[index], turn)) == sha256
+
+
+def load_fastchat(monkeypatch) -> types.ModuleType:
+    """FastChat's llm_judge/common.py with its imports replaced: FASTCHAT_COMMON names the file in an unpacked wheel."""
+    path = os.environ.get("FASTCHAT_COMMON")
+    if not path:
+        pytest.skip("FASTCHAT_COMMON is not set to fastchat/llm_judge/common.py of an unpacked fschat wheel")
+    conversation = load_module("fastchat_conversation", Path(path).parents[1] / "conversation.py")
+    adapter = types.ModuleType("fastchat.model.model_adapter")
+    adapter.get_conversation_template = lambda name: conversation.get_conv_template("chatgpt")
+    adapter.OPENAI_MODEL_LIST, adapter.ANTHROPIC_MODEL_LIST = ("the-judge",), ()
+    for name in ("openai", "anthropic", "fastchat", "fastchat.model"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fastchat.model.model_adapter", adapter)
+    return load_module("fastchat_common", Path(path))
+
+
+def load_module(name: str, path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FastChat's regular expressions are not raw strings
+def test_messages_by_fastchats_own_code(monkeypatch):
+    fastchat = load_fastchat(monkeypatch)
+    sent = []
+    fastchat.chat_completion_openai = lambda model, conv, **kwargs: (
+        sent.append((conv.to_openai_api_messages(), kwargs)) or "[[7]]"
+    )
+    prompts = {prompt["name"]: prompt for prompt in PROMPTS}
+    for question in QUESTIONS:
+        question_id, math_like = question["question_id"], question["category"] in fastchat.NEED_REF_CATS
+        reference = {"choices": [{"turns": REFERENCES[question_id]}]} if math_like else None
+        for turn in (1, 2):
+            name = ("single-math-v1" if math_like else "single-v1") + ("-multi-turn" if turn == 2 else "")
+            fastchat.run_judge_single(
+                question,
+                {"choices": [{"turns": ANSWERS[question_id]}]},
+                fastchat.Judge("the-judge", prompts[name], multi_turn=turn == 2),
+                reference,
+                multi_turn=turn == 2,
+            )
+            messages, parameters = sent.pop()
+            assert messages == our_messages(question, turn)
+            assert parameters == judge.PARAMETERS
+    for text in [text for text, _ in RATINGS]:
+        fastchat.chat_completion_openai = lambda *args, text=text, **kwargs: text
+        theirs = fastchat.run_judge_single(
+            QUESTIONS[0],
+            {"choices": [{"turns": ANSWERS[81]}]},
+            fastchat.Judge("the-judge", prompts["single-v1"]),
+            None,
+        )[0]
+        assert judge.read_rating(text) == (theirs if 1 <= theirs <= 10 else None), text
+
+
+# ---- what is read -------------------------------------------------------------------------------
+
+RATINGS = [
+    ("Good. Rating: [[7]]", 7),
+    ("[[7.5]] and more", 7.5),
+    ("[[8.]]", 8),
+    ("first [[3]], later [[9]]", 3),
+    ("one bracket [6]", 6),
+    ("[2] comes first, but [[4]] counts", 4),
+    ("[[10]]", 10),
+    ("[[1]]", 1),
+    ("[[[5]]]", 5),
+    ("Rating: [[7/10]]", None),
+    ("Rating: [[ 7 ]]", None),
+    ("Rating: [[-3]]", None),
+    ("Rating: [[0]]", None),
+    ("Rating: [[11]]", None),
+    ("[[0]] then [5]", None),  # the double bracket is what counts, as in FastChat
+    ("[[99999999999999999999]]", None),
+    ("Rating: 7", None),
+    ("[[rating]]", None),
+    ("[[8", None),
+    ("[[7,8]]", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "rating"), RATINGS)
+def test_rating(text, rating):
+    assert judge.read_rating(text) == rating
+
+
+def test_huge_rating_is_none():
+    assert judge.read_rating(f"[[{'9' * 400}]]") is None  # inf as a float
+
+
+# ---- a server double: faults and counting -------------------------------------------------------
+
+
+class Server:
+    """An OpenAI-compatible server on loopback whose `answer(body)` gives (HTTP status, JSON or text)."""
+
+    def __init__(self):
+        self.requests: list[dict] = []
+        self.answer = lambda body: completion("Fine. Rating: [[7]]")
+        self.lock = threading.Lock()
+        double = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with double.lock:
+                    double.requests.append(body)
+                    status, reply = double.answer(body)
+                payload = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html" if isinstance(reply, str) else "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.send_header("retry-after-ms", "1")
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args):
+                pass
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
+        threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def paid(self) -> list[dict]:
+        """The requests that were not probes."""
+        return [body for body in self.requests if body["messages"] != judge.PROBE]
+
+
+def completion(text, finish="stop", **message) -> tuple[int, dict]:
+    return 200, {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "served-7b",
+        "system_fingerprint": "fp_1",
+        "choices": [
+            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+        ],
+        "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
+    }
+
+
+def refusal(status: int, message: str, **fields) -> tuple[int, dict]:
+    return status, {"error": {"message": message, **fields}}
+
+
+@pytest.fixture
+def server():
+    double = Server()
+    yield double
+    double.httpd.shutdown()
+    double.httpd.server_close()
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """Questions, references, prompts, and the run `base` with an answer to each question."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    write_lines(tmp_path / "mt/question.jsonl", QUESTIONS)
+    write_lines(tmp_path / "mt/judge_prompts.jsonl", PROMPTS)
+    write_answers(tmp_path / "mt/reference_answer/gpt-4.jsonl", REFERENCES)
+    make_run(tmp_path, "base", ANSWERS)
+    return tmp_path
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_answers(path: Path, answers: dict[int, list[str]]) -> None:
+    write_lines(path, [{"question_id": q, "choices": [{"index": 0, "turns": turns}]} for q, turns in answers.items()])
+
+
+def make_run(folder: Path, name: str, answers: dict[int, list[str]]) -> Path:
+    run = folder / "results" / name
+    write_answers(run / "mt_bench/answers.jsonl", answers)
+    (run / "args.json").write_text("{}")
+    return run
+
+
+def run_judge(folder: Path, server: Server, *more: str, model: str = "big-70b") -> int:
+    return judge.main(
+        [str(folder / "results"), "--mt_bench", str(folder / "mt"), "--judge", model, "--base_url", server.url, *more]
+    )
+
+
+def rows_of(folder: Path, name: str = "base") -> list[dict]:
+    return read_judgements(folder / "results" / name / "mt_bench/judgements.csv")
+
+
+def test_judges_every_turn_once(workplace, server, capsys):
+    assert run_judge(workplace, server) == 0
+    rows = rows_of(workplace)
+    assert [(row["question_id"], row["turn"]) for row in rows] == [(q, t) for q in (81, 111, 121) for t in (1, 2)]
+    assert {key: rows[0][key] for key in ("score", "status", "model_id", "category", "grading", "judge")} == {
+        "score": 7, "status": "ok", "model_id": "base", "category": "writing", "grading": "single", "judge": "big-70b",
+    }  # fmt: skip
+    assert {key: rows[0][key] for key in ("order", "baseline", "winner", "cost_usd", "choice", "repeat", "refs")} == {
+        "order": None, "baseline": None, "winner": None, "cost_usd": None, "choice": 0, "repeat": 0, "refs": "original",
+    }  # fmt: skip
+    assert (rows[0]["served_model"], rows[0]["system_fingerprint"]) == ("served-7b", "fp_1")
+    assert (rows[0]["prompt_tokens"], rows[0]["completion_tokens"]) == (11, 3)
+    assert (rows[0]["judge_params_b"], rows[0]["prompts"]) == (70, "own")
+    assert all(set(body) == {"model", "messages", "temperature", "max_tokens"} for body in server.requests)
+    assert (len(server.paid()), len(server.requests)) == (6, 7)
+    out = capsys.readouterr().out
+    assert "1 empty turns" in out
+    assert "smoke test" not in out
+
+    assert run_judge(workplace, server) == 0
+    assert len(server.requests) == 7, "a rerun asks nothing, not even the probe"
+    assert rows_of(workplace) == rows
+
+
+def test_key_is_the_hash_of_the_stored_request(workplace, server):
+    run_judge(workplace, server)
+    with sqlite3.connect(workplace / "results/judgements.sqlite") as store:
+        stored = store.execute("SELECT request_sha256, request FROM judgements").fetchall()
+    assert all(key == sha256_json(json.loads(request)) for key, request in stored)
+    assert {row["request_sha256"] for row in rows_of(workplace)} == {key for key, _ in stored}
+
+
+def test_identical_answers_are_judged_once(workplace, server):
+    make_run(workplace, "td_dpo", {**ANSWERS, 81: ["Other.", "Red."]})
+    assert run_judge(workplace, server) == 0
+    assert len(server.paid()) == 6 + 2
+    assert len(rows_of(workplace, "td_dpo")) == 6
+    order = [body["messages"][-1]["content"] for body in server.paid()]
+    last_poem = max(index for index, text in enumerate(order) if "poem" in text)
+    assert last_poem < 6, "question 81 of both runs comes before the last questions"
+
+
+def test_one_run_folder_uses_its_results_folders_store(workplace, server):
+    make_run(workplace, "td_dpo", ANSWERS)
+    arguments = ["--mt_bench", str(workplace / "mt"), "--judge", "big-70b", "--base_url", server.url]
+    assert judge.main([str(workplace / "results/td_dpo"), *arguments]) == 0
+    assert not (workplace / "results/base/mt_bench/judgements.csv").exists()
+    assert run_judge(workplace, server) == 0
+    assert len(server.paid()) == 6
+
+
+def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
+    run_judge(workplace, server)
+    run_judge(workplace, server, model="other-8b")
+    assert Counter(row["judge"] for row in rows_of(workplace)) == {"big-70b": 6, "other-8b": 6}
+    make_run(workplace, "base", {**ANSWERS, 81: [ANSWERS[81][0], "New."]})
+    before = len(server.paid())
+    run_judge(workplace, server)
+    assert len(server.paid()) == before + 1, "only turn 2 of question 81 is another request"
+    assert Counter(row["judge"] for row in rows_of(workplace)) == {"big-70b": 6, "other-8b": 5}
+
+
+@pytest.mark.parametrize(
+    ("reply", "status"),
+    [
+        (completion("I like it."), "parse"),
+        (completion("Rating: [[12]]"), "parse"),
+        (completion(" \n"), "empty"),
+        (completion(None), "empty"),
+        (completion("It is long", finish="length"), "length"),
+        (completion("", finish="content_filter"), "refused"),
+        (completion("[[5]]", finish="content_filter"), "refused"),
+        (completion(None, refusal="I cannot."), "refused"),
+        (refusal(400, "context too long"), "http_400"),
+        (refusal(500, "oops"), "http_500"),
+        ((200, {"error": {"message": "provider down"}, "choices": None}), "not_openai"),
+        ((200, {"choices": []}), "not_openai"),
+        ((200, "<html>hello</html>"), "not_openai"),
+        (completion("bad \ud800 unicode"), "parse"),
+    ],
+)
+def test_failures_are_kept_with_a_reason_and_retried(workplace, server, capsys, reply, status):
+    server.answer = lambda body: completion("[[7]]") if "poem" not in body["messages"][-1]["content"] else reply
+    assert run_judge(workplace, server, "--max_retries", "0") == 1
+    rows = {(row["question_id"], row["turn"]): row for row in rows_of(workplace)}
+    assert (rows[81, 1]["status"], rows[81, 1]["score"]) == (status, None)
+    assert f"2 {status}" in capsys.readouterr().out
+    assert (rows[111, 1]["status"], rows[111, 1]["score"]) == ("ok", 7)
+
+    server.answer = lambda body: completion("Rating: [[8]]")
+    before = len(server.paid())
+    assert run_judge(workplace, server) == 0
+    assert len(server.paid()) == before + 2, "the two failed ones alone"
+    assert sorted(row["score"] for row in rows_of(workplace)) == [7, 7, 7, 7, 8, 8]
+
+
+def test_nothing_of_an_earlier_failure_stays(workplace, server):
+    server.answer = lambda body: completion("No rating.")
+    run_judge(workplace, server)
+    server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else refusal(500, "oops")
+    assert run_judge(workplace, server, "--max_retries", "0") == 1
+    for row in rows_of(workplace):
+        assert (row["status"], row["served_model"], row["prompt_tokens"]) == ("http_500", None, None)
+        assert "oops" in row["judgement"]
+
+
+def test_the_csv_is_written_during_the_run_too(workplace, server, monkeypatch):
+    monkeypatch.setattr(judge, "SAVE_EVERY_S", 0.0)
+    seen = []
+
+    def answer(body):
+        path = workplace / "results/base/mt_bench/judgements.csv"
+        seen.append(len(read_judgements(path)) if path.exists() else 0)
+        return completion("[[7]]")
+
+    server.answer = answer
+    assert run_judge(workplace, server, "--concurrency", "1") == 0
+    assert seen == [0, 0, 1, 2, 3, 4, 5]  # the probe first
+
+
+def test_a_truncated_judgement_with_a_rating_counts(workplace, server):
+    server.answer = lambda body: completion("[[4]] because", finish="length")
+    assert run_judge(workplace, server) == 0
+
+
+def test_rate_limit_is_waited_out(workplace, server):
+    seen = Counter()
+
+    def answer(body):
+        seen[str(body)] += 1
+        return refusal(429, "slow down") if seen[str(body)] == 1 else completion("[[7]]")
+
+    server.answer = answer
+    assert run_judge(workplace, server) == 0
+    assert set(seen.values()) == {2}
+
+
+def test_no_credit_stops_at_once(workplace, server):
+    paid = []
+
+    def answer(body):
+        if body["messages"] == judge.PROBE:
+            return completion("OK")
+        paid.append(body)
+        if len(paid) > 2:
+            return refusal(429, "You exceeded your quota", code="insufficient_quota", type="insufficient_quota")
+        return completion("[[7]]")
+
+    server.answer = answer
+    with pytest.raises(UserError, match="no credit left"):
+        run_judge(workplace, server, "--concurrency", "1")
+    assert len(paid) == 3, "no retry, no further request"
+    assert [row["status"] for row in rows_of(workplace)] == ["ok", "ok"], "what was paid for is kept"
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (refusal(404, "The model does not exist"), "no such model"),
+        (refusal(401, f"Incorrect API key provided: {KEY}"), "refuses the key"),
+        (refusal(403, "not for you"), "may not use this model"),
+        (refusal(400, "max_model_len is 1024"), "max_model_len is 1024"),
+        ((200, "<html>a web page</html>"), "/v1"),
+    ],
+)
+def test_probe_names_the_remedy_before_anything_is_paid(workplace, server, reply, message):
+    server.answer = lambda body: reply
+    with pytest.raises(UserError, match=message) as error:
+        run_judge(workplace, server, "--max_retries", "0")
+    assert "--judge" in str(error.value)
+    assert KEY not in str(error.value)
+    assert server.paid() == []
+
+
+def test_a_key_withdrawn_halfway_stops_the_run(workplace, server):
+    server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else refusal(401, "revoked")
+    with pytest.raises(UserError, match="refuses the key"):
+        run_judge(workplace, server, "--concurrency", "1")
+    assert len(server.paid()) == 1
+
+
+def test_server_down(workplace, server):
+    server.httpd.server_close()
+    with pytest.raises(UserError, match="no server answers.*start it"):
+        run_judge(workplace, server, "--max_retries", "0")
+
+
+def test_timeout(workplace, server):
+    release = threading.Event()
+    server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else (release.wait(5), None)
+    try:
+        assert run_judge(workplace, server, "--max_retries", "0", "--timeout_s", "0.2") == 1
+    finally:
+        release.set()
+    assert {row["status"] for row in rows_of(workplace)} == {"timeout"}
+
+
+def test_server_gone_halfway_is_noticed(workplace, server, monkeypatch):
+    monkeypatch.setattr(judge, "GIVE_UP_AFTER", 2)
+    asked = []
+    monkeypatch.setattr(judge, "ask_server", lambda client, request: asked.append(1) or {"status": "connection"})
+    with pytest.raises(UserError, match="server is gone"):
+        run_judge(workplace, server, "--concurrency", "1")
+    assert len(asked) == 2
+
+
+def test_refused_parameters_are_learned_once(workplace, server, capsys):
+    def answer(body):
+        if "temperature" in body:
+            return refusal(400, "Unsupported value: 'temperature'", param="temperature")
+        if "max_tokens" in body:
+            return refusal(400, "'max_tokens' is not supported. Use 'max_completion_tokens'.", param="max_tokens")
+        return completion("[[7]]")
+
+    server.answer = answer
+    assert run_judge(workplace, server) == 0
+    assert len(server.requests) == 3 + 6
+    assert server.requests[-1]["max_completion_tokens"] == 2048
+    assert "refuses that" in capsys.readouterr().err
+    assert run_judge(workplace, server) == 0
+    assert len(server.requests) == 3 + 6, "the store remembers what the judge accepts"
+
+
+def test_the_key_stands_in_no_file(workplace, server, capsys):
+    def answer(body):
+        if body["messages"] == judge.PROBE:
+            return completion("OK")
+        return completion(f"your key {KEY}") if "poem" in str(body) else refusal(400, f"bad key {KEY}")
+
+    server.answer = answer
+    assert run_judge(workplace, server) == 1
+    assert any("[key]" in row["judgement"] for row in rows_of(workplace))
+    for path in workplace.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+    assert KEY not in "".join(capsys.readouterr())
+
+
+def test_awkward_judgements_survive_the_csv(workplace, server):
+    text = 'a "quoted", judgement\r\nwith\nlines, \x00, \u00e9 \U0001f600 and [[7]]\n'
+    server.answer = lambda body: completion(text)
+    assert run_judge(workplace, server) == 0
+    assert {row["judgement"] for row in rows_of(workplace)} == {text}
+
+
+def test_small_judge_is_called_a_smoke_test(workplace, server, capsys):
+    run_judge(workplace, server, model="SmolLM2-135M-Instruct")
+    assert capsys.readouterr().out.count("smoke test of the path, not a measure") == 2
+
+
+def test_scores_without_wrong_references(workplace, server, capsys):
+    server.answer = lambda body: completion("[[9]]" if "poem" in str(body) else "[[3]]")
+    run_judge(workplace, server)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base "))
+    assert line.split() == ["base", "5.00", "5.00", "5.00", "6/6", "6.00", "(n=4)", "-"]  # 111 is a wrong one
+
+
+@pytest.mark.parametrize("signals", [1, 9])
+def test_interrupted_and_continued(workplace, server, signals):
+    """Ctrl-C keeps what is in flight and exits 130; kill -9 keeps what had come back. Both go on where they stopped."""
+    code = "import judge; from files import run_main; run_main(judge.main)"
+    command = [sys.executable, "-c", code, str(workplace / "results"), "--mt_bench", str(workplace / "mt"),
+               "--judge", "big-70b", "--base_url", server.url, "--concurrency", "1"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=Path(judge.__file__).parent, stdout=subprocess.PIPE, text=True)
+
+    def answer(body):
+        if len(server.paid()) == 3:  # the third paid call is in flight
+            process.send_signal(2 if signals == 1 else 9)
+        return completion("[[7]]")
+
+    server.answer = answer
+    out, _ = process.communicate(timeout=60)
+    kept = 3 if signals == 1 else 2
+    if signals == 1:
+        assert process.returncode == 130
+        assert "run the same command again" in out
+        assert len(rows_of(workplace)) == 3
+    assert len(server.paid()) == 3
+    server.answer = lambda body: completion("[[7]]")
+    assert run_judge(workplace, server) == 0
+    assert len(server.paid()) == 3 + (6 - kept)
+
+
+# ---- a user's mistakes --------------------------------------------------------------------------
+
+
+def test_no_judge_names_both_forms(workplace):
+    with pytest.raises(UserError) as error:
+        judge.main([str(workplace / "results")])
+    for part in ("--judge", "hf:PATH", "--base_url", "2026-10-23", "2027-01-14"):
+        assert part in str(error.value)
+
+
+def test_no_key(workplace, server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UserError, match=r"export OPENAI_API_KEY=.*any text will do"):
+        run_judge(workplace, server)
+
+
+def test_unknown_question(workplace, server):
+    make_run(workplace, "base", {**ANSWERS, 999: ["a", "b"]})
+    with pytest.raises(UserError, match=r"answers.jsonl: question_id 999 is not in"):
+        run_judge(workplace, server)
+    assert server.requests == []
+
+
+def test_runs_without_answers_are_named_and_passed_over(workplace, server, capsys):
+    (make_run(workplace, "dpo", {}) / "mt_bench/answers.jsonl").unlink()
+    assert run_judge(workplace, server) == 0
+    assert "no answers for run dpo; run python gen_mtbench.py" in capsys.readouterr().err
+    (workplace / "results/base/mt_bench/answers.jsonl").unlink()
+    with pytest.raises(UserError, match="run gen_mtbench.py first"):
+        run_judge(workplace, server)
+
+
+def test_missing_reference(workplace, server):
+    write_answers(workplace / "mt/reference_answer/gpt-4.jsonl", {111: ["4", "8"]})
+    with pytest.raises(UserError, match="no reference for question 121"):
+        run_judge(workplace, server)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_template": "{question}"}, "exactly the fields {answer}, {question}"),
+        ({"prompt_template": "{question} {answer"}, "literal braces"),
+        ({"output_format": "[[A]]"}, "output_format"),
+        ({"name": "else"}, "no prompt named single-v1"),
+        ({"system_prompt": None}, "must be text"),
+    ],
+)
+def test_bad_prompts(workplace, server, change, message):
+    write_lines(workplace / "mt/judge_prompts.jsonl", [{**PROMPTS[0], **change}, *PROMPTS[1:]])
+    with pytest.raises(UserError) as error:
+        run_judge(workplace, server)
+    assert message in str(error.value)
+    assert "judge_prompts.jsonl" in str(error.value)
+
+
+def test_manifest_may_not_call_other_prompts_mt_benchs(workplace, server):
+    (workplace / "mt/manifest.json").write_text('{"prompts": "mt_bench"}')
+    with pytest.raises(UserError, match="not MT-Bench's prompts"):
+        run_judge(workplace, server)
+    (workplace / "mt/manifest.json").write_text('{"prompts": "own"}')
+    assert run_judge(workplace, server) == 0
+
+
+def test_a_file_that_is_no_store(workplace, server):
+    (workplace / "results/judgements.sqlite").write_text("not a database, " * 100)
+    with pytest.raises(UserError, match="move it away"):
+        run_judge(workplace, server)
+
+
+# ---- a local judge ------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A random Llama of some thousand parameters whose tokenizer splits "10" in two."""
+    import tokenizers
+    import torch
+    import transformers
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    core.train_from_iterator(["Rating: [[5]] or [[7]] of the answer", "the question and the answer"] * 50, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=TEMPLATE)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.5,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def naive_score(model, tokenizer, messages: list[dict]) -> tuple[float, list[float]]:
+    """Ten whole sequences, a full forward each; probabilities multiplied token by token."""
+    import torch
+
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    probabilities = []
+    for rating in range(1, 11):
+        string = tokenizer(f"[[{rating}]]", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            probs = model(torch.tensor([prompt + string])).logits[0].double().softmax(-1)
+        steps = [probs[len(prompt) + i - 1, token].item() for i, token in enumerate(string)]
+        probabilities.append(math.prod(steps))
+    return sum(r * p for r, p in enumerate(probabilities, 1)) / sum(probabilities), probabilities
+
+
+def test_local_score_equals_the_naive_one(tiny):
+    model, tokenizer = judge.load_judge(str(tiny), "float32")
+    for question in QUESTIONS:
+        messages = our_messages(question, 2)
+        reply = judge.ask_local(model, tokenizer, {"messages": messages})
+        score, probabilities = naive_score(model, tokenizer, messages)
+        assert reply["status"] == "ok"
+        assert reply["score"] == pytest.approx(score, rel=1e-5)
+        said = json.loads(reply["judgement"])
+        assert list(said) == [str(rating) for rating in range(1, 11)]
+        assert list(said.values()) == pytest.approx(probabilities, rel=1e-4)
+
+
+def test_rating_strings_have_different_lengths(tiny):
+    _, tokenizer = judge.load_judge(str(tiny), "float32")
+    ids, ratings = judge.encode_ratings(tokenizer, "<|assistant|>\n")
+    assert len(set(map(len, ratings))) > 1, "or padding is not tested"
+    assert tokenizer.decode(ids + ratings[9]) == "<|assistant|>\n[[10]]"
+
+
+def test_a_string_that_merges_with_the_prompt_is_encoded_alone(tiny):
+    _, tokenizer = judge.load_judge(str(tiny), "float32")
+    prompt = "of the ["  # "[[" is one token after it was trained, so the boundary falls inside it
+    ids, ratings = judge.encode_ratings(tokenizer, prompt)
+    assert ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert ratings[0] == tokenizer("[[1]]", add_special_tokens=False)["input_ids"]
+
+
+def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}"]
+    assert judge.main([*command, "--dtype", "float32"]) == 0
+    rows = rows_of(workplace)
+    assert all(row["status"] == "ok" and 1 < row["score"] < 10 for row in rows)
+    assert len({row["score"] for row in rows}) == 6
+    assert 0 < rows[0]["judge_params_b"] < 0.001
+    assert "smoke test" in capsys.readouterr().out
+
+    asked = []
+    monkeypatch.setattr(judge, "ask_local", lambda *args: asked.append(1))
+    assert judge.main([*command, "--dtype", "float32"]) == 0
+    assert not asked
+    assert rows_of(workplace) == rows
+
+
+def test_a_prompt_beyond_the_context_has_no_score(workplace, tiny):
+    make_run(workplace, "base", {**ANSWERS, 81: ["word " * 600, "x"]})
+    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}"]
+    assert judge.main(command) == 1
+    rows = {(row["question_id"], row["turn"]): row for row in rows_of(workplace)}
+    assert (rows[81, 1]["status"], rows[81, 1]["score"]) == ("context", None)
+    assert rows[111, 1]["status"] == "ok"
+
+
+def test_other_weights_at_the_same_path_are_another_judge(tiny):
+    import torch
+
+    model, _ = judge.load_judge(str(tiny), "float32")
+    before = judge.fingerprint(model)
+    assert judge.fingerprint(judge.load_judge(str(tiny), "float32")[0]) == before
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    assert judge.fingerprint(model) != before
+
+
+def test_a_path_that_is_no_model(workplace, tmp_path):
+    with pytest.raises(UserError, match="--judge hf:"):
+        judge.load_judge(str(tmp_path), "float32")

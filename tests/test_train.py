@@ -1,0 +1,317 @@
+"""train_pref.py on a tiny random model: exactness, gates, files, errors."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import run_script
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train_pref
+from chat import TokenPair, load_tokenizer, tokenize_pairs
+from files import UserError, read_pairs
+from modeling import Ranks, ResponseLogps, add_lora, load_base, make_batch, sum_by_row
+from train_pref import learning_rate_at, number_of_steps, pairs_of_step, parse_args, run_id_of
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def train_args(tiny_model, pairs_folder, results, *more):
+    return (
+        "--model", tiny_model, "--data", pairs_folder, "--results_dir", results, "--dtype", "float32", "--lora_r", "4",
+        "--lora_dropout", "0", "--global_batch", "8", "--learning_rate", "1e-3", "--epochs", "1", *more,
+    )  # fmt: skip
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, pairs_folder, tmp_path_factory):
+    """A finished run of td_dpo in one process."""
+    results = tmp_path_factory.mktemp("results")
+    done = run_script("train_pref.py", *train_args(tiny_model, pairs_folder, results, "--run_id", "one"))
+    assert done.returncode == 0, done.stderr
+    return results / "one"
+
+
+# ---- what a run leaves --------------------------------------------------------------------------
+
+
+def test_run_writes_its_files(finished):
+    record = json.loads((finished / "args.json").read_text())
+    assert (record["loss"], record["beta"], record["tau"], record["seed"]) == ("td_dpo", 0.05, 1.0, 42)
+    assert set(record["data_sha256"]) == {"train", "val"}
+    assert record["versions"]["torch"] == torch.__version__
+    lines = metrics_of(finished)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert {"loss", "preference", "anchor", "logps/chosen", "rewards/margins", "rewards/accuracies", "margin/rho",
+            "grad_norm", "lr", "tokens", "tok_per_s", "peak_gib", "nonfinite"} <= steps[0].keys()  # fmt: skip
+    evaluations = [line["step"] for line in lines if "eval/acc_ref" in line]
+    assert evaluations == [0, 4]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["best_step"] == 4 and summary["nonfinite_steps"] == 0
+
+
+def test_step0_is_the_reference(finished):
+    first = next(line for line in metrics_of(finished) if "eval/acc_ref" in line)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["step0_difference"] <= train_pref.STEP0_TOLERANCE[torch.float32]
+    assert abs(first["eval/margin/rho"]) < 1e-4
+
+
+def test_val_pairs_agree_with_metrics_and_with_plain_peft(finished, tiny_model, pairs_folder):
+    """The adapter on disk, loaded by plain PEFT, gives the log-probs that the run wrote down."""
+    rows = [json.loads(line) for line in (finished / "val_pairs.jsonl").read_text().splitlines()]
+    best = [row for row in rows if row["step"] == 4]
+    assert len(rows) == 16 and len(best) == 8
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), finished / "adapter").eval()
+    pairs = tokenize_pairs(load_tokenizer(str(tiny_model)), read_pairs(pairs_folder / "val.jsonl"), 512)
+    for row, pair in zip(best, pairs):
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([pair.prompt + getattr(pair, side)])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                with model.disable_adapter():
+                    refs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            start = len(pair.prompt) - 1
+            assert row[f"policy_{side}"] == pytest.approx(logps[start:].sum().item(), rel=1e-5)
+            assert row[f"ref_{side}"] == pytest.approx(refs[start:].sum().item(), rel=1e-5)
+            assert row[f"len_{side}"] == len(getattr(pair, side))
+
+
+def test_training_moves_the_margin(finished):
+    evaluations = [line for line in metrics_of(finished) if "eval/acc_ref" in line]
+    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+
+
+def test_finished_run_is_not_trained_again_and_other_arguments_are_refused(finished, tiny_model, pairs_folder):
+    arguments = train_args(tiny_model, pairs_folder, finished.parent, "--run_id", "one")
+    before = (finished / "summary.json").stat().st_mtime_ns
+    again = run_script("train_pref.py", *arguments)
+    assert again.returncode == 0 and "finished already" in again.stdout
+    assert (finished / "summary.json").stat().st_mtime_ns == before
+    other = run_script("train_pref.py", *arguments, "--beta", "0.5")
+    assert other.returncode == 2 and "beta was 0.05, is 0.5" in other.stderr
+
+
+# ---- equivalences -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["adapters", "full"])
+def test_two_ranks_equal_one(finished, tiny_model, pairs_folder, mode):
+    """Same losses and adapter, the ragged last batch (30 = 3 x 8 + 6) included."""
+    arguments = train_args(tiny_model, pairs_folder, finished.parent, "--run_id", f"two_{mode}", "--shard", mode)
+    two = run_script("train_pref.py", *arguments, torchrun=2)
+    assert two.returncode == 0, two.stderr[-2000:]
+    for one_line, two_line in zip(metrics_of(finished), metrics_of(finished.parent / f"two_{mode}"), strict=True):
+        for key in set(one_line) - {"tok_per_s", "peak_gib"}:
+            assert two_line[key] == pytest.approx(one_line[key], rel=1e-5, abs=1e-5), key
+    one, other = (
+        load_file(finished.parent / run / "adapter" / "adapter_model.safetensors") for run in ("one", f"two_{mode}")
+    )
+    for name in one:
+        assert torch.allclose(one[name], other[name], atol=2e-5), name
+
+
+def test_accumulation_and_checkpointing_do_not_change_the_run(finished, tiny_model, pairs_folder):
+    more = ("--run_id", "accumulated", "--per_device_batch", "3", "--checkpointing", "on")
+    done = run_script("train_pref.py", *train_args(tiny_model, pairs_folder, finished.parent, *more))
+    assert done.returncode == 0, done.stderr
+    for one_line, other in zip(metrics_of(finished), metrics_of(finished.parent / "accumulated"), strict=True):
+        for key in ("loss", "grad_norm", "eval/loss"):
+            assert other.get(key) == pytest.approx(one_line.get(key), rel=1e-4), key
+
+
+def test_reference_cache_is_shared_and_a_damaged_one_recomputed(finished, tiny_model, pairs_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pairs_folder, data)
+    files = sorted((data / "reference").glob("*.safetensors"))
+    assert len(files) == 2
+    files[0].write_bytes(files[0].read_bytes()[:-40])  # torn
+    damaged = bytearray(files[1].read_bytes())
+    damaged[-1] ^= 1  # one flipped bit
+    files[1].write_bytes(damaged)
+    done = run_script("train_pref.py", *train_args(tiny_model, data, tmp_path, "--loss", "dpo", "--max_steps", "1"))
+    assert done.returncode == 0, done.stderr
+    assert "read from" not in done.stdout
+    again = run_script(
+        "train_pref.py",
+        *train_args(tiny_model, data, tmp_path, "--loss", "discopop", "--seed", "7", "--max_steps", "1"),
+    )
+    assert again.stdout.count("read from") == 2
+    assert sorted((data / "reference").glob("*.safetensors")) == files
+    for copy in files:
+        original = load_file(pairs_folder / "reference" / copy.name)["logps"]
+        assert torch.allclose(load_file(copy)["logps"], original, atol=1e-5)
+
+
+def test_gradient_reaches_every_lora_matrix(tiny_model, pairs_folder):
+    policy = tiny_policy(tiny_model)
+    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:3], 2, ONE.device)
+    sums = sum_by_row(policy(batch)[0], batch)
+    torch.nn.functional.softplus(sums[3:] - sums[:3]).sum().backward()
+    gradients = {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * 2 * 7  # A and B, two layers, seven linear layers each
+    for name, gradient in gradients.items():
+        assert (gradient.abs().max() > 0) == ("lora_B" in name), name  # B = 0 at the start, so A has none yet
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_gradients_survive_a_reference_pass(tiny_model, pairs_folder, quant):
+    """On CPU an eval forward of a 4-bit model zeroes later gradients: our reference pass must not be one."""
+    base = load_base(str(tiny_model), torch.float32, quant, ONE.device)
+    policy = ResponseLogps(add_lora(base, 4, 16, 0.0, "all-linear", seed=1).train())
+    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:2], 2, ONE.device)
+    with torch.no_grad(), train_pref.dropout(policy, active=False):
+        before = policy(batch)[0]
+    logps, _ = policy(batch)
+    assert torch.allclose(logps, before, atol=1e-5)
+    logps.sum().backward()
+    gradients = [p.grad.abs().max().item() for n, p in policy.named_parameters() if "lora_B" in n]
+    assert min(gradients) > 0
+
+
+@pytest.mark.parametrize("kl", ["full_rev", "full_fwd", "full_sym"])
+def test_vocabulary_kl_against_plain_logits(tiny_model, pairs_folder, kl):
+    policy = tiny_policy(tiny_model)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:2], 2, ONE.device)
+    with torch.no_grad():
+        mine = policy(batch, kl)[1]
+        model = policy.model
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.positions]
+        with model.disable_adapter():
+            refs = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.positions]
+    p, q = (torch.distributions.Categorical(logits=x.double()) for x in (logits, refs))
+    forward, reverse = torch.distributions.kl_divergence(q, p), torch.distributions.kl_divergence(p, q)
+    expected = {"full_rev": reverse, "full_fwd": forward, "full_sym": (forward + reverse) / 2}[kl]
+    assert mine.max() > 1e-3
+    assert torch.allclose(mine.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more", [("--kl", "k3"), ("--kl", "full_sym"), ("--loss", "dlrml"), ("--loss", "dpo_kl"), ("--logp", "mean")]
+)
+def test_every_variant_trains(tiny_model, pairs_folder, tmp_path, monkeypatch, more):
+    arguments = train_args(tiny_model, pairs_folder, tmp_path, "--max_steps", "2", "--run_id", "variant", *more)
+    assert train_pref.main([str(a) for a in arguments]) == 0
+    lines = [line for line in metrics_of(tmp_path / "variant") if "loss" in line]
+    assert len(lines) == 2 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+
+
+def test_published_discopop_that_overflows_ends_as_diverged(tiny_model, pairs_folder, tmp_path):
+    more = ("--loss", "discopop", "--discopop_form", "published", "--beta", "2000", "--learning_rate", "0.05",
+            "--max_nonfinite", "2", "--epochs", "4", "--run_id", "bad")  # fmt: skip
+    done = run_script("train_pref.py", *train_args(tiny_model, pairs_folder, tmp_path, *more))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "bad" / "summary.json").read_text())
+    assert summary["status"] == "diverged" and summary["nonfinite_steps"] >= 2
+    assert "NON-FINITE" in done.stdout and "NaN" not in (tmp_path / "bad" / "metrics.jsonl").read_text()
+
+
+def test_trial_mode_is_marked(tiny_model, pairs_folder, tmp_path):
+    assert train_pref.main([str(a) for a in train_args(tiny_model, pairs_folder, tmp_path, "--mode", "trial")]) == 0
+    (run,) = (path.parent for path in tmp_path.glob("*/summary.json"))
+    assert run.name.endswith("_trial") and json.loads((run / "args.json").read_text())["mode"] == "trial"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+
+
+def tiny_policy(tiny_model):
+    base = load_base(str(tiny_model), torch.float32, "none", ONE.device)
+    return ResponseLogps(add_lora(base, 4, 16, 0.0, "all-linear", seed=1).train())
+
+
+def val_pairs(tiny_model, pairs_folder) -> list[TokenPair]:
+    return tokenize_pairs(load_tokenizer(str(tiny_model)), read_pairs(pairs_folder / "val.jsonl"), 512)
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+def test_the_studys_numbers():
+    args = parse_args([])
+    assert number_of_steps(args, 6750) == 159
+    assert len(pairs_of_step(52, 6750, 128, 42)) == 94
+    epoch = [i for step in range(53, 106) for i in pairs_of_step(step, 6750, 128, 42)]
+    assert sorted(epoch) == list(range(6750))
+    assert pairs_of_step(0, 6750, 128, 42) != pairs_of_step(53, 6750, 128, 42)
+    assert pairs_of_step(0, 6750, 128, 42) != pairs_of_step(0, 6750, 128, 43)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    args = parse_args(["--learning_rate", "1"])
+    rates = [learning_rate_at(step, 100, args) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1 and rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert rates[55] == pytest.approx(0.5) and rates[99] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--loss", "td_dpo", "--beta", "2.5", "--tau", "2"], "td_dpo_b2.5_t2_s42"),
+        (["--loss", "dpo"], "dpo_b0.1_s42"),
+        (["--loss", "dpo", "--logp", "mean", "--learning_rate", "2e-5"], "dpo_b0.1_s42_mean_lr2e-05"),
+        (
+            ["--loss", "td_dpo", "--kl", "full_rev", "--seed", "7", "--mode", "trial"],
+            "td_dpo_b0.05_t1_s7_full-rev_trial",
+        ),
+        (["--loss", "dlrml", "--beta_mix", "0.5", "--lora_r", "16"], "dlrml_b0.05_s42_mix0.5_r16"),
+    ],
+)
+def test_run_id_says_what_was_varied(arguments, expected):
+    args = parse_args(arguments)
+    assert run_id_of(args, train_pref.loss_parameters(args), parse_args([])) == expected
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tau", "0"], "--tau 0"),
+        (["--loss", "dpo", "--tau", "1"], "dpo has no such parameter"),
+        (["--global_batch", "7"], "does not divide over 2 ranks"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--learning_rate", "nan"], "--learning_rate nan"),
+        (["--run_id", "../out"], "run id '../out'"),
+    ],
+)
+def test_bad_arguments_are_named(pairs_folder, arguments, said):
+    args = parse_args(["--data", str(pairs_folder), *arguments])
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        train_pref.prepare(args, Ranks(0, 2, torch.device("cpu")))
+
+
+def test_bad_line_of_the_data_is_named(pairs_folder, tmp_path):
+    shutil.copytree(pairs_folder, tmp_path / "data")
+    with open(tmp_path / "data" / "train.jsonl", "a") as file:
+        file.write('{"id": "x", \n')
+    args = parse_args(["--data", str(tmp_path / "data")])
+    with pytest.raises(UserError, match=r"train.jsonl:31: not valid JSON"):
+        train_pref.prepare(args, ONE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--loss", "unheard_of"), "invalid choice"),
+        (("--tau", "0"), "error: --tau 0.0: must be above 0"),
+        (("--model", "/nonexistent/model"), "error: --model /nonexistent/model: no tokenizer there"),
+    ],
+)
+def test_errors_reach_the_user_in_one_or_two_lines(pairs_folder, tmp_path, arguments, said):
+    done = run_script("train_pref.py", "--data", pairs_folder, "--results_dir", tmp_path, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,612 @@
+"""Train a LoRA adapter on preference pairs with one of the losses in losses.py.
+
+    python train_pref.py --data data/dpo-mix-7k --loss dpo --beta 0.1
+    torchrun --nproc_per_node 8 train_pref.py --loss td_dpo --beta 2.5 --tau 2
+
+Reads  data/<name>/{train,val}.jsonl (prep_data.py) and a chat model (hub id or folder).
+Writes results/<run_id>/{args.json, metrics.jsonl, val_pairs.jsonl, adapter/, summary.json}
+and    data/<name>/reference/<key>.safetensors, the reference log-probs that every run on this data and base shares.
+
+The defaults are the first study's: Llama-2-7b-chat in 4 bit, LoRA r 64, AdamW at 1e-5, 128 pairs a step, 3 epochs.
+"""
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from chat import TokenPair, load_tokenizer, tokenize_pairs
+from files import (
+    UserError,
+    check_run_id,
+    jsonl_line,
+    read_json,
+    read_pairs,
+    run_main,
+    sha256_file,
+    versions,
+    write_json,
+    write_jsonl,
+)
+from losses import FULL_KL, KL_CHOICES, LOSSES, PairLogps, check_parameters, k2, loss_defaults, reduced, token_k3
+from modeling import (
+    Batch,
+    Ranks,
+    ResponseLogps,
+    add_lora,
+    check_logps,
+    close_ranks,
+    dropout,
+    fingerprint,
+    init_ranks,
+    load_base,
+    make_batch,
+    pick_dtype,
+    shard,
+    share_out,
+    sum_by_row,
+)
+from reference import Reference, reference_key, reference_logps
+
+# Largest |policy - reference| per response token (nats) at step 0, where the adapter is the identity. Not zero,
+# because a pair meets other padding in the two passes, and matmuls round differently then.
+STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TRIAL_STEPS, TRIAL_VAL_PAIRS = 2, 8
+
+# How a parameter is named in the run id when it differs from its default; beta, tau and seed always stand there.
+RUN_ID_TAGS = {
+    "beta_mix": "mix", "discopop_tau": "t", "discopop_form": "", "label_smoothing": "ls", "margin": "m", "kl": "",
+    "logp": "", "learning_rate": "lr", "epochs": "ep", "max_steps": "steps", "global_batch": "gb", "max_length": "len",
+    "truncation": "", "weight_decay": "wd", "warmup_ratio": "wu", "max_grad_norm": "clip", "lora_r": "r",
+    "lora_alpha": "a", "lora_dropout": "do", "lora_targets": "", "quant": "", "dtype": "",
+}  # fmt: skip
+# May differ between two starts of one run without making it another run.
+NOT_THE_RUN = ("results_dir", "run_id", "data", "shard", "checkpointing", "per_device_batch", "world_size", "versions")
+
+METRICS = (
+    "loss", "preference", "anchor", "anchor_k1", "logps/chosen", "logps/rejected", "rewards/chosen",
+    "rewards/rejected", "rewards/margins", "rewards/accuracies", "margin/rho", "margin/delta",
+)  # fmt: skip
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("what is trained on what")
+    group.add_argument("--model", default="meta-llama/Llama-2-7b-chat-hf", help="chat model: hub id or folder")
+    group.add_argument("--data", type=Path, default=Path("data/dpo-mix-7k"), help="folder written by prep_data.py")
+    group.add_argument("--results_dir", type=Path, default=Path("results"), help="folder of all runs")
+    group.add_argument("--run_id", help="name of the run's folder (default: loss, beta, tau, seed and what differs)")
+    group.add_argument(
+        "--mode",
+        choices=["full", "trial"],
+        default="full",
+        help=f"trial: {TRIAL_STEPS} steps of anything, marked so that analyze.py refuses it",
+    )
+    group.add_argument("--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout")
+
+    group = parser.add_argument_group(
+        "loss (unset: the loss's own default, see losses.py; a parameter that the loss does not have is an error)"
+    )
+    group.add_argument("--loss", choices=list(LOSSES), default="td_dpo")
+    group.add_argument("--beta", type=float, help="weight of the reference; for dlrml this is beta_kl")
+    group.add_argument("--tau", type=float, help="td_dpo: temperature of the margin, nats")
+    group.add_argument("--margin", choices=["free", "ref"], help="td_dpo: margin without or against the reference")
+    group.add_argument("--kl", choices=KL_CHOICES, help="td_dpo: anchor to the reference")
+    group.add_argument("--logp", choices=["sum", "mean"], help="log-probs summed or averaged over response tokens")
+    group.add_argument("--label_smoothing", type=float, help="dpo: share of pairs assumed mislabelled")
+    group.add_argument("--discopop_tau", type=float, help="discopop, dlrml: temperature t of the mixing")
+    group.add_argument("--discopop_form", choices=["stable", "published"], help="discopop: published overflows")
+    group.add_argument("--beta_mix", type=float, help="dlrml: beta of the mixing")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--learning_rate", type=float, default=1e-5)
+    group.add_argument("--weight_decay", type=float, default=0.01)
+    group.add_argument("--epochs", type=float, default=3, help="passes over the pairs")
+    group.add_argument("--max_steps", type=int, default=0, help="stop after so many optimiser steps (0: epochs decide)")
+    group.add_argument("--global_batch", type=int, default=128, help="pairs an optimiser step, over all ranks")
+    group.add_argument("--per_device_batch", type=int, default=4, help="pairs a micro-batch and rank (memory only)")
+    group.add_argument("--max_length", type=int, default=2048, help="tokens of prompt + response")
+    group.add_argument(
+        "--truncation",
+        choices=["keep_end", "keep_start"],
+        default="keep_end",
+        help="which end of a prompt that is too long is kept",
+    )
+    group.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps; then cosine to 0")
+    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--eval_steps", type=int, default=20, help="evaluate every so many steps, and at epoch ends")
+    group.add_argument("--max_nonfinite", type=int, default=10, help="non-finite steps in a row that end the run")
+
+    group = parser.add_argument_group("model and memory")
+    group.add_argument("--lora_r", type=int, default=64)
+    group.add_argument("--lora_alpha", type=int, default=16)
+    group.add_argument("--lora_dropout", type=float, default=0.05)
+    group.add_argument("--lora_targets", default="all-linear", help="all-linear, or module names with commas")
+    group.add_argument("--quant", choices=["auto", "nf4", "none"], default="auto", help="auto: nf4 on CUDA")
+    group.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="compute dtype; auto: bf16 where the hardware has it",
+    )
+    group.add_argument(
+        "--shard",
+        choices=["adapters", "full"],
+        default="adapters",
+        help="FSDP2: the frozen base replicated, or sharded too",
+    )
+    group.add_argument(
+        "--checkpointing",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="activation checkpointing: slower, much less memory; auto: on CUDA",
+    )
+    return parser.parse_args(argv)
+
+
+def loss_parameters(args: argparse.Namespace) -> dict:
+    """The chosen loss's own parameters: given ones over its defaults. Raises UserError for one it does not have."""
+    defaults = loss_defaults(args.loss)
+    every = {key for name in LOSSES for key in loss_defaults(name)}
+    given = {key: getattr(args, key) for key in every if getattr(args, key) is not None}
+    if foreign := sorted(given.keys() - defaults.keys()):
+        raise UserError(f"--{foreign[0]}: {args.loss} has no such parameter; it has {', '.join(defaults)}")
+    parameters = {**defaults, **given}
+    try:
+        check_parameters(args.loss, parameters)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return parameters
+
+
+def check_args(args: argparse.Namespace, world: int) -> None:
+    """Raise UserError for values no run can be made of, before anything is loaded."""
+    for key in ("learning_rate", "epochs", "global_batch", "per_device_batch", "max_grad_norm", "eval_steps",
+                "lora_r", "lora_alpha", "max_nonfinite"):  # fmt: skip
+        if not 0 < getattr(args, key) < math.inf:
+            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
+    for key in ("weight_decay", "warmup_ratio", "lora_dropout"):
+        if not 0 <= getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be in [0, 1)")
+    if args.max_steps < 0:
+        raise UserError(f"--max_steps {args.max_steps}: must be 0 (epochs decide) or more")
+    if args.max_length < 16:
+        raise UserError(f"--max_length {args.max_length}: needs at least 16 tokens")
+    if args.global_batch % world:
+        near = max(world, args.global_batch // world * world)
+        raise UserError(
+            f"--global_batch {args.global_batch} does not divide over {world} ranks; use {near} or another multiple"
+        )
+    if args.shard == "full" and args.quant == "nf4":
+        raise UserError("--shard full with --quant nf4: sharded 4-bit weights are not verified; use --shard adapters")
+
+
+def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Namespace) -> str:
+    """td_dpo_b2.5_t2_s42, then every other parameter that differs from its default (_mean, _lr2e-05)."""
+    parts = [args.loss, f"b{parameters['beta']:g}"]
+    if "tau" in parameters:
+        parts.append(f"t{parameters['tau']:g}")
+    parts.append(f"s{args.seed}")
+    own_defaults = loss_defaults(args.loss)
+    for key, tag in RUN_ID_TAGS.items():
+        value = parameters.get(key, getattr(args, key))
+        default = own_defaults.get(key, getattr(defaults, key))
+        if value is not None and value != default:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{tag}{text}".replace(",", "+").replace("_", "-"))
+    return "_".join([*parts, *(["trial"] if args.mode == "trial" else [])])
+
+
+# ---- plan: steps, order, shares, learning rate --------------------------------------------------
+
+
+def steps_per_epoch(pairs: int, global_batch: int) -> int:
+    return math.ceil(pairs / global_batch)
+
+
+def number_of_steps(args: argparse.Namespace, pairs: int) -> int:
+    steps = math.ceil(args.epochs * steps_per_epoch(pairs, args.global_batch))
+    return min(steps, TRIAL_STEPS if args.mode == "trial" else args.max_steps or steps)
+
+
+def pairs_of_step(step: int, pairs: int, global_batch: int, seed: int) -> list[int]:
+    """Indices of the pairs of optimiser step `step` (from 0): a function of the seed and the step alone, so that all
+    losses, rank counts and resumed runs see the same batches. The last step of an epoch takes what is left."""
+    epoch, within = divmod(step, steps_per_epoch(pairs, global_batch))
+    order = np.random.default_rng([seed, epoch]).permutation(pairs)
+    return order[within * global_batch : (within + 1) * global_batch].tolist()
+
+
+def learning_rate_at(step: int, steps: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then cosine to 0; `step` counts from 0 and the first step already moves."""
+    warmup = math.ceil(args.warmup_ratio * steps)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---- one batch, one step, one evaluation --------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """Pairs of train or val: rows as read, token ids, reference log-probs; all in one order."""
+
+    rows: list[dict]
+    pairs: list[TokenPair]
+    reference: Reference
+
+
+class Study(NamedTuple):
+    """What every step and evaluation of a run needs."""
+
+    args: argparse.Namespace
+    ranks: Ranks
+    policy: ResponseLogps
+    pad_id: int
+    loss: Callable[[PairLogps], tuple[Tensor, dict]]  # with its parameters bound
+    parameters: dict
+
+    @property
+    def token_kl(self) -> str | None:
+        """The token-level estimator that the loss reads from its input, if any."""
+        kl = self.parameters.get("kl")
+        return kl if kl in ("k3", *FULL_KL) else None
+
+    def pair_logps(self, split: Split, members: list[int]) -> tuple[PairLogps, Batch]:
+        """Forward pairs `members` of `split`: what a loss may read, (len(members),) each."""
+        kl = self.token_kl
+        batch = make_batch([split.pairs[i] for i in members], self.pad_id, self.ranks.device)
+        logps, divergence = self.policy(batch, kl if kl in FULL_KL else None)
+        if kl == "k3":
+            divergence = token_k3(logps - split.reference.of(members).to(logps.device))
+        sums = sum_by_row(logps, batch).chunk(2)
+        refs = split.reference.sums[members].to(logps.device).unbind(1)
+        kls = sum_by_row(divergence, batch).chunk(2) if kl else (None, None)
+        return PairLogps(*sums, *refs, *batch.lengths.float().chunk(2), *kls), batch
+
+    def metric_rows(self, inputs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Losses (B,), and (len(METRICS), B): METRICS of each pair. Log-probs, rewards and margins are sums over
+        tokens, as in TRL; `anchor` is the loss's own where it has one, else k2, which then is no part of the loss."""
+        values, terms = self.loss(inputs)
+        (a, b), rho, beta = inputs.log_ratios, inputs.rho, self.parameters["beta"]
+        anchor = terms["anchor"] if "anchor" in terms else k2(reduced(inputs, self.parameters["logp"]))
+        rows = (values, terms["preference"], anchor, a + b, inputs.chosen, inputs.rejected, beta * a, beta * b,
+                beta * rho, ranked_right(rho), rho, inputs.delta)  # fmt: skip
+        return values, torch.stack([row.detach() for row in rows]).double()
+
+
+def ranked_right(margin: Tensor) -> Tensor:
+    """1 where the margin is above 0, 1/2 for a tie (every LoRA starts with rho = 0 on all pairs), else 0."""
+    return (margin > 0).double() + 0.5 * (margin == 0).double()
+
+
+def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, int, float]:
+    """Gradients of one optimiser step: the loss summed over its pairs, divided by their number, so that ranks and
+    micro-batches do not change it. Returns METRICS' means over the step's pairs, tokens, and the gradient norm."""
+    args, ranks, policy = study.args, study.ranks, study.policy
+    weight = ranks.world / len(members)  # times world: FSDP averages gradients over ranks
+    totals = torch.zeros(len(METRICS) + 1, device=ranks.device, dtype=torch.float64)
+    micro_batches = share_out(members, split.pairs, ranks, args.per_device_batch)
+    for number, micro in enumerate(micro_batches, 1):
+        policy.set_requires_gradient_sync(number == len(micro_batches))
+        inputs, batch = study.pair_logps(split, micro or members[:1])  # an empty share runs along with weight 0
+        values, rows = study.metric_rows(inputs)
+        (values.sum() * (weight if micro else 0.0)).backward()
+        if micro:
+            totals += torch.cat([rows.sum(1), rows.new_tensor([batch.tokens])])
+    grad_norm = torch.nn.utils.clip_grad_norm_(trainable(policy).values(), args.max_grad_norm)
+    *sums, tokens = ranks.sum(totals).tolist()
+    return {k: v / len(members) for k, v in zip(METRICS, sums)}, int(tokens), whole(grad_norm).item()
+
+
+@torch.no_grad()
+def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
+    """Metrics over all pairs of `split`, and (pairs, 2) the policy's log-probs (sums; chosen, rejected)."""
+    ranks = study.ranks
+    table = torch.zeros(len(split.pairs), 4, device=ranks.device)
+    batches = share_out(list(range(len(split.pairs))), split.pairs, ranks, study.args.per_device_batch)
+    with dropout(study.policy, active=False):
+        for members in ranks.progress(batches, "evaluating"):
+            inputs, _ = study.pair_logps(split, members or [0])
+            if members:
+                kls = [inputs.kl_chosen, inputs.kl_rejected] if study.token_kl else []
+                table[members, : 2 + len(kls)] = torch.stack([inputs.chosen, inputs.rejected, *kls], 1)
+    table = ranks.sum(table).cpu()
+    counts = response_lengths(split.pairs).float().unbind(1)
+    kls = table[:, 2:].unbind(1) if study.token_kl else (None, None)
+    inputs = PairLogps(table[:, 0], table[:, 1], *split.reference.sums.unbind(1), *counts, *kls)
+    means = study.metric_rows(inputs)[1].mean(1).tolist()
+    accuracies = {"acc_ref": inputs.rho, "acc_sum": inputs.delta, "acc_mean": inputs.mean().delta}
+    metrics = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
+    return metrics | {f"eval/{k}": ranked_right(m).mean().item() for k, m in accuracies.items()}, table[:, :2]
+
+
+def response_lengths(pairs: list[TokenPair]) -> Tensor:
+    """(pairs, 2) response tokens, chosen and rejected."""
+    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+
+
+def trainable(policy: ResponseLogps) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of an FSDP shard (collective: call it on every rank), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- gates: stop before GPU-hours are spent on a broken run -------------------------------------
+
+
+def check_step0(logps: Tensor, split: Split, dtype: torch.dtype) -> float:
+    """Largest |policy - reference| per token before training (nats). Raises UserError above STEP0_TOLERANCE."""
+    worst = ((logps - split.reference.sums).abs() / response_lengths(split.pairs)).max().item()
+    if not worst <= STEP0_TOLERANCE[dtype]:
+        raise UserError(
+            f"before training the policy differs from its reference by {worst:.3g} nats a token (tolerance "
+            f"{STEP0_TOLERANCE[dtype]} in {dtype}): a stale file in the data folder's reference/ (delete it), or "
+            "weights that change between two forwards"
+        )
+    return worst
+
+
+def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:
+    """Raise UserError if some LoRA matrix B got no gradient in the first step: it would never be trained."""
+    grads = {name: p.grad for name, p in trainable(policy).items() if "lora_B" in name}
+    local = [0.0 if g is None else (g.to_local() if isinstance(g, DTensor) else g).abs().sum().item()
+             for g in grads.values()]  # fmt: skip
+    totals = ranks.sum(torch.tensor(local, device=ranks.device)).tolist()
+    if dead := [name for name, total in zip(grads, totals) if total == 0]:
+        raise UserError(
+            f"{len(dead)} of {len(grads)} LoRA matrices B got a zero gradient in the first step ({dead[0]} first): the "
+            "loss is saturated on every pair (try a smaller beta or a larger tau), or 4-bit weights were repacked"
+        )
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+
+def save_adapter(policy: ResponseLogps, folder: Path, ranks: Ranks) -> None:
+    """Write the adapter as a PEFT directory (fp32 safetensors); an older one is replaced when it is complete."""
+    state = {name.removeprefix("model."): whole(p.detach()).cpu() for name, p in trainable(policy).items()}
+    if not ranks.main:
+        return
+    temporary, old = folder.with_name("adapter.tmp"), folder.with_name("adapter.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    policy.model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
+    """Lines of val_pairs.jsonl: log-probs summed over tokens (nats) and lengths (tokens) of each validation pair."""
+    columns = torch.cat([logps, split.reference.sums, response_lengths(split.pairs)], 1).tolist()
+    names = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "len_chosen", "len_rejected")
+    rows = [{"id": row["id"], "step": step, **dict(zip(names, c))} for row, c in zip(split.rows, columns)]
+    return [row | {key: int(row[key]) for key in names[-2:]} for row in rows]
+
+
+class Log:
+    """metrics.jsonl, a line per optimiser step and per evaluation, written by rank 0 as it happens."""
+
+    def __init__(self, path: Path, ranks: Ranks):
+        self.path, self.ranks = path, ranks
+
+    def line(self, values: dict) -> None:
+        if self.ranks.main:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(jsonl_line(values))
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this rank: allocated on the GPU, or resident in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def step_text(line: dict, steps: int, seconds_left: float, finite: bool) -> str:
+    hours, rest = divmod(int(seconds_left), 3600)
+    return (
+        f"step {line['step']}/{steps}  loss {line['loss']:.4f}  acc {line['rewards/accuracies']:.3f}  "
+        f"rho {line['margin/rho']:+.4f}  grad {line['grad_norm']:.3g}  lr {line['lr']:.2e}  "
+        f"{line['tok_per_s']:.0f} tok/s  {hours}:{rest // 60:02}:{rest % 60:02} left"
+        + ("" if finite else "  NON-FINITE: step not taken")
+    )
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, list[dict]], dict]:
+    """Check all that can be checked without weights. Returns the loss's parameters, rows by split, and what
+    args.json will say. Raises UserError."""
+    check_args(args, ranks.world)
+    parameters = loss_parameters(args)
+    if not args.data.is_dir():
+        raise UserError(f"--data {args.data}: no such folder; make it with prep_data.py --dataset ...")
+    trial = args.mode == "trial"
+    limits = {"train": TRIAL_STEPS * args.global_batch, "val": TRIAL_VAL_PAIRS}
+    rows = {split: read_pairs(args.data / f"{split}.jsonl", limits[split] if trial else None) for split in limits}
+    args.run_id = check_run_id(args.run_id or run_id_of(args, parameters, parse_args([])))
+    if args.quant == "auto":
+        args.quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
+    args.dtype = str(pick_dtype(args.dtype, ranks.device)).removeprefix("torch.")
+    record = {
+        **{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        **parameters,
+        "data_sha256": {split: sha256_file(args.data / f"{split}.jsonl") for split in limits},
+        "world_size": ranks.world,
+        "versions": versions(),
+    }
+    return parameters, rows, record
+
+
+def is_finished(folder: Path, record: dict) -> bool:
+    """True if this very run is finished. Raises UserError if the folder holds another run."""
+    if not (folder / "args.json").is_file():
+        return False
+    old, new = read_json(folder / "args.json"), json.loads(json.dumps(record))
+    if different := [key for key in new if key not in NOT_THE_RUN and old.get(key) != new[key]]:
+        what = ", ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in different[:3])
+        raise UserError(f"{folder}: holds a run with other arguments ({what}); give --run_id or remove the folder")
+    return (folder / "summary.json").is_file()
+
+
+def start_folder(folder: Path, record: dict) -> None:
+    """Write args.json. What an attempt that did not finish left is replaced: a run is a function of its arguments."""
+    if (folder / "args.json").is_file():
+        print(f"{folder}: an earlier attempt did not finish; starting over", flush=True)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    for name in ("metrics.jsonl", "val_pairs.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / "args.json", record)
+
+
+def tokenise(args, tokenizer, rows: dict[str, list[dict]], ranks: Ranks) -> tuple[dict[str, list[TokenPair]], dict]:
+    """Token ids by split, and counts of what was cut: said here and kept in args.json, truncation is never silent."""
+    bar = partial(ranks.progress, what="tokenising", unit="pair")
+    pairs = {split: tokenize_pairs(tokenizer, r, args.max_length, args.truncation, bar) for split, r in rows.items()}
+    both = [pair for split in pairs.values() for pair in split]
+    counts = {
+        "truncated_prompts": sum(p.cut_prompt > 0 for p in both),
+        "truncated_responses": sum(p.cut_response > 0 for p in both),
+        "merged_boundaries": sum(p.merged > 0 for p in both),
+    }
+    words = ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in counts.items())
+    per_pair = sum(p.tokens for p in both) / len(both)
+    ranks.print(f"{len(pairs['train'])} train and {len(pairs['val'])} val pairs, {per_pair:.0f} tokens each; {words}")
+    return pairs, counts
+
+
+def build_policy(args: argparse.Namespace, device: torch.device) -> tuple[ResponseLogps, str]:
+    """The base model with a fresh adapter, and the fingerprint of the base's weights."""
+    base = load_base(args.model, getattr(torch, args.dtype), args.quant, device)
+    weights = fingerprint(base)
+    model = add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
+    if args.checkpointing == "on" or (args.checkpointing == "auto" and device.type == "cuda"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return ResponseLogps(model.train()), weights
+
+
+def train(args: argparse.Namespace, ranks: Ranks) -> None:
+    parameters, rows, record = prepare(args, ranks)
+    folder = args.results_dir / args.run_id
+    if is_finished(folder, record):
+        ranks.print(f"{folder}: finished already; remove the folder to train it again")
+        return
+    tokenizer = load_tokenizer(args.model)
+    pairs, counts = tokenise(args, tokenizer, rows, ranks)
+    policy, weights = build_policy(args, ranks.device)
+    dtype, pad_id = getattr(torch, args.dtype), tokenizer.pad_token_id
+    probe = min(pairs["val"], key=lambda pair: pair.tokens)
+    check_logps(policy, make_batch([probe], pad_id, ranks.device), STEP0_TOLERANCE[dtype])
+    shard(policy, args.shard, dtype, ranks)
+    cache = args.data / "reference"
+    size = args.per_device_batch
+    references = {n: reference_logps(policy, p, pad_id, size, weights, cache, ranks, n) for n, p in pairs.items()}
+    splits = {name: Split(rows[name], pairs[name], references[name]) for name in pairs}
+    if ranks.main:
+        keys = {name: reference_key(weights, pairs[name]) for name in pairs}
+        start_folder(folder, record | counts | {"reference": keys})
+    study = Study(args, ranks, policy, pad_id, partial(LOSSES[args.loss], **parameters), parameters)
+    ranks.print(f"run {args.run_id}: {args.loss} {parameters}, {ranks.world} rank(s) on {ranks.device.type}, "
+                f"{args.dtype}, quant {args.quant}")  # fmt: skip
+    summary = run(study, splits["train"], splits["val"], folder)
+    if ranks.main:
+        write_json(folder / "summary.json", summary)
+    ranks.print(
+        f"{summary['status']} after {summary['steps']} steps and {summary['wall_s']:.0f} s: acc_ref "
+        f"{summary['best_acc_ref']} at step {summary['best_step']} (best), {summary['final_acc_ref']} (final)\n"
+        f"results: {folder}\nnext: python gen_mtbench.py {args.results_dir}"
+    )
+
+
+def run(study: Study, split: Split, val: Split, folder: Path) -> dict:
+    """All optimiser steps and evaluations; the best adapter by acc_ref is kept. Returns summary.json's content."""
+    args, ranks, policy = study.args, study.ranks, study.policy
+    steps, per_epoch = number_of_steps(args, len(split.pairs)), steps_per_epoch(len(split.pairs), args.global_batch)
+    optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    log, started = Log(folder / "metrics.jsonl", ranks), time.monotonic()
+    final, logps = evaluate(study, val)
+    log.line({"step": 0, "epoch": 0.0, **final})
+    difference = check_step0(logps, val, getattr(torch, args.dtype))
+    before = pair_rows(val, 0, logps)
+    best, best_step, status, nonfinite, in_a_row, tokens_done = None, None, "finished", 0, 0, 0
+    for done in range(1, steps + 1):
+        begun, lr = time.monotonic(), learning_rate_at(done - 1, steps, args)
+        seed_dropout(args.seed, done, ranks.rank)
+        members = pairs_of_step(done - 1, len(split.pairs), args.global_batch, args.seed)
+        means, tokens, grad_norm = train_step(study, split, members)
+        finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)  # the same on every rank
+        if finite:
+            if done == 1:
+                check_gradients(policy, ranks)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad()
+        nonfinite, in_a_row, tokens_done = nonfinite + (not finite), 0 if finite else in_a_row + 1, tokens_done + tokens
+        line = {"step": done, "epoch": done / per_epoch, **means, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
+                "tok_per_s": tokens / (time.monotonic() - begun), "peak_gib": peak_gib(ranks.device),
+                "nonfinite": nonfinite}  # fmt: skip
+        log.line(line)
+        ranks.print(step_text(line, steps, (time.monotonic() - started) / done * (steps - done), finite))
+        if in_a_row == args.max_nonfinite:
+            status = "diverged"
+            break
+        if done == steps or done % args.eval_steps == 0 or done % per_epoch == 0:
+            final, logps = evaluate(study, val)
+            log.line({"step": done, "epoch": done / per_epoch, **final})
+            ranks.print(
+                "  " + "  ".join(f"{k} {final[k]:.4f}" for k in ("eval/loss", "eval/acc_ref", "eval/margin/rho"))
+            )
+            if best is None or final["eval/acc_ref"] > best:  # a tie keeps the earlier step
+                best, best_step = final["eval/acc_ref"], done
+                save_adapter(policy, folder / "adapter", ranks)
+                if ranks.main:
+                    write_jsonl(folder / "val_pairs.jsonl", before + pair_rows(val, done, logps))
+    return {
+        "status": status, "steps": done, "best_acc_ref": best, "best_step": best_step,
+        **{f"final_{key}": final[f"eval/{key}"] for key in ("acc_ref", "acc_sum", "acc_mean")},
+        "nonfinite_steps": nonfinite, "step0_difference": difference, "wall_s": time.monotonic() - started,
+        "tokens": tokens_done, "peak_gib": peak_gib(ranks.device),
+    }  # fmt: skip
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout is a function of seed, step and rank alone, so that any step can be repeated."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    ranks = init_ranks()
+    try:
+        train(args, ranks)
+    finally:
+        close_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
