@@ -538,9 +538,10 @@ def probe_server(client, name: str, parameters: dict) -> dict:
     import openai
 
     print(f"asking {name} for a first answer", file=sys.stderr)
+    quick = client.with_options(max_retries=min(2, client.max_retries))  # a wrong address should show soon
     while True:
         try:
-            raw = client.chat.completions.with_raw_response.create(model=name, messages=PROBE, **parameters)
+            raw = quick.chat.completions.with_raw_response.create(model=name, messages=PROBE, **parameters)
             break
         except (openai.APIConnectionError, openai.APIStatusError) as error:
             adapted = adapt_parameters(parameters, error)
@@ -836,10 +837,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="folder of questions, references and judge prompts (default data/mt_bench)")  # fmt: skip
     # how calls are made
     parser.add_argument("--concurrency", type=int, default=8, help="calls in flight at a time (default 8)")
-    parser.add_argument("--timeout_s", type=float, default=300.0, help="seconds to wait for one call (default 300)")
+    parser.add_argument("--timeout_s", type=float, default=600.0, help="seconds to wait for one answer (default 600)")
     parser.add_argument("--max_retries", type=int, default=5,
-                        help="tries after the first, with growing pauses, at 408, 409, 429, 5xx and lost connections "
-                        "(default 5)")  # fmt: skip
+                        help="tries after the first, with growing pauses, at 408, 409, 429, 5xx, timeouts and lost "
+                        "connections (default 5)")  # fmt: skip
     args = parser.parse_args(argv)
     check_args(args)
     return args

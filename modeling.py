@@ -4,7 +4,6 @@ Shared because a log-probability must mean the same in training, evaluation and 
 """
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -337,7 +337,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(f"{folder}: no adapter (adapter_config.json and adapter_model.safetensors); train it again")
     try:
         model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, OSError, json.JSONDecodeError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         lines = re.sub(r"\s+", " ", str(error))[:200]
         raise UserError(f"{folder}: this adapter does not load on this base model ({lines})") from None
     return model.to(base.dtype) if not getattr(base, "is_quantized", False) else model

@@ -1,18 +1,19 @@
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Tests never reach for a hub, and two cores are shared fairly with the subprocesses that they start.
+# Tests never reach for a hub. One thread: the models are tiny, and threads waiting for each other cost more than they
+# compute, above all beside the subprocesses that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import json  # noqa: E402
-import subprocess  # noqa: E402
-
-import pytest  # noqa: E402
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -89,5 +90,5 @@ def run_script(name: str, *args, torchrun: int = 0, **environment) -> subprocess
     if torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(torchrun),
                    "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(ROOT / name)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, **environment}
     return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, timeout=240)

@@ -86,9 +86,13 @@ def test_val_pairs_agree_with_metrics_and_with_plain_peft(finished, tiny_model, 
             assert row[f"len_{side}"] == len(getattr(pair, side))
 
 
-def test_training_moves_the_margin(finished):
-    evaluations = [line for line in metrics_of(finished) if "eval/acc_ref" in line]
-    assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+def test_training_moves_the_margin(tiny_model, pairs_folder, tmp_path):
+    more = ("--loss", "dpo", "--beta", "0.5", "--learning_rate", "1e-2", "--epochs", "6", "--run_id", "long")
+    assert train_pref.main([str(a) for a in train_args(tiny_model, pairs_folder, tmp_path, *more)]) == 0
+    steps = [line for line in metrics_of(tmp_path / "long") if "loss" in line]
+    assert len(steps) == 24
+    assert steps[-1]["loss"] < 0.5 < steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert steps[-1]["margin/rho"] > 1 and steps[-1]["rewards/accuracies"] > 0.9
 
 
 def test_finished_run_is_not_trained_again_and_other_arguments_are_refused(finished, tiny_model, pairs_folder):
@@ -111,8 +115,11 @@ def test_two_ranks_equal_one(finished, tiny_model, pairs_folder, mode):
     two = run_script("train_pref.py", *arguments, torchrun=2)
     assert two.returncode == 0, two.stderr[-2000:]
     for one_line, two_line in zip(metrics_of(finished), metrics_of(finished.parent / f"two_{mode}"), strict=True):
+        assert one_line.keys() == two_line.keys()
         for key in set(one_line) - {"tok_per_s", "peak_gib"}:
-            assert two_line[key] == pytest.approx(one_line[key], rel=1e-5, abs=1e-5), key
+            # Sums of hundreds of nats in fp32 differ in the last digits; what is small beside them does too.
+            tolerance = 1e-5 if key.endswith(("loss", "preference", "grad_norm", "lr", "epoch")) else 5e-4
+            assert two_line[key] == pytest.approx(one_line[key], rel=tolerance, abs=tolerance), key
     one, other = (
         load_file(finished.parent / run / "adapter" / "adapter_model.safetensors") for run in ("one", f"two_{mode}")
     )
@@ -125,8 +132,8 @@ def test_accumulation_and_checkpointing_do_not_change_the_run(finished, tiny_mod
     done = run_script("train_pref.py", *train_args(tiny_model, pairs_folder, finished.parent, *more))
     assert done.returncode == 0, done.stderr
     for one_line, other in zip(metrics_of(finished), metrics_of(finished.parent / "accumulated"), strict=True):
-        for key in ("loss", "grad_norm", "eval/loss"):
-            assert other.get(key) == pytest.approx(one_line.get(key), rel=1e-4), key
+        for key in {"loss", "grad_norm", "eval/loss"} & one_line.keys():
+            assert other[key] == pytest.approx(one_line[key], rel=1e-5), key
 
 
 def test_reference_cache_is_shared_and_a_damaged_one_recomputed(finished, tiny_model, pairs_folder, tmp_path):

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The whole study, small: three losses x two betas on an embedded model, judged and analysed. No hub, no key, no GPU.
+#
+#   bash quickstart.sh        about ten minutes on two cores after the installs; rerun to continue
+#
+# Everything lands in quickstart/. The model has 135M parameters and judges itself: this shows that the path works and
+# what it leaves, it does not measure which loss is better.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./venv.sh
+install_requirements
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
+started=$SECONDS
+
+model=quickstart/SmolLM2-135M-Instruct
+python examples/embedded_model.py "$model"
+python prep_data.py --dataset examples/preferences.jsonl --out quickstart/data/preferences
+python prep_data.py --mt_bench flexeval --out quickstart/data/mt_bench
+
+export MODEL=$model DATA=quickstart/data/preferences MT_BENCH=quickstart/data/mt_bench RESULTS=quickstart/results
+export LOSSES="dpo td_dpo discopop" BETAS="0.05 0.5" TAUS=1 SEEDS=42 LRS=2e-4 NPROC=1 JUDGE="hf:$model"
+export TRAIN_ARGS="--global_batch 24 --per_device_batch 6 --max_steps 6 --eval_steps 3 --lora_r 16 --lora_dropout 0"
+export GEN_ARGS="--num_questions 8 --max_new_tokens 48"
+bash sweep.sh
+
+cat <<TEXT
+
+quickstart finished in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s after the installs
+  report     quickstart/results/comparison/    tables (CSV), figures (PDF, PNG), aggregated_metrics.json
+  one run    quickstart/results/dpo_b0.5_*/     args.json, metrics.jsonl, adapter/, mt_bench/, figures/
+What to run next:
+  your data      python prep_data.py --dataset my_pairs.jsonl
+  your model     python train_pref.py --model MODEL --data data/my_pairs --loss dpo --mode trial
+  the study      python prep_data.py && python prep_data.py --mt_bench && JUDGE=MODEL bash sweep.sh
+TEXT
