@@ -9,14 +9,21 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+
+# What libraries say about themselves, not about the user's work: bitsandbytes on CPU misses a kernel package that this
+# toolkit does not use; PEFT 0.21 calls an attribute that transformers has renamed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 BASE_RUN = "base"  # run id of the untrained model
 

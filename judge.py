@@ -62,7 +62,7 @@ PROMPT_FIELDS = {  # the judge prompts that are used, and what each must have a 
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 RATINGS = tuple(range(1, 11))
-PARAMETERS = {"temperature": 0, "max_tokens": 2048}  # FastChat's
+TEMPERATURE, MAX_TOKENS = 0, 2048  # FastChat's
 PROBE = [{"role": "user", "content": "Reply with the single word OK."}]
 FATAL_STATUS = (401, 403, 404)  # no later request will fare better
 GIVE_UP_AFTER = 10  # calls in a row without a connection: the server is gone
@@ -365,12 +365,14 @@ def save_reply(store: sqlite3.Connection, key: str, request: dict, reply: dict, 
     )
 
 
-def remembered_parameters(store: sqlite3.Connection, name: str) -> dict:
+def first_parameters(store: sqlite3.Connection, name: str, max_tokens: int) -> dict:
     """The parameters that this judge last accepted, so that a rerun finds its judgements without asking it."""
     row = store.execute(
         "SELECT request FROM judgements WHERE judge = ? AND status = 'ok' ORDER BY tstamp DESC LIMIT 1", (name,)
     ).fetchone()
-    return json.loads(row[0])["parameters"] if row else dict(PARAMETERS)
+    parameters = json.loads(row[0])["parameters"] if row else {"temperature": TEMPERATURE, "max_tokens": max_tokens}
+    limits = ("max_tokens", "max_completion_tokens")
+    return {key: max_tokens if key in limits else value for key, value in parameters.items()}
 
 
 def write_csvs(store: sqlite3.Connection, runs: Iterable[Path], items: list[dict]) -> None:
@@ -404,7 +406,7 @@ def open_server_judge(args: argparse.Namespace, store: sqlite3.Connection) -> Ju
     return Judge(
         name=args.judge,
         params_b=params_from_name(args.judge),
-        parameters=remembered_parameters(store, args.judge),
+        parameters=first_parameters(store, args.judge, args.max_tokens),
         ask=functools.partial(ask_server, client),
         concurrency=args.concurrency,
         probe=functools.partial(probe_server, client, args.judge),
@@ -732,7 +734,7 @@ def judge_pending(
     """
     queue, running, fatal, lost, saved_at = iter(pending.items()), {}, None, 0, time.monotonic()
     failures: Counter[str] = Counter()
-    with ThreadPoolExecutor(judge.concurrency) as pool, tqdm(total=len(pending), unit="judgement") as bar:
+    with ThreadPoolExecutor(judge.concurrency) as pool, tqdm(total=len(pending), unit="judgement", disable=None) as bar:
         while True:
             while len(running) < judge.concurrency and not fatal and not interrupted.is_set():
                 if (entry := next(queue, None)) is None:
@@ -835,6 +837,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # what is judged
     parser.add_argument("--mt_bench", type=Path, default=Path("data/mt_bench"),
                         help="folder of questions, references and judge prompts (default data/mt_bench)")  # fmt: skip
+    parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS,
+                        help=f"of a judgement; other than MT-Bench's {MAX_TOKENS} is another protocol")  # fmt: skip
     # how calls are made
     parser.add_argument("--concurrency", type=int, default=8, help="calls in flight at a time (default 8)")
     parser.add_argument("--timeout_s", type=float, default=600.0, help="seconds to wait for one answer (default 600)")
@@ -855,6 +859,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--base_url {args.base_url}: must begin with http:// or https://")
     if args.concurrency < 1:
         raise UserError(f"--concurrency {args.concurrency}: must be at least 1")
+    if args.max_tokens < 1:
+        raise UserError(f"--max_tokens {args.max_tokens}: must be at least 1")
     if not args.timeout_s > 0:
         raise UserError(f"--timeout_s {args.timeout_s}: must be above 0")
     if args.max_retries < 0:

@@ -4,7 +4,6 @@ Shared because a log-probability must mean the same in training, evaluation and 
 """
 
 import hashlib
-import logging
 import math
 import os
 import re
@@ -29,9 +28,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from chat import TokenPair, first_line
 from files import UserError
 from losses import token_full_kl
-
-# At import bitsandbytes tells CPU users about a kernel package from a hub that this toolkit does not use.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LOGITS_CHUNK = 1024  # response tokens whose fp32 logits are held at once: 128 MiB at a 32k vocabulary
 

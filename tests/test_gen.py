@@ -128,7 +128,7 @@ def test_other_settings_are_refused(results, bench):
 
 
 def test_context_overflow_is_marked(results, bench, tmp_path):
-    long = {"question_id": 1, "category": "math", "turns": ["word " * 700, "again"]}
+    long = {"question_id": 1, "category": "math", "turns": ["word " * 2500, "again"]}
     write_jsonl(tmp_path / "question.jsonl", [long])
     run = results.parent / "overflow" / "dpo"
     run.parent.mkdir()

@@ -124,7 +124,7 @@ def test_messages_by_fastchats_own_code(monkeypatch):
             )
             messages, parameters = sent.pop()
             assert messages == our_messages(question, turn)
-            assert parameters == judge.PARAMETERS
+            assert parameters == {"temperature": judge.TEMPERATURE, "max_tokens": judge.MAX_TOKENS}
     for text in [text for text, _ in RATINGS]:
         fastchat.chat_completion_openai = lambda *args, text=text, **kwargs: text
         theirs = fastchat.run_judge_single(
@@ -204,6 +204,7 @@ class Server:
                 pass
 
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.httpd.handle_error = lambda request, address: None  # a client that timed out has hung up
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
         threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 

@@ -1,0 +1,135 @@
+"""The stages talk through files: raw pairs in, table of judged results out, on a tiny random model. And sweep.sh."""
+
+import csv
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT, run_script
+
+import analyze
+import gen_mtbench
+import judge
+import prep_data
+import train_pref
+
+
+def call(stage, *args) -> int:
+    return stage.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def study(tiny_model, tmp_path_factory):
+    """A study of two losses with every stage run once, in a folder whose name has a space."""
+    folder = tmp_path_factory.mktemp("a study")
+    pairs, bench, results = folder / "data" / "preferences", folder / "data" / "mt_bench", folder / "results"
+    assert call(prep_data, "--dataset", ROOT / "examples" / "preferences.jsonl", "--limit", 24, "--out", pairs) == 0
+    assert call(prep_data, "--mt_bench", "flexeval", "--out", bench) == 0
+    for loss in ("dpo", "td_dpo"):
+        assert call(train_pref, "--model", tiny_model, "--data", pairs, "--results_dir", results, "--loss", loss,
+                    "--dtype", "float32", "--lora_r", 4, "--global_batch", 12, "--epochs", 1,
+                    "--learning_rate", 0.02, "--max_length", 256) == 0  # fmt: skip
+    assert call(gen_mtbench, results, "--base", "--mt_bench", bench, "--num_questions", 8, "--max_new_tokens", 6,
+                "--dtype", "float32") == 0  # fmt: skip
+    code = call(judge, results, "--judge", f"hf:{tiny_model}", "--mt_bench", bench, "--dtype", "float32")
+    assert call(analyze, results) == 0
+    return results, code
+
+
+def test_every_run_is_judged_and_stands_in_the_table(study):
+    results, _ = study
+    runs = ["base", "dpo_b0.1_s42_ep1_gb12_lr0.02", "td_dpo_b0.05_t1_s42_ep1_gb12_lr0.02"]
+    found = sorted(path.parent.name for path in results.glob("*/args.json"))
+    assert [name.split("_s42")[0] for name in found] == [name.split("_s42")[0] for name in runs]
+    for run in found:
+        with open(results / run / "mt_bench" / "judgements.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 16
+        assert {row["status"] for row in rows} <= {"ok", "context"} and {row["prompts"] for row in rows} == {"own"}
+        assert all(1 <= float(row["score"]) <= 10 for row in rows if row["status"] == "ok")
+        assert json.loads((results / run / "metrics.json").read_text())
+    comparison = results / "comparison"
+    assert json.loads((comparison / "aggregated_metrics.json").read_text())
+    assert list((comparison / "tables").glob("*.csv")) and list((comparison / "figures").glob("comparison_*.pdf"))
+
+
+def test_a_tiny_judge_is_marked_as_smoke_test(study):
+    results, _ = study
+    text = "".join(path.read_text() for path in (results / "comparison" / "tables").glob("*mt_bench*.csv"))
+    assert "smoke" in text
+
+
+def test_rerunning_every_stage_does_nothing_twice(study, tiny_model, capsys):
+    results, code = study
+    before = {p: p.read_bytes() for p in results.glob("*/mt_bench/*")}
+    bench = results.parent / "data" / "mt_bench"
+    call(gen_mtbench, results, "--base", "--mt_bench", bench, "--num_questions", 8, "--max_new_tokens", 6,
+         "--dtype", "float32")  # fmt: skip
+    assert call(judge, results, "--judge", f"hf:{tiny_model}", "--mt_bench", bench, "--dtype", "float32") == code
+    assert {p: p.read_bytes() for p in results.glob("*/mt_bench/*")} == before
+
+
+# ---- sweep.sh -----------------------------------------------------------------------------------
+
+
+def sweep(*args, cwd=ROOT, **environment):
+    env = {**os.environ, "PYTHON": "python", **environment}
+    return subprocess.run(
+        ["bash", ROOT / "sweep.sh", *args], capture_output=True, text=True, env=env, cwd=cwd, timeout=240
+    )
+
+
+def test_sweep_lists_the_study():
+    commands = [line for line in sweep("--dry_run", JUDGE="some-judge").stdout.splitlines() if line.startswith("+")]
+    trained = [line for line in commands if "train_pref.py" in line]
+    assert len(trained) == 60
+    assert sum("--loss td_dpo" in line for line in trained) == 36 and sum("--tau" in line for line in trained) == 36
+    last = [stage for line in commands[60:] for stage in ("gen_mtbench", "judge", "analyze") if f"/{stage}.py" in line]
+    assert last == ["gen_mtbench", "judge", "analyze"]
+
+
+def test_sweep_commands_are_accepted_by_train_pref():
+    commands = [
+        line for line in sweep("--dry_run", JUDGE="j", LOGP="sum mean").stdout.splitlines() if "train_pref" in line
+    ]
+    args = [train_pref.parse_args(line.split("train_pref.py ")[1].split()) for line in commands]
+    ids = {train_pref.run_id_of(a, train_pref.loss_parameters(a), train_pref.parse_args([])) for a in args}
+    assert len(ids) == len(commands) == 120
+
+
+def test_sweep_wants_a_judge_before_it_trains():
+    done = sweep("--dry_run", JUDGE="")
+    assert done.returncode == 2 and "JUDGE is not set" in done.stderr
+
+
+def test_sweep_goes_on_after_a_failed_run_and_says_so(tmp_path, tiny_model, study):
+    results, _ = study
+    data = results.parent / "data" / "preferences"
+    done = sweep(
+        cwd=tmp_path, STAGES="train", LOSSES="td_dpo dpo", BETAS="0.1", TAUS="0", SEEDS="1", MODEL=str(tiny_model),
+        DATA=str(data), RESULTS=str(tmp_path / "r"), NPROC="1",
+        TRAIN_ARGS="--mode trial --global_batch 4 --dtype float32",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "train td_dpo beta 0.1 tau 0 seed 1 (exit code 2)" in done.stderr
+    assert len(list((tmp_path / "r").glob("dpo_*_trial/summary.json"))) == 1
+
+
+# ---- errors a user meets, as a user meets them --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "said"),
+    [
+        ("prep_data.py", ["--dataset", "missing.jsonl"], "missing.jsonl"),
+        ("train_pref.py", ["--data", "missing"], "missing: no such folder"),
+        ("gen_mtbench.py", ["missing"], "missing"),
+        ("judge.py", ["missing"], "--judge"),
+        ("analyze.py", ["missing"], "missing: no such folder"),
+    ],
+)
+def test_missing_input_is_one_clear_error(tmp_path, stage, arguments, said):
+    done = run_script(stage, *arguments, OPENAI_API_KEY="x")
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
