@@ -301,8 +301,8 @@ def read_answers(path: Path) -> dict[tuple[int, int], dict]:
                 answers[key] = {**row, "turns": choice["turns"], "choice": choice["index"]}
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"{path}:{number}: not an answer row (question_id, choices: [{{index, turns}}]); "
-                "delete the file and rerun gen_mtbench.py"
+                f"{path}:{number}: not an answer row (question_id, choices: [{{index, turns}}]); delete the file and "
+                "rerun the stage that wrote it (gen_mtbench.py for answers, prep_data.py for references)"
             ) from None
     return answers
 
@@ -313,7 +313,8 @@ def read_answers(path: Path) -> dict[tuple[int, int], dict]:
 def write_judgements(path: Path, rows: Iterable[dict]) -> None:
     """Write judgements.csv: JUDGEMENT_COLUMNS, empty where a value is None."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, JUDGEMENT_COLUMNS, lineterminator="\n")
+    # All text quoted: a lone \r in a judgement would otherwise end the row when it is read back.
+    writer = csv.DictWriter(buffer, JUDGEMENT_COLUMNS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     for row in rows:
         writer.writerow({key: "" if row.get(key) is None else row[key] for key in JUDGEMENT_COLUMNS})
@@ -323,6 +324,7 @@ def write_judgements(path: Path, rows: Iterable[dict]) -> None:
 def read_judgements(path: Path) -> list[dict]:
     """Rows of judgements.csv with numbers as numbers and empty fields as None. Raises UserError with file and line."""
     rows = []
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a judge may write
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)

@@ -1,0 +1,121 @@
+"""files.py: what is read is what was written, and what cannot be read is named."""
+
+import pytest
+
+from files import (
+    JUDGEMENT_COLUMNS,
+    UserError,
+    check_pair,
+    check_run_id,
+    finite_or_null,
+    params_from_name,
+    read_json,
+    read_jsonl,
+    read_judgements,
+    run_main,
+    write_judgements,
+    write_text,
+)
+
+
+def judgement(**values):
+    row = dict.fromkeys(JUDGEMENT_COLUMNS)
+    return row | {"question_id": 81, "turn": 1, "choice": 0, "grading": "single", "status": "ok", "score": 7.5} | values
+
+
+@pytest.mark.parametrize("text", ["a\rb [[7]]", 'quotes " and\nlines', "<script>", "été 漢字", "x" * 200_000])
+def test_judgements_come_back_as_they_were(tmp_path, text):
+    write_judgements(tmp_path / "j.csv", [judgement(judgement=text), judgement(turn=2, cost_usd=0.01)])
+    rows = read_judgements(tmp_path / "j.csv")
+    assert [row["judgement"] for row in rows] == [text, None]
+    assert rows[0]["question_id"] == 81 and rows[0]["score"] == 7.5 and rows[1]["cost_usd"] == 0.01
+
+
+@pytest.mark.parametrize("change", [{"score": None}, {"score": -1}, {"score": 11}])
+def test_a_score_that_is_none_is_refused(tmp_path, change):
+    write_judgements(tmp_path / "j.csv", [judgement(), judgement(**change)])
+    with pytest.raises(UserError, match=r"j.csv:3: status ok but score"):
+        read_judgements(tmp_path / "j.csv")
+
+
+def test_torn_csv_is_named(tmp_path):
+    write_judgements(tmp_path / "j.csv", [judgement(), judgement()])
+    text = (tmp_path / "j.csv").read_text()
+    (tmp_path / "j.csv").write_text(text[: len(text) - 40])
+    with pytest.raises(UserError, match=r"j.csv:3: wrong number of fields"):
+        read_judgements(tmp_path / "j.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": 1}\n{"a": \n', r":2: not valid JSON"),
+        (b"\n[1]\n", r":2: expected a JSON object"),
+        (b"\xff\n", r":1: not UTF-8"),
+    ],
+)
+def test_bad_jsonl_is_named_with_its_line(tmp_path, content, said):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        list(read_jsonl(tmp_path / "x.jsonl"))
+
+
+def test_missing_files_are_named(tmp_path):
+    for read in (read_json, read_judgements, lambda p: list(read_jsonl(p))):
+        with pytest.raises(UserError, match="no such file"):
+            read(tmp_path / "missing")
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    write_text(tmp_path / "x", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "x", "new \ud800")
+    assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_non_finite_numbers_become_null():
+    assert finite_or_null({"a": [1.0, float("nan")], "b": float("inf")}) == {"a": [1.0, None], "b": None}
+
+
+@pytest.mark.parametrize("run_id", ["dpo_b0.1_s42", "base", "td_dpo_b2.5_t2_s42_lr2e-05", "x+y"])
+def test_good_run_ids(run_id):
+    assert check_run_id(run_id) == run_id
+
+
+@pytest.mark.parametrize("run_id", ["", "../x", "a/b", ".hidden", "a..b", "<b>", "a b", "x" * 129, "a\n"])
+def test_bad_run_ids(run_id):
+    with pytest.raises(UserError):
+        check_run_id(run_id)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("SmolLM2-135M-Instruct", 0.135), ("meta-llama/Llama-2-7b-chat-hf", 7), ("Mixtral-8x7B", 56), ("Qwen-1.5B", 1.5),
+     ("gpt-5-mini", None), ("model-v2", None)],
+)  # fmt: skip
+def test_size_in_a_models_name(name, billions):
+    assert params_from_name(name) == billions
+
+
+def test_pair_reasons():
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    pair = {"prompt": [user], "chosen": [answer], "rejected": [answer | {"content": "b"}]}
+    assert check_pair(pair) is None
+    assert check_pair(pair | {"rejected": [answer]}) == "chosen == rejected"
+    assert check_pair(pair | {"chosen": [answer | {"content": " "}]}) == "empty chosen"
+    assert check_pair(pair | {"prompt": [user, user]}) == "roles do not alternate"
+    assert check_pair(pair | {"prompt": [user, {"role": "system", "content": "s"}]}) == "roles do not alternate"
+    assert check_pair(pair | {"chosen": [user]}) == "last message not the assistant's"
+    assert check_pair(pair | {"prompt": "q"}) == "prompt is not a list of messages"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("x"), 2), (PermissionError("x"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_exit_codes(error, code, capsys):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run_main(fail)
+    assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
