@@ -60,7 +60,7 @@ def judge_title(judge: dict) -> str:
 def smoke_mark(judge: dict) -> str:
     if not judge["smoke_test"]:
         return ""
-    return f"SMOKE TEST: judge of {judge['judge_params_b']:g}B parameters, these scores measure nothing"
+    return f"SMOKE TEST: judge of {judge['judge_params_b']:.3g}B parameters, these scores measure nothing"
 
 
 def judge_suffix(judge: dict, judges: list[dict]) -> str:
