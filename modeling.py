@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from chat import TokenPair, first_line
 from files import UserError
-from losses import token_full_kl
+from losses import FULL_KL, token_full_kl, token_score
 
-LOGITS_CHUNK = 1024  # response tokens whose fp32 logits are held at once: 128 MiB at a 32k vocabulary
+LOGITS_CHUNK = 2**24  # fp32 logits held at once, 64 MiB: 524 response tokens at a vocabulary of 32k
 
 
 # ---- device and ranks ---------------------------------------------------------------------------
@@ -206,6 +206,7 @@ class Batch(NamedTuple):
     segments: Tensor  # (N,) row, 0 .. 2B-1, of each response token
     lengths: Tensor  # (2B,) response tokens a row
     tokens: int  # without padding
+    chosen_tokens: int  # response tokens of the chosen rows; they stand first
 
 
 def make_batch(pairs: list[TokenPair], pad_id: int, device: torch.device) -> Batch:
@@ -223,7 +224,8 @@ def make_batch(pairs: list[TokenPair], pad_id: int, device: torch.device) -> Bat
         segments += [i] * len(response)
     lengths = torch.tensor([len(response) for _, response in rows])
     tensors = (ids, mask, torch.tensor(positions), torch.tensor(targets), torch.tensor(segments), lengths)
-    return Batch(*(t.to(device, non_blocking=True) for t in tensors), tokens=int(mask.sum()))
+    counts = {"tokens": int(mask.sum()), "chosen_tokens": sum(len(p.chosen) for p in pairs)}
+    return Batch(*(t.to(device, non_blocking=True) for t in tensors), **counts)
 
 
 def share_out(indices: list[int], pairs: list[TokenPair], ranks: Ranks, size: int) -> list[list[int]]:
@@ -239,15 +241,15 @@ def share_out(indices: list[int], pairs: list[TokenPair], ranks: Ranks, size: in
 
 
 def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
-    """(N,) per response token -> (2B,) sums per row, fp32."""
-    return values.new_zeros(len(batch.lengths)).index_add(0, batch.segments, values)
+    """Per response token (the first n of N) -> (2B,) sums per row, fp32."""
+    return values.new_zeros(len(batch.lengths)).index_add(0, batch.segments[: len(values)], values)
 
 
 class ResponseLogps(nn.Module):
     """A causal LM (PEFT-wrapped or plain) whose forward gives log-probabilities of response tokens.
 
-    Only response positions reach the output head, LOGITS_CHUNK at a time and recomputed in the backward pass, so
-    that no [tokens, vocabulary] tensor is ever held in fp32 beyond one chunk.
+    Only response positions reach the output head, a chunk of LOGITS_CHUNK logits at a time and recomputed in the
+    backward pass, so that no [tokens, vocabulary] tensor is ever held in fp32 beyond one chunk.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel):
@@ -256,6 +258,7 @@ class ResponseLogps(nn.Module):
         self.causal = [model.get_base_model() if isinstance(model, PeftModel) else model]  # in a list: not a submodule
         config = self.causal[0].config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.chunk_tokens = max(1, LOGITS_CHUNK // config.vocab_size)
 
     @property
     def backbone(self) -> nn.Module:
@@ -271,28 +274,34 @@ class ResponseLogps(nn.Module):
         logits = self.causal[0].get_output_embeddings()(hidden).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def chunk(self, hidden: Tensor, targets: Tensor, reference: Tensor | None, kl: str | None):
-        """Log-probs of `targets` (n,) and, where `reference` hidden states are given, divergence `kl` (n,)."""
+    def chunk(self, hidden: Tensor, targets: Tensor, reference: Tensor | None, kl: str | None, score: dict | None):
+        """Of `targets` (n,): log-probs; divergence `kl` from the `reference` hidden states; proper `score`. (n,) each,
+        None where not asked for."""
         logits = self.logits(hidden)
         logps = -F.cross_entropy(logits, targets, reduction="none")
-        if reference is None:
-            return logps, torch.zeros_like(logps)
-        return logps, token_full_kl(logits, self.logits(reference), kl)
+        divergence = None if reference is None else token_full_kl(logits, self.logits(reference), kl)
+        return logps, divergence, None if score is None else token_score(logits, targets, **score)
 
-    def forward(self, batch: Batch, kl: str | None = None) -> tuple[Tensor, Tensor | None]:
-        """Per response token: log-prob (N,) fp32 and, for `kl` full_*, the divergence from the adapter-off model."""
+    def forward(
+        self, batch: Batch, kl: str | None = None, score: dict | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Per response token, fp32: log-prob (N,); for `kl` full_* its divergence from the adapter-off model (N,);
+        for `score` (arguments of losses.token_score) the score of the chosen responses' tokens (the first of N)."""
         reference = None
-        if kl is not None:
+        if kl in FULL_KL:
             with torch.no_grad(), adapter_off(self.model):
                 reference = self.hidden(batch)
         hidden = self.hidden(batch)
+        chosen = batch.chosen_tokens if score is not None else 0  # scored tokens, which come first
+        edges = [*range(0, chosen, self.chunk_tokens), *range(chosen, len(hidden), self.chunk_tokens), len(hidden)]
         pieces = []
-        for start in range(0, len(hidden), LOGITS_CHUNK):
-            part = slice(start, start + LOGITS_CHUNK)
-            ref_part = None if reference is None else reference[part]
-            pieces.append(checkpoint(self.chunk, hidden[part], batch.targets[part], ref_part, kl, use_reentrant=False))
-        logps, divergence = (torch.cat(parts) for parts in zip(*pieces))
-        return logps, divergence if kl is not None else None
+        for start, end in zip(edges, edges[1:]):
+            ref = None if reference is None else reference[start:end]
+            wanted = (batch.targets[start:end], ref, kl, score if start < chosen else None)
+            pieces.append(checkpoint(self.chunk, hidden[start:end], *wanted, use_reentrant=False))
+        columns = [[part for part in column if part is not None] for column in zip(*pieces)]
+        logps, divergence, scores = (torch.cat(column) if column else None for column in columns)
+        return logps, divergence, scores
 
 
 @torch.no_grad()

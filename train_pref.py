@@ -16,7 +16,6 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import check_loss
 from chat import TokenPair, load_tokenizer, tokenize_pairs
 from files import (
     UserError,
@@ -39,7 +39,25 @@ from files import (
     write_json,
     write_jsonl,
 )
-from losses import FULL_KL, KL_CHOICES, LOSSES, PairLogps, check_parameters, k2, loss_defaults, reduced, token_k3
+from losses import (
+    COUPLES_BATCH,
+    FROM_FILES,
+    FULL_KL,
+    LOSSES,
+    NEEDS_TWO_PAIRS,
+    PARAMETER_CHOICES,
+    PARAMETER_HELP,
+    SFT_TERM,
+    PairLogps,
+    bind,
+    check_parameters,
+    chosen_score,
+    k2,
+    load_loss_file,
+    loss_defaults,
+    reduced,
+    token_k3,
+)
 from modeling import (
     Batch,
     Ranks,
@@ -66,24 +84,37 @@ TRIAL_STEPS, TRIAL_VAL_PAIRS = 2, 8
 
 # How a parameter is named in the run id when it differs from its default; beta, tau and seed always stand there.
 RUN_ID_TAGS = {
-    "beta_mix": "mix", "discopop_tau": "t", "discopop_form": "", "label_smoothing": "ls", "margin": "m", "kl": "",
-    "logp": "", "learning_rate": "lr", "epochs": "ep", "max_steps": "steps", "global_batch": "gb", "max_length": "len",
-    "truncation": "", "weight_decay": "wd", "warmup_ratio": "wu", "max_grad_norm": "clip", "lora_r": "r",
-    "lora_alpha": "a", "lora_dropout": "do", "lora_targets": "", "quant": "", "dtype": "",
+    "beta_mix": "mix", "learn_beta_mix": "learn", "discopop_tau": "t", "discopop_form": "", "label_smoothing": "ls",
+    "margin": "m", "kl": "", "gamma": "g", "slic_delta": "d", "orpo_lambda": "l", "dpop_lambda": "l",
+    "beta_dpo_alpha": "al", "logp": "", "sft_coef": "sft", "score": "", "score_alpha": "sa", "score_smoothing": "ss",
+    "score_masked_log": "sm", "learning_rate": "lr", "beta_mix_lr": "mlr", "epochs": "ep", "max_steps": "steps",
+    "global_batch": "gb", "max_length": "len", "truncation": "", "weight_decay": "wd", "warmup_ratio": "wu",
+    "max_grad_norm": "clip", "lora_r": "r", "lora_alpha": "a", "lora_dropout": "do", "lora_targets": "", "quant": "",
+    "dtype": "",
 }  # fmt: skip
 # May differ between two starts of one run without making it another run.
-NOT_THE_RUN = ("results_dir", "run_id", "data", "shard", "checkpointing", "per_device_batch", "world_size", "versions")
+NOT_THE_RUN = ("results_dir", "run_id", "data", "shard", "checkpointing", "world_size", "versions", "loss_file")
 
 METRICS = (
     "loss", "preference", "anchor", "anchor_k1", "logps/chosen", "logps/rejected", "rewards/chosen",
-    "rewards/rejected", "rewards/margins", "rewards/accuracies", "margin/rho", "margin/delta",
+    "rewards/rejected", "rewards/margins", "rewards/accuracies", "margin/rho", "margin/delta", "score",
 )  # fmt: skip
 
 
 # ---- arguments ----------------------------------------------------------------------------------
 
 
+def loss_arguments() -> dict[str, tuple]:
+    """Every parameter of every loss: a default, for its type, and the losses that have it."""
+    found: dict[str, tuple] = {}
+    for loss in LOSSES:
+        for name, default in loss_defaults(loss).items():
+            found.setdefault(name, (default, []))[1].append(loss)
+    return found
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    own = load_own_loss(argv)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -101,18 +132,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout")
 
     group = parser.add_argument_group(
-        "loss (unset: the loss's own default, see losses.py; a parameter that the loss does not have is an error)"
+        "loss (`python losses.py` lists them; a parameter left out takes the loss's own default, one that the loss "
+        "does not have is an error)"
     )
-    group.add_argument("--loss", choices=list(LOSSES), default="td_dpo")
-    group.add_argument("--beta", type=float, help="weight of the reference; for dlrml this is beta_kl")
-    group.add_argument("--tau", type=float, help="td_dpo: temperature of the margin, nats")
-    group.add_argument("--margin", choices=["free", "ref"], help="td_dpo: margin without or against the reference")
-    group.add_argument("--kl", choices=KL_CHOICES, help="td_dpo: anchor to the reference")
-    group.add_argument("--logp", choices=["sum", "mean"], help="log-probs summed or averaged over response tokens")
-    group.add_argument("--label_smoothing", type=float, help="dpo: share of pairs assumed mislabelled")
-    group.add_argument("--discopop_tau", type=float, help="discopop, dlrml: temperature t of the mixing")
-    group.add_argument("--discopop_form", choices=["stable", "published"], help="discopop: published overflows")
-    group.add_argument("--beta_mix", type=float, help="dlrml: beta of the mixing")
+    group.add_argument("--loss", choices=list(LOSSES), default=own or "td_dpo", metavar="NAME", help=", ".join(LOSSES))
+    group.add_argument("--loss_file", metavar="FILE.py:NAME", help="a loss of your own instead of --loss")
+    for name, (default, users) in loss_arguments().items():
+        words = f"{', '.join(users) if len(users) < 6 else 'most'}: {PARAMETER_HELP.get(name, '')}"
+        group.add_argument(f"--{name}", type=type(default), choices=PARAMETER_CHOICES.get(name), help=words)
+    group.add_argument("--learn_beta_mix", action="store_true", help="dlrml: train beta_mix, from --beta_mix on")
+    group.add_argument("--beta_mix_lr", type=float, default=1e-3, help="learning rate of log beta_mix")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=float, default=1e-5)
@@ -160,11 +189,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load_own_loss(argv: list[str] | None) -> str | None:
+    """Add the loss of --loss_file, read ahead of the other arguments since it brings some of its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--loss_file")
+    spec = parser.parse_known_args(argv)[0].loss_file
+    try:
+        return spec and load_loss_file(spec)
+    except ValueError as error:
+        raise UserError(f"--loss_file {error}") from None
+
+
 def loss_parameters(args: argparse.Namespace) -> dict:
     """The chosen loss's own parameters: given ones over its defaults. Raises UserError for one it does not have."""
     defaults = loss_defaults(args.loss)
-    every = {key for name in LOSSES for key in loss_defaults(name)}
-    given = {key: getattr(args, key) for key in every if getattr(args, key) is not None}
+    given = {key: getattr(args, key) for key in loss_arguments() if getattr(args, key) is not None}
     if foreign := sorted(given.keys() - defaults.keys()):
         raise UserError(f"--{foreign[0]}: {args.loss} has no such parameter; it has {', '.join(defaults)}")
     parameters = {**defaults, **given}
@@ -172,7 +211,45 @@ def loss_parameters(args: argparse.Namespace) -> dict:
         check_parameters(args.loss, parameters)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if unused := [key for key in given if key.startswith("score") and not uses_score(args.loss, parameters)]:
+        raise UserError(f"--{unused[0]}: has no effect without --sft_coef; the loss has no score in it")
+    if args.learn_beta_mix and args.loss != "dlrml":
+        raise UserError(f"--learn_beta_mix: {args.loss} has no beta_mix; it belongs to dlrml")
     return parameters
+
+
+def uses_score(loss: str, parameters: dict) -> bool:
+    """Whether score_c is part of the loss."""
+    return loss in ("sft", "orpo") or bool(parameters.get("sft_coef"))
+
+
+def check_own_loss(args: argparse.Namespace, parameters: dict) -> dict:
+    """Self-test of a loss from --loss_file, before anything is spent on it. Returns what args.json says of it."""
+    if args.loss not in FROM_FILES:
+        return {}
+    report = check_loss.check(args.loss)
+    if report.failures:
+        raise UserError(f"--loss_file {args.loss_file}: fails its self-test: {'; '.join(report.failures)}")
+    return {"loss_file_sha256": sha256_file(Path(args.loss_file.rpartition(":")[0]))}
+
+
+def check_micro_batches(args: argparse.Namespace, pairs: dict[str, int], world: int, main: bool) -> None:
+    """Say that a coupling loss depends on the micro-batch. Raises UserError if one would hold a single pair where the
+    loss is made of the batch's statistics."""
+    if args.loss not in COUPLES_BATCH:
+        return
+    if main:
+        print(f"{args.loss} couples the pairs of a micro-batch: the result depends on --per_device_batch "
+              f"{args.per_device_batch} and on the number of ranks ({world})", flush=True)  # fmt: skip
+    if args.loss in NEEDS_TWO_PAIRS:
+        last = pairs["train"] % args.global_batch or args.global_batch
+        shares = {math.ceil((n - rank) / world) for n in (args.global_batch, last) for rank in range(world)}
+        sizes = {share % args.per_device_batch or args.per_device_batch for share in shares if share > 0}
+        if 1 in sizes or pairs["val"] < 2:
+            raise UserError(
+                f"--loss {args.loss}: some micro-batch would hold a single pair ({pairs['train']} pairs, {world} "
+                f"rank(s), --global_batch {args.global_batch}, --per_device_batch {args.per_device_batch}); change one"
+            )
 
 
 def check_args(args: argparse.Namespace, world: int) -> None:
@@ -199,17 +276,16 @@ def check_args(args: argparse.Namespace, world: int) -> None:
 
 def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Namespace) -> str:
     """td_dpo_b2.5_t2_s42, then every other parameter that differs from its default (_mean, _lr2e-05)."""
-    parts = [args.loss, f"b{parameters['beta']:g}"]
-    if "tau" in parameters:
-        parts.append(f"t{parameters['tau']:g}")
+    parts = [args.loss]
+    parts += [f"{tag}{parameters[key]:g}" for key, tag in (("beta", "b"), ("tau", "t")) if key in parameters]
     parts.append(f"s{args.seed}")
-    own_defaults = loss_defaults(args.loss)
-    for key, tag in RUN_ID_TAGS.items():
-        value = parameters.get(key, getattr(args, key))
-        default = own_defaults.get(key, getattr(defaults, key))
-        if value is not None and value != default:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(f"{tag}{text}".replace(",", "+").replace("_", "-"))
+    values = {key: (value, loss_defaults(args.loss)[key]) for key, value in parameters.items()}
+    values |= {key: (getattr(args, key), getattr(defaults, key)) for key in RUN_ID_TAGS if key not in loss_arguments()}
+    for key in [*RUN_ID_TAGS, *(key for key in parameters if key not in RUN_ID_TAGS)]:
+        value, default = values.get(key, (None, None))
+        if value != default and key not in ("beta", "tau"):
+            text = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{RUN_ID_TAGS.get(key, key)}{text}".replace(",", "+").replace("_", "-"))
     return "_".join([*parts, *(["trial"] if args.mode == "trial" else [])])
 
 
@@ -252,6 +328,32 @@ class Split(NamedTuple):
     reference: Reference
 
 
+class State:
+    """What the loss itself carries from step to step."""
+
+    def __init__(self, args: argparse.Namespace, parameters: dict, device: torch.device):
+        self.running_rho = 0.0  # moving average of the steps' mean rho, nats (beta_dpo)
+        self.log_beta_mix = None  # its logarithm is what is trained, so that beta_mix stays positive
+        self.optimizer = None
+        if args.learn_beta_mix:
+            start = torch.tensor(math.log(parameters["beta_mix"]), device=device)
+            self.log_beta_mix = torch.nn.Parameter(start)
+            self.optimizer = torch.optim.AdamW([self.log_beta_mix], lr=args.beta_mix_lr, weight_decay=0.0)
+
+    @property
+    def beta_mix(self) -> float | None:
+        return None if self.log_beta_mix is None else self.log_beta_mix.exp().item()
+
+    def take_step(self, mean_rho: float) -> None:
+        self.running_rho = 0.9 * self.running_rho + 0.1 * mean_rho
+        if self.optimizer:
+            self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        if self.optimizer:
+            self.optimizer.zero_grad()
+
+
 class Study(NamedTuple):
     """What every step and evaluation of a run needs."""
 
@@ -259,8 +361,8 @@ class Study(NamedTuple):
     ranks: Ranks
     policy: ResponseLogps
     pad_id: int
-    loss: Callable[[PairLogps], tuple[Tensor, dict]]  # with its parameters bound
     parameters: dict
+    state: "State"
 
     @property
     def token_kl(self) -> str | None:
@@ -268,26 +370,41 @@ class Study(NamedTuple):
         kl = self.parameters.get("kl")
         return kl if kl in ("k3", *FULL_KL) else None
 
+    @property
+    def token_score(self) -> dict | None:
+        """Arguments of losses.token_score, or None where score_c follows from the log-probs or is not in the loss."""
+        terms = {key: self.parameters[key] for key in SFT_TERM if key != "sft_coef"}
+        plain = all(terms[key] == SFT_TERM[key] for key in ("score", "score_smoothing", "score_masked_log"))
+        return None if plain or not uses_score(self.args.loss, self.parameters) else terms
+
+    def loss(self, inputs: PairLogps) -> tuple[Tensor, dict]:
+        """Losses (B,) and terms of the run's loss with its parameters, the learned one among them."""
+        learned = {} if self.state.log_beta_mix is None else {"beta_mix": self.state.log_beta_mix.exp()}
+        inputs = inputs._replace(running_rho=self.state.running_rho)
+        return bind(self.args.loss, self.parameters | learned)(inputs)
+
     def pair_logps(self, split: Split, members: list[int]) -> tuple[PairLogps, Batch]:
         """Forward pairs `members` of `split`: what a loss may read, (len(members),) each."""
         kl = self.token_kl
         batch = make_batch([split.pairs[i] for i in members], self.pad_id, self.ranks.device)
-        logps, divergence = self.policy(batch, kl if kl in FULL_KL else None)
+        logps, divergence, scores = self.policy(batch, kl, self.token_score)
         if kl == "k3":
             divergence = token_k3(logps - split.reference.of(members).to(logps.device))
         sums = sum_by_row(logps, batch).chunk(2)
         refs = split.reference.sums[members].to(logps.device).unbind(1)
         kls = sum_by_row(divergence, batch).chunk(2) if kl else (None, None)
-        return PairLogps(*sums, *refs, *batch.lengths.float().chunk(2), *kls), batch
+        score = None if scores is None else sum_by_row(scores, batch)[: len(members)]
+        return PairLogps(*sums, *refs, *batch.lengths.float().chunk(2), *kls, score), batch
 
     def metric_rows(self, inputs: PairLogps) -> tuple[Tensor, Tensor]:
         """Losses (B,), and (len(METRICS), B): METRICS of each pair. Log-probs, rewards and margins are sums over
-        tokens, as in TRL; `anchor` is the loss's own where it has one, else k2, which then is no part of the loss."""
+        tokens, as in TRL (rewards of a loss without beta are NaN); `anchor` is the loss's own where it has one, else
+        k2, and `score` is score_c: neither need be part of the loss."""
         values, terms = self.loss(inputs)
-        (a, b), rho, beta = inputs.log_ratios, inputs.rho, self.parameters["beta"]
-        anchor = terms["anchor"] if "anchor" in terms else k2(reduced(inputs, self.parameters["logp"]))
-        rows = (values, terms["preference"], anchor, a + b, inputs.chosen, inputs.rejected, beta * a, beta * b,
-                beta * rho, ranked_right(rho), rho, inputs.delta)  # fmt: skip
+        (a, b), rho, beta = inputs.log_ratios, inputs.rho, self.parameters.get("beta", math.nan)
+        anchor = terms["anchor"] if "anchor" in terms else k2(reduced(inputs, self.parameters.get("logp", "sum")))
+        rows = (values, terms.get("preference", values), anchor, a + b, inputs.chosen, inputs.rejected, beta * a,
+                beta * b, beta * rho, ranked_right(rho), rho, inputs.delta, chosen_score(inputs))  # fmt: skip
         return values, torch.stack([row.detach() for row in rows]).double()
 
 
@@ -305,11 +422,13 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
     micro_batches = share_out(members, split.pairs, ranks, args.per_device_batch)
     for number, micro in enumerate(micro_batches, 1):
         policy.set_requires_gradient_sync(number == len(micro_batches))
-        inputs, batch = study.pair_logps(split, micro or members[:1])  # an empty share runs along with weight 0
+        inputs, batch = study.pair_logps(split, micro or members[:2])  # an empty share runs along with weight 0
         values, rows = study.metric_rows(inputs)
         (values.sum() * (weight if micro else 0.0)).backward()
         if micro:
             totals += torch.cat([rows.sum(1), rows.new_tensor([batch.tokens])])
+    if study.state.log_beta_mix is not None:
+        study.state.log_beta_mix.grad = ranks.sum(study.state.log_beta_mix.grad) / ranks.world
     grad_norm = torch.nn.utils.clip_grad_norm_(trainable(policy).values(), args.max_grad_norm)
     *sums, tokens = ranks.sum(totals).tolist()
     return {k: v / len(members) for k, v in zip(METRICS, sums)}, int(tokens), whole(grad_norm).item()
@@ -319,18 +438,21 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
 def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
     """Metrics over all pairs of `split`, and (pairs, 2) the policy's log-probs (sums; chosen, rejected)."""
     ranks = study.ranks
-    table = torch.zeros(len(split.pairs), 4, device=ranks.device)
+    table = torch.zeros(len(split.pairs), 5, device=ranks.device)
     batches = share_out(list(range(len(split.pairs))), split.pairs, ranks, study.args.per_device_batch)
     with dropout(study.policy, active=False):
         for members in ranks.progress(batches, "evaluating"):
             inputs, _ = study.pair_logps(split, members or [0])
             if members:
-                kls = [inputs.kl_chosen, inputs.kl_rejected] if study.token_kl else []
-                table[members, : 2 + len(kls)] = torch.stack([inputs.chosen, inputs.rejected, *kls], 1)
+                columns = (inputs.chosen, inputs.rejected, inputs.kl_chosen, inputs.kl_rejected, inputs.score_chosen)
+                for column, values in enumerate(columns):
+                    if values is not None:
+                        table[members, column] = values
     table = ranks.sum(table).cpu()
     counts = response_lengths(split.pairs).float().unbind(1)
-    kls = table[:, 2:].unbind(1) if study.token_kl else (None, None)
-    inputs = PairLogps(table[:, 0], table[:, 1], *split.reference.sums.unbind(1), *counts, *kls)
+    kls = table[:, 2:4].unbind(1) if study.token_kl else (None, None)
+    score = table[:, 4] if study.token_score else None
+    inputs = PairLogps(table[:, 0], table[:, 1], *split.reference.sums.unbind(1), *counts, *kls, score)
     means = study.metric_rows(inputs)[1].mean(1).tolist()
     accuracies = {"acc_ref": inputs.rho, "acc_sum": inputs.delta, "acc_mean": inputs.mean().delta}
     metrics = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
@@ -442,11 +564,13 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     args.json will say. Raises UserError."""
     check_args(args, ranks.world)
     parameters = loss_parameters(args)
+    own_loss = check_own_loss(args, parameters)
     if not args.data.is_dir():
         raise UserError(f"--data {args.data}: no such folder; make it with prep_data.py --dataset ...")
     trial = args.mode == "trial"
     limits = {"train": TRIAL_STEPS * args.global_batch, "val": TRIAL_VAL_PAIRS}
     rows = {split: read_pairs(args.data / f"{split}.jsonl", limits[split] if trial else None) for split in limits}
+    check_micro_batches(args, {split: len(r) for split, r in rows.items()}, ranks.world, ranks.main)
     args.run_id = check_run_id(args.run_id or run_id_of(args, parameters, parse_args([])))
     if args.quant == "auto":
         args.quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
@@ -454,6 +578,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     record = {
         **{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         **parameters,
+        **own_loss,
         "data_sha256": {split: sha256_file(args.data / f"{split}.jsonl") for split in limits},
         "world_size": ranks.world,
         "versions": versions(),
@@ -466,7 +591,8 @@ def is_finished(folder: Path, record: dict) -> bool:
     if not (folder / "args.json").is_file():
         return False
     old, new = read_json(folder / "args.json"), json.loads(json.dumps(record))
-    if different := [key for key in new if key not in NOT_THE_RUN and old.get(key) != new[key]]:
+    ignored = NOT_THE_RUN if record["loss"] in COUPLES_BATCH else (*NOT_THE_RUN, "per_device_batch")
+    if different := [key for key in new if key not in ignored and old.get(key) != new[key]]:
         what = ", ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in different[:3])
         raise UserError(f"{folder}: holds a run with other arguments ({what}); give --run_id or remove the folder")
     return (folder / "summary.json").is_file()
@@ -528,7 +654,9 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.main:
         keys = {name: reference_key(weights, pairs[name]) for name in pairs}
         start_folder(folder, record | counts | {"reference": keys})
-    study = Study(args, ranks, policy, pad_id, partial(LOSSES[args.loss], **parameters), parameters)
+        if args.loss in FROM_FILES:
+            shutil.copyfile(args.loss_file.rpartition(":")[0], folder / "loss.py")
+    study = Study(args, ranks, policy, pad_id, parameters, State(args, parameters, ranks.device))
     ranks.print(f"run {args.run_id}: {args.loss} {parameters}, {ranks.world} rank(s) on {ranks.device.type}, "
                 f"{args.dtype}, quant {args.quant}")  # fmt: skip
     summary = run(study, splits["train"], splits["val"], folder)
@@ -564,11 +692,15 @@ def run(study: Study, split: Split, val: Split, folder: Path) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
+            study.state.take_step(means["margin/rho"])
         optimizer.zero_grad()
+        study.state.zero_grad()
         nonfinite, in_a_row, tokens_done = nonfinite + (not finite), 0 if finite else in_a_row + 1, tokens_done + tokens
         line = {"step": done, "epoch": done / per_epoch, **means, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
                 "tok_per_s": tokens / (time.monotonic() - begun), "peak_gib": peak_gib(ranks.device),
                 "nonfinite": nonfinite}  # fmt: skip
+        if study.state.beta_mix is not None:
+            line["beta_mix"] = study.state.beta_mix
         log.line(line)
         ranks.print(step_text(line, steps, (time.monotonic() - started) / done * (steps - done), finite))
         if in_a_row == args.max_nonfinite:
@@ -589,7 +721,7 @@ def run(study: Study, split: Split, val: Split, folder: Path) -> dict:
         "status": status, "steps": done, "best_acc_ref": best, "best_step": best_step,
         **{f"final_{key}": final[f"eval/{key}"] for key in ("acc_ref", "acc_sum", "acc_mean")},
         "nonfinite_steps": nonfinite, "step0_difference": difference, "wall_s": time.monotonic() - started,
-        "tokens": tokens_done, "peak_gib": peak_gib(ranks.device),
+        "tokens": tokens_done, "peak_gib": peak_gib(ranks.device), "beta_mix": study.state.beta_mix,
     }  # fmt: skip
 
 

@@ -5,7 +5,8 @@
 
 `DPOTrainer._compute_loss` is called as it stands, in float64, on a stand-in for the trainer's state whose "model"
 returns the log-probabilities below; nothing of TRL's arithmetic is repeated here. One pair a call, so that TRL's mean
-over the batch is that pair's loss. tests/test_losses.py compares losses.py with the stored values.
+over the batch is that pair's loss; all pairs in one call for the losses that couple them. tests/test_losses.py
+compares losses.py with the stored values.
 """
 
 import json
@@ -20,11 +21,13 @@ from trl import __version__ as trl_version
 OUT = Path(__file__).resolve().parent.parent / "tests" / "trl_losses.json"
 TOKENS = (7, 11)  # response lengths, chosen and rejected
 CASES = [  # TRL loss type, beta, further settings of DPOConfig
-    *(("sigmoid", beta, {}) for beta in (0.01, 0.1, 0.5, 2.5)),
-    *(("sigmoid_norm", beta, {}) for beta in (0.1, 2.0)),
-    *(("discopop", beta, {}) for beta in (0.01, 0.05, 0.5, 2.5)),
+    *((name, beta, {}) for name in ("sigmoid", "discopop") for beta in (0.01, 0.05, 0.5, 2.5)),
     ("discopop", 0.1, {"discopop_tau": 0.2}),
-]
+    *((name, beta, {}) for name in ("hinge", "ipo", "bco_pair", "nca_pair", "apo_zero", "apo_down", "sppo_hard", "aot",
+                                    "aot_unpaired", "sigmoid_norm") for beta in (0.01, 0.1, 2.0)),
+    *((name, 0.1, {"label_smoothing": eps}) for name in ("robust", "exo_pair", "aot") for eps in (1e-3, 0.1)),
+]  # fmt: skip
+WHOLE_BATCH = ("aot", "aot_unpaired")  # couple the batch: one value, the mean over all pairs
 
 
 def example_pairs() -> torch.Tensor:
@@ -46,14 +49,13 @@ def example_pairs() -> torch.Tensor:
     return torch.cat([random, extreme], dim=1)
 
 
-def trl_loss(loss_type: str, beta: float, settings: dict, pair: torch.Tensor) -> float:
-    """TRL's loss of one pair; `pair` (4,) as in example_pairs."""
-    width = max(TOKENS)
-    mask = torch.zeros(2, 1 + width)
-    for row, tokens in enumerate(TOKENS):
-        mask[row, 1 : 1 + tokens] = 1
-    log_probs = mask[:, 1:].double() * (pair[:2] / torch.tensor(TOKENS)).unsqueeze(1)
-    zeros = torch.zeros(2, width, dtype=torch.float64)
+def trl_loss(loss_type: str, beta: float, settings: dict, pairs: torch.Tensor) -> float:
+    """TRL's loss, the mean over `pairs` (4, B) as in example_pairs."""
+    size, width = pairs.shape[1], max(TOKENS)
+    lengths = torch.tensor(TOKENS).repeat_interleave(size)  # (2B,)
+    mask = (torch.arange(1 + width) >= 1) & (torch.arange(1 + width) <= lengths[:, None])  # (2B, 1 + width)
+    log_probs = mask[:, 1:].double() * (pairs[:2].flatten() / lengths).unsqueeze(1)
+    zeros = torch.zeros(2 * size, width, dtype=torch.float64)
     outputs = SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
     same = lambda tensor: tensor  # noqa: E731  (one process: gathering returns what it is given)
     accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
@@ -65,23 +67,28 @@ def trl_loss(loss_type: str, beta: float, settings: dict, pair: torch.Tensor) ->
         use_weighting=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
     inputs = {
-        "input_ids": torch.zeros(2, 1 + width, dtype=torch.long),
-        "attention_mask": torch.ones(2, 1 + width),
-        "completion_mask": mask,
-        "ref_chosen_logps": pair[2:3],
-        "ref_rejected_logps": pair[3:4],
+        "input_ids": torch.zeros(2 * size, 1 + width, dtype=torch.long),
+        "attention_mask": torch.ones(2 * size, 1 + width),
+        "completion_mask": mask.long(),
+        "ref_chosen_logps": pairs[2],
+        "ref_rejected_logps": pairs[3],
     }
     return DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False).item()
 
 
+def batches(loss_type: str, pairs: torch.Tensor) -> list[torch.Tensor]:
+    return [pairs] if loss_type in WHOLE_BATCH else list(pairs.split(1, dim=1))
+
+
 def main() -> None:
+    torch.set_default_dtype(torch.float64)  # TRL makes tensors of its own (exo_pair's epsilon)
     pairs = example_pairs()
     cases = [
         {
             "loss": loss_type,
             "beta": beta,
             **settings,
-            "values": [trl_loss(loss_type, beta, settings, pair) for pair in pairs.T],
+            "values": [trl_loss(loss_type, beta, settings, batch) for batch in batches(loss_type, pairs)],
         }
         for loss_type, beta, settings in CASES
     ]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import train_pref
 from chat import TokenPair, load_tokenizer, tokenize_pairs
 from files import UserError, read_pairs
+from losses import LOSSES, loss_defaults
 from modeling import Ranks, ResponseLogps, add_lora, load_base, make_batch, sum_by_row
 from train_pref import learning_rate_at, number_of_steps, pairs_of_step, parse_args, run_id_of
 
@@ -178,7 +179,7 @@ def test_gradients_survive_a_reference_pass(tiny_model, pairs_folder, quant):
     batch = make_batch(val_pairs(tiny_model, pairs_folder)[:2], 2, ONE.device)
     with torch.no_grad(), train_pref.dropout(policy, active=False):
         before = policy(batch)[0]
-    logps, _ = policy(batch)
+    logps = policy(batch)[0]
     assert torch.allclose(logps, before, atol=1e-5)
     logps.sum().backward()
     gradients = [p.grad.abs().max().item() for n, p in policy.named_parameters() if "lora_B" in n]
@@ -205,14 +206,84 @@ def test_vocabulary_kl_against_plain_logits(tiny_model, pairs_folder, kl):
     assert torch.allclose(mine.double(), expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "more", [("--kl", "k3"), ("--kl", "full_sym"), ("--loss", "dlrml"), ("--loss", "dpo_kl"), ("--logp", "mean")]
-)
-def test_every_variant_trains(tiny_model, pairs_folder, tmp_path, monkeypatch, more):
-    arguments = train_args(tiny_model, pairs_folder, tmp_path, "--max_steps", "2", "--run_id", "variant", *more)
+VARIANTS = [("--loss", name) for name in LOSSES]
+VARIANTS += [("--loss", "td_dpo", "--kl", kl) for kl in ("k3", "full_sym", "none")]
+VARIANTS += [("--loss", "sft", "--score", "brier"), ("--loss", "sft", "--score_smoothing", "0.1"), ("--logp", "mean")]
+VARIANTS += [("--loss", "dpo", "--sft_coef", "0.5", "--score", "pseudo_spherical", "--score_alpha", "1.5")]
+
+
+@pytest.mark.parametrize("more", VARIANTS, ids=" ".join)
+def test_every_loss_trains_five_steps(tiny_model, pairs_folder, tmp_path, more):
+    arguments = train_args(tiny_model, pairs_folder, tmp_path, "--max_steps", "5", "--epochs", "2", *more)
     assert train_pref.main([str(a) for a in arguments]) == 0
-    lines = [line for line in metrics_of(tmp_path / "variant") if "loss" in line]
-    assert len(lines) == 2 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    (run,) = (path.parent for path in tmp_path.glob("*/summary.json"))
+    lines = [line for line in metrics_of(run) if "loss" in line]
+    assert len(lines) == 5 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    assert json.loads((run / "summary.json").read_text())["nonfinite_steps"] == 0
+    rewards = {line["rewards/chosen"] is None for line in lines}
+    assert rewards == {"beta" not in loss_defaults(json.loads((run / "args.json").read_text())["loss"])}
+
+
+def test_score_of_a_batch_against_plain_logits(tiny_model, pairs_folder):
+    policy = tiny_policy(tiny_model)
+    pairs = val_pairs(tiny_model, pairs_folder)[:3]
+    batch = make_batch(pairs, 2, ONE.device)
+    policy.chunk_tokens = 7  # several chunks, one of them the boundary between chosen and rejected
+    with torch.no_grad():
+        logps, _, scores = policy(batch, None, {"score": "brier"})
+        logits = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[
+            batch.positions
+        ]
+    chosen = sum(len(pair.chosen) for pair in pairs)
+    p = logits[:chosen].softmax(-1)
+    expected = p.square().sum(-1) - 2 * p.gather(1, batch.targets[:chosen, None])[:, 0]
+    assert scores.shape == (chosen,) and torch.allclose(scores, expected, atol=1e-5)
+    assert torch.allclose(logps, logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0], atol=1e-5)
+
+
+def test_learned_beta_mix_moves_is_logged_and_is_the_same_on_two_ranks(tiny_model, pairs_folder, tmp_path):
+    more = ("--loss", "dlrml", "--learn_beta_mix", "--beta_mix_lr", "0.1")
+    ids = []
+    for ranks in (0, 2):
+        run_id = f"ranks{ranks}"
+        arguments = train_args(tiny_model, pairs_folder, tmp_path, *more, "--run_id", run_id)
+        done = run_script("train_pref.py", *arguments, torchrun=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ids.append([line["beta_mix"] for line in metrics_of(tmp_path / run_id) if "beta_mix" in line])
+    one, two = ids
+    assert len(one) == 4 and one[-1] > 0 and abs(one[-1] - 0.2) > 1e-3
+    assert two == pytest.approx(one, rel=1e-4)
+    assert json.loads((tmp_path / "ranks0" / "summary.json").read_text())["beta_mix"] == one[-1]
+
+
+OWN_LOSS = """
+import torch.nn.functional as F
+
+def my_loss(pairs, *, beta: float = 0.1, offset: float = 0.5):
+    \"\"\"sp(offset - z)\"\"\"
+    losses = F.softplus(offset - beta * pairs.rho)
+    return losses, {"preference": losses}
+
+def broken(pairs, *, beta: float = 0.1):
+    return (beta * pairs.rho).exp().log(), {}
+"""
+
+
+def test_a_loss_of_ones_own(tiny_model, pairs_folder, tmp_path):
+    file = tmp_path / "my_loss.py"
+    file.write_text(OWN_LOSS)
+    arguments = train_args(tiny_model, pairs_folder, tmp_path / "r", "--max_steps", "2", "--loss_file")
+    done = run_script("train_pref.py", *arguments, f"{file}:my_loss", "--offset", "0.25")
+    assert done.returncode == 0, done.stderr
+    (run,) = (path.parent for path in (tmp_path / "r").glob("*/summary.json"))
+    assert run.name.startswith("my_loss_b0.1_s42_") and run.name.endswith("offset0.25")
+    record = json.loads((run / "args.json").read_text())
+    assert record["offset"] == 0.25 and len(record["loss_file_sha256"]) == 64
+    assert (run / "loss.py").read_text() == OWN_LOSS
+    first = next(line for line in metrics_of(run) if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log1p(math.exp(0.25)), rel=1e-4)
+    refused = run_script("train_pref.py", *arguments, f"{file}:broken")
+    assert refused.returncode == 2 and "fails its self-test: not finite in float32" in refused.stderr
 
 
 def test_published_discopop_that_overflows_ends_as_diverged(tiny_model, pairs_folder, tmp_path):
@@ -292,6 +363,10 @@ def test_run_id_says_what_was_varied(arguments, expected):
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
         (["--run_id", "../out"], "run id '../out'"),
+        (["--loss", "dpo", "--gamma", "1"], "dpo has no such parameter"),
+        (["--loss", "dpo", "--score", "brier"], "--score: has no effect without --sft_coef"),
+        (["--loss", "dpo", "--learn_beta_mix"], "dpo has no beta_mix"),
+        (["--loss", "aqfl", "--global_batch", "2"], "would hold a single pair"),
     ],
 )
 def test_bad_arguments_are_named(pairs_folder, arguments, said):
