@@ -60,7 +60,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], generation_
     Raises UserError if the template refuses the conversation all the same.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        # A template that writes today's date (Llama 3) gets a fixed one: another day would be another prompt.
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
+        )
     except TemplateError as error:
         if messages[0]["role"] != "system":
             raise UserError(f"the model's chat template refuses a conversation: {first_line(error)}") from None

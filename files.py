@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -53,8 +54,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun, once
-            print(f"error: {error}", file=sys.stderr)
+        if (rank := os.environ.get("RANK", "0")) != "0":
+            # Under torchrun most mistakes meet every rank. Rank 0 says so and torchrun ends the others meanwhile; what
+            # only this rank has met is said all the same.
+            time.sleep(5)
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # the reader (`| head`) went away: not a mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

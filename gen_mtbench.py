@@ -95,6 +95,9 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], dict]:
         record = read_json(folder / "args.json")
         if record.get("run_id") == BASE_RUN:
             continue
+        if (folder / "metrics.jsonl").is_file() and not (folder / "summary.json").is_file():
+            print(f"{folder}: training has not finished, left out", flush=True)
+            continue
         weights = folder / "adapter" / "adapter_model.safetensors"
         if not weights.is_file():
             print(f"{folder}: no adapter (unfinished or diverged), left out", flush=True)
@@ -107,6 +110,9 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], dict]:
         raise UserError(
             f"these runs stand on different base models ({sorted(map(str, bases))}); answer them separately"
         )
+    quants = {quant for _, quant in bases}
+    if len(quants) > 1 and args.quant == "auto":
+        raise UserError(f"these runs were trained on bases of quantisation {sorted(map(str, quants))}; give --quant")
     model, quant = next(iter(bases)) if bases else (args.model, "none")
     quant = quant if args.quant == "auto" else args.quant
     if args.base:
@@ -122,8 +128,12 @@ def base_run(args: argparse.Namespace, model: str, quant: str, runs: list[Run]) 
     """The run `base`, beside the others: args.json and answers, no adapter."""
     folder = (runs[0].folder.parent if runs else args.results[0]) / BASE_RUN
     if (folder / "args.json").is_file():
-        if (old := read_json(folder / "args.json").get("model")) != model:
-            raise UserError(f"{folder}: holds answers of base model {old}, not {model}; remove the folder")
+        old = read_json(folder / "args.json")
+        if (old.get("model"), old.get("quant")) != (model, quant):
+            raise UserError(
+                f"{folder}: holds answers of base model {old.get('model')} (quant {old.get('quant')}), not of {model} "
+                f"(quant {quant}); remove the folder"
+            )
     else:
         record = {"run_id": BASE_RUN, "loss": None, "beta": None, "tau": None, "seed": None, "mode": "full"}
         write_json(folder / "args.json", {**record, "model": model, "quant": quant, "versions": versions()})
@@ -148,7 +158,7 @@ class RowSampler(LogitsProcessor):
         scores = scores.float().clone()
         for row, (temperature, generator) in enumerate(zip(self.temperatures, self.generators)):
             if temperature >= GREEDY_BELOW:
-                noise = torch.empty(scores.shape[1]).exponential_(generator=generator).log_().neg_()
+                noise = torch.empty(scores.shape[1]).exponential_(generator=generator).clamp_min_(1e-30).log_().neg_()
                 scores[row] = scores[row] / temperature + noise.to(scores.device)
         return scores
 
@@ -163,9 +173,10 @@ class Writer(NamedTuple):
 
 
 def make_config(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
-    """Greedy over RowSampler's scores. Not the model's own generation config: its top-p or repetition penalty is not
-    MT-Bench's protocol."""
+    """Greedy over RowSampler's scores. The model's own generation config is set aside, since `generate` would fill in
+    what is not given here: a repetition penalty or top-p is not MT-Bench's protocol."""
     ends = end_token_ids(tokenizer, model.generation_config)
+    model.generation_config = GenerationConfig()
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

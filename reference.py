@@ -30,7 +30,8 @@ class Reference:
         self.starts = response_starts(pairs)
         assert len(tokens) == self.starts[-1], (len(tokens), self.starts[-1])
         self.tokens = tokens
-        self.sums = torch.stack([piece.sum() for piece in tokens.split(np.diff(self.starts).tolist())]).reshape(-1, 2)
+        pieces = tokens.split(np.diff(self.starts).tolist())
+        self.sums = torch.stack([piece.double().sum() for piece in pieces]).float().reshape(-1, 2)
 
     def of(self, members: list[int]) -> Tensor:
         """Reference log-probs in the order of a batch's response tokens: all chosen, then all rejected."""

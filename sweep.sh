@@ -35,10 +35,7 @@ MODEL=${MODEL:-meta-llama/Llama-2-7b-chat-hf}
 DATA=${DATA:-data/dpo-mix-7k}
 MT_BENCH=${MT_BENCH:-data/mt_bench}
 STAGES=${STAGES:-train gen judge analyze}
-if [ -z "${NPROC:-}" ]; then
-  NPROC=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-  if [ "$NPROC" -eq 0 ]; then NPROC=1; fi
-fi
+NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 read -ra losses <<<"${LOSSES:-dpo td_dpo discopop}"
 read -ra betas <<<"${BETAS:-0.01 0.05 0.5 2.5}"
 read -ra taus <<<"${TAUS:-0.5 1 2}"
@@ -50,6 +47,7 @@ read -ra gen_args <<<"${GEN_ARGS:-}"
 read -ra judge_args <<<"${JUDGE_ARGS:-}"
 read -ra analyze_args <<<"${ANALYZE_ARGS:-}"
 failed=()
+trap 'echo "stopped; run the same command again to continue" >&2; exit 130' INT TERM
 
 has_stage() { [[ " $STAGES " == *" $1 "* ]]; }
 
@@ -69,7 +67,6 @@ run() {
   if $dry_run; then return; fi
   local code=0
   "$@" || code=$?
-  if [ "$code" -eq 130 ]; then exit 130; fi
   if [ "$code" -ne 0 ]; then failed+=("$name (exit code $code)"); fi
 }
 

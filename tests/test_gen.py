@@ -102,6 +102,36 @@ def test_sampled_answers_do_not_depend_on_the_batch_or_on_a_restart(results, ben
     assert any(other[q] != before[q] for q in sampled)
 
 
+def test_the_models_own_generation_config_is_set_aside(results, bench, tiny_model, tmp_path):
+    """A repetition penalty in the model folder is not MT-Bench's protocol."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "generation_config.json").write_text('{"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}')
+    answer(tmp_path / "r", bench, "--base", "--model", model)
+    answer(results, bench, "--base")
+    assert turns_of(tmp_path / "r", "base") == turns_of(results, "base")
+
+
+def test_unfinished_runs_are_left_out(results, bench, tmp_path, capsys):
+    for name in ("dpo", "td_dpo"):
+        shutil.copytree(results / name, tmp_path / name, ignore=shutil.ignore_patterns("mt_bench"))
+    (tmp_path / "dpo" / "summary.json").unlink()
+    answer(tmp_path, bench)
+    assert "dpo: training has not finished" in capsys.readouterr().out
+    assert not (tmp_path / "dpo" / "mt_bench").exists() and (tmp_path / "td_dpo" / "mt_bench").exists()
+
+
+def test_adapter_with_missing_layers_is_refused(results, bench, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(results / "dpo", tmp_path / "dpo", ignore=shutil.ignore_patterns("mt_bench"))
+    weights = load_file(tmp_path / "dpo" / "adapter" / "adapter_model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.1" not in name}
+    save_file(kept, tmp_path / "dpo" / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="does not load on this base model"):
+        answer(tmp_path, bench)
+
+
 def test_sampler_follows_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     sampler = RowSampler([0.7], [5])

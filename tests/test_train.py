@@ -111,8 +111,10 @@ def test_finished_run_is_not_trained_again_and_other_arguments_are_refused(finis
 
 @pytest.mark.parametrize("mode", ["adapters", "full"])
 def test_two_ranks_equal_one(finished, tiny_model, pairs_folder, mode):
-    """Same losses and adapter, the ragged last batch (30 = 3 x 8 + 6) included."""
-    arguments = train_args(tiny_model, pairs_folder, finished.parent, "--run_id", f"two_{mode}", "--shard", mode)
+    """Same losses and adapter, with the ragged last batch (30 = 3 x 8 + 6), two micro-batches a step and
+    checkpointing."""
+    arguments = train_args(tiny_model, pairs_folder, finished.parent, "--run_id", f"two_{mode}", "--shard", mode,
+                           "--per_device_batch", "3", "--checkpointing", "on")  # fmt: skip
     two = run_script("train_pref.py", *arguments, torchrun=2)
     assert two.returncode == 0, two.stderr[-2000:]
     for one_line, two_line in zip(metrics_of(finished), metrics_of(finished.parent / f"two_{mode}"), strict=True):
@@ -158,6 +160,33 @@ def test_reference_cache_is_shared_and_a_damaged_one_recomputed(finished, tiny_m
     for copy in files:
         original = load_file(pairs_folder / "reference" / copy.name)["logps"]
         assert torch.allclose(load_file(copy)["logps"], original, atol=1e-5)
+
+
+def test_reference_cached_with_other_batches_passes_the_gate(tiny_model, pairs_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(pairs_folder, data, ignore=shutil.ignore_patterns("reference"))
+    for size in ("1", "8"):
+        more = ("--dtype", "bfloat16", "--per_device_batch", size, "--max_steps", "1", "--run_id", f"size{size}")
+        assert train_pref.main([str(a) for a in train_args(tiny_model, data, tmp_path / "r", *more)]) == 0
+    assert len(list((data / "reference").iterdir())) == 2
+
+
+def test_wrong_reference_is_refused(tiny_model, pairs_folder, tmp_path, monkeypatch):
+    import reference
+
+    monkeypatch.setattr(reference, "read_cache", lambda path, count: torch.full((count,), -5.0))
+    arguments = train_args(tiny_model, pairs_folder, tmp_path, "--run_id", "wrong")
+    with pytest.raises(UserError, match="differs from its reference by"):
+        train_pref.main([str(a) for a in arguments])
+    torch.distributed.destroy_process_group()
+
+
+def test_an_error_on_one_rank_alone_ends_the_run_and_is_said(tiny_model, pairs_folder, tmp_path):
+    """Rank 0 alone meets the results folder that cannot be made; rank 1 is left in a collective."""
+    (tmp_path / "file").write_text("not a folder")
+    arguments = train_args(tiny_model, pairs_folder, tmp_path / "file", "--run_id", "x")
+    done = run_script("train_pref.py", *arguments, torchrun=2)
+    assert done.returncode != 0 and "Not a directory" in done.stderr
 
 
 def test_gradient_reaches_every_lora_matrix(tiny_model, pairs_folder):
