@@ -320,8 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.max_new_tokens < 1 or args.batch_size < 1:
         raise UserError("--max_new_tokens and --batch_size must be at least 1")
-    questions = pick_questions(read_questions(args.mt_bench / "question.jsonl"), args.num_questions)
     runs, base = collect_runs(args)
+    questions = pick_questions(read_questions(args.mt_bench / "question.jsonl"), args.num_questions)
     if base["model"] is None:
         raise UserError("--base without any run needs --model")
     tokenizer = load_tokenizer(base["model"])

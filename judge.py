@@ -14,7 +14,6 @@ hash of all that determines it: it is paid for once, whatever is interrupted, re
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
@@ -576,6 +575,8 @@ def adapt_parameters(parameters: dict, error) -> dict | None:
 
 def open_local_judge(args: argparse.Namespace) -> Judge:
     """A transformers model that scores here, one request at a time, without generating or parsing."""
+    from modeling import fingerprint  # with torch and PEFT behind it: a judge behind a server needs neither
+
     model, tokenizer = load_judge(args.judge.removeprefix("hf:"), args.dtype)
     return Judge(
         name=args.judge,
@@ -597,13 +598,13 @@ def load_judge(path: str, dtype: str):
     import torch
     import transformers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    name = {"auto": "bfloat16" if fast else "float32"}.get(dtype, dtype)
+    from modeling import pick_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, name), trust_remote_code=False
+            path, dtype=pick_dtype(dtype, device), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
@@ -622,15 +623,6 @@ def load_judge(path: str, dtype: str):
         raise UserError(
             f"--judge hf:{path}: does not fit into this GPU's memory; serve it and give --base_url"
         ) from None
-
-
-def fingerprint(model) -> str:
-    """Hash of up to 64 values of every weight: tells another model at the same path apart, in milliseconds."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64]
-        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def render(tokenizer, messages: list[dict]) -> str:

@@ -35,7 +35,6 @@ MODEL=${MODEL:-meta-llama/Llama-2-7b-chat-hf}
 DATA=${DATA:-data/dpo-mix-7k}
 MT_BENCH=${MT_BENCH:-data/mt_bench}
 STAGES=${STAGES:-train gen judge analyze}
-NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 read -ra losses <<<"${LOSSES:-dpo td_dpo discopop}"
 read -ra betas <<<"${BETAS:-0.01 0.05 0.5 2.5}"
 read -ra taus <<<"${TAUS:-0.5 1 2}"
@@ -55,6 +54,13 @@ if has_stage judge && [ -z "${JUDGE:-}" ]; then
   echo "error: JUDGE is not set; JUDGE=MODEL (with BASE_URL for a server of your own), JUDGE=hf:FOLDER for a local model," \
     "or leave the stage out: STAGES='train gen analyze'" >&2
   exit 2
+fi
+
+if [ -z "${NPROC:-}" ]; then
+  NPROC=$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))' 2>/dev/null) || {
+    echo "error: $PYTHON has no torch; activate the environment (source .venv/bin/activate) or set PYTHON" >&2
+    exit 2
+  }
 fi
 
 # run NAME COMMAND...: print it, run it, note a failure and go on.

@@ -737,12 +737,14 @@ def test_a_prompt_beyond_the_context_has_no_score(workplace, tiny):
 def test_other_weights_at_the_same_path_are_another_judge(tiny):
     import torch
 
+    from modeling import fingerprint
+
     model, _ = judge.load_judge(str(tiny), "float32")
-    before = judge.fingerprint(model)
-    assert judge.fingerprint(judge.load_judge(str(tiny), "float32")[0]) == before
+    before = fingerprint(model)
+    assert fingerprint(judge.load_judge(str(tiny), "float32")[0]) == before
     with torch.no_grad():
         model.lm_head.weight.mul_(1.01)
-    assert judge.fingerprint(model) != before
+    assert fingerprint(model) != before
 
 
 def test_a_path_that_is_no_model(workplace, tmp_path):

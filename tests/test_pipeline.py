@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, run_script
@@ -16,7 +17,7 @@ import train_pref
 
 
 def call(stage, *args) -> int:
-    return stage.main([str(arg) for arg in args])
+    return stage.main([str(arg) for arg in args]) or 0
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_rerunning_every_stage_does_nothing_twice(study, tiny_model, capsys):
 
 
 def sweep(*args, cwd=ROOT, **environment):
-    env = {**os.environ, "PYTHON": "python", **environment}
+    env = {**os.environ, "PYTHON": sys.executable, **environment}
     return subprocess.run(
         ["bash", ROOT / "sweep.sh", *args], capture_output=True, text=True, env=env, cwd=cwd, timeout=240
     )
