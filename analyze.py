@@ -42,7 +42,7 @@ from files import (
 # Any other argument that differs makes another cell: a setting nobody thought of must not pass for a seed.
 NOT_SETTINGS = {
     "run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256", "reference", "versions", "git",
-    "results_dir", "per_device_batch", "world_size", "shard", "checkpointing", "log_every", "save_every", "resume",
+    "results_dir", "per_device_batch", "world_size", "shard", "checkpointing", "loss_file",
     "truncated_prompts", "truncated_responses", "merged_boundaries",
 }  # fmt: skip
 CURVE_KEYS = (

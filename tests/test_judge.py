@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import sqlite3
 import subprocess
 import sys
@@ -80,18 +79,16 @@ def test_messages_are_fastchats(index, turn, sha256):
 
 
 def load_fastchat(monkeypatch) -> types.ModuleType:
-    """FastChat's llm_judge/common.py with its imports replaced: FASTCHAT_COMMON names the file in an unpacked wheel."""
-    path = os.environ.get("FASTCHAT_COMMON")
-    if not path:
-        pytest.skip("FASTCHAT_COMMON is not set to fastchat/llm_judge/common.py of an unpacked fschat wheel")
-    conversation = load_module("fastchat_conversation", Path(path).parents[1] / "conversation.py")
+    """llm_judge/common.py of the fschat wheel (requirements-dev.txt), with its imports replaced."""
+    package = Path(importlib.util.find_spec("fastchat").submodule_search_locations[0])
+    conversation = load_module("fastchat_conversation", package / "conversation.py")
     adapter = types.ModuleType("fastchat.model.model_adapter")
     adapter.get_conversation_template = lambda name: conversation.get_conv_template("chatgpt")
     adapter.OPENAI_MODEL_LIST, adapter.ANTHROPIC_MODEL_LIST = ("the-judge",), ()
     for name in ("openai", "anthropic", "fastchat", "fastchat.model"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "fastchat.model.model_adapter", adapter)
-    return load_module("fastchat_common", Path(path))
+    return load_module("fastchat_common", package / "llm_judge" / "common.py")
 
 
 def load_module(name: str, path: Path) -> types.ModuleType:
