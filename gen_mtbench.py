@@ -56,7 +56,10 @@ GREEDY_BELOW = 1e-4
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="%(prog)s results [run ...] [--option VALUE ...]  (--help explains all of them)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("results", type=Path, nargs="+", help="results folder, or run folders in it")
     parser.add_argument("--base", action="store_true", help="answer with the untrained model too (run `base`)")

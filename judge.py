@@ -812,6 +812,7 @@ def print_table(judge: Judge, bench: dict, items: list[dict], results: dict) -> 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s results [run ...] --judge MODEL [--option VALUE ...]  (--help explains all of them)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit code: 0 every answer has a score, 1 some have none (the table says why; run again to retry), "
         "2 something to correct, 130 Ctrl-C.",

@@ -760,7 +760,11 @@ Examples:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=describe(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--dataset SOURCE | --mt_bench [DIR]] [--option VALUE ...]  (--help explains all of them)",
+        description=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     what = parser.add_mutually_exclusive_group()
     # fmt: off
     what.add_argument("--dataset", default="argilla/dpo-mix-7k",

@@ -117,7 +117,10 @@ def loss_arguments() -> dict[str, tuple]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own = load_own_loss(argv)
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="%(prog)s [--option VALUE ...]  (--help explains all of them)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     group = parser.add_argument_group("what is trained on what")
     group.add_argument("--model", default="meta-llama/Llama-2-7b-chat-hf", help="chat model: hub id or folder")
