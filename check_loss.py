@@ -64,18 +64,23 @@ def value_and_gradient(loss: Callable, rho: Tensor, parameters: dict) -> tuple[T
 def check_shapes(loss: Callable, notes: list[str], failures: list[str]) -> None:
     for size in SIZES:
         try:
-            values, terms = loss(random_pairs(size))
+            result = loss(random_pairs(size))
         except ValueError as error:
             if size > 1:
                 raise
             notes.append(f"refuses a single pair: {error}")
             continue
-        shapes = {"the loss": values, **terms}
-        failures += [
-            f"{name} has shape {tuple(value.shape)} for {size} pairs, must be ({size},)"
-            for name, value in shapes.items()
-            if value.shape != (size,)
-        ]
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            failures.append("must return (losses, terms): a (B,) tensor, one loss per pair, and a dict of (B,) tensors")
+            return
+        for name, value in {"the loss": result[0], **result[1]}.items():
+            if not isinstance(value, Tensor) or value.shape != (size,):
+                found = (
+                    f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+                )
+                failures.append(f"{name} {found} for {size} pairs: return one value per pair, shape ({size},)")
+        if failures:
+            return
 
 
 def check_finite(loss: Callable, notes: list[str], failures: list[str]) -> None:
@@ -143,10 +148,10 @@ def check_sign(loss: Callable, notes: list[str], failures: list[str]) -> None:
     gradient = value_and_gradient(loss, torch.zeros(2, dtype=torch.float64), {})[1][0].item()
     sides = [value_and_gradient(loss, torch.full((2,), s, dtype=torch.float64), {})[1].abs().max() for s in (-1.0, 1.0)]
     if gradient > 1e-9:
-        notes.append(f"its gradient at rho = 0 points the wrong way ({gradient:+.3g})")
+        notes.append(f"WARNING: its gradient at rho = 0 points the wrong way ({gradient:+.3g})")
     elif abs(gradient) < 1e-12:
         notes.append("has no gradient at rho = 0")
-        if max(sides) < 1e-12:
+        if max(sides) < 1e-12 and not couples(loss):
             failures.append("has no gradient at rho -1, 0 and 1: nothing would be trained")
 
 
@@ -175,17 +180,32 @@ def check_coupling(name: str, loss: Callable, notes: list[str], failures: list[s
         failures.append(f"{'couples' if found else 'does not couple'} the batch, COUPLES_BATCH says otherwise")
 
 
+def try_parameters(loss: Callable[[PairLogps], tuple], size: int = 4) -> str | None:
+    """What is wrong with a loss whose parameters are bound, on a few ordinary pairs; None if nothing is."""
+    try:
+        values = loss(random_pairs(size, torch.float32))[0]
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        return f"raises {type(error).__name__}: {first_line(error)}"
+    return None if values.isfinite().all() else "is not finite on ordinary pairs"
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else ""
+
+
 def check(name: str) -> Report:
     """Self-test of loss `name`. A loss that raises is a failure, not a traceback of ours."""
     loss, notes, failures = LOSSES[name], [], []
     try:
         check_shapes(loss, notes, failures)
+        if failures:
+            return Report(notes, failures)
         check_finite(loss, notes, failures)
         check_precision(loss, notes, failures)
         check_sign(loss, notes, failures)
         check_coupling(name, loss, notes, failures)
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        failures.append(f"raises {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        failures.append(f"raises {type(error).__name__}: {first_line(error)}")
     return Report(notes, failures)
 
 
@@ -253,7 +273,8 @@ def run_check(spec: str, plot: Path | None) -> int:
     try:
         name = losses.load_loss_file(spec) if spec not in LOSSES else spec
     except ValueError as error:
-        raise UserError(f"--check {error}; known losses: {', '.join(LOSSES)}") from None
+        known = "" if ".py" in spec else f", or name one of {', '.join(LOSSES)}"
+        raise UserError(f"--check {error}{known}") from None
     report = check(name)
     for line in report.notes:
         print(f"{name}: {line}")

@@ -261,6 +261,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def read_questions(path: Path) -> list[dict]:
     """MT-Bench questions: `question_id` int, `category` str, `turns` list of two str. Checked, in file order."""
     questions, seen = [], set()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run python prep_data.py --mt_bench, or give its folder with --mt_bench")
     for number, row in read_jsonl(path):
         place = f"{path}:{number}"
         if not isinstance(row.get("question_id"), int):

@@ -748,12 +748,23 @@ def load_loss_file(spec: str) -> str:
     loss = getattr(module, name, None)
     if not inspect.isfunction(loss):
         raise ValueError(f"{path}: has no function {name}")
-    for key, default in own_defaults(loss).items():
-        if type(default) not in (float, int, str):
-            raise ValueError(f"{path}: parameter {key} of {name} needs a number or text as its default")
+    first, *others = inspect.signature(loss).parameters.values() or [None]
+    if first is None or any(p.kind is not p.KEYWORD_ONLY for p in others):
+        raise ValueError(f"{path}: write {name} as def {name}(pairs, *, beta: float = 0.1, ...)")
+    check_own_parameters(path, name, loss)
     LOSSES[name] = loss
     FROM_FILES.add(name)
     return name
+
+
+def check_own_parameters(path: str, name: str, loss: Callable) -> None:
+    """Raise ValueError for a parameter that cannot be an argument, or that another loss means otherwise."""
+    known = {key: default for other in LOSSES if other != name for key, default in loss_defaults(other).items()}
+    for key, default in own_defaults(loss).items():
+        if type(default) not in (float, int, str):
+            raise ValueError(f"{path}: parameter {key} of {name} needs a number or text as its default")
+        if key in known and type(default) is not type(known[key]):
+            raise ValueError(f"{path}: parameter {key} of {name} means something else in other losses; rename it")
 
 
 def print_table() -> None:

@@ -55,6 +55,7 @@ from losses import (
     k2,
     load_loss_file,
     loss_defaults,
+    own_defaults,
     reduced,
     token_k3,
 )
@@ -116,6 +117,10 @@ def loss_arguments() -> dict[str, tuple]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     own = load_own_loss(argv)
+    return build_parser(own or "td_dpo").parse_args(argv)
+
+
+def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option VALUE ...]  (--help explains all of them)",
         description=__doc__,
@@ -139,7 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "loss (`python losses.py` lists them; a parameter left out takes the loss's own default, one that the loss "
         "does not have is an error)"
     )
-    group.add_argument("--loss", choices=list(LOSSES), default=own or "td_dpo", metavar="NAME", help=", ".join(LOSSES))
+    group.add_argument("--loss", choices=list(LOSSES), default=default_loss, metavar="NAME", help=", ".join(LOSSES))
     group.add_argument("--loss_file", metavar="FILE.py:NAME", help="a loss of your own instead of --loss")
     for name, (default, users) in loss_arguments().items():
         words = f"{', '.join(users) if len(users) < 6 else 'most'}: {PARAMETER_HELP.get(name, '')}"
@@ -190,7 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="activation checkpointing: slower, much less memory; auto: on CUDA",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def load_own_loss(argv: list[str] | None) -> str | None:
@@ -198,10 +203,17 @@ def load_own_loss(argv: list[str] | None) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--loss_file")
     spec = parser.parse_known_args(argv)[0].loss_file
+    if spec is None:
+        return None
+    taken = {action.dest for action in build_parser()._actions} - loss_arguments().keys()
     try:
-        return spec and load_loss_file(spec)
+        name = load_loss_file(spec)
     except ValueError as error:
         raise UserError(f"--loss_file {error}") from None
+    if clash := sorted(taken & own_defaults(LOSSES[name]).keys()):
+        del LOSSES[name]
+        raise UserError(f"--loss_file {spec}: parameter {clash[0]} is an argument of train_pref.py; rename it")
+    return name
 
 
 def loss_parameters(args: argparse.Namespace) -> dict:
@@ -232,8 +244,11 @@ def check_own_loss(args: argparse.Namespace, parameters: dict) -> dict:
     if args.loss not in FROM_FILES:
         return {}
     report = check_loss.check(args.loss)
-    if report.failures:
-        raise UserError(f"--loss_file {args.loss_file}: fails its self-test: {'; '.join(report.failures)}")
+    if wrong := report.failures or check_loss.try_parameters(bind(args.loss, parameters)):
+        words = "; ".join(wrong) if isinstance(wrong, list) else f"with {parameters} it {wrong}"
+        raise UserError(f"--loss_file {args.loss_file}: fails its self-test: {words}")
+    for note in report.notes:
+        print(f"{args.loss}: {note}", flush=True)
     return {"loss_file_sha256": sha256_file(Path(args.loss_file.rpartition(":")[0]))}
 
 
@@ -400,16 +415,20 @@ class Study(NamedTuple):
         score = None if scores is None else sum_by_row(scores, batch)[: len(members)]
         return PairLogps(*sums, *refs, *batch.lengths.float().chunk(2), *kls, score), batch
 
-    def metric_rows(self, inputs: PairLogps) -> tuple[Tensor, Tensor]:
-        """Losses (B,), and (len(METRICS), B): METRICS of each pair. Log-probs, rewards and margins are sums over
-        tokens, as in TRL (rewards of a loss without beta are NaN); `anchor` is the loss's own where it has one, else
-        k2, and `score` is score_c: neither need be part of the loss."""
+    def metric_rows(self, inputs: PairLogps) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (B,), and by name METRICS of each pair and `terms/*`, whatever else the loss logs; (B,) each.
+
+        Log-probs, rewards and margins are sums over tokens, as in TRL (rewards of a loss without beta are NaN);
+        `anchor` is the loss's own where it has one, else k2, and `score` is score_c: neither need be in the loss.
+        """
         values, terms = self.loss(inputs)
         (a, b), rho, beta = inputs.log_ratios, inputs.rho, self.parameters.get("beta", math.nan)
         anchor = terms["anchor"] if "anchor" in terms else k2(reduced(inputs, self.parameters.get("logp", "sum")))
         rows = (values, terms.get("preference", values), anchor, a + b, inputs.chosen, inputs.rejected, beta * a,
                 beta * b, beta * rho, ranked_right(rho), rho, inputs.delta, chosen_score(inputs))  # fmt: skip
-        return values, torch.stack([row.detach() for row in rows]).double()
+        named = dict(zip(METRICS, rows))
+        named |= {f"terms/{key}": term for key, term in terms.items() if key not in METRICS}
+        return values, {name: row.detach().double() for name, row in named.items()}
 
 
 def ranked_right(margin: Tensor) -> Tensor:
@@ -422,20 +441,20 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
     micro-batches do not change it. Returns METRICS' means over the step's pairs, tokens, and the gradient norm."""
     args, ranks, policy = study.args, study.ranks, study.policy
     weight = ranks.world / len(members)  # times world: FSDP averages gradients over ranks
-    totals = torch.zeros(len(METRICS) + 1, device=ranks.device, dtype=torch.float64)
+    totals = 0.0
     micro_batches = share_out(members, split.pairs, ranks, args.per_device_batch)
     for number, micro in enumerate(micro_batches, 1):
         policy.set_requires_gradient_sync(number == len(micro_batches))
         inputs, batch = study.pair_logps(split, micro or members[:2])  # an empty share runs along with weight 0
         values, rows = study.metric_rows(inputs)
         (values.sum() * (weight if micro else 0.0)).backward()
-        if micro:
-            totals += torch.cat([rows.sum(1), rows.new_tensor([batch.tokens])])
+        sums = torch.stack([*(row.sum() for row in rows.values()), values.new_tensor(float(batch.tokens)).double()])
+        totals = totals + (sums if micro else torch.zeros_like(sums))
     if study.state.log_beta_mix is not None:
         study.state.log_beta_mix.grad = ranks.sum(study.state.log_beta_mix.grad) / ranks.world
     grad_norm = torch.nn.utils.clip_grad_norm_(trainable(policy).values(), args.max_grad_norm)
     *sums, tokens = ranks.sum(totals).tolist()
-    return {k: v / len(members) for k, v in zip(METRICS, sums)}, int(tokens), whole(grad_norm).item()
+    return {name: total / len(members) for name, total in zip(rows, sums)}, int(tokens), whole(grad_norm).item()
 
 
 @torch.no_grad()
@@ -457,9 +476,9 @@ def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
     kls = table[:, 2:4].unbind(1) if study.token_kl else (None, None)
     score = table[:, 4] if study.token_score else None
     inputs = PairLogps(table[:, 0], table[:, 1], *split.reference.sums.unbind(1), *counts, *kls, score)
-    means = study.metric_rows(inputs)[1].mean(1).tolist()
+    rows = study.metric_rows(inputs)[1]
     accuracies = {"acc_ref": inputs.rho, "acc_sum": inputs.delta, "acc_mean": inputs.mean().delta}
-    metrics = {f"eval/{name}": mean for name, mean in zip(METRICS, means)}
+    metrics = {f"eval/{name}": row.mean().item() for name, row in rows.items()}
     return metrics | {f"eval/{k}": ranked_right(m).mean().item() for k, m in accuracies.items()}, table[:, :2]
 
 

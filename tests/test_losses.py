@@ -276,7 +276,9 @@ def test_self_test_says_where_exponential_branches_and_the_published_form_leave_
 
 
 BAD_LOSSES = {
-    "wrong_shape": ("return pairs.rho.mean(), {}", "has shape"),
+    "wrong_shape": ("return pairs.rho.mean(), {}", "has shape () for 1 pairs: return one value per pair"),
+    "no_dict": ("return -beta * pairs.rho", "must return (losses, terms)"),
+    "a_number": ("return -beta * pairs.rho, {'b': beta}", "b is a float"),
     "overflows": ("return torch.exp(pairs.rho) / torch.exp(pairs.rho) - pairs.rho, {}", "not finite"),
     "no_gradient": ("return torch.relu(pairs.rho.detach()) + 0 * pairs.rho, {}", "no gradient"),
     "raises": ("return pairs.nothing, {}", "raises AttributeError"),
@@ -299,11 +301,15 @@ def test_self_test_finds_what_is_wrong(tmp_path, kind):
 @pytest.mark.parametrize(
     ("spec", "said"),
     [("mine.py", "write it as"), ("none.py:f", "no such file"), ("bad.py:f", "SyntaxError"), ("ok.py:g", "no function"),
+     ("ok.py:plain", "write plain as def"), ("ok.py:clash", "means something else"),
      ("ok.py:dpo", "give yours another name"), ("ok.py:odd", "needs a number or text")],
 )  # fmt: skip
 def test_loss_files_that_cannot_be_used_are_named(tmp_path, spec, said):
     (tmp_path / "bad.py").write_text("def f(:")
-    (tmp_path / "ok.py").write_text("def dpo(pairs): pass\ndef odd(pairs, *, x=None): pass\n")
+    (tmp_path / "ok.py").write_text(
+        "def dpo(pairs): pass\ndef odd(pairs, *, x=None): pass\n"
+        "def plain(pairs, beta=0.1): pass\ndef clash(pairs, *, margin=1.0): pass\n"
+    )
     with pytest.raises(ValueError, match=said):
         losses.load_loss_file(f"{tmp_path}/{spec}")
 

@@ -291,7 +291,12 @@ import torch.nn.functional as F
 def my_loss(pairs, *, beta: float = 0.1, offset: float = 0.5):
     \"\"\"sp(offset - z)\"\"\"
     losses = F.softplus(offset - beta * pairs.rho)
-    return losses, {"preference": losses}
+    if offset > 100:
+        raise ValueError("offset too large")
+    return losses, {"preference": losses, "half": losses / 2}
+
+def clash(pairs, *, seed: int = 3):
+    return -pairs.rho, {}
 
 def broken(pairs, *, beta: float = 0.1):
     return (beta * pairs.rho).exp().log(), {}
@@ -311,8 +316,15 @@ def test_a_loss_of_ones_own(tiny_model, pairs_folder, tmp_path):
     assert (run / "loss.py").read_text() == OWN_LOSS
     first = next(line for line in metrics_of(run) if "loss" in line)
     assert first["loss"] == pytest.approx(math.log1p(math.exp(0.25)), rel=1e-4)
-    refused = run_script("train_pref.py", *arguments, f"{file}:broken")
-    assert refused.returncode == 2 and "fails its self-test: not finite in float32" in refused.stderr
+    assert first["terms/half"] == pytest.approx(first["loss"] / 2)
+    for spec, more, said in (
+        ("broken", [], "fails its self-test: not finite in float32"),
+        ("clash", [], "parameter seed is an argument of train_pref.py"),
+        ("my_loss", ["--offset", "200"], "raises ValueError: offset too large"),
+    ):
+        with pytest.raises(UserError, match=said):
+            args = parse_args(["--data", str(pairs_folder), "--loss_file", f"{file}:{spec}", *more])
+            train_pref.prepare(args, ONE)
 
 
 def test_published_discopop_that_overflows_ends_as_diverged(tiny_model, pairs_folder, tmp_path):
