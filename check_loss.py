@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import losses
+from figures import COLOURS, new_figure
 from files import UserError
 from losses import COUPLES_BATCH, FROM_FILES, LOSSES, PairLogps, own_defaults
 
@@ -22,7 +23,6 @@ STUDY_LOSSES = {
     "td_dpo tau 2": ("td_dpo", {"tau": 2.0}), "discopop": ("discopop", {}), "dlrml": ("dlrml", {}),
 }  # fmt: skip
 STUDY_BETAS = (0.01, 0.05, 0.5, 2.5)
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 
 
 class Report(NamedTuple):
@@ -212,20 +212,13 @@ def check(name: str) -> Report:
 # ---- plots --------------------------------------------------------------------------------------
 
 
-def new_figure(width: float, height: float, rows: int, columns: int):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def curve(loss: Callable, rho: Tensor, parameters: dict) -> tuple[Tensor, Tensor]:
     """Value and gradient of a pair at each margin. Each pair is doubled into a batch of its own."""
     both = [value_and_gradient(loss, margin.repeat(2), parameters) for margin in rho]
     return torch.stack([v[0] for v, _ in both]), torch.stack([g.sum() for _, g in both]) / 2
 
 
-def draw_curves(axes, rho: Tensor, curves: dict[str, tuple[Tensor, Tensor]], gradient_limit: float | None) -> None:
+def draw_curves(axes, rho: Tensor, curves: dict[str, tuple[Tensor, Tensor]]) -> None:
     for colour, (label, (values, gradients)) in zip(COLOURS * 2, curves.items()):
         for axis, line in zip(axes, (values, gradients)):
             axis.plot(rho, line, label=label, color=colour, linewidth=1.6)
@@ -234,31 +227,30 @@ def draw_curves(axes, rho: Tensor, curves: dict[str, tuple[Tensor, Tensor]], gra
         axis.set_ylabel(words)
         axis.grid(alpha=0.3)
         axis.axvline(0, color="#777777", linewidth=0.8)
-    if gradient_limit:
-        axes[1].set_ylim(-gradient_limit, gradient_limit)
 
 
 def plot_check(name: str, path: Path) -> None:
     """Loss and gradient over the margin for a few betas."""
     loss, rho = LOSSES[name], torch.linspace(-20, 20, 161, dtype=torch.float64)
     betas = (0.01, 0.1, 0.5, 2.5) if "beta" in own_defaults(loss) else (None,)
-    figure, axes = new_figure(10, 3.6, 1, 2)
+    figure = new_figure(10, 3.6, f"{name}: loss and gradient of one pair")
+    axes = figure.subplots(1, 2, squeeze=False)
     curves = {f"beta {b}" if b else name: curve(loss, rho, {"beta": b} if b else {}) for b in betas}
-    draw_curves(axes[0], rho, curves, None)
+    draw_curves(axes[0], rho, curves)
     for axis in axes[0]:
         axis.set_yscale("symlog", linthresh=1)
     axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"{name}: loss and gradient of one pair")
     figure.savefig(path, dpi=130)
 
 
 def plot_study(path: Path) -> None:
     """Loss and gradient of the first study's losses, a row per beta."""
     rho = torch.linspace(-10, 10, 161, dtype=torch.float64)
-    figure, axes = new_figure(10, 11, len(STUDY_BETAS), 2)
+    figure = new_figure(10, 11, "")
+    axes = figure.subplots(len(STUDY_BETAS), 2)
     for row, beta in zip(axes, STUDY_BETAS):
         curves = {label: curve(LOSSES[n], rho, {"beta": beta, **more}) for label, (n, more) in STUDY_LOSSES.items()}
-        draw_curves(row, rho, curves, None)
+        draw_curves(row, rho, curves)
         row[0].set_yscale("symlog", linthresh=1)
         row[1].set_yscale("symlog", linthresh=0.1)
         row[0].set_title(f"beta {beta}", loc="left", fontweight="bold")
