@@ -109,14 +109,17 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerBase, pair: dict) -> TokenPair:
 def truncate(pair: TokenPair, max_length: int, keep: str, bos_id: int | None) -> TokenPair:
     """`pair` with prompt + longer response within `max_length` tokens.
 
-    The prompt is cut first ('keep_end' keeps its end and a leading BOS, 'keep_start' its start), to no less than a
-    quarter of max_length; only then are the responses' ends cut. No response is ever emptied.
+    'keep_end' cuts the prompt first, keeping its end and a leading BOS, to no less than a quarter of max_length; only
+    then are the responses' ends cut. 'keep_start' is TRL's: the first max_length tokens, so that the responses' ends
+    are cut; a prompt that alone fills max_length (TRL drops the pair) keeps its start, of the length that 'keep_end'
+    would leave. No response is ever emptied.
     """
     over = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) - max_length
     if over <= 0:
         return pair
     kept = max(len(pair.prompt) - over, min(len(pair.prompt), max(max_length // 4, 1)))
     if keep == "keep_start":
+        kept = len(pair.prompt) if len(pair.prompt) < max_length else kept
         prompt = pair.prompt[:kept]
     elif pair.prompt[0] == bos_id and kept > 1:
         prompt = [bos_id, *pair.prompt[len(pair.prompt) - kept + 1 :]]

@@ -4,7 +4,6 @@ Shared because a log-probability must mean the same in training, evaluation and 
 """
 
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -13,24 +12,28 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from chat import TokenPair, first_line
+from chat import first_line
 from files import UserError
 from losses import FULL_KL, token_full_kl, token_score
+from packing import Batch, block_mask
 
 LOGITS_CHUNK = 2**24  # fp32 logits held at once, 64 MiB: 524 response tokens at a vocabulary of 32k
 
@@ -54,6 +57,12 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def from_main(self, value: object) -> object:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
 
     def print(self, *args) -> None:
         if self.main:
@@ -103,6 +112,7 @@ def load_base(
     model: str, dtype: torch.dtype, quant: str, device: torch.device, storage: torch.dtype = torch.uint8
 ) -> PreTrainedModel:
     """The base model of a hub id or folder, on `device`, frozen. quant: 'nf4' (double quantisation) or 'none'.
+    On the meta device: its shapes without its weights.
 
     Raises UserError if it cannot be had or is no causal language model.
     """
@@ -116,9 +126,12 @@ def load_base(
             bnb_4bit_quant_storage=storage,
         )
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, quantization_config=quantisation, device_map={"": device}
-        )
+        if device.type == "meta":
+            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, quantization_config=quantisation, device_map={"": device}
+            )
     except (OSError, ValueError) as error:
         raise UserError(
             f"--model {model}: cannot be loaded ({first_line(error)}); "
@@ -164,7 +177,26 @@ def add_lora(base: PreTrainedModel, r: int, alpha: int, dropout: float, targets:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW's steps at lr 1e-5 vanish in bf16 weights
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
+            module.forward = MethodType(lora_forward, module)
     return model
+
+
+def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
+    """PEFT's LoRA layer with its one adapter, base(x) + scaling * dropout(x) A^T B^T, without PEFT's casts of every
+    activation to the adapter's dtype and with the sum inside the second product."""
+    rows = x.flatten(0, -2)
+    output = layer.base_layer(rows)
+    if not layer._disable_adapters:
+        a, b = (matrix["default"].weight.to(x.dtype) for matrix in (layer.lora_A, layer.lora_B))
+        low = F.linear(layer.lora_dropout["default"](rows), a) * layer.scaling["default"]
+        if torch.compiler.is_compiling():  # joined to what follows; in fp32 it is not taken for an addmm, which copies
+            output = (output.float() + F.linear(low, b).float()).to(output.dtype)
+        else:  # in place where the base's output is a product's own and not a view of something that backward needs
+            add = output.addmm_ if type(layer.get_base_layer()) is nn.Linear else output.addmm
+            output = add(low, b.t())
+    return output.unflatten(0, x.shape[:-1])
 
 
 @contextmanager
@@ -201,50 +233,6 @@ def dropout(model: nn.Module, active: bool) -> Iterator[None]:
 # ---- batches and log-probabilities --------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """B pairs as 2B padded rows, chosen first, and where their response tokens are predicted."""
-
-    input_ids: Tensor  # (2B, T)
-    attention_mask: Tensor  # (2B, T)
-    positions: Tensor  # (N,) index into the flattened (2B * T) hidden states that predicts each response token
-    targets: Tensor  # (N,) the response tokens
-    segments: Tensor  # (N,) row, 0 .. 2B-1, of each response token
-    lengths: Tensor  # (2B,) response tokens a row
-    tokens: int  # without padding
-    chosen_tokens: int  # response tokens of the chosen rows; they stand first
-
-
-def make_batch(pairs: list[TokenPair], pad_id: int, device: torch.device) -> Batch:
-    rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    positions, targets, segments = [], [], []
-    for i, (prompt, response) in enumerate(rows):
-        length = len(prompt) + len(response)
-        ids[i, :length] = torch.tensor(prompt + response)
-        mask[i, :length] = 1
-        positions += range(i * width + len(prompt) - 1, i * width + length - 1)
-        targets += response
-        segments += [i] * len(response)
-    lengths = torch.tensor([len(response) for _, response in rows])
-    tensors = (ids, mask, torch.tensor(positions), torch.tensor(targets), torch.tensor(segments), lengths)
-    counts = {"tokens": int(mask.sum()), "chosen_tokens": sum(len(p.chosen) for p in pairs)}
-    return Batch(*(t.to(device, non_blocking=True) for t in tensors), **counts)
-
-
-def share_out(indices: list[int], pairs: list[TokenPair], ranks: Ranks, size: int) -> list[list[int]]:
-    """This rank's micro-batches of at most `size` of `indices`: similar lengths together, and as many on every rank
-    (some may be empty), because FSDP's collectives need all ranks."""
-
-    def width(i: int) -> int:
-        return len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))
-
-    mine = sorted(indices, key=lambda i: (-width(i), i))[ranks.rank :: ranks.world]
-    count = math.ceil(math.ceil(len(indices) / ranks.world) / size)
-    return [mine[i * size : (i + 1) * size] for i in range(count)]
-
-
 def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
     """Per response token (the first n of N) -> (2B,) sums per row, fp32. Added in float64: the order, which CUDA does
     not fix, then leaves no trace, and equal tokens give equal sums."""
@@ -252,34 +240,97 @@ def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
     return zeros.index_add(0, batch.segments[: len(values)], values.double()).float()
 
 
+class TargetLogps(torch.autograd.Function):
+    """Log-probabilities of target tokens from hidden states, through a frozen output head.
+
+    d logp / d hidden = (onehot - softmax) W needs nothing from later layers, so it is computed beside the log-prob,
+    chunk by chunk, and kept as (N, H); the backward pass only scales it. The logits are computed once and no chunk of
+    them outlives its turn.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, chunk_tokens, logps_of, slopes_of):
+        """hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> (N,) fp32 nats."""
+        logps = hidden.new_empty(len(targets), dtype=torch.float32)
+        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits = F.linear(hidden[rows], weight, bias)
+            logps[rows], normaliser = logps_of(logits, targets[rows], softcap)
+            if gradients is not None:
+                torch.mm(slopes_of(logits, targets[rows], normaliser, softcap), weight, out=gradients[rows])
+        ctx.save_for_backward(gradients)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradients,) = ctx.saved_tensors
+        return (grad.unsqueeze(1) * gradients).to(gradients.dtype), *[None] * 7
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """(n, V) logits in fp32, squashed where the architecture does so (Gemma 2)."""
+    logits = logits.float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def logps_of(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Log-probs of `targets` and the logarithm of the normaliser, (n,) each, fp32."""
+    logits = capped(logits, softcap)
+    normaliser = logits.logsumexp(-1)
+    return logits.gather(1, targets.unsqueeze(1)).squeeze(1) - normaliser, normaliser
+
+
+def slopes_of(logits: Tensor, targets: Tensor, normaliser: Tensor, softcap: float | None) -> Tensor:
+    """d logp / d logits: onehot - softmax, (n, V) in the logits' dtype."""
+    squashed = capped(logits, softcap)
+    slopes = -torch.exp(squashed - normaliser.unsqueeze(1))
+    slopes = slopes + (torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(1))
+    if softcap is not None:
+        slopes = slopes * (1 - (squashed / softcap) ** 2)
+    return slopes.to(logits.dtype)
+
+
 class ResponseLogps(nn.Module):
     """A causal LM (PEFT-wrapped or plain) whose forward gives log-probabilities of response tokens.
 
-    Only response positions reach the output head, a chunk of LOGITS_CHUNK logits at a time and recomputed in the
-    backward pass, so that no [tokens, vocabulary] tensor is ever held in fp32 beyond one chunk.
+    Only response positions reach the output head, a chunk of LOGITS_CHUNK logits at a time, so that no [tokens,
+    vocabulary] tensor is ever held in fp32 beyond one chunk, forward or backward.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel):
         super().__init__()
         self.model = model
         self.causal = [model.get_base_model() if isinstance(model, PeftModel) else model]  # in a list: not a submodule
+        self.causal[0].set_attn_implementation("branches")  # packing.py's
         config = self.causal[0].config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.chunk_tokens = max(1, LOGITS_CHUNK // config.vocab_size)
+        self.head_functions = (logps_of, slopes_of)
 
     @property
     def backbone(self) -> nn.Module:
         return getattr(self.causal[0], self.causal[0].base_model_prefix)
 
+    def compile(self) -> None:
+        """torch.compile layer by layer: one graph serves all layers, whatever the number of tokens. The layers'
+        `forward`, not the modules: FSDP's and checkpointing's hooks stay outside."""
+        for layer in decoder_layers(self):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        self.head_functions = tuple(torch.compile(f, dynamic=True) for f in self.head_functions)
+
     def hidden(self, batch: Batch) -> Tensor:
         """(N, H) last hidden state at the position that predicts each response token."""
-        output = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        packed = batch.position_ids is not None
+        mask = block_mask(batch) if packed and batch.input_ids.is_cuda else batch.mask
+        output = self.backbone(
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+        )
         return output.last_hidden_state.flatten(0, 1)[batch.positions]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V) fp32."""
-        logits = self.causal[0].get_output_embeddings()(hidden).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return capped(self.causal[0].get_output_embeddings()(hidden), self.softcap)
 
     def chunk(self, hidden: Tensor, targets: Tensor, reference: Tensor | None, kl: str | None, score: dict | None):
         """Of `targets` (n,): log-probs; divergence `kl` from the `reference` hidden states; proper `score`. (n,) each,
@@ -294,15 +345,26 @@ class ResponseLogps(nn.Module):
         return logps, divergence, None if score is None else token_score(logits, targets, **score)
 
     def forward(
-        self, batch: Batch, kl: str | None = None, score: dict | None = None
+        self, batch: Batch, kl: str | None = None, score: dict | None = None, own_forward: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Per response token, fp32: log-prob (N,); for `kl` full_* its divergence from the adapter-off model (N,);
-        for `score` (arguments of losses.token_score) the score of the chosen responses' tokens (the first of N)."""
+        for `score` (arguments of losses.token_score) the score of the chosen responses' tokens (the first of N).
+        own_forward: the log-probs alone, by the architecture's own forward on a plain batch, for comparison."""
+        if own_forward:
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
+            logits = output.logits.flatten(0, 1)[batch.positions].float()
+            return -F.cross_entropy(logits, batch.targets, reduction="none"), None, None
         reference = None
         if kl in FULL_KL:
             with torch.no_grad(), adapter_off(self.model):
                 reference = self.hidden(batch)
         hidden = self.hidden(batch)
+        head = self.causal[0].get_output_embeddings()
+        if reference is None and score is None and type(head) is nn.Linear and not head.weight.requires_grad:
+            logps = TargetLogps.apply(
+                hidden, head.weight, head.bias, batch.targets, self.softcap, self.chunk_tokens, *self.head_functions
+            )
+            return logps, None, None
         chosen = batch.chosen_tokens if score is not None else 0  # scored tokens, which come first
         edges = [*range(0, chosen, self.chunk_tokens), *range(chosen, len(hidden), self.chunk_tokens), len(hidden)]
         pieces = []
@@ -316,13 +378,11 @@ class ResponseLogps(nn.Module):
 
 
 @torch.no_grad()
-def check_logps(policy: ResponseLogps, batch: Batch, tolerance: float) -> None:
-    """Raise UserError if our path to the log-probs disagrees with the architecture's own forward on `batch`."""
+def check_logps(policy: ResponseLogps, batch: Batch, plain: Batch, tolerance: float) -> None:
+    """Raise UserError if our path to the log-probs of `batch` disagrees with the architecture's own forward on the
+    same pairs as a `plain` padded batch."""
     with dropout(policy, active=False):
-        mine = policy(batch)[0]
-        output = policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits = output.logits.flatten(0, 1)[batch.positions].float()
-    theirs = -F.cross_entropy(logits, batch.targets, reduction="none")
+        mine, theirs = policy(batch)[0], policy(plain, own_forward=True)[0]
     difference = (mine - theirs).abs().mean().item()
     if not difference <= tolerance:
         raise UserError(
@@ -331,17 +391,39 @@ def check_logps(policy: ResponseLogps, batch: Batch, tolerance: float) -> None:
         )
 
 
-def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) -> None:
-    """FSDP2 over all ranks, layer by layer. mode 'adapters': the frozen base is replicated; 'full': sharded too."""
+def decoder_layers(policy: ResponseLogps) -> nn.ModuleList:
     layers = getattr(policy.backbone, "layers", None)
     if layers is None:
-        raise UserError(f"{type(policy.causal[0]).__name__}: no `layers` to shard; decoder-only models are supported")
+        raise UserError(f"{type(policy.causal[0]).__name__}: it has no `layers`; decoder-only models are supported")
+    return layers
+
+
+def receive(module: nn.Module, ranks: Ranks) -> None:
+    """Give `module` its values on the ranks that know only its shapes, from rank 0. What is sharded already stays."""
+    for part in module.modules():
+        tensors = [*part._parameters.items(), *part._buffers.items()]
+        for name, tensor in tensors:
+            if tensor is None or isinstance(tensor, DTensor):
+                continue
+            values = tensor.detach().to(ranks.device) if ranks.main else torch.empty_like(tensor, device=ranks.device)
+            dist.broadcast(values, 0)
+            if isinstance(tensor, nn.Parameter):
+                part._parameters[name] = nn.Parameter(values, requires_grad=tensor.requires_grad)
+            else:
+                part._buffers[name] = values
+
+
+def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    """FSDP2 over all ranks, layer by layer. mode 'adapters': the frozen base is replicated. 'full': sharded too, and
+    only rank 0 needs to hold the weights: each layer goes out to the others right before it is sharded."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     frozen = {p for p in policy.parameters() if not p.requires_grad} if mode == "adapters" else set()
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision, ignored_params=frozen)
-    fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=frozen)
+    for part in (*decoder_layers(policy), policy):
+        if mode == "full" and ranks.world > 1:
+            receive(part, ranks)
+            policy.causal[0].tie_weights()
+        fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=frozen)
 
 
 # ---- adapters on disk ---------------------------------------------------------------------------

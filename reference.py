@@ -17,7 +17,8 @@ from torch import Tensor
 
 from chat import TokenPair
 from files import UserError, sha256_json
-from modeling import Ranks, ResponseLogps, adapter_off, dropout, make_batch, share_out
+from modeling import Ranks, ResponseLogps, adapter_off, dropout
+from packing import Packing, make_batch, share_out
 
 
 class Reference:
@@ -79,14 +80,14 @@ def write_cache(path: Path, tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def compute(policy: ResponseLogps, pairs: list[TokenPair], pad_id: int, size: int, ranks: Ranks, what: str) -> Tensor:
+def compute(policy: ResponseLogps, pairs: list[TokenPair], packing: Packing, ranks: Ranks, what: str) -> Tensor:
     """Per-token log-probs (all response tokens,) of `pairs` with the adapter off, computed by all ranks together."""
     starts = response_starts(pairs)
     tokens = torch.zeros(starts[-1])
-    batches = share_out(list(range(len(pairs))), pairs, ranks, size)
+    batches = share_out(list(range(len(pairs))), pairs, packing, ranks.rank, ranks.world)
     with adapter_off(policy), dropout(policy, active=False):
         for members in ranks.progress(batches, f"reference log-probs, {what}"):
-            batch = make_batch([pairs[i] for i in members or [0]], pad_id, ranks.device)
+            batch = make_batch([pairs[i] for i in members or [0]], packing, ranks.device)
             logps = policy(batch)[0].cpu()
             if members:
                 for row, piece in zip(batch_rows(members), logps.split(batch.lengths.tolist())):
@@ -97,14 +98,13 @@ def compute(policy: ResponseLogps, pairs: list[TokenPair], pad_id: int, size: in
 def reference_logps(
     policy: ResponseLogps,
     pairs: list[TokenPair],
-    pad_id: int,
-    size: int,
+    packing: Packing,
     weights: str,
     folder: Path,
     ranks: Ranks,
     what: str,
 ) -> Reference:
-    """Reference log-probs of `pairs` from the cache in `folder`, else computed (`size` pairs a batch) and cached.
+    """Reference log-probs of `pairs` from the cache in `folder`, else computed and cached.
 
     weights: modeling.fingerprint of the base. Raises UserError if the base gives non-finite log-probs.
     """
@@ -113,7 +113,7 @@ def reference_logps(
     if ranks.sum(torch.tensor(float(cached is not None), device=ranks.device)).item() == ranks.world:
         ranks.print(f"reference log-probs, {what}: read from {path}")
         return Reference(pairs, cached)
-    tokens = compute(policy, pairs, pad_id, size, ranks, what)
+    tokens = compute(policy, pairs, packing, ranks, what)
     if not tokens.isfinite().all():
         raise UserError(
             f"the base model gives non-finite log-probabilities on the {what} pairs; check its weights and --dtype"

@@ -60,7 +60,6 @@ from losses import (
     token_k3,
 )
 from modeling import (
-    Batch,
     Ranks,
     ResponseLogps,
     add_lora,
@@ -70,12 +69,11 @@ from modeling import (
     fingerprint,
     init_ranks,
     load_base,
-    make_batch,
     pick_dtype,
     shard,
-    share_out,
     sum_by_row,
 )
+from packing import Batch, Packing, make_batch, share_out
 from reference import Reference, reference_key, reference_logps
 
 # Mean |policy - reference| per response token (nats) at step 0, where the adapter is the identity. Not zero, because
@@ -95,7 +93,20 @@ RUN_ID_TAGS = {
     "dtype": "",
 }  # fmt: skip
 # May differ between two starts of one run without making it another run.
-NOT_THE_RUN = ("results_dir", "run_id", "data", "shard", "checkpointing", "world_size", "versions", "loss_file")
+NOT_THE_RUN = (
+    "results_dir",
+    "run_id",
+    "data",
+    "shard",
+    "checkpointing",
+    "compile",
+    "tokens_per_microbatch",
+    "prefix_sharing",
+    "packing",
+    "world_size",
+    "versions",
+    "loss_file",
+)
 
 METRICS = (
     "loss", "preference", "anchor", "anchor_k1", "logps/chosen", "logps/rejected", "rewards/chosen",
@@ -158,7 +169,12 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
     group.add_argument("--epochs", type=float, default=3, help="passes over the pairs")
     group.add_argument("--max_steps", type=int, default=0, help="stop after so many optimiser steps (0: epochs decide)")
     group.add_argument("--global_batch", type=int, default=128, help="pairs an optimiser step, over all ranks")
-    group.add_argument("--per_device_batch", type=int, default=4, help="pairs a micro-batch and rank (memory only)")
+    group.add_argument(
+        "--per_device_batch",
+        type=int,
+        default=4,
+        help="pairs a micro-batch and rank, with --packing off and for losses that couple the pairs of a micro-batch",
+    )
     group.add_argument("--max_length", type=int, default=2048, help="tokens of prompt + response")
     group.add_argument(
         "--truncation",
@@ -194,6 +210,24 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
         choices=["auto", "on", "off"],
         default="auto",
         help="activation checkpointing: slower, much less memory; auto: on CUDA",
+    )
+    group.add_argument(
+        "--tokens_per_microbatch",
+        type=int,
+        default=0,
+        help="tokens that pairs are packed up to, a micro-batch and rank (0: per_device_batch x max_length)",
+    )
+    group.add_argument(
+        "--prefix_sharing", choices=["on", "off"], default="on", help="compute a pair's prompt once, or twice"
+    )
+    group.add_argument(
+        "--packing", choices=["on", "off"], default="on", help="rows end to end, or padded to the longest"
+    )
+    group.add_argument(
+        "--compile",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="torch.compile of the layers; auto: on CPU, if a C++ compiler is there and the run is long",
     )
     return parser
 
@@ -379,7 +413,7 @@ class Study(NamedTuple):
     args: argparse.Namespace
     ranks: Ranks
     policy: ResponseLogps
-    pad_id: int
+    packing: Packing
     parameters: dict
     state: "State"
 
@@ -405,7 +439,7 @@ class Study(NamedTuple):
     def pair_logps(self, split: Split, members: list[int]) -> tuple[PairLogps, Batch]:
         """Forward pairs `members` of `split`: what a loss may read, (len(members),) each."""
         kl = self.token_kl
-        batch = make_batch([split.pairs[i] for i in members], self.pad_id, self.ranks.device)
+        batch = make_batch([split.pairs[i] for i in members], self.packing, self.ranks.device)
         logps, divergence, scores = self.policy(batch, kl, self.token_score)
         if kl == "k3":
             divergence = token_k3(logps - split.reference.of(members).to(logps.device))
@@ -442,7 +476,7 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
     args, ranks, policy = study.args, study.ranks, study.policy
     weight = ranks.world / len(members)  # times world: FSDP averages gradients over ranks
     totals = 0.0
-    micro_batches = share_out(members, split.pairs, ranks, args.per_device_batch)
+    micro_batches = share_out(members, split.pairs, study.packing, ranks.rank, ranks.world)
     for number, micro in enumerate(micro_batches, 1):
         policy.set_requires_gradient_sync(number == len(micro_batches))
         inputs, batch = study.pair_logps(split, micro or members[:2])  # an empty share runs along with weight 0
@@ -452,9 +486,14 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
         totals = totals + (sums if micro else torch.zeros_like(sums))
     if study.state.log_beta_mix is not None:
         study.state.log_beta_mix.grad = ranks.sum(study.state.log_beta_mix.grad) / ranks.world
-    grad_norm = torch.nn.utils.clip_grad_norm_(trainable(policy).values(), args.max_grad_norm)
-    *sums, tokens = ranks.sum(totals).tolist()
-    return {name: total / len(members) for name, total in zip(rows, sums)}, int(tokens), whole(grad_norm).item()
+    # Metrics and gradient norm: one collective, one wait of the host for the device.
+    grads = [local(p.grad) for p in trainable(policy).values() if p.grad is not None]
+    square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+    reduced = ranks.sum(torch.cat([totals, square[None]]))
+    clip = (args.max_grad_norm / (reduced[-1].sqrt() + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, clip.to(grads[0].dtype))
+    *sums, tokens, square = reduced.tolist()
+    return {name: total / len(members) for name, total in zip(rows, sums)}, int(tokens), math.sqrt(square)
 
 
 @torch.no_grad()
@@ -462,7 +501,7 @@ def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
     """Metrics over all pairs of `split`, and (pairs, 2) the policy's log-probs (sums; chosen, rejected)."""
     ranks = study.ranks
     table = torch.zeros(len(split.pairs), 5, device=ranks.device)
-    batches = share_out(list(range(len(split.pairs))), split.pairs, ranks, study.args.per_device_batch)
+    batches = share_out(list(range(len(split.pairs))), split.pairs, study.packing, ranks.rank, ranks.world)
     with dropout(study.policy, active=False):
         for members in ranks.progress(batches, "evaluating"):
             inputs, _ = study.pair_logps(split, members or [0])
@@ -491,6 +530,11 @@ def trainable(policy: ResponseLogps) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of an FSDP shard, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of an FSDP shard (collective: call it on every rank), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -514,9 +558,8 @@ def check_step0(logps: Tensor, split: Split, dtype: torch.dtype) -> float:
 def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:
     """Raise UserError if some LoRA matrix B got no gradient in the first step: it would never be trained."""
     grads = {name: p.grad for name, p in trainable(policy).items() if "lora_B" in name}
-    local = [0.0 if g is None else (g.to_local() if isinstance(g, DTensor) else g).abs().sum().item()
-             for g in grads.values()]  # fmt: skip
-    totals = ranks.sum(torch.tensor(local, device=ranks.device)).tolist()
+    sums = [0.0 if g is None else local(g).abs().sum().item() for g in grads.values()]
+    totals = ranks.sum(torch.tensor(sums, device=ranks.device)).tolist()
     if dead := [name for name, total in zip(grads, totals) if total == 0]:
         raise UserError(
             f"{len(dead)} of {len(grads)} LoRA matrices B got a zero gradient in the first step ({dead[0]} first): the "
@@ -632,6 +675,14 @@ def start_folder(folder: Path, record: dict) -> None:
     write_json(folder / "args.json", record)
 
 
+def packing_of(args: argparse.Namespace, pad_id: int) -> Packing:
+    """How pairs become micro-batches: by a budget of tokens, or by number where the loss reads a micro-batch's own
+    statistics or packing is off."""
+    by_number = args.packing == "off" or args.loss in COUPLES_BATCH
+    budget = 0 if by_number else args.tokens_per_microbatch or args.per_device_batch * args.max_length
+    return Packing(pad_id, args.per_device_batch, budget, args.packing == "off", args.prefix_sharing == "on")
+
+
 def tokenise(args, tokenizer, rows: dict[str, list[dict]], ranks: Ranks) -> tuple[dict[str, list[TokenPair]], dict]:
     """Token ids by split, and counts of what was cut: said here and kept in args.json, truncation is never silent."""
     bar = partial(ranks.progress, what="tokenising", unit="pair")
@@ -648,16 +699,23 @@ def tokenise(args, tokenizer, rows: dict[str, list[dict]], ranks: Ranks) -> tupl
     return pairs, counts
 
 
-def build_policy(args: argparse.Namespace, device: torch.device) -> tuple[ResponseLogps, str]:
-    """The base model with a fresh adapter, and the fingerprint of the base's weights."""
-    base = load_base(args.model, getattr(torch, args.dtype), args.quant, device)
-    weights = fingerprint(base)
+def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, str]:
+    """The base model with a fresh adapter, sharded over ranks, and the fingerprint of the base's weights."""
+    dtype, device = getattr(torch, args.dtype), ranks.device
+    if args.shard == "full" and ranks.world > 1:  # rank 0 loads into RAM; the others get their shards from it
+        device = torch.device("cpu" if ranks.main else "meta")
+    base = load_base(args.model, dtype, args.quant, device)
+    weights = ranks.from_main(fingerprint(base) if ranks.main else None)
     model = add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
-    if args.checkpointing == "on" or (args.checkpointing == "auto" and device.type == "cuda"):
+    if args.checkpointing == "on" or (args.checkpointing == "auto" and ranks.device.type == "cuda"):
         # transformers 5.23 renames it; 5.17 has the old name alone
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return ResponseLogps(model.train()), weights
+    policy = ResponseLogps(model.train())
+    if args.compile == "on":
+        policy.compile()
+    shard(policy, args.shard, dtype, ranks)
+    return policy, weights
 
 
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -668,21 +726,20 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         return
     tokenizer = load_tokenizer(args.model)
     pairs, counts = tokenise(args, tokenizer, rows, ranks)
-    policy, weights = build_policy(args, ranks.device)
-    dtype, pad_id = getattr(torch, args.dtype), tokenizer.pad_token_id
+    policy, weights = build_policy(args, ranks)
+    dtype, packing = getattr(torch, args.dtype), packing_of(args, tokenizer.pad_token_id)
     probe = min(pairs["val"], key=lambda pair: pair.tokens)
-    check_logps(policy, make_batch([probe], pad_id, ranks.device), STEP0_TOLERANCE[dtype])
-    shard(policy, args.shard, dtype, ranks)
+    plain = packing._replace(padded=True, shared=False)
+    check_logps(policy, *(make_batch([probe], way, ranks.device) for way in (packing, plain)), STEP0_TOLERANCE[dtype])
     cache = args.data / "reference"
-    size = args.per_device_batch
-    references = {n: reference_logps(policy, p, pad_id, size, weights, cache, ranks, n) for n, p in pairs.items()}
+    references = {n: reference_logps(policy, p, packing, weights, cache, ranks, n) for n, p in pairs.items()}
     splits = {name: Split(rows[name], pairs[name], references[name]) for name in pairs}
     if ranks.main:
         keys = {name: reference_key(weights, pairs[name]) for name in pairs}
         start_folder(folder, record | counts | {"reference": keys})
         if args.loss in FROM_FILES:
             shutil.copyfile(args.loss_file.rpartition(":")[0], folder / "loss.py")
-    study = Study(args, ranks, policy, pad_id, parameters, State(args, parameters, ranks.device))
+    study = Study(args, ranks, policy, packing, parameters, State(args, parameters, ranks.device))
     ranks.print(f"run {args.run_id}: {args.loss} {parameters}, {ranks.world} rank(s) on {ranks.device.type}, "
                 f"{args.dtype}, quant {args.quant}")  # fmt: skip
     summary = run(study, splits["train"], splits["val"], folder)

@@ -15,10 +15,12 @@ import train_pref
 from chat import TokenPair, load_tokenizer, tokenize_pairs
 from files import UserError, read_pairs
 from losses import LOSSES, loss_defaults
-from modeling import Ranks, ResponseLogps, add_lora, load_base, make_batch, sum_by_row
+from modeling import Ranks, ResponseLogps, adapter_off, add_lora, load_base, sum_by_row
+from packing import Packing, make_batch
 from train_pref import learning_rate_at, number_of_steps, pairs_of_step, parse_args, run_id_of
 
 ONE = Ranks(0, 1, torch.device("cpu"))
+PACKING = Packing(pad_id=2)
 
 
 def train_args(tiny_model, pairs_folder, results, *more):
@@ -191,7 +193,7 @@ def test_an_error_on_one_rank_alone_ends_the_run_and_is_said(tiny_model, pairs_f
 
 def test_gradient_reaches_every_lora_matrix(tiny_model, pairs_folder):
     policy = tiny_policy(tiny_model)
-    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:3], 2, ONE.device)
+    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:3], PACKING, ONE.device)
     sums = sum_by_row(policy(batch)[0], batch)
     torch.nn.functional.softplus(sums[3:] - sums[:3]).sum().backward()
     gradients = {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}
@@ -205,7 +207,7 @@ def test_gradients_survive_a_reference_pass(tiny_model, pairs_folder, quant):
     """On CPU an eval forward of a 4-bit model zeroes later gradients: our reference pass must not be one."""
     base = load_base(str(tiny_model), torch.float32, quant, ONE.device)
     policy = ResponseLogps(add_lora(base, 4, 16, 0.0, "all-linear", seed=1).train())
-    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:2], 2, ONE.device)
+    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:2], PACKING, ONE.device)
     with torch.no_grad(), train_pref.dropout(policy, active=False):
         before = policy(batch)[0]
     logps = policy(batch)[0]
@@ -215,19 +217,24 @@ def test_gradients_survive_a_reference_pass(tiny_model, pairs_folder, quant):
     assert min(gradients) > 0
 
 
+def plain_logits(policy: ResponseLogps, pairs: list[TokenPair]) -> torch.Tensor:
+    """(N, V) logits of the response tokens by the model's own forward on an ordinary padded batch."""
+    batch = make_batch(pairs, PACKING._replace(padded=True, shared=False), ONE.device)
+    return policy.model(batch.input_ids, attention_mask=batch.mask).logits.flatten(0, 1)[batch.positions]
+
+
 @pytest.mark.parametrize("kl", ["full_rev", "full_fwd", "full_sym"])
 def test_vocabulary_kl_against_plain_logits(tiny_model, pairs_folder, kl):
     policy = tiny_policy(tiny_model)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:2], 2, ONE.device)
+    pairs = val_pairs(tiny_model, pairs_folder)[:2]
     with torch.no_grad():
-        mine = policy(batch, kl)[1]
-        model = policy.model
-        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.positions]
-        with model.disable_adapter():
-            refs = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.positions]
+        mine = policy(make_batch(pairs, PACKING, ONE.device), kl)[1]
+        logits = plain_logits(policy, pairs)
+        with adapter_off(policy.model):
+            refs = plain_logits(policy, pairs)
     p, q = (torch.distributions.Categorical(logits=x.double()) for x in (logits, refs))
     forward, reverse = torch.distributions.kl_divergence(q, p), torch.distributions.kl_divergence(p, q)
     expected = {"full_rev": reverse, "full_fwd": forward, "full_sym": (forward + reverse) / 2}[kl]
@@ -256,13 +263,11 @@ def test_every_loss_trains_five_steps(tiny_model, pairs_folder, tmp_path, more):
 def test_score_of_a_batch_against_plain_logits(tiny_model, pairs_folder):
     policy = tiny_policy(tiny_model)
     pairs = val_pairs(tiny_model, pairs_folder)[:3]
-    batch = make_batch(pairs, 2, ONE.device)
+    batch = make_batch(pairs, PACKING, ONE.device)
     policy.chunk_tokens = 7  # several chunks, one of them the boundary between chosen and rejected
     with torch.no_grad():
         logps, _, scores = policy(batch, None, {"score": "brier"})
-        logits = policy.model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[
-            batch.positions
-        ]
+        logits = plain_logits(policy, pairs)
     chosen = sum(len(pair.chosen) for pair in pairs)
     p = logits[:chosen].softmax(-1)
     expected = p.square().sum(-1) - 2 * p.gather(1, batch.targets[:chosen, None])[:, 0]

@@ -1,0 +1,264 @@
+"""Micro-batches: which pairs go together, how their tokens are laid out, and the attention that keeps them apart.
+
+A pair is one row `[prompt | chosen | rejected]` in which both responses continue the same prompt: positions restart
+after the prompt, and neither response sees the other (`--prefix_sharing off`: two rows with a prompt each). Rows stand
+one after another in a single sequence without padding, as many as fit a budget of tokens (`--packing off`: a fixed
+number of pairs, every row padded to the longest). With both off a micro-batch is an ordinary padded batch with the
+model's own attention: the path that the other three are compared with.
+"""
+
+import heapq
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from chat import TokenPair
+
+FLEX_BLOCK = 128  # FlexAttention's block: on CUDA a sequence is padded to a multiple of it
+
+
+class Packing(NamedTuple):
+    """How pairs become micro-batches."""
+
+    pad_id: int
+    pairs: int = 4  # pairs a micro-batch, if `tokens` is 0
+    tokens: int = 0  # budget of tokens a micro-batch; 0: a fixed number of pairs
+    padded: bool = False  # every row padded to the longest
+    shared: bool = True  # one row a pair, or two
+
+    @property
+    def plain(self) -> bool:
+        """An ordinary padded batch, for the model's own attention."""
+        return self.padded and not self.shared
+
+    def rows(self, pair: TokenPair) -> list[tuple[list[int], ...]]:
+        """A pair's rows, each a prompt followed by its branches."""
+        if self.shared:
+            return [(pair.prompt, pair.chosen, pair.rejected)]
+        return [(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]
+
+    def size(self, pair: TokenPair) -> int:
+        """Tokens to compute for `pair`, without padding."""
+        return (1 if self.shared else 2) * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+class Batch(NamedTuple):
+    """B pairs as token rows, and where their response tokens are predicted. Response tokens come chosen first."""
+
+    input_ids: Tensor  # (1, T), or (2B, T) if plain
+    position_ids: Tensor | None  # (1, T); None if plain
+    mask: Tensor  # (2B, T) of 0 and 1 if plain; else the layout (1, 1, rows, 4): start, prompt, branch, other branch
+    positions: Tensor  # (N,) index into the flattened hidden states that predicts each response token
+    targets: Tensor  # (N,) the response tokens
+    segments: Tensor  # (N,) response, 0 .. 2B-1, of each response token
+    lengths: Tensor  # (2B,) response tokens
+    tokens: int  # without padding
+    chosen_tokens: int  # response tokens of the chosen responses; they stand first
+
+
+def make_batch(pairs: list[TokenPair], packing: Packing, device: torch.device) -> Batch:
+    """Lay `pairs` out as `packing` says."""
+    rows = [row for pair in pairs for row in packing.rows(pair)]
+    if packing.plain:  # all chosen rows, then all rejected: any order would do
+        rows = rows[::2] + rows[1::2]
+    longest = max(sum(map(len, row)) for row in rows)
+    ids, restarts, layout, starts = [], [], [], []
+    for row in rows:
+        length = sum(map(len, row))
+        prompt, *branches = map(len, row)
+        layout.append((len(ids), prompt, *branches, *[0] * (3 - len(row))))
+        starts += [(len(ids) + prompt - 1, len(ids) + prompt + sum(branches[:i])) for i in range(len(branches))]
+        padding = longest - length if packing.padded else 0
+        ids += [token for part in row for token in part] + [packing.pad_id] * padding
+        restarts += range(prompt)
+        for branch in branches:
+            restarts += range(prompt, prompt + branch)
+        restarts += [0] * padding
+    if not packing.plain:
+        starts = starts[::2] + starts[1::2]
+    if device.type == "cuda" and not packing.plain:
+        rest = -len(ids) % FLEX_BLOCK
+        ids, restarts = ids + [packing.pad_id] * rest, restarts + [0] * rest
+    responses = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    positions = [i for (last, start), r in zip(starts, responses) for i in (last, *range(start, start + len(r) - 1))]
+    tensors = {
+        "positions": torch.tensor(positions),
+        "targets": torch.tensor([token for r in responses for token in r]),
+        "segments": torch.arange(len(responses)).repeat_interleave(torch.tensor([len(r) for r in responses])),
+        "lengths": torch.tensor([len(r) for r in responses]),
+        "input_ids": torch.tensor(ids).reshape(len(rows) if packing.plain else 1, -1),
+        "position_ids": None if packing.plain else torch.tensor([restarts]),
+        "mask": torch.tensor([[layout]]),
+    }
+    if packing.plain:
+        lengths = torch.tensor([sum(map(len, row)) for row in rows])
+        tensors["mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    on_device = {
+        name: t if t is None or (name == "mask" and not packing.plain) else t.to(device, non_blocking=True)
+        for name, t in tensors.items()
+    }
+    tokens = sum(sum(map(len, row)) for row in rows)
+    return Batch(**on_device, tokens=tokens, chosen_tokens=sum(len(p.chosen) for p in pairs))
+
+
+# ---- which pairs go together --------------------------------------------------------------------
+
+
+def share_out(
+    members: list[int], pairs: list[TokenPair], packing: Packing, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """The micro-batches of `members` that `rank` of `world` computes. Every rank gets as many, because FSDP's
+    collectives need all ranks; where there are fewer pairs than places, some are empty."""
+    if packing.tokens:
+        return fill_bins(members, pairs, packing, world)[rank::world]
+
+    def width(i: int) -> int:
+        return len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))
+
+    mine = sorted(members, key=lambda i: (-width(i), i))[rank::world]
+    count = math.ceil(math.ceil(len(members) / world) / packing.pairs)
+    return [mine[i * packing.pairs : (i + 1) * packing.pairs] for i in range(count)]
+
+
+def fill_bins(members: list[int], pairs: list[TokenPair], packing: Packing, world: int) -> list[list[int]]:
+    """As few micro-batches as hold `members` within the budget, a multiple of `world`, about equally full.
+
+    Longest first, each into the emptiest: no rank waits long for another. A pair above the budget stands alone.
+    """
+    sizes = {i: packing.size(pairs[i]) for i in members}
+    order = sorted(members, key=lambda i: (-sizes[i], i))
+    count = world * math.ceil(sum(sizes.values()) / packing.tokens / world)
+    while True:
+        heap = [(0, number) for number in range(count)]
+        bins: list[list[int]] = [[] for _ in range(count)]
+        for i in order:
+            load, number = heapq.heappop(heap)
+            bins[number].append(i)
+            heapq.heappush(heap, (load + sizes[i], number))
+        if all(len(members) <= 1 or sum(sizes[i] for i in members) <= packing.tokens for members in bins):
+            return bins
+        count = world * math.ceil(max(count + 1, 1.02 * count) / world)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def block_mask(batch: Batch) -> BlockMask:
+    """FlexAttention's mask of a packed batch: within a row, a token sees the prompt and its own branch before it."""
+    device, length = batch.input_ids.device, batch.input_ids.shape[1]
+    row = torch.full((length,), -1, device=device)
+    branch = torch.zeros(length, dtype=torch.long, device=device)
+    for number, (start, prompt, first, second) in enumerate(batch.mask[0, 0].tolist()):
+        row[start : start + prompt + first + second] = number
+        branch[start + prompt : start + prompt + first] = 1
+        branch[start + prompt + first : start + prompt + first + second] = 2
+
+    def sees(_b, _h, q, k):
+        return (q >= k) & (row[q] == row[k]) & ((branch[k] == 0) | (branch[q] == branch[k]))
+
+    return create_block_mask(sees, None, None, length, length, device=device)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _blocks(layout: Tensor) -> list[tuple[slice, slice, bool]]:
+    """The dense blocks of the mask as (queries, keys, causal): prompt and first branch, which are an ordinary causal
+    sequence; the second branch among itself; the second branch to the prompt. The last two share their queries."""
+    blocks = []
+    for start, prompt, first, second in layout[0, 0].tolist():
+        trunk, end = slice(start, start + prompt + first), start + prompt + first
+        blocks.append((trunk, trunk, True))
+        if second:
+            other = slice(end, end + second)
+            blocks += [(other, other, True), (other, slice(start, start + prompt), False)]
+    return blocks
+
+
+@torch.library.custom_op("pref::branch_attention", mutates_args=())
+def branch_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over packed rows on CPU, by flash attention on the mask's dense blocks alone.
+
+    query, key, value: (1, heads, T, D); layout as in Batch.mask. Returns the output (1, heads, T, D) and the
+    logarithm of each query's normaliser (1, heads, T), fp32. Two blocks with the same queries are joined by their
+    normalisers, as in ring attention (Liu et al. 2023).
+    """
+    output = torch.zeros_like(query)
+    normaliser = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    for queries, keys, causal in _blocks(layout):
+        out, lse = _flash(query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
+        if not causal:
+            before = normaliser[:, :, queries]
+            both = torch.logaddexp(before, lse)
+            old, new = (torch.exp(part - both).unsqueeze(-1) for part in (before, lse))
+            out, lse = old * output[:, :, queries] + new * out, both
+        output[:, :, queries], normaliser[:, :, queries] = out, lse
+    return output, normaliser
+
+
+@branch_attention.register_fake
+def _(query, key, value, layout, scale):
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("pref::branch_attention_backward", mutates_args=())
+def branch_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, layout: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of branch_attention. With a query's whole output and normaliser, each block's flash backward gives
+    that block's exact share."""
+    gradients = tuple(torch.zeros_like(t) for t in (query, key, value))  # zeros: padding gets none
+    for queries, keys, causal in _blocks(layout):
+        parts = _flash_backward(
+            grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys], output[:, :, queries],
+            lse[:, :, queries], 0.0, causal, scale=scale,
+        )  # fmt: skip
+        for whole, part, place in zip(gradients, parts, (queries, keys, keys)):
+            if causal:  # the first to write here
+                whole[:, :, place] = part
+            else:
+                whole[:, :, place] += part
+    return gradients
+
+
+@branch_attention_backward.register_fake
+def _(grad, query, key, value, output, lse, layout, scale):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save(ctx, inputs, output):
+    query, key, value, layout, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, layout)
+
+
+def _gradients(ctx, grad, _):
+    query, key, value, output, lse, layout = ctx.saved_tensors
+    return *branch_attention_backward(grad, query, key, value, output, lse, layout, ctx.scale), None, None
+
+
+branch_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def branches(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' attention function by what stands in the mask's place: a BlockMask (packed, CUDA), a layout
+    (packed, CPU), or an ordinary mask. Returns (1, T, heads, D) and None."""
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return branch_attention(query, key, value, attention_mask, scale)[0].transpose(1, 2), None
+
+
+AttentionInterface.register("branches", branches)
+AttentionMaskInterface.register("branches", sdpa_mask)
