@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -148,6 +148,17 @@ def fill_bins(members: list[int], pairs: list[TokenPair], packing: Packing, worl
 
 
 # ---- attention ----------------------------------------------------------------------------------
+
+
+def needs_own_attention(model: str, longest: int) -> str | None:
+    """Why a model (hub id or folder) whose longest sequence has `longest` tokens cannot use `branches`, or None."""
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        return f"{config.model_type} caps its attention logits"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and longest > window:
+        return f"a sequence of {longest} tokens is longer than {config.model_type}'s attention window of {window}"
+    return None
 
 
 def block_mask(batch: Batch) -> BlockMask:

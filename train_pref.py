@@ -73,7 +73,8 @@ from modeling import (
     shard,
     sum_by_row,
 )
-from packing import Batch, Packing, make_batch, share_out
+from packing import Batch, Packing, make_batch, needs_own_attention, share_out
+from plan import Memory, decide, describe, load_of
 from reference import Reference, reference_key, reference_logps
 
 # Mean |policy - reference| per response token (nats) at step 0, where the adapter is the identity. Not zero, because
@@ -148,6 +149,14 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
         choices=["full", "trial"],
         default="full",
         help=f"trial: {TRIAL_STEPS} steps of anything, marked so that analyze.py refuses it",
+    )
+    group.add_argument(
+        "--dry_run",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANKS",
+        help="print steps, tokens, padding and memory by part, for so many ranks (default: this launch's), and stop",
     )
     group.add_argument("--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout")
 
@@ -362,9 +371,18 @@ def pairs_of_step(step: int, pairs: int, global_batch: int, seed: int) -> list[i
     return order[within * global_batch : (within + 1) * global_batch].tolist()
 
 
+def is_evaluated(step: int, steps: int, pairs: int, args: argparse.Namespace) -> bool:
+    """Whether an evaluation follows optimiser step `step` (from 1): every eval_steps, at epoch ends, and at the end."""
+    return step == steps or step % args.eval_steps == 0 or step % steps_per_epoch(pairs, args.global_batch) == 0
+
+
+def warmup_steps(steps: int, args: argparse.Namespace) -> int:
+    return math.ceil(args.warmup_ratio * steps)
+
+
 def learning_rate_at(step: int, steps: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then cosine to 0; `step` counts from 0 and the first step already moves."""
-    warmup = math.ceil(args.warmup_ratio * steps)
+    warmup = warmup_steps(steps, args)
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
     return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -675,9 +693,12 @@ def start_folder(folder: Path, record: dict) -> None:
     write_json(folder / "args.json", record)
 
 
-def packing_of(args: argparse.Namespace, pad_id: int) -> Packing:
+def packing_of(args: argparse.Namespace, pad_id: int, longest: int) -> Packing:
     """How pairs become micro-batches: by a budget of tokens, or by number where the loss reads a micro-batch's own
-    statistics or packing is off."""
+    statistics or packing is off. An ordinary padded batch for attention that packing does not know."""
+    if "on" in (args.packing, args.prefix_sharing) and (reason := needs_own_attention(args.model, longest)):
+        print(f"--packing off --prefix_sharing off: {reason}", flush=True)
+        args.packing = args.prefix_sharing = "off"
     by_number = args.packing == "off" or args.loss in COUPLES_BATCH
     budget = 0 if by_number else args.tokens_per_microbatch or args.per_device_batch * args.max_length
     return Packing(pad_id, args.per_device_batch, budget, args.packing == "off", args.prefix_sharing == "on")
@@ -718,16 +739,37 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
     return policy, weights
 
 
+def plan_run(args: argparse.Namespace, pairs: list[TokenPair], packing: Packing, ranks: Ranks) -> Memory:
+    """Settle what is left to `auto`, and say what the run will need."""
+    steps = number_of_steps(args, len(pairs))
+    members = [pairs_of_step(step, len(pairs), args.global_batch, args.seed) for step in range(steps)]
+    load = load_of(pairs, members, packing, ranks.world, ranks.device.type == "cuda")
+    memory = decide(args, load, packing, ranks)
+    if args.dry_run is not None:
+        how = f"{ranks.device.type}, {args.dtype}, " + ", ".join(
+            f"{key} {getattr(args, key)}" for key in ("quant", "shard", "checkpointing", "compile")
+        )
+        evaluations = [0, *(step for step in range(1, steps + 1) if is_evaluated(step, steps, len(pairs), args))]
+        describe(load, memory, steps, warmup_steps(steps, args), evaluations, ranks.world, how, ranks.print)
+    return memory
+
+
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
     parameters, rows, record = prepare(args, ranks)
     folder = args.results_dir / args.run_id
-    if is_finished(folder, record):
+    if args.dry_run is None and is_finished(folder, record):
         ranks.print(f"{folder}: finished already; remove the folder to train it again")
         return
     tokenizer = load_tokenizer(args.model)
     pairs, counts = tokenise(args, tokenizer, rows, ranks)
+    packing = packing_of(
+        args, tokenizer.pad_token_id, max(len(p.prompt) + len(r) for p in pairs["train"] for r in p[1:3])
+    )
+    memory = plan_run(args, pairs["train"], packing, ranks)
+    if args.dry_run is not None:
+        return
     policy, weights = build_policy(args, ranks)
-    dtype, packing = getattr(torch, args.dtype), packing_of(args, tokenizer.pad_token_id)
+    dtype = getattr(torch, args.dtype)
     probe = min(pairs["val"], key=lambda pair: pair.tokens)
     plain = packing._replace(padded=True, shared=False)
     check_logps(policy, *(make_batch([probe], way, ranks.device) for way in (packing, plain)), STEP0_TOLERANCE[dtype])
@@ -736,7 +778,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     splits = {name: Split(rows[name], pairs[name], references[name]) for name in pairs}
     if ranks.main:
         keys = {name: reference_key(weights, pairs[name]) for name in pairs}
-        start_folder(folder, record | counts | {"reference": keys})
+        settled = {key: getattr(args, key) for key in ("compile", "checkpointing", "prefix_sharing", "packing")}
+        start_folder(folder, record | counts | settled | {"reference": keys, "planned_gib": memory.total})
         if args.loss in FROM_FILES:
             shutil.copyfile(args.loss_file.rpartition(":")[0], folder / "loss.py")
     study = Study(args, ranks, policy, packing, parameters, State(args, parameters, ranks.device))
@@ -789,7 +832,7 @@ def run(study: Study, split: Split, val: Split, folder: Path) -> dict:
         if in_a_row == args.max_nonfinite:
             status = "diverged"
             break
-        if done == steps or done % args.eval_steps == 0 or done % per_epoch == 0:
+        if is_evaluated(done, steps, len(split.pairs), args):
             final, logps = evaluate(study, val)
             log.line({"step": done, "epoch": done / per_epoch, **final})
             ranks.print(
@@ -816,6 +859,8 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     ranks = init_ranks()
+    if args.dry_run:
+        ranks = ranks._replace(world=args.dry_run)
     train(args, ranks)
     close_ranks()  # not after an error: the other ranks may stand in a collective that this one will never join
     return 0
