@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
@@ -218,7 +219,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def dropout(model: nn.Module, active: bool) -> Iterator[None]:
     """Dropout on or off. Never `model.eval()`: on CPU one eval forward of a 4-bit model repacks its weights, and
-    from then on every gradient upstream is silently zero; and activation checkpointing is tied to train mode."""
+    from then on every gradient upstream is silently zero."""
     modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     before = [module.training for module in modules]
     for module in modules:
@@ -312,12 +313,18 @@ class ResponseLogps(nn.Module):
     def backbone(self) -> nn.Module:
         return getattr(self.causal[0], self.causal[0].base_model_prefix)
 
-    def compile(self) -> None:
-        """torch.compile layer by layer: one graph serves all layers, whatever the number of tokens. The layers'
-        `forward`, not the modules: FSDP's and checkpointing's hooks stay outside."""
+    def prepare_layers(self, compiled: bool, checkpointed: bool) -> None:
+        """torch.compile and activation checkpointing, layer by layer: one graph serves all layers, and any number of
+        tokens. Set on the layers' `forward`, not the modules, so that FSDP's hooks stay outside; and not by
+        transformers, whose checkpointing moved from `__call__` into `forward` and would be compiled away."""
         for layer in decoder_layers(self):
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-        self.head_functions = tuple(torch.compile(f, dynamic=True) for f in self.head_functions)
+            if compiled:
+                # not dynamic=True: under FSDP the size of a head becomes a variable too, and its code scalar
+                layer.forward = torch.compile(layer.forward)
+            if checkpointed:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if compiled:
+            self.head_functions = tuple(torch.compile(f, dynamic=True) for f in self.head_functions)
 
     def hidden(self, batch: Batch) -> Tensor:
         """(N, H) last hidden state at the position that predicts each response token."""
@@ -382,7 +389,9 @@ def check_logps(policy: ResponseLogps, batch: Batch, plain: Batch, tolerance: fl
     """Raise UserError if our path to the log-probs of `batch` disagrees with the architecture's own forward on the
     same pairs as a `plain` padded batch."""
     with dropout(policy, active=False):
-        mine, theirs = policy(batch)[0], policy(plain, own_forward=True)[0]
+        mine = policy(batch)[0]
+        with torch.compiler.set_stance("force_eager"):
+            theirs = policy(plain, own_forward=True)[0]
     difference = (mine - theirs).abs().mean().item()
     if not difference <= tolerance:
         raise UserError(

@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # (1, T), or (2B, T) if plain
     position_ids: Tensor | None  # (1, T); None if plain
-    mask: Tensor  # (2B, T) of 0 and 1 if plain; else the layout (1, 1, rows, 4): start, prompt, branch, other branch
+    mask: Tensor  # (2B, T) of 0 and 1 if plain; else the layout (1, 1, rows + 1, 4): start, prompt, branch, other
     positions: Tensor  # (N,) index into the flattened hidden states that predicts each response token
     targets: Tensor  # (N,) the response tokens
     segments: Tensor  # (N,) response, 0 .. 2B-1, of each response token
@@ -95,7 +95,7 @@ def make_batch(pairs: list[TokenPair], packing: Packing, device: torch.device) -
         "lengths": torch.tensor([len(r) for r in responses]),
         "input_ids": torch.tensor(ids).reshape(len(rows) if packing.plain else 1, -1),
         "position_ids": None if packing.plain else torch.tensor([restarts]),
-        "mask": torch.tensor([[layout]]),
+        "mask": torch.tensor([[[*layout, (0, 0, 0, 0)]]]),  # two rows at least: torch.compile makes 1 a constant
     }
     if packing.plain:
         lengths = torch.tensor([sum(map(len, row)) for row in rows])
@@ -166,7 +166,7 @@ def block_mask(batch: Batch) -> BlockMask:
     device, length = batch.input_ids.device, batch.input_ids.shape[1]
     row = torch.full((length,), -1, device=device)
     branch = torch.zeros(length, dtype=torch.long, device=device)
-    for number, (start, prompt, first, second) in enumerate(batch.mask[0, 0].tolist()):
+    for number, (start, prompt, first, second) in enumerate(batch.mask[0, 0, :-1].tolist()):
         row[start : start + prompt + first + second] = number
         branch[start + prompt : start + prompt + first] = 1
         branch[start + prompt + first : start + prompt + first + second] = 2
@@ -185,7 +185,7 @@ def _blocks(layout: Tensor) -> list[tuple[slice, slice, bool]]:
     """The dense blocks of the mask as (queries, keys, causal): prompt and first branch, which are an ordinary causal
     sequence; the second branch among itself; the second branch to the prompt. The last two share their queries."""
     blocks = []
-    for start, prompt, first, second in layout[0, 0].tolist():
+    for start, prompt, first, second in layout[0, 0, :-1].tolist():
         trunk, end = slice(start, start + prompt + first), start + prompt + first
         blocks.append((trunk, trunk, True))
         if second:
@@ -194,14 +194,22 @@ def _blocks(layout: Tensor) -> list[tuple[slice, slice, bool]]:
     return blocks
 
 
+def _all_heads(kv: Tensor, query: Tensor) -> Tensor:
+    """Keys or values repeated for the query heads that share them. Inside the operator: outside, the repeated ones
+    would be kept for the backward pass, and torch.compile turns their gradient's sum into scalar code."""
+    groups = query.shape[1] // kv.shape[1]
+    return kv.repeat_interleave(groups, dim=1) if groups > 1 else kv
+
+
 @torch.library.custom_op("pref::branch_attention", mutates_args=())
 def branch_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over packed rows on CPU, by flash attention on the mask's dense blocks alone.
 
-    query, key, value: (1, heads, T, D); layout as in Batch.mask. Returns the output (1, heads, T, D) and the
-    logarithm of each query's normaliser (1, heads, T), fp32. Two blocks with the same queries are joined by their
-    normalisers, as in ring attention (Liu et al. 2023).
+    query (1, heads, T, D); key, value (1, heads or a divisor, T, D); layout as in Batch.mask. Returns the output
+    (1, heads, T, D) and the logarithm of each query's normaliser (1, heads, T), fp32. Two blocks with the same queries
+    are joined by their normalisers, as in ring attention (Liu et al. 2023).
     """
+    key, value = (_all_heads(t, query) for t in (key, value))
     output = torch.zeros_like(query)
     normaliser = query.new_zeros(query.shape[:3], dtype=torch.float32)
     for queries, keys, causal in _blocks(layout):
@@ -226,18 +234,23 @@ def branch_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of branch_attention. With a query's whole output and normaliser, each block's flash backward gives
     that block's exact share."""
-    gradients = tuple(torch.zeros_like(t) for t in (query, key, value))  # zeros: padding gets none
+    repeated = (query, *(_all_heads(t, query) for t in (key, value)))
+    gradients = tuple(torch.zeros_like(t) for t in repeated)  # zeros: padding gets none
     for queries, keys, causal in _blocks(layout):
+        places = (queries, keys, keys)
+        inputs = (t[:, :, place] for t, place in zip(repeated, places))
         parts = _flash_backward(
-            grad[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys], output[:, :, queries],
-            lse[:, :, queries], 0.0, causal, scale=scale,
-        )  # fmt: skip
-        for whole, part, place in zip(gradients, parts, (queries, keys, keys)):
+            grad[:, :, queries], *inputs, output[:, :, queries], lse[:, :, queries], 0.0, causal, scale=scale
+        )
+        for whole, part, place in zip(gradients, parts, places):
             if causal:  # the first to write here
                 whole[:, :, place] = part
             else:
                 whole[:, :, place] += part
-    return gradients
+    if key.shape == query.shape:
+        return gradients
+    by_group = (t.unflatten(1, (key.shape[1], -1)) for t in gradients[1:])
+    return gradients[0], *(torch.sum(t, 2, out=torch.empty_like(key)) for t in by_group)
 
 
 @branch_attention_backward.register_fake
@@ -265,8 +278,6 @@ def branches(module, query, key, value, attention_mask, scaling=None, **kwargs):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return branch_attention(query, key, value, attention_mask, scale)[0].transpose(1, 2), None
 

@@ -22,6 +22,8 @@ from packing import FLEX_BLOCK, Packing, make_batch, share_out
 NF4_BYTES = 0.5 + 0.127 / 8  # a weight: four bits, and its share of the doubly quantised scales
 PROBE_TOKENS = 258
 COMPILED_SHARE = 0.78  # of what autograd keeps, kept by compiled layers too (measured on a Llama: 18.7 of 24.1 kB)
+CPU_GROWTH = 0.55 * 2**30  # a process on CPU grows by this before the first step: kernels, threads, check_logps
+CPU_HEAP = {"off": 1.5, "on": 1.15}  # the C library's heap over what lives in it, by --compile (measured)
 COMPILE_FLOP = 4e13  # what a CPU computes in a minute or two, so that compiling for half a minute is worth it
 MEMORY_SHARE = 0.7  # of the device that a run without checkpointing may plan to use
 
@@ -132,13 +134,14 @@ def memory_of(args: argparse.Namespace, load: Load, packing: Packing, world: int
     else:
         activations = load.largest * ((layers + 1) * per_layer + rest)
     chunk = min(LOGITS_CHUNK, load.responses * config.vocab_size)
+    heap = 1 if on_cuda else CPU_HEAP[args.compile]
     parts = (
-        0 if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,
+        0 if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 + CPU_GROWTH,
         weights,
         trainable * 4 / world + trainable / layers * width,
         trainable * 12 / world,  # two moments and the gradient, fp32
-        activations,
-        chunk * (width + 12) + 2 * load.responses * config.hidden_size * width,
+        heap * activations,
+        heap * (chunk * (width + 12) + 2 * load.responses * config.hidden_size * width),
     )
     return Memory(*(part / 2**30 for part in parts))
 

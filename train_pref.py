@@ -728,13 +728,8 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
     base = load_base(args.model, dtype, args.quant, device)
     weights = ranks.from_main(fingerprint(base) if ranks.main else None)
     model = add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
-    if args.checkpointing == "on" or (args.checkpointing == "auto" and ranks.device.type == "cuda"):
-        # transformers 5.23 renames it; 5.17 has the old name alone
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     policy = ResponseLogps(model.train())
-    if args.compile == "on":
-        policy.compile()
+    policy.prepare_layers(args.compile == "on", args.checkpointing == "on")
     shard(policy, args.shard, dtype, ranks)
     return policy, weights
 

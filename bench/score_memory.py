@@ -31,7 +31,7 @@ def measure(case: str) -> float:
     policy.hidden = lambda batch: hidden  # the body of the model is not what is measured
     index = torch.arange(TOKENS)
     ids = torch.zeros(1, 8, dtype=torch.long)
-    batch = Batch(ids, ids, index, index * 7, torch.zeros_like(index), torch.tensor([TOKENS]), TOKENS, TOKENS)
+    batch = Batch(ids, None, ids, index, index * 7, torch.zeros_like(index), torch.tensor([TOKENS]), TOKENS, TOKENS)
     scores = {"masked_log": {"score": "brier", "score_masked_log": 0.1, "score_smoothing": 0.1}, "log-probs": None}
     kl = case if case.startswith("full") else None
     score = None if kl else scores.get(case, {"score": case, "score_alpha": 1.5, "score_smoothing": 0.1})

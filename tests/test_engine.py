@@ -1,0 +1,396 @@
+"""The training engine: every layout, kernel, rank count and accumulation gives the numbers of the plain path."""
+
+import json
+import math
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_script, write_jsonl
+from safetensors.torch import load_file
+from test_train import ONE, metrics_of, train_args
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AutoConfig, Gemma2Config, MistralConfig
+
+import modeling
+import train_pref
+from chat import TokenPair, load_tokenizer, tokenize_pairs
+from files import UserError, read_pairs
+from modeling import ResponseLogps, TargetLogps, add_lora, load_base, logps_of, slopes_of, sum_by_row
+from packing import Packing, block_mask, branch_attention, fill_bins, make_batch, needs_own_attention, share_out
+from plan import load_of, saved_bytes, shapes_of
+from reference import reference_key
+
+LAYOUTS = {
+    "shared, packed": Packing(2),
+    "shared, padded": Packing(2, padded=True),
+    "unshared, packed": Packing(2, shared=False),
+    "plain": Packing(2, padded=True, shared=False),
+}
+
+
+@pytest.fixture(scope="module")
+def val_pairs(tiny_model, pairs_folder) -> list[TokenPair]:
+    rows = read_pairs(pairs_folder / "val.jsonl")
+    return tokenize_pairs(load_tokenizer(str(tiny_model)), rows, 512)
+
+
+def policy_of(model, targets="all-linear") -> ResponseLogps:
+    """A policy in fp32 whose adapter is not the identity."""
+    base = load_base(str(model), torch.float32, "none", ONE.device)
+    policy = ResponseLogps(add_lora(base, 4, 16, 0.0, targets, seed=1).train())
+    torch.manual_seed(5)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    return policy
+
+
+def logps_and_gradients(policy, pairs, packing) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Per token and per response log-probs, and the gradient of a sum of margins, weighted by pair."""
+    batch = make_batch(pairs, packing, ONE.device)
+    logps = policy(batch)[0]
+    chosen, rejected = sum_by_row(logps, batch).chunk(2)
+    policy.zero_grad()
+    ((chosen - rejected) * torch.linspace(1, 2, len(pairs))).sum().backward()  # not a sigmoid: it would be saturated
+    grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+    return logps.detach(), torch.stack([chosen, rejected]).detach(), grads
+
+
+def assert_equal(one: tuple, other: tuple, tolerance: float = 1e-5) -> None:
+    for a, b in zip(one[:2], other[:2]):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    for name in one[2]:
+        size = one[2][name].norm()
+        assert size > 0 and (one[2][name] - other[2][name]).norm() <= tolerance * size, name
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
+def test_every_layout_has_the_plain_batchs_logps_and_gradients(tiny_model, val_pairs, layout):
+    policy = policy_of(tiny_model)
+    assert_equal(*(logps_and_gradients(policy, val_pairs, LAYOUTS[name]) for name in ("plain", layout)))
+
+
+def test_plain_path_is_the_models_own_forward(tiny_model, val_pairs):
+    policy, batch = policy_of(tiny_model), make_batch(val_pairs, LAYOUTS["plain"], ONE.device)
+    assert torch.allclose(policy(batch)[0], policy(batch, own_forward=True)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
+    """Changing one response changes no other log-prob in the micro-batch: not its pair's, not its neighbours'."""
+    policy = policy_of(tiny_model)
+    changed = [val_pairs[0], val_pairs[1]._replace(rejected=[7] * 9 + val_pairs[1].rejected), val_pairs[2]]
+    sums = []
+    for pairs in (val_pairs[:3], changed):
+        batch = make_batch(pairs, LAYOUTS["shared, packed"], ONE.device)
+        sums.append(sum_by_row(policy(batch)[0], batch))
+    same = (sums[0] - sums[1]).abs() < 1e-4
+    assert same.tolist() == [True, True, True, True, False, True]
+
+
+def test_compiled_layers_equal_eager_ones(tiny_model, val_pairs):
+    """Also for another number of tokens and of pairs than was compiled first, and for a micro-batch of one."""
+    eager, compiled = policy_of(tiny_model), policy_of(tiny_model)
+    compiled.prepare_layers(compiled=True, checkpointed=False)
+    for pairs in (val_pairs[:4], val_pairs, val_pairs[2:3]):
+        assert_equal(*(logps_and_gradients(p, pairs, LAYOUTS["shared, packed"]) for p in (eager, compiled)))
+
+
+def kept_bytes(policy, batch) -> int:
+    """What autograd keeps of one forward pass through the layers."""
+    sizes = {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage()._cdata] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = policy.hidden(batch)
+    del hidden
+    return sum(size for size, _ in sizes.values())
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(tiny_model, val_pairs):
+    plain, checkpointed = policy_of(tiny_model), policy_of(tiny_model)
+    checkpointed.prepare_layers(compiled=False, checkpointed=True)
+    assert_equal(*(logps_and_gradients(p, val_pairs, LAYOUTS["shared, packed"]) for p in (plain, checkpointed)))
+    batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
+    assert kept_bytes(checkpointed, batch) < kept_bytes(plain, batch) / 4
+
+
+def test_meta_device_counts_what_a_step_keeps(tiny_model, val_pairs):
+    """The plan's bytes a token, counted without weights, against a real forward pass."""
+    policy = policy_of(tiny_model)
+    batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
+    weights = sum(
+        p.untyped_storage().nbytes() for p in {p.untyped_storage()._cdata: p for p in policy.parameters()}.values()
+    )
+    args = train_pref.parse_args(
+        ["--model", str(tiny_model), "--dtype", "float32", "--lora_r", "4", "--lora_dropout", "0"]
+    )
+    measured = (kept_bytes(policy, batch) - weights) / batch.tokens
+    assert saved_bytes(args, layers=2) == pytest.approx(measured, rel=0.1)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+ROWS = torch.tensor([[[(0, 5, 7, 6), (18, 3, 4, 0), (25, 9, 40, 33), (0, 0, 0, 0)]]])
+TOKENS = 107
+
+
+def visible() -> torch.Tensor:
+    """(T, T) written out token by token: which key each query sees."""
+    mask = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+    for start, prompt, first, second in ROWS[0, 0].tolist():
+        branch = [0] * prompt + [1] * first + [2] * second
+        for q in range(len(branch)):
+            for k in range(q + 1):
+                mask[start + q, start + k] = branch[k] in (0, branch[q])
+    return mask
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_branch_attention_against_masked_attention(kv_heads):
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, TOKENS, 16, requires_grad=True)
+    k, v = (torch.randn(1, kv_heads, TOKENS, 16, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(1, 4, TOKENS, 16)
+    results = []
+    for attention in (
+        lambda: branch_attention(q, k, v, ROWS, 0.3)[0],
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=visible(), scale=0.3, enable_gqa=True),
+    ):
+        output = attention()
+        results.append([output, *torch.autograd.grad(output, (q, k, v), upstream)])
+    for mine, theirs in zip(*results):
+        assert torch.allclose(mine, theirs, atol=2e-5)
+
+
+def test_branch_attention_is_a_proper_operator():
+    q, k = (torch.randn(1, heads, TOKENS, 16).transpose(1, 2).contiguous().transpose(1, 2) for heads in (4, 2))
+    torch.library.opcheck(branch_attention, (q.requires_grad_(), k, k, ROWS, 0.3))
+
+
+def test_flex_attentions_mask_is_the_same_mask():
+    """The BlockMask used on CUDA, evaluated by FlexAttention itself on CPU."""
+    torch.manual_seed(0)
+    pairs = [TokenPair([1] * p, [1] * a, [1] * b) for _, p, a, b in ROWS[0, 0, :-1].tolist() if b]
+    batch = make_batch(pairs, Packing(0), ONE.device)
+    length = batch.input_ids.shape[1]
+    q, k, v = (torch.randn(1, 2, length, 16) for _ in range(3))
+    flex = flex_attention(q, k, v, block_mask=block_mask(batch))
+    assert torch.allclose(flex, branch_attention(q, k, v, batch.mask, 16**-0.5)[0], atol=2e-5)
+
+
+def test_attention_that_packing_does_not_know_is_noticed(tmp_path):
+    Gemma2Config().save_pretrained(tmp_path / "gemma2")
+    MistralConfig(sliding_window=64).save_pretrained(tmp_path / "mistral")
+    assert "caps its attention" in needs_own_attention(str(tmp_path / "gemma2"), 32)
+    assert "window of 64" in needs_own_attention(str(tmp_path / "mistral"), 65)
+    assert needs_own_attention(str(tmp_path / "mistral"), 64) is None
+
+
+# ---- output head --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_head_in_chunks_against_cross_entropy(softcap, chunk):
+    torch.manual_seed(0)
+    weight, bias, targets = torch.randn(50, 16), torch.randn(50), torch.randint(50, (23,))
+    hidden, upstream = torch.randn(23, 16, requires_grad=True), torch.randn(23)
+    logps = TargetLogps.apply(hidden, weight, bias, targets, softcap, chunk, logps_of, slopes_of)
+    logits = F.linear(hidden, weight, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = -F.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(logps, expected, atol=1e-5)
+    mine, theirs = (torch.autograd.grad(values, hidden, upstream)[0] for values in (logps, expected))
+    assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_frozen_weights_get_no_gradient_and_prompts_no_logits(tiny_model, val_pairs, monkeypatch):
+    policy, rows = policy_of(tiny_model), []
+    head, linear = policy.causal[0].get_output_embeddings(), F.linear
+
+    def count(x, weight, *more):
+        if weight is head.weight:
+            rows.append(len(x))
+        return linear(x, weight, *more)
+
+    monkeypatch.setattr(modeling.F, "linear", count)
+    batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
+    policy(batch)[0].sum().backward()
+    assert sum(rows) == sum(len(p.chosen) + len(p.rejected) for p in val_pairs) < batch.tokens
+    assert all((p.grad is not None) == p.requires_grad for p in policy.parameters())
+
+
+# ---- micro-batches ------------------------------------------------------------------------------
+
+
+def random_pairs(count: int) -> list[TokenPair]:
+    sizes = np.random.default_rng(3).integers(1, 300, (count, 3))
+    return [TokenPair([0] * p, [0] * a, [0] * b) for p, a, b in sizes.tolist()]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_bins_hold_every_pair_once_within_the_budget(world):
+    pairs = [*random_pairs(61), TokenPair([0] * 3000, [0], [0])]
+    packing, members = Packing(0, tokens=2048), list(range(62))
+    bins = fill_bins(members, pairs, packing, world)
+    assert sorted(i for one in bins for i in one) == members and len(bins) % world == 0
+    loads = [sum(packing.size(pairs[i]) for i in one) for one in bins]
+    assert all(load <= 2048 or one == [61] for load, one in zip(loads, bins))
+    if world == 1:  # as few as can be, but one
+        assert len(bins) <= math.ceil(sum(loads) / 2048) + 1
+
+
+@pytest.mark.parametrize(
+    "packing", [Packing(0, tokens=1000), Packing(0, pairs=3, padded=True)], ids=["tokens", "pairs"]
+)
+@pytest.mark.parametrize("count", [1, 3, 7, 16])
+def test_ranks_share_a_step_without_overlap(packing, count):
+    pairs, members = random_pairs(20), list(range(2, 2 + count))
+    for world in (1, 2, 4):
+        shares = [share_out(members, pairs, packing, rank, world) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1  # FSDP's collectives need every rank as often
+        assert sorted(i for share in shares for micro in share for i in micro) == members
+
+
+def test_batches_follow_from_the_seed_alone():
+    """Paired studies: neither loss nor ranks is an argument. Another seed gives another order."""
+    epochs = [[train_pref.pairs_of_step(step, 30, 8, seed) for step in range(8)] for seed in (1, 1, 2)]
+    assert epochs[0] == epochs[1] != epochs[2]
+    for epoch in (epochs[0][:4], epochs[0][4:]):
+        assert sorted(i for step in epoch for i in step) == list(range(30))
+    assert epochs[0][:4] != epochs[0][4:]
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+SETTINGS = {
+    "1 rank, 4 micro-batches": (0, "--tokens_per_microbatch", "800"),
+    "1 rank, checkpointing": (0, "--checkpointing", "on"),
+    "1 rank, plain path": (0, "--packing", "off", "--prefix_sharing", "off", "--per_device_batch", "3"),
+    "2 ranks": (2, "--tokens_per_microbatch", "800"),
+    "2 ranks, base sharded": (2, "--tokens_per_microbatch", "800", "--shard", "full", "--checkpointing", "on"),
+    "4 ranks": (4,),
+}
+
+
+def train(arguments, ranks: int = 0) -> None:
+    """In this process, or as torchrun does it."""
+    if ranks:
+        done = run_script("train_pref.py", *arguments, torchrun=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+    else:
+        assert train_pref.main([str(a) for a in arguments]) == 0
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_model, pairs_folder, tmp_path_factory):
+    """Five steps of 8 pairs, the ragged fourth (30 = 3 x 8 + 6) among them."""
+    folder = tmp_path_factory.mktemp("engine")
+    train(five_steps(tiny_model, pairs_folder, folder, "one"))
+    return folder / "one"
+
+
+def five_steps(model, data, results, run_id, *more):
+    arguments = train_args(model, data, results, "--run_id", run_id, "--eval_steps", "2", *more)
+    return (*arguments, "--epochs", "2", "--max_steps", "5")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_ranks_accumulation_and_layout_do_not_change_the_run(one_rank, tiny_model, pairs_folder, setting):
+    ranks, *more = SETTINGS[setting]
+    run = one_rank.parent / setting.replace(" ", "").replace(",", "_")
+    train(five_steps(tiny_model, pairs_folder, run.parent, run.name, *more), ranks)
+    for expected, line in zip(metrics_of(one_rank), metrics_of(run), strict=True):
+        assert expected.keys() == line.keys()
+        # While the policy is the reference, rounding alone decides which pairs count as ranked right.
+        ties = {key for key in expected if "acc" in key and expected["step"] < 2}
+        for key in set(expected) - {"tok_per_s", "peak_gib", "tokens"} - ties:
+            # Sums of hundreds of nats in fp32 differ in the last digits; what is small beside them does too.
+            tolerance = 1e-5 if key.endswith(("loss", "preference", "grad_norm", "lr", "epoch")) else 5e-4
+            assert line[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), key
+    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one_rank, run))
+    for name in one:
+        assert torch.allclose(one[name], other[name], atol=2e-5), name
+
+
+def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
+    """Hits: whatever leaves model and pairs alone. Misses: the quantisation, the dtype, the template, the pairs."""
+    data = tmp_path / "data"
+    shutil.copytree(pairs_folder, data)
+    rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
+
+    def cached(*more, model=tiny_model) -> int:
+        """How many of the two splits' references a run finds."""
+        train(train_args(model, data, tmp_path / "r", "--max_steps", "1", *more))
+        return capsys.readouterr().out.count("read from")
+
+    assert cached() == 2
+    assert cached("--loss", "dpo", "--beta", "2.5", "--seed", "3", "--logp", "mean") == 2
+    assert cached("--tau", "4", "--lora_r", "8", "--learning_rate", "1e-4", "--lora_targets", "q_proj") == 2
+    assert cached("--quant", "nf4") == 0
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model, other)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'\n' + m['content']", "'\n ' + m['content']"))
+    assert cached("--run_id", "template", model=other) == 0
+    rows[0]["chosen"][0]["content"] += " Indeed."
+    write_jsonl(data / "val.jsonl", rows)
+    assert cached("--run_id", "pairs") == 1
+
+
+def test_reference_key_follows_weights_and_tokens(val_pairs):
+    key = reference_key("weights", val_pairs)
+    assert key == reference_key("weights", list(val_pairs)) != reference_key("other", val_pairs)
+    assert key != reference_key("weights", [val_pairs[0]._replace(prompt=[1]), *val_pairs[1:]])
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+def test_dry_run_counts_what_the_run_does_and_loads_nothing(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    train(five_steps(model, pairs_folder, tmp_path / "r", "x", "--dry_run"))
+    said = capsys.readouterr().out
+    assert "30 train and 8 val pairs" in said
+    assert "steps: 5, warm-up 1, evaluated after 0, 2, 4, 5" in said
+    steps = [line for line in metrics_of(one_rank) if "lr" in line]
+    assert f"tokens: {sum(line['tokens'] for line in steps):,} in all steps" in said
+    assert [line["step"] for line in metrics_of(one_rank) if "eval/loss" in line] == [0, 2, 4, 5]
+    assert all(part in said for part in ("weights", "adapter", "optimiser", "activations", "logits", "total"))
+    assert not (tmp_path / "r").exists()
+    train(five_steps(model, pairs_folder, tmp_path / "r", "x", "--dry_run", "4"))
+    assert "4 rank(s)" in capsys.readouterr().out
+
+
+def test_padding_is_counted(val_pairs):
+    steps, count = [list(range(len(val_pairs)))], partial(load_of, val_pairs, world=1, on_cuda=False)
+    packed, padded = (count(steps=steps, packing=Packing(0, pairs=8, padded=p)) for p in (False, True))
+    assert packed.computed == packed.tokens == padded.tokens < padded.computed
+    batch = make_batch(val_pairs, Packing(0, padded=True), ONE.device)
+    assert padded.computed == batch.input_ids.numel() and padded.tokens == batch.tokens
+
+
+def test_shapes_without_weights(tiny_model):
+    """What the plan counts is the model's own size, and cutting layers leaves the rest."""
+    whole, cut = shapes_of(str(tiny_model)), shapes_of(str(tiny_model), layers=1)
+    assert all(p.is_meta for p in whole.parameters())
+    layer = sum(p.numel() for p in whole.model.layers[0].parameters())
+    assert sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in cut.parameters()) == layer
+    assert AutoConfig.from_pretrained(tiny_model).num_hidden_layers == 2
+
+
+def test_sharded_nf4_is_refused(tiny_model, pairs_folder, tmp_path):
+    arguments = train_args(tiny_model, pairs_folder, tmp_path, "--shard", "full", "--quant", "nf4")
+    with pytest.raises(UserError, match="not verified"):
+        train_pref.main([str(a) for a in arguments])
