@@ -9,7 +9,8 @@ of them: TRL, TRL with precomputed reference log-probs, train_pref.py with its d
 --packing off --compile off. One micro-batch of `--batch` pairs is one optimiser step; the first `--warmup` steps (where
 compiling happens) are not timed, and the rate is pairs over the sum of the other steps' times. The reference pass of
 TRL with precomputed references and of train_pref.py lies before the first step and is not in the rate: a study's runs
-share it. Prints a table, every contestant's losses, and one JSON object as the last line.
+share it. `--only train_pref_plain full_logits packed_eager shared_eager train_pref` climbs from the plain path to the
+defaults technique by technique. Prints a table, every contestant's losses, and one JSON object as the last line.
 
 gemm_share: model FLOPs a second (4 x body parameters x computed tokens, 4 x head parameters x response tokens; the
 embedding is no product) over this machine's measured rate of the model's own largest layer in the same dtype.
@@ -27,8 +28,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PLAIN = ("--prefix_sharing", "off", "--packing", "off", "--compile", "off")
-CONTESTANTS = {"trl": (), "trl_precomputed": (), "train_pref": (), "train_pref_plain": PLAIN}
+PACKED, PLAIN = ("--prefix_sharing", "off"), ("--packing", "off", "--prefix_sharing", "off")
+EAGER = ("--compile", "off")
+CONTESTANTS = {
+    "trl": (), "trl_precomputed": (), "train_pref": (), "train_pref_plain": (*PLAIN, *EAGER),
+    "full_logits": (*PLAIN, *EAGER), "packed_eager": (*PACKED, *EAGER), "shared_eager": EAGER,
+}  # fmt: skip
+DEFAULT = ("trl", "trl_precomputed", "train_pref", "train_pref_plain")
+# train_pref.py with log-probs from the model's own forward, which gives logits of every position: prompts and padding.
+FULL_LOGITS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from modeling import ResponseLogps
+import train_pref
+ours = ResponseLogps.forward
+ResponseLogps.forward = lambda self, batch, *_, **__: ours(self, batch, own_forward=True)
+sys.exit(train_pref.main())
+"""
 BETA, SEED = 0.1, 42
 
 
@@ -44,9 +60,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--quant", choices=["none", "nf4"], default="none")
     parser.add_argument("--checkpointing", choices=["on", "off"], default="off", help="for all contestants")
+    parser.add_argument("--compile", choices=["on", "off"], default="on", help="train_pref's; auto is on for long runs")
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=DEFAULT)
     parser.add_argument("--worker", choices=["trl", "trl_precomputed"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -156,12 +173,13 @@ def run_trl(args: argparse.Namespace, name: str, folder: Path) -> dict:
 
 def run_ours(args: argparse.Namespace, name: str, folder: Path) -> dict:
     command = [
-        sys.executable, ROOT / "train_pref.py", "--model", args.model, "--data", folder, "--results_dir", folder,
+        sys.executable, *(["-c", FULL_LOGITS] if name == "full_logits" else [ROOT / "train_pref.py"]),
+        "--model", args.model, "--data", folder, "--results_dir", folder,
         "--run_id", name, "--loss", "dpo", "--beta", BETA, "--seed", SEED, "--learning_rate", args.learning_rate,
         "--epochs", 1, "--global_batch", args.batch, "--per_device_batch", args.batch, "--max_length",
         args.max_length, "--truncation", "keep_start", "--lora_r", args.lora_r, "--lora_alpha", 16, "--lora_dropout",
         0, "--warmup_ratio", 0, "--dtype", args.dtype, "--quant", args.quant,
-        "--checkpointing", args.checkpointing, "--eval_steps", 10**6, *CONTESTANTS[name],
+        "--checkpointing", args.checkpointing, "--eval_steps", 10**6, "--compile", args.compile, *CONTESTANTS[name],
     ]  # fmt: skip
     shutil.rmtree(folder / name, ignore_errors=True)
     run([str(part) for part in command])
