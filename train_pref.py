@@ -189,7 +189,7 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
         "--truncation",
         choices=["keep_end", "keep_start"],
         default="keep_end",
-        help="which end of a prompt that is too long is kept",
+        help="keep_end: cut a long prompt at its start, then responses; keep_start: keep the first tokens, as TRL does",
     )
     group.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps; then cosine to 0")
     group.add_argument("--max_grad_norm", type=float, default=1.0)
@@ -218,7 +218,7 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
         "--checkpointing",
         choices=["auto", "on", "off"],
         default="auto",
-        help="activation checkpointing: slower, much less memory; auto: on CUDA",
+        help="activation checkpointing: slower, much less memory; auto: if the plan would fill the device",
     )
     group.add_argument(
         "--tokens_per_microbatch",
