@@ -32,6 +32,11 @@ class TokenPair(NamedTuple):
     def tokens(self) -> int:
         return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two sequences."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a hub id or folder, with a chat template and a padding token. Raises UserError."""

@@ -119,10 +119,7 @@ def share_out(
     if packing.tokens:
         return fill_bins(members, pairs, packing, world)[rank::world]
 
-    def width(i: int) -> int:
-        return len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))
-
-    mine = sorted(members, key=lambda i: (-width(i), i))[rank::world]
+    mine = sorted(members, key=lambda i: (-pairs[i].longest, i))[rank::world]
     count = math.ceil(math.ceil(len(members) / world) / packing.pairs)
     return [mine[i * packing.pairs : (i + 1) * packing.pairs] for i in range(count)]
 

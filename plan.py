@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -32,7 +33,7 @@ class Load(NamedTuple):
     """Micro-batches of a run over `world` ranks."""
 
     micro_batches: tuple[int, int]  # a step and rank, least and most
-    tokens: int  # of one pass over the pairs, without padding
+    tokens: int  # of all steps and ranks, without padding
     computed: int  # the same with padding
     largest: int  # tokens of the largest micro-batch, with padding
     responses: int  # most response tokens in a micro-batch
@@ -87,13 +88,17 @@ def shapes_of(model: str, layers: int | None = None, dtype: torch.dtype = torch.
         return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
 
 
+def with_lora(base: nn.Module, args: argparse.Namespace) -> PeftModel:
+    """`base`, which is on the meta device, with its adapter there too: no value is drawn."""
+    with torch.device("meta"):
+        return add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
+
+
 def saved_bytes(args: argparse.Namespace, layers: int) -> int:
     """Bytes a token that autograd keeps for the backward pass through `layers` layers, counted by running them on the
     meta device, where tensors have shapes and no values."""
     dtype = getattr(torch, args.dtype)
-    base = shapes_of(args.model, layers, dtype)
-    model = add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
-    policy = ResponseLogps(model.to("meta").to(dtype).train())
+    policy = ResponseLogps(with_lora(shapes_of(args.model, layers, dtype), args).to(dtype).train())
     third = [0] * (PROBE_TOKENS // 3)
     batch = make_batch([TokenPair(third, third, third)], Packing(pad_id=0), torch.device("meta"))
     parameters = {p.untyped_storage()._cdata for p in policy.parameters()}
@@ -112,21 +117,20 @@ def saved_bytes(args: argparse.Namespace, layers: int) -> int:
     return size // batch.input_ids.numel()
 
 
-def memory_of(args: argparse.Namespace, load: Load, packing: Packing, world: int, on_cuda: bool) -> Memory:
+def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -> Memory:
     """Peak memory of a rank: allocated on a GPU, or resident in RAM."""
     base = shapes_of(args.model)
     config, width = base.config.get_text_config(), 2 if args.dtype == "bfloat16" else 4
-    linears = {id(m.weight) for layer in decoder_layers(ResponseLogps(base)) for m in layer.modules()
-               if isinstance(m, nn.Linear)}  # fmt: skip
+    blocks = decoder_layers(ResponseLogps(base))
+    linears = {id(m.weight) for m in blocks.modules() if isinstance(m, nn.Linear)}
     quantised = NF4_BYTES if args.quant == "nf4" else width
     weights = sum(p.numel() * (quantised if id(p) in linears else width) for p in base.parameters())
     layers = config.num_hidden_layers
     if args.shard == "full":
-        one_layer = sum(p.numel() for p in decoder_layers(ResponseLogps(base))[0].parameters()) * width
+        one_layer = sum(p.numel() for p in blocks[0].parameters()) * width
         outside = weights - layers * one_layer
         weights = weights / world + outside + 2 * one_layer  # what is gathered: the root, this layer, the next
-    model = add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in with_lora(base, args).parameters() if p.requires_grad)
     one, two = (saved_bytes(args, count) for count in (1, 2))
     per_layer, rest = (two - one) * (COMPILED_SHARE if args.compile == "on" else 1), max(0, 2 * one - two)
     if args.checkpointing == "on":
@@ -146,7 +150,7 @@ def memory_of(args: argparse.Namespace, load: Load, packing: Packing, world: int
     return Memory(*(part / 2**30 for part in parts))
 
 
-def decide(args: argparse.Namespace, load: Load, packing: Packing, ranks: Ranks) -> Memory:
+def decide(args: argparse.Namespace, load: Load, ranks: Ranks) -> Memory:
     """Settle --compile auto and --checkpointing auto, in `args`. Returns the memory that the run will then need."""
     on_cuda = ranks.device.type == "cuda"
     if args.compile == "auto":
@@ -155,13 +159,15 @@ def decide(args: argparse.Namespace, load: Load, packing: Packing, ranks: Ranks)
         args.compile = "on" if not on_cuda and compiler and work / ranks.world > COMPILE_FLOP else "off"
     if args.checkpointing == "auto":
         args.checkpointing = "off"
-        wanted = memory_of(args, load, packing, ranks.world, on_cuda).total
+        memory = memory_of(args, load, ranks.world, on_cuda)
         if on_cuda:
             there = torch.cuda.get_device_properties(ranks.device).total_memory
         else:
             there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.world
-        args.checkpointing = "on" if wanted * 2**30 > MEMORY_SHARE * there else "off"
-    return memory_of(args, load, packing, ranks.world, on_cuda)
+        if memory.total * 2**30 <= MEMORY_SHARE * there:
+            return memory
+        args.checkpointing = "on"
+    return memory_of(args, load, ranks.world, on_cuda)
 
 
 def describe(load: Load, memory: Memory, steps: int, warmup: int, evaluations: list[int], world: int,

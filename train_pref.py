@@ -693,11 +693,11 @@ def start_folder(folder: Path, record: dict) -> None:
     write_json(folder / "args.json", record)
 
 
-def packing_of(args: argparse.Namespace, pad_id: int, longest: int) -> Packing:
+def packing_of(args: argparse.Namespace, pad_id: int, longest: int, ranks: Ranks) -> Packing:
     """How pairs become micro-batches: by a budget of tokens, or by number where the loss reads a micro-batch's own
     statistics or packing is off. An ordinary padded batch for attention that packing does not know."""
     if "on" in (args.packing, args.prefix_sharing) and (reason := needs_own_attention(args.model, longest)):
-        print(f"--packing off --prefix_sharing off: {reason}", flush=True)
+        ranks.print(f"--packing off --prefix_sharing off: {reason}")
         args.packing = args.prefix_sharing = "off"
     by_number = args.packing == "off" or args.loss in COUPLES_BATCH
     budget = 0 if by_number else args.tokens_per_microbatch or args.per_device_batch * args.max_length
@@ -739,7 +739,7 @@ def plan_run(args: argparse.Namespace, pairs: list[TokenPair], packing: Packing,
     steps = number_of_steps(args, len(pairs))
     members = [pairs_of_step(step, len(pairs), args.global_batch, args.seed) for step in range(steps)]
     load = load_of(pairs, members, packing, ranks.world, ranks.device.type == "cuda")
-    memory = decide(args, load, packing, ranks)
+    memory = decide(args, load, ranks)
     if args.dry_run is not None:
         how = f"{ranks.device.type}, {args.dtype}, " + ", ".join(
             f"{key} {getattr(args, key)}" for key in ("quant", "shard", "checkpointing", "compile")
@@ -757,9 +757,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         return
     tokenizer = load_tokenizer(args.model)
     pairs, counts = tokenise(args, tokenizer, rows, ranks)
-    packing = packing_of(
-        args, tokenizer.pad_token_id, max(len(p.prompt) + len(r) for p in pairs["train"] for r in p[1:3])
-    )
+    longest = max(pair.longest for split in pairs.values() for pair in split)
+    packing = packing_of(args, tokenizer.pad_token_id, longest, ranks)
     memory = plan_run(args, pairs["train"], packing, ranks)
     if args.dry_run is not None:
         return

@@ -9,8 +9,9 @@ of them: TRL, TRL with precomputed reference log-probs, train_pref.py with its d
 --packing off --compile off. One micro-batch of `--batch` pairs is one optimiser step; the first `--warmup` steps (where
 compiling happens) are not timed, and the rate is pairs over the sum of the other steps' times. The reference pass of
 TRL with precomputed references and of train_pref.py lies before the first step and is not in the rate: a study's runs
-share it. `--only train_pref_plain full_logits packed_eager shared_eager train_pref` climbs from the plain path to the
-defaults technique by technique. Prints a table, every contestant's losses, and one JSON object as the last line.
+share it. `--only full_logits train_pref_plain packed_eager shared_eager train_pref` climbs from all logits of a
+padded batch to the defaults, technique by technique. Prints a table, every contestant's losses, and one JSON object as
+the last line.
 
 gemm_share: model FLOPs a second (4 x body parameters x computed tokens, 4 x head parameters x response tokens; the
 embedding is no product) over this machine's measured rate of the model's own largest layer in the same dtype.
