@@ -139,6 +139,14 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_run_arguments(parser)
+    add_loss_arguments(parser, default_loss)
+    add_optimisation_arguments(parser)
+    add_model_arguments(parser)
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is trained on what")
     group.add_argument("--model", default="meta-llama/Llama-2-7b-chat-hf", help="chat model: hub id or folder")
     group.add_argument("--data", type=Path, default=Path("data/dpo-mix-7k"), help="folder written by prep_data.py")
@@ -160,6 +168,8 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
     )
     group.add_argument("--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout")
 
+
+def add_loss_arguments(parser: argparse.ArgumentParser, default_loss: str) -> None:
     group = parser.add_argument_group(
         "loss (`python losses.py` lists them; a parameter left out takes the loss's own default, one that the loss "
         "does not have is an error)"
@@ -172,6 +182,8 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
     group.add_argument("--learn_beta_mix", action="store_true", help="dlrml: train beta_mix, from --beta_mix on")
     group.add_argument("--beta_mix_lr", type=float, default=1e-3, help="learning rate of log beta_mix")
 
+
+def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--learning_rate", type=float, default=1e-5)
     group.add_argument("--weight_decay", type=float, default=0.01)
@@ -196,6 +208,8 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
     group.add_argument("--eval_steps", type=int, default=20, help="evaluate every so many steps, and at epoch ends")
     group.add_argument("--max_nonfinite", type=int, default=10, help="non-finite steps in a row that end the run")
 
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and memory")
     group.add_argument("--lora_r", type=int, default=64)
     group.add_argument("--lora_alpha", type=int, default=16)
@@ -238,7 +252,6 @@ def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
         default="auto",
         help="torch.compile of the layers; auto: on CPU, if a C++ compiler is there and the run is long",
     )
-    return parser
 
 
 def load_own_loss(argv: list[str] | None) -> str | None:

@@ -6,13 +6,14 @@ Each row is a run of its own (train_pref.py, dpo, LoRA r 16, 8 pairs a step); th
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from train_vs_trl import ROOT, run
+
+from files import read_json
+
 SETTINGS = (
     "--max_length 512 --compile off",
     "--max_length 512 --compile on",
@@ -34,9 +35,8 @@ def measure(setting: str, args: argparse.Namespace, folder: Path) -> tuple[float
     command = [sys.executable, *launch, ROOT / "train_pref.py", *words.split(), "--model", args.model,
                "--data", args.data, "--results_dir", folder, "--run_id", "x", "--loss", "dpo", "--lora_r", "16",
                "--global_batch", "8", "--max_steps", str(args.steps), "--eval_steps", "1000"]  # fmt: skip
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    read = {name: json.loads((folder / "x" / f"{name}.json").read_text()) for name in ("args", "summary")}
-    return read["args"]["planned_gib"], read["summary"]["peak_gib"]
+    run([str(part) for part in command])
+    return read_json(folder / "x" / "args.json")["planned_gib"], read_json(folder / "x" / "summary.json")["peak_gib"]
 
 
 def main() -> None:
