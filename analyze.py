@@ -42,8 +42,9 @@ from files import (
 # Any other argument that differs makes another cell: a setting nobody thought of must not pass for a seed.
 NOT_SETTINGS = {
     "run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256", "reference", "versions", "git",
-    "results_dir", "per_device_batch", "world_size", "shard", "checkpointing", "loss_file",
-    "truncated_prompts", "truncated_responses", "merged_boundaries",
+    "results_dir", "per_device_batch", "world_size", "shard", "checkpointing", "compile", "tokens_per_microbatch",
+    "prefix_sharing", "packing", "loss_file", "init_adapter", "save_steps", "command", "starts", "planned_gib",
+    "planned_steps", "truncated_prompts", "truncated_responses", "merged_boundaries",
 }  # fmt: skip
 CURVE_KEYS = (
     "loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr",

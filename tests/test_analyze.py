@@ -237,6 +237,15 @@ def test_another_setting_is_another_cell_not_a_seed(tmp_path):
     assert [(row["baseline_score"], row["differs_in"]) for row in matched] == [(8, None)]
 
 
+def test_how_a_run_was_computed_is_no_setting(tmp_path):
+    how = {"planned_gib": 3.1, "command": "a", "starts": [1], "compile": "on", "packing": "on", "save_steps": 20}
+    make_run(tmp_path, "a", "dpo", 0.1, None, 42, summary={}, ratings=flat_ratings(4), **how)
+    how = {"planned_gib": 2.9, "command": "b", "starts": [1, 2], "compile": "off", "packing": "off", "save_steps": 5}
+    make_run(tmp_path, "b", "dpo", 0.1, None, 43, summary={}, ratings=flat_ratings(8), **how)
+    (cell,) = compared(tmp_path)["mt_bench"][0]["cells"]
+    assert cell["seeds"] == [42, 43] and cell["score"] == 6
+
+
 def test_matched_beta_names_what_else_differs(tmp_path):
     make_run(tmp_path, "a", "dpo", 0.1, None, 42, ratings=flat_ratings(4))
     make_run(tmp_path, "c", "td_dpo", 0.1, 1, 42, ratings=flat_ratings(6), learning_rate=2e-5)

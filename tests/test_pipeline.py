@@ -55,6 +55,14 @@ def test_every_run_is_judged_and_stands_in_the_table(study):
     assert list((comparison / "tables").glob("*.csv")) and list((comparison / "figures").glob("comparison_*.pdf"))
 
 
+def test_runs_of_one_study_differ_in_their_loss_alone(study):
+    """Whatever train_pref.py comes to write into args.json must not make another cell of every run."""
+    results, _ = study
+    records = [json.loads((run / "args.json").read_text()) for run in sorted(results.glob("*dpo_b*"))]
+    one, two = ({key: r[key] for key in r if analyze.is_setting(key, r[key])} for r in records)
+    assert {key for key in one.keys() & two.keys() if one[key] != two[key]} == set()
+
+
 def test_a_tiny_judge_is_marked_as_smoke_test(study):
     results, _ = study
     text = "".join(path.read_text() for path in (results / "comparison" / "tables").glob("*mt_bench*.csv"))
