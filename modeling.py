@@ -5,10 +5,8 @@ Shared because a log-probability must mean the same in training, evaluation and 
 
 import hashlib
 import os
-import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,10 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -48,6 +47,7 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None  # for what ranks say to each other without waiting for their devices
 
     @property
     def main(self) -> bool:
@@ -58,6 +58,14 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of any rank, on every rank; the devices go on meanwhile."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.hosts)
+        return int(tensor)
 
     def from_main(self, value: object) -> object:
         """Rank 0's `value`, on every rank."""
@@ -89,7 +97,8 @@ def init_ranks() -> Ranks:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    hosts = dist.new_group(backend="gloo") if backend == "nccl" else None
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, hosts)
 
 
 def close_ranks() -> None:
@@ -158,18 +167,25 @@ def fingerprint(base: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def add_lora(base: PreTrainedModel, r: int, alpha: int, dropout: float, targets: str, seed: int) -> PeftModel:
+def add_lora(
+    base: PreTrainedModel, r: int, alpha: int, dropout: float, targets: str, seed: int, init: Path | None = None
+) -> PeftModel:
     """`base` with LoRA adapters in fp32: A random from `seed` (the same for every loss), B zero.
 
     targets: 'all-linear' (every linear layer but the output head) or module names with commas.
+    init: start from the adapter in this folder instead, which then is part of the reference too.
     """
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-        task_type="CAUSAL_LM",
-    )
+    if init is not None:
+        config = lora_config(init)
+        config.lora_dropout, config.inference_mode = dropout, False
+    else:
+        config = LoraConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            task_type="CAUSAL_LM",
+        )
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, config)
@@ -178,10 +194,56 @@ def add_lora(base: PreTrainedModel, r: int, alpha: int, dropout: float, targets:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW's steps at lr 1e-5 vanish in bf16 weights
+    config.target_modules = sorted(config.target_modules)  # a set, which would be written in any order
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             module.forward = MethodType(lora_forward, module)
+            module.initial_A = module.initial_B = None
+    if init is not None:
+        start_from(model, init)
     return model
+
+
+def lora_config(folder: Path) -> LoraConfig:
+    """The configuration of the LoRA adapter in `folder`. Raises UserError for one that is not plain LoRA."""
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: adapter_config.json cannot be read ({first_line(error)})") from None
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    usual = {"use_dora": False, "bias": "none", "modules_to_save": None, "layer_replication": None,
+             "target_parameters": None, "trainable_token_indices": None, "lora_bias": False, "rank_pattern": {},
+             "alpha_pattern": {}}  # fmt: skip
+    odd = [key for key, value in usual.items() if getattr(config, key, value) not in (value, None, [])]
+    if kind != "LORA" or odd or config.init_lora_weights not in (True, False, "gaussian"):
+        what = kind if kind != "LORA" else odd[0] if odd else f"init_lora_weights {config.init_lora_weights}"
+        raise UserError(f"{folder}: plain LoRA adapters only, this one has {what}; merge it into its base")
+    return config
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Give `model` the adapter weights in `folder`, and keep them beside as the reference's."""
+    try:
+        weights = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: adapter_model.safetensors cannot be read ({first_line(error)})") from None
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    wanted = {f"{name}.lora_{side}.weight" for name in layers for side in "AB"}
+    if strange := sorted(wanted ^ weights.keys()):
+        raise UserError(f"{folder}: does not fit this model ({strange[0]} is in one of them only)")
+    for name, module in layers.items():
+        if not isinstance(module.get_base_layer(), nn.Linear):
+            raise UserError(f"{folder}: adapts {name}, which is no linear layer; not supported")
+        for side in "AB":
+            parameter, start = getattr(module, f"lora_{side}")["default"].weight, weights[f"{name}.lora_{side}.weight"]
+            if parameter.shape != start.shape:
+                raise UserError(f"{folder}: does not fit this model ({name} has another shape)")
+            with torch.no_grad():
+                parameter.copy_(start)
+            delattr(module, f"initial_{side}")  # a buffer instead, so that it goes wherever the layer goes
+            module.register_buffer(f"initial_{side}", parameter.detach().clone(), persistent=False)
 
 
 def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
@@ -189,8 +251,12 @@ def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
     activation to the adapter's dtype and with the sum inside the second product."""
     rows = x.flatten(0, -2)
     output = layer.base_layer(rows)
-    if not layer._disable_adapters:
-        a, b = (matrix["default"].weight.to(x.dtype) for matrix in (layer.lora_A, layer.lora_B))
+    if layer._disable_adapters:
+        matrices = (layer.initial_A, layer.initial_B)
+    else:
+        matrices = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    if matrices[0] is not None:
+        a, b = (matrix.to(x.dtype) for matrix in matrices)
         low = F.linear(layer.lora_dropout["default"](rows), a) * layer.scaling["default"]
         if torch.compiler.is_compiling():  # joined to what follows; in fp32 it is not taken for an addmm, which copies
             output = (output.float() + F.linear(low, b).float()).to(output.dtype)
@@ -202,7 +268,7 @@ def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The frozen reference: `model` with every LoRA layer passed through.
+    """The frozen reference: `model` with every LoRA layer passed through, or as it was in --init_adapter.
 
     Not PEFT's `disable_adapter`, which also switches `requires_grad` and so confuses FSDP's parameter groups.
     """
@@ -435,18 +501,11 @@ def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) ->
         fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=frozen)
 
 
-# ---- adapters on disk ---------------------------------------------------------------------------
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of an FSDP shard, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """`base` with the adapter in `folder`, in the base's dtype as in training. Raises UserError if it does not fit."""
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: no adapter (adapter_config.json and adapter_model.safetensors); train it again")
-    try:
-        with warnings.catch_warnings():  # PEFT only warns of layers without weights, and they would answer as the base
-            warnings.filterwarnings("error", message=".*missing adapter keys")
-            model = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, OSError, SafetensorError, UserWarning) as error:
-        lines = re.sub(r"\s+", " ", str(error))[:200]
-        raise UserError(f"{folder}: this adapter does not load on this base model ({lines})") from None
-    return model.to(base.dtype) if not getattr(base, "is_quantized", False) else model
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of an FSDP shard (collective: call it on every rank), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

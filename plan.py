@@ -142,7 +142,7 @@ def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -
     parts = (
         0 if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 + CPU_GROWTH,
         weights,
-        trainable * 4 / world + trainable / layers * width,
+        trainable * 4 / world + trainable / layers * width + (trainable * 4 if args.init_adapter else 0),
         trainable * 12 / world,  # two moments and the gradient, fp32
         heap * activations,
         heap * (chunk * (width + 12) + 2 * load.responses * config.hidden_size * width),

@@ -73,6 +73,10 @@ run() {
   if $dry_run; then return; fi
   local code=0
   "$@" || code=$?
+  if [ "$code" -eq 75 ] || [ "$code" -eq 130 ]; then # a training run was told to stop, and has saved
+    echo "stopped; run the same command again to continue" >&2
+    exit "$code"
+  fi
   if [ "$code" -ne 0 ]; then failed+=("$name (exit code $code)"); fi
 }
 

@@ -7,15 +7,22 @@ Reads  data/<name>/{train,val}.jsonl (prep_data.py) and a chat model (hub id or 
 Writes results/<run_id>/{args.json, metrics.jsonl, val_pairs.jsonl, adapter/, summary.json}
 and    data/<name>/reference/<key>.safetensors, the reference log-probs that every run on this data and base shares.
 
+The same command continues a run that was stopped, from results/<run_id>/checkpoint/, with the result of one that was
+not. SIGTERM and SIGUSR1 save and leave with exit code 75; train_pref.py --status results/ says where runs stand.
+
 The defaults are the first study's: Llama-2-7b-chat in 4 bit, LoRA r 64, AdamW at 1e-5, 128 pairs a step, 3 epochs.
 """
 
 import argparse
 import json
 import math
+import os
 import resource
+import shlex
 import shutil
+import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +30,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import check_loss
 from chat import TokenPair, load_tokenizer, tokenize_pairs
+from checkpoint import Checkpoints, Progress, Stop, Stopped, best_folder, run_lock, saving, status_of
 from files import (
+    BASE_RUN,
     UserError,
     check_run_id,
+    find_runs,
     jsonl_line,
     read_json,
+    read_jsonl,
     read_pairs,
     run_main,
     sha256_file,
+    sha256_json,
     versions,
     write_json,
     write_jsonl,
@@ -69,9 +80,12 @@ from modeling import (
     fingerprint,
     init_ranks,
     load_base,
+    local,
+    lora_config,
     pick_dtype,
     shard,
     sum_by_row,
+    whole,
 )
 from packing import Batch, Packing, make_batch, needs_own_attention, share_out
 from plan import Memory, decide, describe, load_of
@@ -91,23 +105,24 @@ RUN_ID_TAGS = {
     "score_masked_log": "sm", "learning_rate": "lr", "beta_mix_lr": "mlr", "epochs": "ep", "max_steps": "steps",
     "global_batch": "gb", "max_length": "len", "truncation": "", "weight_decay": "wd", "warmup_ratio": "wu",
     "max_grad_norm": "clip", "lora_r": "r", "lora_alpha": "a", "lora_dropout": "do", "lora_targets": "", "quant": "",
-    "dtype": "",
+    "dtype": "", "init_adapter_sha256": "init",
 }  # fmt: skip
-# May differ between two starts of one run without making it another run.
-NOT_THE_RUN = (
-    "results_dir",
-    "run_id",
-    "data",
-    "shard",
-    "checkpointing",
-    "compile",
-    "tokens_per_microbatch",
-    "prefix_sharing",
-    "packing",
-    "world_size",
-    "versions",
-    "loss_file",
-)
+# May differ between two starts of one run without making it another run: where things lie, how the work is cut up,
+# what is saved when. For the losses that couple a micro-batch, its cut is part of the result.
+NOT_THE_RUN = {
+    "results_dir", "run_id", "data", "loss_file", "init_adapter", "save_steps",
+    "versions", "shard", "checkpointing", "compile", "tokens_per_microbatch", "prefix_sharing", "packing",
+}  # fmt: skip
+NOT_THE_RUN_UNLESS_COUPLED = {"per_device_batch", "world_size"}
+SETTLED = ("compile", "checkpointing", "prefix_sharing", "packing")  # args.json says what they came to
+# How a change that is not an argument's is named when a run is refused.
+CHANGED = {
+    "data_sha256": "the pairs in --data have changed",
+    "base_sha256": "the base model's weights have changed",
+    "reference": "the token ids have changed: another tokenizer or chat template",
+    "init_adapter_sha256": "the adapter in --init_adapter has changed",
+    "loss_file_sha256": "the loss in --loss_file has changed",
+}
 
 METRICS = (
     "loss", "preference", "anchor", "anchor_k1", "logps/chosen", "logps/rejected", "rewards/chosen",
@@ -167,6 +182,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="print steps, tokens, padding and memory by part, for so many ranks (default: this launch's), and stop",
     )
     group.add_argument("--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout")
+    group.add_argument("--save_steps", type=int, default=20, help="write a checkpoint every so many optimiser steps")
+    group.add_argument(
+        "--status",
+        type=Path,
+        metavar="DIR",
+        help="say where the run in DIR stands, or every run in it, and how to go on, and stop; exit code 1 if one has "
+        "not ended",
+    )
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser, default_loss: str) -> None:
@@ -211,6 +234,13 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and memory")
+    group.add_argument(
+        "--init_adapter",
+        type=Path,
+        metavar="DIR",
+        help="LoRA adapter to start from (an SFT adapter, say); it is part of the reference, and brings its own r, "
+        "alpha and targets",
+    )
     group.add_argument("--lora_r", type=int, default=64)
     group.add_argument("--lora_alpha", type=int, default=16)
     group.add_argument("--lora_dropout", type=float, default=0.05)
@@ -330,7 +360,7 @@ def check_micro_batches(args: argparse.Namespace, pairs: dict[str, int], world: 
 def check_args(args: argparse.Namespace, world: int) -> None:
     """Raise UserError for values no run can be made of, before anything is loaded."""
     for key in ("learning_rate", "epochs", "global_batch", "per_device_batch", "max_grad_norm", "eval_steps",
-                "lora_r", "lora_alpha", "max_nonfinite"):  # fmt: skip
+                "save_steps", "lora_r", "lora_alpha", "max_nonfinite"):  # fmt: skip
         if not 0 < getattr(args, key) < math.inf:
             raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
     for key in ("weight_decay", "warmup_ratio", "lora_dropout"):
@@ -355,7 +385,11 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
     parts += [f"{tag}{parameters[key]:g}" for key, tag in (("beta", "b"), ("tau", "t")) if key in parameters]
     parts.append(f"s{args.seed}")
     values = {key: (value, loss_defaults(args.loss)[key]) for key, value in parameters.items()}
-    values |= {key: (getattr(args, key), getattr(defaults, key)) for key in RUN_ID_TAGS if key not in loss_arguments()}
+    other = [key for key in RUN_ID_TAGS if key not in loss_arguments() and hasattr(defaults, key)]
+    values |= {key: (getattr(args, key), getattr(defaults, key)) for key in other}
+    if args.init_adapter:  # its hash says what its r, alpha and targets are
+        values |= dict.fromkeys(("lora_r", "lora_alpha", "lora_targets"), (None, None))
+        values["init_adapter_sha256"] = (args.init_adapter_sha256[:8], None)
     for key in [*RUN_ID_TAGS, *(key for key in parameters if key not in RUN_ID_TAGS)]:
         value, default = values.get(key, (None, None))
         if value != default and key not in ("beta", "tau"):
@@ -412,11 +446,10 @@ class Split(NamedTuple):
     reference: Reference
 
 
-class State:
-    """What the loss itself carries from step to step."""
+class LearnedMix:
+    """dlrml's beta_mix where it is learned, with its own optimiser."""
 
     def __init__(self, args: argparse.Namespace, parameters: dict, device: torch.device):
-        self.running_rho = 0.0  # moving average of the steps' mean rho, nats (beta_dpo)
         self.log_beta_mix = None  # its logarithm is what is trained, so that beta_mix stays positive
         self.optimizer = None
         if args.learn_beta_mix:
@@ -428,8 +461,7 @@ class State:
     def beta_mix(self) -> float | None:
         return None if self.log_beta_mix is None else self.log_beta_mix.exp().item()
 
-    def take_step(self, mean_rho: float) -> None:
-        self.running_rho = 0.9 * self.running_rho + 0.1 * mean_rho
+    def take_step(self) -> None:
         if self.optimizer:
             self.optimizer.step()
 
@@ -446,7 +478,9 @@ class Study(NamedTuple):
     policy: ResponseLogps
     packing: Packing
     parameters: dict
-    state: "State"
+    learned: LearnedMix
+    progress: Progress
+    stop: Stop
 
     @property
     def token_kl(self) -> str | None:
@@ -463,9 +497,9 @@ class Study(NamedTuple):
 
     def loss(self, inputs: PairLogps) -> tuple[Tensor, dict]:
         """Losses (B,) and terms of the run's loss with its parameters, the learned one among them."""
-        learned = {} if self.state.log_beta_mix is None else {"beta_mix": self.state.log_beta_mix.exp()}
-        inputs = inputs._replace(running_rho=self.state.running_rho)
-        return bind(self.args.loss, self.parameters | learned)(inputs)
+        mix = {} if self.learned.log_beta_mix is None else {"beta_mix": self.learned.log_beta_mix.exp()}
+        inputs = inputs._replace(running_rho=self.progress.running_rho)
+        return bind(self.args.loss, self.parameters | mix)(inputs)
 
     def pair_logps(self, split: Split, members: list[int]) -> tuple[PairLogps, Batch]:
         """Forward pairs `members` of `split`: what a loss may read, (len(members),) each."""
@@ -509,14 +543,15 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
     totals = 0.0
     micro_batches = share_out(members, split.pairs, study.packing, ranks.rank, ranks.world)
     for number, micro in enumerate(micro_batches, 1):
+        study.stop.check()
         policy.set_requires_gradient_sync(number == len(micro_batches))
         inputs, batch = study.pair_logps(split, micro or members[:2])  # an empty share runs along with weight 0
         values, rows = study.metric_rows(inputs)
         (values.sum() * (weight if micro else 0.0)).backward()
         sums = torch.stack([*(row.sum() for row in rows.values()), values.new_tensor(float(batch.tokens)).double()])
         totals = totals + (sums if micro else torch.zeros_like(sums))
-    if study.state.log_beta_mix is not None:
-        study.state.log_beta_mix.grad = ranks.sum(study.state.log_beta_mix.grad) / ranks.world
+    if study.learned.log_beta_mix is not None:
+        study.learned.log_beta_mix.grad = ranks.sum(study.learned.log_beta_mix.grad) / ranks.world
     # Metrics and gradient norm: one collective, one wait of the host for the device.
     grads = [local(p.grad) for p in trainable(policy).values() if p.grad is not None]
     square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
@@ -535,6 +570,7 @@ def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
     batches = share_out(list(range(len(split.pairs))), split.pairs, study.packing, ranks.rank, ranks.world)
     with dropout(study.policy, active=False):
         for members in ranks.progress(batches, "evaluating"):
+            study.stop.check()
             inputs, _ = study.pair_logps(split, members or [0])
             if members:
                 columns = (inputs.chosen, inputs.rejected, inputs.kl_chosen, inputs.kl_rejected, inputs.score_chosen)
@@ -559,16 +595,6 @@ def response_lengths(pairs: list[TokenPair]) -> Tensor:
 
 def trainable(policy: ResponseLogps) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of an FSDP shard, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of an FSDP shard (collective: call it on every rank), or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- gates: stop before GPU-hours are spent on a broken run -------------------------------------
@@ -601,20 +627,34 @@ def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:
 # ---- what is written ----------------------------------------------------------------------------
 
 
-def save_adapter(policy: ResponseLogps, folder: Path, ranks: Ranks) -> None:
-    """Write the adapter as a PEFT directory (fp32 safetensors); an older one is replaced when it is complete."""
+def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Ranks) -> None:
+    """Write `folder`: the adapter as a PEFT directory (fp32 safetensors), and validation pairs as it ranks them."""
     state = {name.removeprefix("model."): whole(p.detach()) for name, p in trainable(policy).items()}
     if not ranks.main:
         return
     state = {name: tensor.cpu() for name, tensor in state.items()}
-    temporary, old = folder.with_name("adapter.tmp"), folder.with_name("adapter.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    policy.model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    temporary = folder.with_suffix(".tmp")
+    with saving(folder):
+        for leftover in (temporary, folder):  # of a step that is being done again
+            shutil.rmtree(leftover, ignore_errors=True)
+        policy.model.save_pretrained(temporary / "adapter", state_dict=state, save_embedding_layers=False)
+        write_jsonl(temporary / "val_pairs.jsonl", rows)
+        temporary.rename(folder)
+
+
+def publish(run: Path, best: Path | None, summary: dict) -> None:
+    """Give the run its adapter, its validation pairs and, last, its summary; the checkpoints have served."""
+    with saving(run):
+        if best is not None:
+            temporary, adapter = run / "adapter.tmp", run / "adapter"
+            for leftover in (temporary, adapter):
+                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.copytree(best / "adapter", temporary)
+            temporary.rename(adapter)
+            before = [row for _, row in read_jsonl(run / "val_pairs.jsonl") if row["step"] == 0]
+            write_jsonl(run / "val_pairs.jsonl", before + [row for _, row in read_jsonl(best / "val_pairs.jsonl")])
+        write_json(run / "summary.json", summary)
+    shutil.rmtree(run / "checkpoint", ignore_errors=True)
 
 
 def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
@@ -626,15 +666,26 @@ def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
 
 
 class Log:
-    """metrics.jsonl, a line per optimiser step and per evaluation, written by rank 0 as it happens."""
+    """metrics.jsonl, a line per optimiser step and per evaluation, written by rank 0 as it happens. Lines behind the
+    checkpoint that a run goes on from are cut off: their steps are done again."""
 
-    def __init__(self, path: Path, ranks: Ranks):
+    def __init__(self, path: Path, ranks: Ranks, size: int):
         self.path, self.ranks = path, ranks
+        if ranks.main and path.exists():
+            os.truncate(path, size)
 
     def line(self, values: dict) -> None:
         if self.ranks.main:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with saving(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(jsonl_line(values))
+
+    def size(self) -> int:
+        """Bytes so far, on disk when this returns."""
+        if not self.ranks.main or not self.path.exists():
+            return 0
+        with saving(self.path), open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+        return self.path.stat().st_size
 
 
 def peak_gib(device: torch.device) -> float:
@@ -644,10 +695,10 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def step_text(line: dict, steps: int, seconds_left: float, finite: bool) -> str:
+def step_text(step: int, line: dict, steps: int, seconds_left: float, finite: bool) -> str:
     hours, rest = divmod(int(seconds_left), 3600)
     return (
-        f"step {line['step']}/{steps}  loss {line['loss']:.4f}  acc {line['rewards/accuracies']:.3f}  "
+        f"step {step}/{steps}  loss {line['loss']:.4f}  acc {line['rewards/accuracies']:.3f}  "
         f"rho {line['margin/rho']:+.4f}  grad {line['grad_norm']:.3g}  lr {line['lr']:.2e}  "
         f"{line['tok_per_s']:.0f} tok/s  {hours}:{rest // 60:02}:{rest % 60:02} left"
         + ("" if finite else "  NON-FINITE: step not taken")
@@ -661,6 +712,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     """Check all that can be checked without weights. Returns the loss's parameters, rows by split, and what
     args.json will say. Raises UserError."""
     check_args(args, ranks.world)
+    take_init_adapter(args)
     parameters = loss_parameters(args)
     own_loss = check_own_loss(args, parameters)
     if not args.data.is_dir():
@@ -673,8 +725,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     if args.quant == "auto":
         args.quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
     args.dtype = str(pick_dtype(args.dtype, ranks.device)).removeprefix("torch.")
+    given = {key: value for key, value in vars(args).items() if key not in ("status", "dry_run")}
     record = {
-        **{key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},
         **parameters,
         **own_loss,
         "data_sha256": {split: sha256_file(args.data / f"{split}.jsonl") for split in limits},
@@ -684,26 +737,50 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     return parameters, rows, record
 
 
-def is_finished(folder: Path, record: dict) -> bool:
-    """True if this very run is finished. Raises UserError if the folder holds another run."""
+def take_init_adapter(args: argparse.Namespace) -> None:
+    """Fill in r, alpha and targets of --init_adapter. Raises UserError for others given beside it."""
+    args.init_adapter_sha256 = None
+    if args.init_adapter is None:
+        return
+    config, defaults = lora_config(args.init_adapter), build_parser()
+    own = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_targets": targets_text(config.target_modules)}
+    for key, value in own.items():
+        if getattr(args, key) not in (value, defaults.get_default(key)):
+            raise UserError(f"--{key} {getattr(args, key)}: the adapter in --init_adapter has {value}; leave it out")
+        setattr(args, key, value)
+    args.init_adapter_sha256 = sha256_file(args.init_adapter / "adapter_model.safetensors")
+
+
+def targets_text(targets: str | list[str]) -> str:
+    """An adapter's target modules as --lora_targets would have them: by their last names, if it is all of each."""
+    if isinstance(targets, str):
+        return targets
+    last = Counter(name.rpartition(".")[2] for name in targets)
+    return ",".join(sorted(last if len(set(last.values())) == 1 else targets))
+
+
+def check_same_run(folder: Path, record: dict) -> None:
+    """Raise UserError, naming what differs, if `folder` holds a run that `record` is no second start of."""
     if not (folder / "args.json").is_file():
-        return False
+        return
     old, new = read_json(folder / "args.json"), json.loads(json.dumps(record))
-    ignored = NOT_THE_RUN if record["loss"] in COUPLES_BATCH else (*NOT_THE_RUN, "per_device_batch")
-    if different := [key for key in new if key not in ignored and old.get(key) != new[key]]:
-        what = ", ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in different[:3])
-        raise UserError(f"{folder}: holds a run with other arguments ({what}); give --run_id or remove the folder")
+    ignored = NOT_THE_RUN | (set() if old.get("loss") in COUPLES_BATCH else NOT_THE_RUN_UNLESS_COUPLED)
+    different = [key for key in new if key in old and key not in ignored and old[key] != new[key]]
+    if different:
+        what = ", ".join(CHANGED.get(key) or f"{key} was {old[key]}, is {new[key]}" for key in different)
+        raise UserError(f"{folder}: holds another run ({what}); give --run_id or remove the folder")
+
+
+def is_finished(folder: Path) -> bool:
     return (folder / "summary.json").is_file()
 
 
-def start_folder(folder: Path, record: dict) -> None:
-    """Write args.json. What an attempt that did not finish left is replaced: a run is a function of its arguments."""
-    if (folder / "args.json").is_file():
-        print(f"{folder}: an earlier attempt did not finish; starting over", flush=True)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    for name in ("metrics.jsonl", "val_pairs.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    write_json(folder / "args.json", record)
+def start_command(argv: list[str], ranks: Ranks) -> str:
+    """The command line that started this run, to be typed again."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node {local}" if local and ranks.world > 1 else "python"
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train_pref.py" else "train_pref.py"
+    return f"{launcher} {shlex.join([script, *argv])}"
 
 
 def packing_of(args: argparse.Namespace, pad_id: int, longest: int, ranks: Ranks) -> Packing:
@@ -734,14 +811,14 @@ def tokenise(args, tokenizer, rows: dict[str, list[dict]], ranks: Ranks) -> tupl
 
 
 def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, str]:
-    """The base model with a fresh adapter, sharded over ranks, and the fingerprint of the base's weights."""
+    """The base model with its adapter, sharded over ranks, and the fingerprint of the base's weights."""
     dtype, device = getattr(torch, args.dtype), ranks.device
     if args.shard == "full" and ranks.world > 1:  # rank 0 loads into RAM; the others get their shards from it
         device = torch.device("cpu" if ranks.main else "meta")
     base = load_base(args.model, dtype, args.quant, device)
     weights = ranks.from_main(fingerprint(base) if ranks.main else None)
-    model = add_lora(base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
-    policy = ResponseLogps(model.train())
+    lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed, args.init_adapter)
+    policy = ResponseLogps(add_lora(base, *lora).train())
     policy.prepare_layers(args.compile == "on", args.checkpointing == "on")
     shard(policy, args.shard, dtype, ranks)
     return policy, weights
@@ -762,99 +839,207 @@ def plan_run(args: argparse.Namespace, pairs: list[TokenPair], packing: Packing,
     return memory
 
 
-def train(args: argparse.Namespace, ranks: Ranks) -> None:
+def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> int:
+    """One run, from its arguments to its summary. Returns the exit code."""
     parameters, rows, record = prepare(args, ranks)
     folder = args.results_dir / args.run_id
-    if args.dry_run is None and is_finished(folder, record):
-        ranks.print(f"{folder}: finished already; remove the folder to train it again")
-        return
+    if args.dry_run is None:
+        check_same_run(folder, record)
+        if ranks.from_main(is_finished(folder)):
+            ranks.print(f"{folder}: finished already; remove the folder to train it again")
+            return 0
     tokenizer = load_tokenizer(args.model)
     pairs, counts = tokenise(args, tokenizer, rows, ranks)
     longest = max(pair.longest for split in pairs.values() for pair in split)
     packing = packing_of(args, tokenizer.pad_token_id, longest, ranks)
+    keep_settled(args, folder)
     memory = plan_run(args, pairs["train"], packing, ranks)
     if args.dry_run is not None:
-        return
-    policy, weights = build_policy(args, ranks)
-    dtype = getattr(torch, args.dtype)
-    probe = min(pairs["val"], key=lambda pair: pair.tokens)
-    plain = packing._replace(padded=True, shared=False)
-    check_logps(policy, *(make_batch([probe], way, ranks.device) for way in (packing, plain)), STEP0_TOLERANCE[dtype])
-    cache = args.data / "reference"
-    references = {n: reference_logps(policy, p, packing, weights, cache, ranks, n) for n, p in pairs.items()}
-    splits = {name: Split(rows[name], pairs[name], references[name]) for name in pairs}
-    if ranks.main:
-        keys = {name: reference_key(weights, pairs[name]) for name in pairs}
-        settled = {key: getattr(args, key) for key in ("compile", "checkpointing", "prefix_sharing", "packing")}
-        start_folder(folder, record | counts | settled | {"reference": keys, "planned_gib": memory.total})
-        if args.loss in FROM_FILES:
-            shutil.copyfile(args.loss_file.rpartition(":")[0], folder / "loss.py")
-    study = Study(args, ranks, policy, packing, parameters, State(args, parameters, ranks.device))
-    ranks.print(f"run {args.run_id}: {args.loss} {parameters}, {ranks.world} rank(s) on {ranks.device.type}, "
-                f"{args.dtype}, quant {args.quant}")  # fmt: skip
-    summary = run(study, splits["train"], splits["val"], folder)
-    if ranks.main:
-        write_json(folder / "summary.json", summary)
+        return 0
+    with run_lock(folder, ranks):
+        if ranks.from_main(is_finished(folder)):  # by the process that held the lock until now
+            return 0
+        policy, weights = build_policy(args, ranks)
+        reference = weights if args.init_adapter is None else sha256_json([weights, args.init_adapter_sha256])
+        keys = {name: reference_key(reference, pairs[name]) for name in pairs}
+        record |= {"base_sha256": weights, "reference": keys}
+        check_same_run(folder, record)
+        record |= counts | {key: getattr(args, key) for key in SETTLED} | {
+            "planned_steps": number_of_steps(args, len(pairs["train"])), "planned_gib": memory.total,
+            "command": command,
+        }  # fmt: skip
+        splits = load_splits(args, ranks, policy, packing, reference, rows, pairs)
+        learned = LearnedMix(args, parameters, ranks.device)
+        optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
+        trained = {name: (parameter, optimizer) for name, parameter in trainable(policy).items()}
+        if learned.optimizer:
+            trained["log_beta_mix"] = (learned.log_beta_mix, learned.optimizer)
+        checkpoints = Checkpoints(folder, trained, ranks)
+        progress = checkpoints.restore() or Progress()
+        if ranks.main:
+            open_folder(folder, record, progress, args)
+        study = Study(args, ranks, policy, packing, parameters, learned, progress, stop)
+        ranks.print(f"run {args.run_id}: {args.loss} {parameters}, {ranks.world} rank(s) on {ranks.device.type}, "
+                    f"{args.dtype}, quant {args.quant}"
+                    + (f"; going on after step {progress.step}" if progress.step else ""))  # fmt: skip
+        if not run(study, optimizer, checkpoints, splits["train"], splits["val"], folder):
+            ranks.print(f"{args.run_id}: saved after step {progress.step}; the same command continues:\n  {command}")
+            return stop.exit_code
+        summary = summarise(study)
+        if ranks.main:
+            publish(folder, best_folder(checkpoints.folder, progress.best_step), summary)
     ranks.print(
         f"{summary['status']} after {summary['steps']} steps and {summary['wall_s']:.0f} s: acc_ref "
         f"{summary['best_acc_ref']} at step {summary['best_step']} (best), {summary['final_acc_ref']} (final)\n"
         f"results: {folder}\nnext: python gen_mtbench.py {args.results_dir}"
     )
+    return 0
 
 
-def run(study: Study, split: Split, val: Split, folder: Path) -> dict:
-    """All optimiser steps and evaluations; the best adapter by acc_ref is kept. Returns summary.json's content."""
-    args, ranks, policy = study.args, study.ranks, study.policy
+def keep_settled(args: argparse.Namespace, folder: Path) -> None:
+    """What `auto` came to when the run began, it stays: another kernel rounds otherwise."""
+    if (folder / "checkpoint").is_dir():
+        record = read_json(folder / "args.json")
+        for key in SETTLED:
+            if getattr(args, key) == "auto":
+                setattr(args, key, record.get(key, "auto"))
+
+
+def load_splits(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    policy: ResponseLogps,
+    packing: Packing,
+    reference: str,
+    rows: dict[str, list[dict]],
+    pairs: dict[str, list[TokenPair]],
+) -> dict[str, Split]:
+    """Pairs with the log-probs of the reference of that hash, after a look whether log-probs can be trusted here."""
+    probe = min(pairs["val"], key=lambda pair: pair.tokens)
+    plain = packing._replace(padded=True, shared=False)
+    tolerance = STEP0_TOLERANCE[getattr(torch, args.dtype)]
+    check_logps(policy, *(make_batch([probe], way, ranks.device) for way in (packing, plain)), tolerance)
+    cache = args.data / "reference"
+    references = {n: reference_logps(policy, p, packing, reference, cache, ranks, n) for n, p in pairs.items()}
+    return {name: Split(rows[name], pairs[name], references[name]) for name in pairs}
+
+
+def open_folder(folder: Path, record: dict, progress: Progress, args: argparse.Namespace) -> None:
+    """Write args.json, with a line in `starts` for each time the run was started; without a checkpoint to go on from,
+    clear what an attempt left."""
+    starts = []
+    if progress.step or progress.evaluated == 0:
+        starts = read_json(folder / "args.json").get("starts", [])
+    else:
+        if (folder / "args.json").is_file():
+            print(f"{folder}: an earlier attempt left no checkpoint; starting over", flush=True)
+        for name in ("adapter", "checkpoint"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "val_pairs.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    starts.append({"step": progress.step, "world_size": record["world_size"], "versions": record["versions"]})
+    with saving(folder / "args.json"):
+        write_json(folder / "args.json", record | {"starts": starts})
+        if args.loss in FROM_FILES:
+            shutil.copyfile(args.loss_file.rpartition(":")[0], folder / "loss.py")
+
+
+def run(
+    study: Study, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints, split: Split, val: Split, folder: Path
+) -> bool:
+    """Optimiser steps and evaluations from the last checkpoint on; `study.progress` moves. False if a signal stopped
+    it, with everything saved."""
+    args, ranks, progress = study.args, study.ranks, study.progress
     steps, per_epoch = number_of_steps(args, len(split.pairs)), steps_per_epoch(len(split.pairs), args.global_batch)
-    optimizer = torch.optim.AdamW(trainable(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    log, started = Log(folder / "metrics.jsonl", ranks), time.monotonic()
+    log = Log(folder / "metrics.jsonl", ranks, progress.metrics_bytes)
+    first, begun, before = progress.step, time.monotonic(), progress.wall_s
+    saved = progress.step
+
+    def save() -> None:
+        now = time.monotonic()
+        progress.metrics_bytes, progress.wall_s = log.size(), before + now - begun
+        checkpoints.save(progress)
+        progress.save_s += time.monotonic() - now
+
+    study.stop.deferred = True
+    try:
+        while progress.in_a_row < args.max_nonfinite:
+            epoch = progress.step / per_epoch
+            if progress.evaluated < progress.step and is_evaluated(progress.step, steps, len(split.pairs), args):
+                keep_evaluation(study, val, folder, checkpoints, log, epoch)
+            if progress.step == steps:
+                break
+            if progress.step % args.save_steps == 0 and progress.step > saved:
+                save()
+                saved = progress.step
+            line = take_step(study, optimizer, split, steps)
+            log.line({"step": progress.step, "epoch": progress.step / per_epoch, **line})
+            left = (time.monotonic() - begun) / (progress.step - first) * (steps - progress.step)
+            ranks.print(step_text(progress.step, line, steps, left, finite=progress.in_a_row == 0))
+    except Stopped:
+        save()
+        return False
+    progress.wall_s = before + time.monotonic() - begun
+    return True
+
+
+def take_step(study: Study, optimizer: torch.optim.Optimizer, split: Split, steps: int) -> dict:
+    """One optimiser step, or, if its loss or gradient is not finite, none, which is counted. Returns the metrics."""
+    args, ranks, progress, learned = study.args, study.ranks, study.progress, study.learned
+    begun, lr = time.monotonic(), learning_rate_at(progress.step, steps, args)
+    seed_dropout(args.seed, progress.step + 1, ranks.rank)
+    members = pairs_of_step(progress.step, len(split.pairs), args.global_batch, args.seed)
+    means, tokens, grad_norm = train_step(study, split, members)
+    finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)  # the same on every rank
+    if finite:
+        if progress.step == 0:
+            check_gradients(study.policy, ranks)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        learned.take_step()
+        progress.running_rho = 0.9 * progress.running_rho + 0.1 * means["margin/rho"]
+    optimizer.zero_grad()
+    learned.zero_grad()
+    progress.step += 1
+    progress.tokens += tokens
+    progress.nonfinite += not finite
+    progress.in_a_row = 0 if finite else progress.in_a_row + 1
+    rate = tokens / (time.monotonic() - begun)
+    line = {**means, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "tok_per_s": rate,
+            "peak_gib": peak_gib(ranks.device), "nonfinite": progress.nonfinite}  # fmt: skip
+    return line if learned.beta_mix is None else line | {"beta_mix": learned.beta_mix}
+
+
+def keep_evaluation(study: Study, val: Split, folder: Path, checkpoints: Checkpoints, log: Log, epoch: float) -> None:
+    """Evaluate, log it, and keep the adapter if it is the best by acc_ref so far; a tie keeps the earlier step."""
+    args, ranks, progress = study.args, study.ranks, study.progress
     final, logps = evaluate(study, val)
-    log.line({"step": 0, "epoch": 0.0, **final})
-    difference = check_step0(logps, val, getattr(torch, args.dtype))
-    before = pair_rows(val, 0, logps)
-    best, best_step, status, nonfinite, in_a_row, tokens_done = None, None, "finished", 0, 0, 0
-    for done in range(1, steps + 1):
-        begun, lr = time.monotonic(), learning_rate_at(done - 1, steps, args)
-        seed_dropout(args.seed, done, ranks.rank)
-        members = pairs_of_step(done - 1, len(split.pairs), args.global_batch, args.seed)
-        means, tokens, grad_norm = train_step(study, split, members)
-        finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)  # the same on every rank
-        if finite:
-            if done == 1:
-                check_gradients(policy, ranks)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            study.state.take_step(means["margin/rho"])
-        optimizer.zero_grad()
-        study.state.zero_grad()
-        nonfinite, in_a_row, tokens_done = nonfinite + (not finite), 0 if finite else in_a_row + 1, tokens_done + tokens
-        line = {"step": done, "epoch": done / per_epoch, **means, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
-                "tok_per_s": tokens / (time.monotonic() - begun), "peak_gib": peak_gib(ranks.device),
-                "nonfinite": nonfinite}  # fmt: skip
-        if study.state.beta_mix is not None:
-            line["beta_mix"] = study.state.beta_mix
-        log.line(line)
-        ranks.print(step_text(line, steps, (time.monotonic() - started) / done * (steps - done), finite))
-        if in_a_row == args.max_nonfinite:
-            status = "diverged"
-            break
-        if is_evaluated(done, steps, len(split.pairs), args):
-            final, logps = evaluate(study, val)
-            log.line({"step": done, "epoch": done / per_epoch, **final})
-            ranks.print(
-                "  " + "  ".join(f"{k} {final[k]:.4f}" for k in ("eval/loss", "eval/acc_ref", "eval/margin/rho"))
-            )
-            if best is None or final["eval/acc_ref"] > best:  # a tie keeps the earlier step
-                best, best_step = final["eval/acc_ref"], done
-                save_adapter(policy, folder / "adapter", ranks)
-                if ranks.main:
-                    write_jsonl(folder / "val_pairs.jsonl", before + pair_rows(val, done, logps))
+    log.line({"step": progress.step, "epoch": epoch, **final})
+    rows, accuracy = pair_rows(val, progress.step, logps), final["eval/acc_ref"]
+    if progress.step == 0:
+        progress.step0_difference = check_step0(logps, val, getattr(torch, args.dtype))
+        if ranks.main:
+            with saving(folder):
+                write_jsonl(folder / "val_pairs.jsonl", rows)
+    else:
+        ranks.print("  " + "  ".join(f"{k} {final[k]:.4f}" for k in ("eval/loss", "eval/acc_ref", "eval/margin/rho")))
+        if progress.best_acc_ref is None or accuracy > progress.best_acc_ref:
+            progress.best_acc_ref, progress.best_step = accuracy, progress.step
+            save_best(study.policy, rows, best_folder(checkpoints.folder, progress.step), ranks)
+    progress.final, progress.evaluated = final, progress.step
+
+
+def summarise(study: Study) -> dict:
+    """summary.json's content."""
+    progress, diverged = study.progress, study.progress.in_a_row >= study.args.max_nonfinite
     return {
-        "status": status, "steps": done, "best_acc_ref": best, "best_step": best_step,
-        **{f"final_{key}": final[f"eval/{key}"] for key in ("acc_ref", "acc_sum", "acc_mean")},
-        "nonfinite_steps": nonfinite, "step0_difference": difference, "wall_s": time.monotonic() - started,
-        "tokens": tokens_done, "peak_gib": peak_gib(ranks.device), "beta_mix": study.state.beta_mix,
+        "status": "diverged" if diverged else "finished", "steps": progress.step,
+        "best_acc_ref": progress.best_acc_ref, "best_step": progress.best_step,
+        **{f"final_{key}": progress.final[f"eval/{key}"] for key in ("acc_ref", "acc_sum", "acc_mean")},
+        "nonfinite_steps": progress.nonfinite, "step0_difference": progress.step0_difference,
+        "wall_s": progress.wall_s, "save_s": progress.save_s, "tokens": progress.tokens,
+        "peak_gib": peak_gib(study.ranks.device), "beta_mix": study.learned.beta_mix,
     }  # fmt: skip
 
 
@@ -863,14 +1048,30 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
+def print_status(folder: Path) -> int:
+    """A line for every run in `folder`. Returns 1 if one has not ended, else 0."""
+    ended = []
+    for path in find_runs([folder]):
+        if path.resolve().name != BASE_RUN:
+            done, words = status_of(path)
+            ended.append(done)
+            print(words)
+    print(f"{sum(ended)} of {len(ended)} runs have ended")
+    return 0 if all(ended) else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.status:
+        return print_status(args.status)
     ranks = init_ranks()
+    command = start_command(sys.argv[1:] if argv is None else argv, ranks)
     if args.dry_run:
         ranks = ranks._replace(world=args.dry_run)
-    train(args, ranks)
+    with Stop(ranks) as stop:
+        code = train(args, ranks, stop, command)
     close_ranks()  # not after an error: the other ranks may stand in a collective that this one will never join
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     args = parser.parse_args()
 
+    temporary = args.folder.with_name(f"{args.folder.name}.tmp")  # what stands under its own name is complete
     rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
     texts = [message["content"] for row in rows for key in ("prompt", "chosen", "rejected") for message in row[key]]
     bpe = Tokenizer(models.BPE())
@@ -45,7 +46,7 @@ def main() -> None:
         tokenizer_object=bpe, eos_token=special[1], pad_token=special[1], additional_special_tokens=special[:1]
     )
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(args.folder)
+    tokenizer.save_pretrained(temporary)
     config = LlamaConfig(
         vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
         num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=4096,
@@ -54,7 +55,8 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(config).save_pretrained(args.folder)
+        LlamaForCausalLM(config).save_pretrained(temporary)
+    temporary.rename(args.folder)
     print(f"{args.folder}: {len(tokenizer)} tokens, {args.layers} layers of {args.hidden}")
 
 

@@ -84,6 +84,25 @@ def pairs_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_group_left_open():
+    """A run that ends with an error in this process leaves its process group to the process's end."""
+    yield
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def server():
+    from doubles import Server
+
+    double = Server()
+    yield double
+    double.httpd.shutdown()
+    double.httpd.server_close()
+
+
 def run_script(name: str, *args, torchrun: int = 0, **environment) -> subprocess.CompletedProcess:
     """Run a stage as a user would, in a process of its own; torchrun: number of ranks."""
     command = [sys.executable, str(ROOT / name)]

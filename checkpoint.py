@@ -1,0 +1,299 @@
+"""What lets a training run stop at any moment and go on as if it had not: checkpoints, the run's lock, signals, status.
+
+    results/<run_id>/checkpoint/step-000040.safetensors   adapter, optimiser and progress after step 40; the newest two
+    results/<run_id>/checkpoint/best-000040/              the best adapter so far and its validation pairs
+    results/<run_id>/.lock                                held by the process that trains this run
+
+Order of pairs, dropout and learning rate are functions of seed and step, so there is no more to a run than this.
+`checkpoint/` is removed when the run is finished.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from files import UserError, read_json
+from modeling import Ranks, whole
+
+EXIT_STOPPED = 75  # saved and left after SIGTERM or SIGUSR1; sysexits.h calls it "try again later"
+KEPT = 2  # checkpoints: should the newest be damaged, there is one before it
+
+Trained = dict[str, tuple[torch.nn.Parameter, torch.optim.Optimizer]]
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` optimiser steps: whatever later lines, decisions and the summary depend on."""
+
+    step: int = 0
+    evaluated: int = -1  # the last step after which validation ran to its end
+    best_acc_ref: float | None = None
+    best_step: int | None = None
+    final: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    step0_difference: float | None = None  # mean |policy - reference| before training, nats a token
+    nonfinite: int = 0  # steps not taken
+    in_a_row: int = 0  # of these, the last ones without a step between
+    tokens: int = 0
+    running_rho: float = 0.0  # moving average of the steps' mean rho, nats (beta_dpo)
+    wall_s: float = 0.0  # of all starts
+    save_s: float = 0.0  # of these, spent on checkpoints
+    metrics_bytes: int = 0  # length of metrics.jsonl: what stands behind it belongs to steps that will be done again
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn a failed write into a UserError that says what is safe."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: not written ({error}); make room and run the same command again: it goes on from the last "
+            "checkpoint"
+        ) from None
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The states of one run on disk. trained: parameters by name, each with its optimiser."""
+
+    def __init__(self, run: Path, trained: Trained, ranks: Ranks):
+        self.folder, self.metrics = run / "checkpoint", run / "metrics.jsonl"
+        self.trained, self.ranks = trained, ranks
+
+    def save(self, progress: Progress) -> None:
+        """Write the state after `progress.step` steps, all ranks together. Raises UserError if the disk refuses; the
+        checkpoint before it stays."""
+        tensors = {}
+        for name, (parameter, optimizer) in self.trained.items():
+            for key, value in {"value": parameter.detach(), **optimizer.state[parameter]}.items():
+                value = whole(value)
+                if self.ranks.main:
+                    tensors[f"{key}/{name}"] = value.cpu()
+        if not self.ranks.main:
+            return
+        path = self.folder / f"step-{progress.step:06}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        text = json.dumps(asdict(progress))
+        try:
+            with saving(path):
+                self.folder.mkdir(exist_ok=True)
+                save_file(tensors, temporary, metadata={"progress": text, "sha256": digest(tensors, text)})
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except UserError:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove all but the newest checkpoints, and best adapters that none of them names."""
+        paths = sorted(self.folder.glob("step-*.safetensors"))
+        for path in paths[:-KEPT]:
+            path.unlink()
+        kept = [progress_in(path) for path in paths[-KEPT:]]
+        wanted = {best_folder(self.folder, progress.best_step) for progress in kept if progress}
+        for best in set(self.folder.glob("best-*")) - wanted:
+            shutil.rmtree(best)
+
+    def restore(self) -> Progress | None:
+        """Load the newest checkpoint that is whole into parameters and optimisers, on all ranks; None if there is
+        none. A damaged one is named and removed."""
+        progress, tensors = self.newest() if self.ranks.main else (None, {})
+        progress = self.ranks.from_main(progress)
+        if progress is None:
+            return None
+        shapes = self.ranks.from_main({key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()})
+        for name, (parameter, optimizer) in self.trained.items():
+            for key in [key for key in shapes if key.partition("/")[2] == name]:
+                full = tensors[key] if self.ranks.main else torch.empty(*shapes[key][:1], dtype=shapes[key][1])
+                kind, value = key.partition("/")[0], self.spread(full, parameter)
+                if kind == "value":
+                    with torch.no_grad():
+                        parameter.copy_(value)
+                else:
+                    optimizer.state[parameter][kind] = value
+        return progress
+
+    def spread(self, full: Tensor, parameter: Tensor) -> Tensor:
+        """Rank 0's `full` tensor, sharded as `parameter` is; numbers such as AdamW's count of steps stay whole."""
+        if isinstance(parameter, DTensor) and full.shape == parameter.shape:
+            return distribute_tensor(full.to(self.ranks.device), parameter.device_mesh, parameter.placements)
+        return self.ranks.from_main(full)
+
+    def newest(self) -> tuple[Progress | None, dict[str, Tensor]]:
+        for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
+            try:
+                return self.read(path)
+            except (SafetensorError, OSError, ValueError) as error:
+                print(f"{path}: damaged ({error}); going on without it", flush=True)
+                path.unlink()
+        return None, {}
+
+    def read(self, path: Path) -> tuple[Progress, dict[str, Tensor]]:
+        """Raises ValueError with the reason if the checkpoint cannot be used."""
+        with safe_open(path, framework="pt") as file:
+            names, metadata = file.keys(), file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in names}
+        progress = progress_in(path)
+        if progress is None or metadata["sha256"] != digest(tensors, metadata["progress"]):
+            raise ValueError("its checksum is wrong")
+        if {key.partition("/")[2] for key in tensors} != self.trained.keys():
+            raise ValueError("it holds other parameters")
+        best = best_folder(self.folder, progress.best_step)
+        if best and not (best / "adapter" / "adapter_model.safetensors").is_file():
+            raise ValueError(f"{best.name} is missing")
+        if (self.metrics.stat().st_size if self.metrics.exists() else 0) < progress.metrics_bytes:
+            raise ValueError("metrics.jsonl is shorter than when it was saved")
+        return progress, tensors
+
+
+def best_folder(checkpoints: Path, step: int | None) -> Path | None:
+    return None if step is None else checkpoints / f"best-{step:06}"
+
+
+def progress_in(path: Path) -> Progress | None:
+    """What a checkpoint says of itself, without its tensors; None if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Progress(**json.loads((file.metadata() or {})["progress"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def digest(tensors: dict[str, Tensor], text: str) -> str:
+    """sha256 of a checkpoint's content."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+# ---- one process a run --------------------------------------------------------------------------
+
+
+@contextmanager
+def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold `run` against a second start. The lock is the kernel's and dies with its process, however that dies; the
+    file only says whose it is. Raises UserError if another process holds it."""
+    if not ranks.main:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: is being trained by {holder(file)}; wait for it, or stop it first") from None
+        except OSError as error:  # some cluster file systems are mounted without locks
+            print(f"warning: {run}: no locks on this file system ({error.strerror}); never start a run twice at a time")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def holder(file) -> str:
+    file.seek(0)
+    return file.read().strip() or "another process"
+
+
+def running(run: Path) -> str | None:
+    """Who trains `run` now, or None."""
+    try:
+        with open(run / ".lock", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return holder(file)
+            except OSError:
+                pass
+    except FileNotFoundError:
+        pass
+    return None
+
+
+# ---- signals ------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop."""
+
+
+class Stop:
+    """SIGTERM, SIGUSR1 (what schedulers send before they preempt) and Ctrl-C: while steps are made, all ranks leave at
+    the same micro-batch and the run is saved; before that there is nothing to save and the process ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.signal, self.deferred = ranks, 0, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _frame) -> None:
+        if not self.deferred:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.ranks.print(f"stopped by {signal.Signals(number).name} before the first step; nothing to save")
+            raise SystemExit(EXIT_STOPPED)
+        if not self.signal:
+            self.ranks.print(f"{signal.Signals(number).name}: stopping after this micro-batch")
+        self.signal = number
+
+    def check(self) -> None:
+        """Raise Stopped on every rank if any rank was signalled (a collective between hosts, none of the devices)."""
+        self.signal = self.ranks.largest(self.signal)
+        if self.signal:
+            raise Stopped(signal.Signals(self.signal).name)
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.signal == signal.SIGINT else EXIT_STOPPED
+
+
+# ---- status -------------------------------------------------------------------------------------
+
+
+def status_of(run: Path) -> tuple[bool, str]:
+    """Whether `run` has ended, and a line or two that say how, or how to go on."""
+    record = read_json(run / "args.json")
+    if (run / "summary.json").is_file():
+        summary = read_json(run / "summary.json")
+        best = f"; best acc_ref {summary['best_acc_ref']:.4f} at step {summary['best_step']}"
+        ending = best if summary["best_step"] is not None else "; no adapter: it was never evaluated after a step"
+        return True, f"{run.name}: {summary['status']} after {summary['steps']} steps{ending}"
+    saved = [
+        progress.step for path in (run / "checkpoint").glob("step-*.safetensors") if (progress := progress_in(path))
+    ]
+    where = f"saved after step {max(saved)} of {record.get('planned_steps', '?')}" if saved else "nothing saved yet"
+    if process := running(run):
+        return False, f"{run.name}: running ({process}), {where}"
+    return (
+        False,
+        f"{run.name}: stopped, {where}; {'continue' if saved else 'start again'} with\n    {record['command']}",
+    )

@@ -1,0 +1,527 @@
+"""train_pref.py stopped, killed, refused and continued: the result is that of a run which nothing disturbed."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_train import metrics_of, train_args
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import train_pref
+from chat import load_tokenizer, tokenize_pairs
+from files import UserError, read_pairs
+
+TIMES = {"tok_per_s", "peak_gib", "wall_s", "save_s"}  # what two equal runs may differ in
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_model, pairs_folder):
+    """Eight steps of 8 pairs, the fourth and the last of them ragged (6 pairs), three micro-batches each."""
+
+    def build(results, *more) -> list[str]:
+        steps = ("--run_id", "run", "--epochs", "2", "--eval_steps", "2", "--save_steps", "2")
+        cut = ("--tokens_per_microbatch", "500", "--lora_dropout", "0.1")
+        return [str(a) for a in train_args(tiny_model, pairs_folder, results, *steps, *cut, *more)]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory):
+    results = tmp_path_factory.mktemp("undisturbed")
+    assert train_pref.main(arguments(results)) == 0
+    return results / "run"
+
+
+def untimed(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in TIMES}
+
+
+def content_of(run) -> dict:
+    """Everything that must be equal, to the byte: adapter, validation pairs, metrics and summary without times."""
+    files = {p.name: p.read_bytes() for p in [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]}
+    rows = [untimed(line) for line in metrics_of(run)]
+    return files | {"metrics": rows, "summary": untimed(json.loads((run / "summary.json").read_text()))}
+
+
+def assert_same(run, expected) -> None:
+    one, two = content_of(run), content_of(expected)
+    assert one.keys() == two.keys()
+    for key in one:
+        assert one[key] == two[key], key
+    assert not (run / "checkpoint").exists()
+
+
+def signal_at(monkeypatch, call: int, number: int, function: str = "make_batch") -> None:
+    """Send this process a signal in the given call of train_pref's `function`."""
+    original, calls = getattr(train_pref, function), iter(range(1, 10**6))
+
+    def sending(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train_pref, function, sending)
+
+
+def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
+    with monkeypatch.context() as patch:
+        signal_at(patch, call, number)
+        return train_pref.main(given)
+
+
+# ---- stopped by a signal ------------------------------------------------------------------------
+
+# make_batch is called twice by check_logps, twice for the first evaluation, then three times a step.
+MOMENTS = {"first evaluation": 3, "first step": 6, "middle of a step": 12, "an evaluation": 18, "late": 26}
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "code"),
+    [
+        ("first evaluation", signal.SIGTERM, 75),
+        ("first step", signal.SIGINT, 130),
+        ("middle of a step", signal.SIGUSR1, 75),
+        ("an evaluation", signal.SIGTERM, 75),
+        ("late", signal.SIGUSR1, 75),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    undisturbed, arguments, tmp_path, monkeypatch, capsys, moment, number, code
+):
+    given = arguments(tmp_path)
+    assert stop_at(monkeypatch, given, MOMENTS[moment], number) == code
+    assert "the same command continues" in capsys.readouterr().out
+    run = tmp_path / "run"
+    assert list((run / "checkpoint").glob("step-*.safetensors")) and not (run / "summary.json").exists()
+    assert not (run / "adapter").exists()  # nothing that a later stage could take for a result
+    assert train_pref.main(given) == 0
+    assert_same(run, undisturbed)
+    steps = [start["step"] for start in json.loads((run / "args.json").read_text())["starts"]]
+    assert len(steps) == 2 or moment == "first evaluation"
+
+
+@pytest.mark.parametrize(
+    "loss", [("--loss", "beta_dpo", "--per_device_batch", "3"), ("--loss", "dlrml", "--learn_beta_mix")], ids=" ".join
+)
+def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train_pref.main(arguments(whole, *loss)) == 0
+    assert stop_at(monkeypatch, arguments(cut, *loss), 14) == 75
+    assert train_pref.main(arguments(cut, *loss)) == 0
+    assert_same(cut / "run", whole / "run")
+
+
+def test_before_the_first_step_a_signal_ends_the_process_at_once(arguments, tmp_path, monkeypatch, capsys):
+    signal_at(monkeypatch, 1, signal.SIGTERM, "tokenise")
+    with pytest.raises(SystemExit) as stopped:
+        train_pref.main(arguments(tmp_path))
+    assert stopped.value.code == 75 and "nothing to save" in capsys.readouterr().out
+
+
+def test_handlers_are_put_back(undisturbed):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+# ---- killed -------------------------------------------------------------------------------------
+
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, train_pref
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at(module, name, call, action):
+    original, calls = getattr(module, name), iter(range(1, 10**6))
+    setattr(module, name, lambda *a, **k: action(original, *a, **k) if next(calls) == call else original(*a, **k))
+
+def half_a_checkpoint(original, tensors, path, **more):
+    original(tensors, path, **more)
+    os.truncate(path, path.stat().st_size // 2)
+    die()
+
+def half_a_line(original, row):
+    with open(sys.argv[sys.argv.index("--results_dir") + 1] + "/run/metrics.jsonl", "a") as file:
+        file.write(original(row)[:50])
+    die()
+
+def after(original, *a, **k):
+    original(*a, **k)
+    die()
+
+def no_summary(original, path, value):
+    if path.name == "summary.json":
+        die()
+    original(path, value)
+
+moment = sys.argv.pop(1)
+if moment == "writing a checkpoint":
+    at(checkpoint, "save_file", 2, half_a_checkpoint)
+elif moment == "writing a line of metrics":
+    at(train_pref, "jsonl_line", 3, half_a_line)
+elif moment == "between best adapter and checkpoint":
+    at(train_pref, "save_best", 1, after)
+elif moment == "between adapter and summary":
+    original = train_pref.write_json
+    train_pref.write_json = lambda *a: no_summary(original, *a)
+sys.exit(train_pref.main())
+"""
+
+
+def test_killed_four_times_the_run_is_the_same(undisturbed, arguments, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    for moment in ("between best adapter and checkpoint", "writing a checkpoint", "writing a line of metrics",
+                   "between adapter and summary"):  # fmt: skip
+        command = [sys.executable, script, moment, *arguments(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+        assert not (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "adapter").is_dir()
+    assert train_pref.main(arguments(tmp_path)) == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+# ---- ranks --------------------------------------------------------------------------------------
+
+
+def test_two_ranks_stop_together_and_go_on(undisturbed, arguments, tmp_path, monkeypatch):
+    """Begun by one process, continued by two, which torchrun's own SIGTERM stops, and by two again."""
+    run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
+    assert stop_at(monkeypatch, given, 14) == 75
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                "127.0.0.1:0", str(ROOT / "train_pref.py")]  # fmt: skip
+    lines = len(metrics_of(run))
+    process = subprocess.Popen([sys.executable, *launcher, *given], stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while len(complete_lines(run)) < lines + 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and "the same command continues:\n  torchrun --nproc_per_node 2" in said
+    assert run_script("train_pref.py", *given, torchrun=2).returncode == 0
+    starts = json.loads((run / "args.json").read_text())["starts"]
+    assert [start["world_size"] for start in starts] == [1, 2, 2] and 2 <= starts[1]["step"] < starts[2]["step"] < 24
+    whole = tmp_path / "whole"
+    assert train_pref.main(arguments(whole, "--lora_dropout", "0", "--epochs", "6")) == 0
+    for one, two in zip(metrics_of(run), metrics_of(whole / "run"), strict=True):
+        assert one.keys() == two.keys() and one["step"] == two["step"]
+        if "loss" in one:
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-5)
+    adapters = [load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, whole / "run")]
+    assert all(torch.allclose(adapters[0][name], adapters[1][name], atol=1e-4) for name in adapters[0])
+
+
+def complete_lines(run) -> list[str]:
+    return (run / "metrics.jsonl").read_text().split("\n")[:-1]
+
+
+FAULTY = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_pref
+original, fault = train_pref.Study.loss, float(sys.argv.pop(1))
+
+def loss(study, inputs):
+    values, terms = original(study, inputs)
+    if os.environ["RANK"] == "1" and study.progress.step == 1 and values.requires_grad:
+        values.register_hook(lambda gradient: gradient * fault)
+    return values, terms
+
+train_pref.Study.loss = loss
+sys.exit(train_pref.main())
+"""
+
+
+def test_an_infinite_gradient_on_one_rank_is_every_ranks(arguments, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    done = run_script(script, "inf", *arguments(tmp_path, "--max_steps", "3"), torchrun=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    steps = [line for line in metrics_of(tmp_path / "run") if "lr" in line]
+    assert [line["nonfinite"] for line in steps] == [0, 1, 1] and steps[1]["grad_norm"] is None
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
+    original, seen = train_pref.Study.loss, {}
+
+    def loss(study, inputs):
+        values, terms = original(study, inputs)
+        step = study.progress.step
+        seen.setdefault(step, {n: p.detach().clone() for n, p in train_pref.trainable(study.policy).items()})
+        return values * (float("nan") if step == 2 and values.requires_grad else 1.0), terms
+
+    monkeypatch.setattr(train_pref.Study, "loss", loss)
+    assert train_pref.main(arguments(tmp_path, "--max_steps", "4")) == 0
+    steps = [line for line in metrics_of(tmp_path / "run") if "lr" in line]
+    assert [line["nonfinite"] for line in steps] == [0, 0, 1, 1] and steps[2]["loss"] is None
+    moved = [any(not torch.equal(seen[k][n].to_local(), seen[k + 1][n].to_local()) for n in seen[k]) for k in range(3)]
+    assert moved == [True, True, False]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["nonfinite_steps"] == 1
+
+
+# ---- disks and damage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size - 1000), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "damaged (its checksum is wrong)"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: shutil.rmtree(path.parent / "best-000004"), "damaged (best-000004 is missing)"),
+    ],
+    ids=["truncated", "one byte", "empty", "best adapter lost"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    undisturbed, arguments, tmp_path, monkeypatch, capsys, damage, said
+):
+    given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
+    assert stop_at(monkeypatch, given, 26) == 75
+    older, newest = sorted(checkpoints.glob("step-*.safetensors"))
+    if "best" in said:
+        shutil.copytree(checkpoints / "best-000002", checkpoints / "best-000004", dirs_exist_ok=True)
+        rewrite(newest, best_step=4)
+    damage(newest)
+    capsys.readouterr()
+    assert train_pref.main(given) == 0
+    out = capsys.readouterr().out
+    assert f"{newest.name}: {said}" in out and f"going on after step {int(older.stem[5:])}" in out
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def rewrite(path, **changes) -> None:
+    """A whole checkpoint with other progress."""
+    tensors, progress = load_file(path), checkpoint.progress_in(path)
+    text = json.dumps(checkpoint.asdict(progress) | changes)
+    save_file(tensors, path, metadata={"progress": text, "sha256": checkpoint.digest(tensors, text)})
+
+
+def test_without_a_whole_checkpoint_the_run_starts_over(undisturbed, arguments, tmp_path, monkeypatch, capsys):
+    given = arguments(tmp_path)
+    assert stop_at(monkeypatch, given, 20) == 75
+    for path in (tmp_path / "run" / "checkpoint").glob("step-*"):
+        path.write_bytes(b"nothing")
+    assert train_pref.main(given) == 0
+    assert "starting over" in capsys.readouterr().out
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(undisturbed, arguments, tmp_path, monkeypatch):
+    """A limit on the size of files, as a full disk is met: the write fails half-way."""
+    given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
+    assert stop_at(monkeypatch, given, 14) == 75
+    (saved,) = checkpoints.glob("step-*.safetensors")
+    before = saved.read_bytes()
+    limit = f'ulimit -f {len(before) // 2048}; exec "$@"'  # blocks of 1024 bytes: half a checkpoint
+    command = ["bash", "-c", limit, "bash", sys.executable, str(ROOT / "train_pref.py"), *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2, done.stderr
+    assert "not written" in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert list(checkpoints.glob("step-*")) == [saved] and saved.read_bytes() == before
+    assert train_pref.main(given) == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that even root cannot write to")
+def test_results_that_cannot_be_written_are_said_before_the_model_is_loaded(arguments, monkeypatch):
+    monkeypatch.setattr(train_pref, "build_policy", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(OSError, match="/sys/kernel"):
+        train_pref.main(arguments("/sys/kernel/results"))
+
+
+# ---- another run, another process ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(arguments, tmp_path_factory):
+    """A run stopped after a few steps, with data and model of its own."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        assert stop_at(patch, arguments(folder), 14) == 75
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--learning_rate", "2e-3"), "learning_rate was 0.001, is 0.002"),
+        (("--beta", "0.5", "--seed", "1"), "seed was 42, is 1, beta was 0.05, is 0.5"),
+        (("--global_batch", "4"), "global_batch was 8, is 4"),
+        (("--epochs", "3"), "epochs was 2.0, is 3.0"),
+    ],
+)
+def test_other_arguments_are_refused_by_name(stopped, arguments, more, said):
+    with pytest.raises(UserError, match=said):
+        train_pref.main(arguments(stopped, *more))
+    assert list((stopped / "run" / "checkpoint").glob("step-*"))
+
+
+def test_other_data_model_and_template_are_refused_by_name(stopped, arguments, tiny_model, pairs_folder, tmp_path):
+    data, model = tmp_path / "data", tmp_path / "elsewhere" / tiny_model.name
+    shutil.copytree(pairs_folder, data)
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(lines[1:]))
+    refused(arguments(stopped, "--data", data), "the pairs in --data have changed")
+    shutil.copytree(tiny_model, model)
+    record = json.loads((stopped / "run" / "args.json").read_text())
+    moved = record | {"model": str(model)}
+    (stopped / "run" / "args.json").write_text(json.dumps(moved))
+    try:
+        template = model / "chat_template.jinja"
+        original = template.read_text()
+        template.write_text(original.replace("'\n' + m['content']", "'\n ' + m['content']"))
+        refused(arguments(stopped, "--model", model), "another tokenizer or chat template")
+        template.write_text(original)
+        weights = load_file(model / "model.safetensors")
+        weights["model.norm.weight"] += 0.5
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        refused(arguments(stopped, "--model", model), "the base model's weights have changed")
+    finally:
+        (stopped / "run" / "args.json").write_text(json.dumps(record))
+
+
+def refused(given, said) -> None:
+    with pytest.raises(UserError, match=said):
+        train_pref.main(given)
+    torch.distributed.destroy_process_group()  # the next call in the same test makes its own
+
+
+def test_coupling_losses_are_not_continued_with_other_micro_batches(arguments, tmp_path, monkeypatch):
+    given = arguments(tmp_path, "--loss", "aot", "--per_device_batch", "4")
+    assert stop_at(monkeypatch, given, 10) == 75
+    refused([*given, "--per_device_batch", "2"], "per_device_batch was 4, is 2")
+
+
+def test_what_may_change_may_change(undisturbed, stopped, arguments, pairs_folder, tmp_path):
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    shutil.copytree(pairs_folder, tmp_path / "data")
+    assert train_pref.main(arguments(tmp_path, "--save_steps", "3", "--data", tmp_path / "data")) == 0
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_the_second_process_on_a_run_is_refused(arguments, tmp_path):
+    """The lock is the kernel's: a file that a killed process left behind holds nobody up."""
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as file:
+        file.write("process 7 on elsewhere")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(arguments(tmp_path), "is being trained by process 7 on elsewhere")
+        assert checkpoint.running(tmp_path / "run") == "process 7 on elsewhere"
+    assert checkpoint.running(tmp_path / "run") is None
+    assert train_pref.main(arguments(tmp_path, "--max_steps", "1")) == 0
+
+
+def test_status_says_how_to_go_on(undisturbed, stopped, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path / "whole")
+    shutil.copytree(stopped / "run", tmp_path / "half")
+    assert train_pref.main(["--status", str(tmp_path / "whole")]) == 0
+    assert "whole: finished after 8 steps; best acc_ref" in capsys.readouterr().out
+    assert train_pref.main(["--status", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    saved = checkpoint.progress_in(sorted((tmp_path / "half" / "checkpoint").glob("step-*"))[-1]).step
+    assert f"half: stopped, saved after step {saved} of 8; continue with\n    python train_pref.py --model" in said
+    assert "1 of 2 runs have ended" in said
+
+
+# ---- training from an adapter -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_pairs(pairs_folder, tmp_path_factory):
+    """A data folder whose reference/ no other test counts."""
+    return shutil.copytree(pairs_folder, tmp_path_factory.mktemp("own") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def sft(tiny_model, own_pairs, tmp_path_factory):
+    """The adapter of a short SFT run that moved."""
+    results = tmp_path_factory.mktemp("sft")
+    more = ("--loss", "sft", "--learning_rate", "2e-2", "--run_id", "sft", "--lora_r", "8", "--lora_alpha", "8")
+    assert train_pref.main([str(a) for a in train_args(tiny_model, own_pairs, results, *more)]) == 0
+    return results / "sft" / "adapter"
+
+
+def from_adapter(tiny_model, own_pairs, results, adapter, *more) -> list[str]:
+    given = train_args(tiny_model, own_pairs, results, "--run_id", "run", "--init_adapter", adapter, *more)
+    place = given.index("--lora_r")
+    return [str(a) for a in (*given[:place], *given[place + 2 :])]
+
+
+@pytest.mark.parametrize("kl", ["k2", "full_sym"])
+def test_the_reference_is_the_model_as_training_starts(tiny_model, own_pairs, tmp_path, sft, kl):
+    given = from_adapter(tiny_model, own_pairs, tmp_path, sft, "--loss", "td_dpo", "--kl", kl)
+    assert train_pref.main(given) == 0
+    run = tmp_path / "run"
+    first = metrics_of(run)[0]
+    assert abs(first["eval/margin/rho"]) < 1e-4 and abs(first["eval/anchor"]) < 1e-6
+    record = json.loads((run / "args.json").read_text())
+    assert (record["lora_r"], record["lora_alpha"]) == (8, 8) and len(record["init_adapter_sha256"]) == 64
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    pairs = tokenize_pairs(load_tokenizer(str(tiny_model)), read_pairs(own_pairs / "val.jsonl"), 512)
+    rows = [json.loads(line) for line in (run / "val_pairs.jsonl").read_text().splitlines()]
+    logps = {}
+    for name, folder in (("ref", sft), ("policy", run / "adapter")):
+        model = PeftModel.from_pretrained(base, folder).eval()
+        for number, pair in enumerate(pairs):
+            ids = torch.tensor([pair.prompt + pair.chosen])
+            with torch.no_grad():
+                tokens = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            logps[name, number] = tokens[len(pair.prompt) - 1 :].sum().item()
+        base = model.unload()
+    best = [row for row in rows if row["step"] > 0]
+    for number, row in enumerate(best):
+        assert row["ref_chosen"] == pytest.approx(logps["ref", number], rel=1e-4)
+        assert row["policy_chosen"] == pytest.approx(logps["policy", number], rel=1e-4)
+    assert abs(logps["ref", 0] - logps["policy", 0]) > 1e-2  # it has moved on from there
+
+
+def test_the_reference_of_an_adapter_is_cached_for_itself(tiny_model, own_pairs, tmp_path, sft, capsys):
+    """One file for the base, another for the adapter; loss and seed share it."""
+    data = tmp_path / "data"
+    shutil.copytree(own_pairs, data, ignore=shutil.ignore_patterns("reference"))
+    for number, more in enumerate(((), ("--loss", "dpo", "--seed", "3"))):
+        given = from_adapter(tiny_model, data, tmp_path / str(number), sft, "--max_steps", "1", *more)
+        assert train_pref.main(given) == 0
+        assert capsys.readouterr().out.count("read from") == 2 * number
+    assert train_pref.main([str(a) for a in train_args(tiny_model, data, tmp_path, "--max_steps", "1")]) == 0
+    assert "read from" not in capsys.readouterr().out
+
+
+def test_an_interrupted_run_from_an_adapter_goes_on(tiny_model, own_pairs, tmp_path, sft, monkeypatch):
+    whole, cut = (from_adapter(tiny_model, own_pairs, tmp_path / name, sft) for name in ("whole", "cut"))
+    assert train_pref.main(whole) == 0
+    assert stop_at(monkeypatch, cut, 6) == 75
+    assert train_pref.main(cut) == 0
+    assert_same(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
+
+
+def test_adapters_that_do_not_fit_are_refused(tiny_model, own_pairs, tmp_path, sft):
+    def given(adapter, *more):
+        return from_adapter(tiny_model, own_pairs, tmp_path, adapter, *more)
+
+    refused(given(tmp_path), "no adapter there")
+    refused(given(sft, "--lora_r", "16"), "--lora_r 16: the adapter in --init_adapter has 8")
+    other = tmp_path / "other"
+    shutil.copytree(sft, other)
+    config = json.loads((sft / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    refused(given(other), "plain LoRA adapters only, this one has use_dora")
+    (other / "adapter_config.json").write_text(json.dumps(config | {"r": 4}))
+    refused(given(other), "does not fit this model")
