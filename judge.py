@@ -50,6 +50,7 @@ from files import (
     sha256_json,
     write_judgements,
 )
+from server import FATAL_STATUS, clean, explain, is_out_of_credit, open_client, server_of
 
 NEEDS_REFERENCE = frozenset(("math", "reasoning", "coding"))  # FastChat's NEED_REF_CATS
 PROMPT_FIELDS = {  # the judge prompts that are used, and what each must have a place for
@@ -63,7 +64,6 @@ RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 RATINGS = tuple(range(1, 11))
 TEMPERATURE, MAX_TOKENS = 0, 2048  # FastChat's
 PROBE = [{"role": "user", "content": "Reply with the single word OK."}]
-FATAL_STATUS = (401, 403, 404)  # no later request will fare better
 GIVE_UP_AFTER = 10  # calls in a row without a connection: the server is gone
 SAVE_EVERY_S = 60.0  # how often judgements.csv is written during a run
 # Fixed, or a rerun on another day or with another default would be another prompt: Llama-3's template writes
@@ -401,7 +401,7 @@ def read_rating(text: str) -> float | None:
 
 def open_server_judge(args: argparse.Namespace, store: sqlite3.Connection) -> Judge:
     """A judge behind an OpenAI-compatible server. Nothing is sent yet."""
-    client = open_client(args)
+    client = open_client("a judge behind a server", args.base_url, args.timeout_s, args.max_retries)
     return Judge(
         name=args.judge,
         params_b=params_from_name(args.judge),
@@ -410,35 +410,6 @@ def open_server_judge(args: argparse.Namespace, store: sqlite3.Connection) -> Ju
         concurrency=args.concurrency,
         probe=functools.partial(probe_server, client, args.judge),
     )
-
-
-def open_client(args: argparse.Namespace):
-    """An openai.OpenAI client. The key comes from the environment alone, so that it stands in no shell history."""
-    try:
-        import openai
-    except ModuleNotFoundError:
-        raise UserError("a judge behind a server needs the package openai; pip install openai") from None
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key:
-        raise UserError(
-            "OPENAI_API_KEY is not set; export OPENAI_API_KEY=... (for a local server without keys any text will do)"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY holds characters that no key has; export it again")
-    http_client = openai.DefaultHttpxClient(event_hooks={"response": [stop_retries_without_credit]})
-    return openai.OpenAI(
-        api_key=key,
-        base_url=args.base_url,
-        timeout=args.timeout_s,
-        max_retries=args.max_retries,
-        http_client=http_client,
-    )
-
-
-def stop_retries_without_credit(response) -> None:
-    """The client retries every 429, though credit does not come back by waiting; it heeds this header."""
-    if response.status_code == 429 and b"insufficient_quota" in response.read():
-        response.headers["x-should-retry"] = "false"
 
 
 def ask_server(client, request: dict) -> dict:
@@ -458,7 +429,7 @@ def ask_server(client, request: dict) -> dict:
         return {"status": "connection", "judgement": clean(client, str(error.__cause__ or error))}
     except openai.APIStatusError as error:
         if error.status_code in FATAL_STATUS or is_out_of_credit(error):
-            raise UserError(explain(client, request["judge"], error)) from None
+            raise UserError(explain(client, "--judge", request["judge"], error)) from None
         return {"status": f"http_{error.status_code}", "judgement": clean(client, error.message)[:2000]}
     return read_reply(client, raw.http_response.text)
 
@@ -493,43 +464,6 @@ def read_reply(client, text: str) -> dict:
     }
 
 
-def clean(client, text: str) -> str:
-    """`text` without the key, should a server echo it, and without lone surrogates, which no file can hold."""
-    if len(client.api_key) >= 6:  # shorter ones are the "x" or "EMPTY" given to a server without keys
-        text = text.replace(client.api_key, "[key]")
-    return text.encode("utf-8", "replace").decode()
-
-
-def is_out_of_credit(error) -> bool:
-    return error.status_code == 429 and "insufficient_quota" in (error.code, error.type)
-
-
-def server_of(client) -> str:
-    return re.sub(r"//[^/@]*@", "//", str(client.base_url))  # without a password that stands in the address
-
-
-def explain(client, name: str, error) -> str:
-    """What went wrong at the server and what to do, without the key."""
-    import openai
-
-    server = server_of(client)
-    if isinstance(error, openai.APITimeoutError):
-        return f"--judge {name}: {server} gave no answer within --timeout_s {client.timeout}; raise it, or try later"
-    if isinstance(error, openai.APIConnectionError):
-        cause = clean(client, str(error.__cause__ or error))
-        return f"--judge {name}: no server answers at {server} ({cause}); start it, or correct --base_url"
-    remedies = {
-        401: "it refuses the key; export OPENAI_API_KEY=... with a key of this server",
-        403: "the key may not use this model; choose another --judge, or a key of an account that has access",
-        404: f"no such model there; correct --judge (curl {server}models lists them) or --base_url (ends in /v1?)",
-    }
-    remedy = remedies.get(error.status_code, "correct --judge or --base_url")
-    if is_out_of_credit(error):
-        remedy = "the account has no credit left; add some, or use another key, and run the same command again"
-    said = " ".join(clean(client, error.message).split())[:300]
-    return f"--judge {name}: {server} answers {error.status_code}: {remedy}. It says: {said}"
-
-
 def probe_server(client, name: str, parameters: dict) -> dict:
     """Ask one small question before the paid ones; returns the parameters that the server accepts.
 
@@ -547,7 +481,7 @@ def probe_server(client, name: str, parameters: dict) -> dict:
         except (openai.APIConnectionError, openai.APIStatusError) as error:
             adapted = adapt_parameters(parameters, error)
             if adapted is None:
-                raise UserError(explain(client, name, error)) from None
+                raise UserError(explain(client, "--judge", name, error)) from None
             parameters = adapted
             print(f"{name} refuses that; asking with {json.dumps(parameters)} (noted in the key)", file=sys.stderr)
     if read_reply(client, raw.http_response.text)["status"] == "not_openai":

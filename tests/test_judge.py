@@ -1,18 +1,16 @@
 """judge.py: what is sent (FastChat's messages), what is read, what is paid for, and what survives a fault."""
 
-import importlib.util
 import json
 import math
 import sqlite3
 import subprocess
 import sys
 import threading
-import types
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from doubles import Server, completion, load_fastchat
 
 import judge
 from files import UserError, read_judgements, sha256_json
@@ -76,27 +74,6 @@ def our_messages(question: dict, turn: int) -> list[dict]:
 )
 def test_messages_are_fastchats(index, turn, sha256):
     assert sha256_json(our_messages(QUESTIONS[index], turn)) == sha256
-
-
-def load_fastchat(monkeypatch) -> types.ModuleType:
-    """llm_judge/common.py of the fschat wheel (requirements-dev.txt), with its imports replaced."""
-    package = Path(importlib.util.find_spec("fastchat").submodule_search_locations[0])
-    conversation = load_module("fastchat_conversation", package / "conversation.py")
-    adapter = types.ModuleType("fastchat.model.model_adapter")
-    adapter.get_conversation_template = lambda name: conversation.get_conv_template("chatgpt")
-    adapter.OPENAI_MODEL_LIST, adapter.ANTHROPIC_MODEL_LIST = ("the-judge",), ()
-    for name in ("openai", "anthropic", "fastchat", "fastchat.model"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "fastchat.model.model_adapter", adapter)
-    return load_module("fastchat_common", package / "llm_judge" / "common.py")
-
-
-def load_module(name: str, path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FastChat's regular expressions are not raw strings
@@ -172,68 +149,8 @@ def test_huge_rating_is_none():
 # ---- a server double: faults and counting -------------------------------------------------------
 
 
-class Server:
-    """An OpenAI-compatible server on loopback whose `answer(body)` gives (HTTP status, JSON or text)."""
-
-    def __init__(self):
-        self.requests: list[dict] = []
-        self.answer = lambda body: completion("Fine. Rating: [[7]]")
-        self.lock = threading.Lock()
-        double = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with double.lock:
-                    double.requests.append(body)
-                    status, reply = double.answer(body)
-                payload = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "text/html" if isinstance(reply, str) else "application/json")
-                self.send_header("Content-Length", str(len(payload)))
-                self.send_header("retry-after-ms", "1")
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *args):
-                pass
-
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.httpd.handle_error = lambda request, address: None  # a client that timed out has hung up
-        self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
-        threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def paid(self) -> list[dict]:
-        """The requests that were not probes."""
-        return [body for body in self.requests if body["messages"] != judge.PROBE]
-
-
-def completion(text, finish="stop", **message) -> tuple[int, dict]:
-    return 200, {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "served-7b",
-        "system_fingerprint": "fp_1",
-        "choices": [
-            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
-        ],
-        "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
-    }
-
-
 def refusal(status: int, message: str, **fields) -> tuple[int, dict]:
     return status, {"error": {"message": message, **fields}}
-
-
-@pytest.fixture
-def server():
-    double = Server()
-    yield double
-    double.httpd.shutdown()
-    double.httpd.server_close()
 
 
 @pytest.fixture
@@ -288,7 +205,7 @@ def test_judges_every_turn_once(workplace, server, capsys):
     assert (rows[0]["prompt_tokens"], rows[0]["completion_tokens"]) == (11, 3)
     assert (rows[0]["judge_params_b"], rows[0]["prompts"]) == (70, "own")
     assert all(set(body) == {"model", "messages", "temperature", "max_tokens"} for body in server.requests)
-    assert (len(server.paid()), len(server.requests)) == (6, 7)
+    assert (len(server.paid(judge.PROBE)), len(server.requests)) == (6, 7)
     out = capsys.readouterr().out
     assert "1 empty turns" in out
     assert "smoke test" not in out
@@ -309,9 +226,9 @@ def test_key_is_the_hash_of_the_stored_request(workplace, server):
 def test_identical_answers_are_judged_once(workplace, server):
     make_run(workplace, "td_dpo", {**ANSWERS, 81: ["Other.", "Red."]})
     assert run_judge(workplace, server, "--concurrency", "1") == 0  # one at a time: the order of arrival is looked at
-    assert len(server.paid()) == 6 + 2
+    assert len(server.paid(judge.PROBE)) == 6 + 2
     assert len(rows_of(workplace, "td_dpo")) == 6
-    order = [body["messages"][-1]["content"] for body in server.paid()]
+    order = [body["messages"][-1]["content"] for body in server.paid(judge.PROBE)]
     last_poem = max(index for index, text in enumerate(order) if "poem" in text)
     assert last_poem < 4, "question 81 of both runs comes before the last questions"
 
@@ -322,7 +239,7 @@ def test_one_run_folder_uses_its_results_folders_store(workplace, server):
     assert judge.main([str(workplace / "results/td_dpo"), *arguments]) == 0
     assert not (workplace / "results/base/mt_bench/judgements.csv").exists()
     assert run_judge(workplace, server) == 0
-    assert len(server.paid()) == 6
+    assert len(server.paid(judge.PROBE)) == 6
 
 
 def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
@@ -330,9 +247,9 @@ def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
     run_judge(workplace, server, model="other-8b")
     assert Counter(row["judge"] for row in rows_of(workplace)) == {"big-70b": 6, "other-8b": 6}
     make_run(workplace, "base", {**ANSWERS, 81: [ANSWERS[81][0], "New."]})
-    before = len(server.paid())
+    before = len(server.paid(judge.PROBE))
     run_judge(workplace, server)
-    assert len(server.paid()) == before + 1, "only turn 2 of question 81 is another request"
+    assert len(server.paid(judge.PROBE)) == before + 1, "only turn 2 of question 81 is another request"
     assert Counter(row["judge"] for row in rows_of(workplace)) == {"big-70b": 6, "other-8b": 5}
 
 
@@ -364,9 +281,9 @@ def test_failures_are_kept_with_a_reason_and_retried(workplace, server, capsys, 
     assert (rows[111, 1]["status"], rows[111, 1]["score"]) == ("ok", 7)
 
     server.answer = lambda body: completion("Rating: [[8]]")
-    before = len(server.paid())
+    before = len(server.paid(judge.PROBE))
     assert run_judge(workplace, server) == 0
-    assert len(server.paid()) == before + 2, "the two failed ones alone"
+    assert len(server.paid(judge.PROBE)) == before + 2, "the two failed ones alone"
     assert sorted(row["score"] for row in rows_of(workplace)) == [7, 7, 7, 7, 8, 8]
 
 
@@ -445,14 +362,14 @@ def test_probe_names_the_remedy_before_anything_is_paid(workplace, server, reply
         run_judge(workplace, server, "--max_retries", "0")
     assert "--judge" in str(error.value)
     assert KEY not in str(error.value)
-    assert server.paid() == []
+    assert server.paid(judge.PROBE) == []
 
 
 def test_a_key_withdrawn_halfway_stops_the_run(workplace, server):
     server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else refusal(401, "revoked")
     with pytest.raises(UserError, match="refuses the key"):
         run_judge(workplace, server, "--concurrency", "1")
-    assert len(server.paid()) == 1
+    assert len(server.paid(judge.PROBE)) == 1
 
 
 def test_server_down(workplace, server):
@@ -539,7 +456,7 @@ def test_interrupted_and_continued(workplace, server, signals):
     process = subprocess.Popen(command, cwd=Path(judge.__file__).parent, stdout=subprocess.PIPE, text=True)
 
     def answer(body):
-        if len(server.paid()) == 3:  # the third paid call is in flight
+        if len(server.paid(judge.PROBE)) == 3:  # the third paid call is in flight
             process.send_signal(2 if signals == 1 else 9)
         return completion("[[7]]")
 
@@ -550,10 +467,10 @@ def test_interrupted_and_continued(workplace, server, signals):
         assert process.returncode == 130
         assert "run the same command again" in out
         assert len(rows_of(workplace)) == 3
-    assert len(server.paid()) == 3
+    assert len(server.paid(judge.PROBE)) == 3
     server.answer = lambda body: completion("[[7]]")
     assert run_judge(workplace, server) == 0
-    assert len(server.paid()) == 3 + (6 - kept)
+    assert len(server.paid(judge.PROBE)) == 3 + (6 - kept)
 
 
 # ---- a user's mistakes --------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""What tests put in the place of others: an OpenAI-compatible server that can be told to fail, FastChat's own code."""
+
+import importlib.util
+import json
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Server:
+    """An OpenAI-compatible server on loopback whose `answer(body)` gives (HTTP status, JSON or text)."""
+
+    def __init__(self):
+        self.requests: list[dict] = []
+        self.models: list[str] = []  # what GET /models lists
+        self.answer = lambda body: completion("Fine. Rating: [[7]]")
+        self.lock = threading.Lock()
+        double = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with double.lock:
+                    double.requests.append(body)
+                    status, reply = double.answer(body)
+                payload = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html" if isinstance(reply, str) else "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.send_header("retry-after-ms", "1")
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def do_GET(self):
+                payload = json.dumps({"object": "list", "data": [{"id": name} for name in double.models]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args):
+                pass
+
+        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.httpd.handle_error = lambda request, address: None  # a client that timed out has hung up
+        self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
+        threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def paid(self, probe: list[dict]) -> list[dict]:
+        """The requests that were not probes."""
+        return [body for body in self.requests if body["messages"] != probe]
+
+
+def completion(text, finish="stop", **message) -> tuple[int, dict]:
+    return 200, {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "served-7b",
+        "system_fingerprint": "fp_1",
+        "choices": [
+            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+        ],
+        "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
+    }
+
+
+def load_fastchat(monkeypatch) -> types.ModuleType:
+    """llm_judge/common.py of the fschat wheel (requirements-dev.txt), with its imports replaced."""
+    package = Path(importlib.util.find_spec("fastchat").submodule_search_locations[0])
+    conversation = load_module("fastchat_conversation", package / "conversation.py")
+    adapter = types.ModuleType("fastchat.model.model_adapter")
+    adapter.get_conversation_template = lambda name: conversation.get_conv_template("chatgpt")
+    adapter.OPENAI_MODEL_LIST, adapter.ANTHROPIC_MODEL_LIST = ("the-judge",), ()
+    for name in ("openai", "anthropic", "fastchat", "fastchat.model"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fastchat.model.model_adapter", adapter)
+    return load_module("fastchat_common", package / "llm_judge" / "common.py")
+
+
+def load_module(name: str, path: Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
