@@ -11,6 +11,7 @@ greedily, which is the cheaper. Prints a table and one JSON object as the last l
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--quant", default="none", choices=["none", "nf4"])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--engine_only", action="store_true", help="leave `generate` out: for the engine's memory")
     return parser.parse_args()
 
 
@@ -135,7 +137,7 @@ def main() -> None:
             print(f"{name:<24} {tokens:>6} tokens in {seconds:6.1f} s, {tokens / seconds:6.1f} tokens/s", flush=True)
 
         for number in range(args.rounds):
-            for batch in (1, *args.batch_sizes):
+            for batch in () if args.engine_only else (1, *args.batch_sizes):
                 sample = questions[:: max(1, len(questions) // args.sample)][: args.sample] if batch == 1 else questions
                 for adapter in adapters[: 1 if batch == 1 else args.batch_adapters]:
                     base = load_base(args.model, dtype, args.quant, DEVICE)
@@ -148,13 +150,18 @@ def main() -> None:
             folder = Path(temporary) / f"round{number}"
             timed("engine", with_engine, model, tokenizer, questions, adapters, folder, args)
     best = {name: max(values) for name, values in rates.items()}
-    batched = max((name for name in best if name not in ("engine", "generate, batch 1")), key=best.get)
     print("\n| contestant | tokens/s, rounds |\n|---|---|")
     for name, values in rates.items():
         print(f"| {name} | {', '.join(f'{value:.1f}' for value in values)} |")
-    print(json.dumps({"tokens_per_s": best, "ratio_one_by_one": best["engine"] / best["generate, batch 1"],
-                      "ratio_batched": best["engine"] / best[batched], "batched": batched, "rows": args.rows,
-                      "adapters": args.adapters, "dtype": str(dtype)}))  # fmt: skip
+    result = {"tokens_per_s": best, "rows": args.rows, "adapters": args.adapters, "dtype": str(dtype),
+              "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # fmt: skip
+    if DEVICE.type == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if not args.engine_only:
+        batched = max((name for name in best if name not in ("engine", "generate, batch 1")), key=best.get)
+        result |= {"batched": batched, "ratio_one_by_one": best["engine"] / best["generate, batch 1"],
+                   "ratio_batched": best["engine"] / best[batched]}  # fmt: skip
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

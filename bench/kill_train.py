@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--train_args",
-        default="--loss td_dpo --global_batch 8 --max_steps 8 --save_steps 1 --eval_steps 2 --max_length 256 "
+        default="--loss td_dpo --global_batch 8 --max_steps 6 --save_steps 1 --eval_steps 2 --max_length 128 "
         "--lora_r 16 --learning_rate 5e-4 --compile off",
     )
     return parser.parse_args()

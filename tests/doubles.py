@@ -14,7 +14,7 @@ class Server:
 
     def __init__(self):
         self.requests: list[dict] = []
-        self.models: list[str] = []  # what GET /models lists
+        self.models: list[str | dict] = []  # what GET /models lists
         self.answer = lambda body: completion("Fine. Rating: [[7]]")
         self.lock = threading.Lock()
         double = self
@@ -36,7 +36,10 @@ class Server:
                 self.wfile.write(payload)
 
             def do_GET(self):
-                payload = json.dumps({"object": "list", "data": [{"id": name} for name in double.models]}).encode()
+                payload = json.dumps(
+                    {"object": "list", "data": [m if isinstance(m, dict) else {"id": m} for m in double.models]}
+                )
+                payload = payload.encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(payload)))

@@ -2,10 +2,12 @@
 
 import json
 import math
+import random
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from doubles import Server, completion, load_fastchat
 
 import judge
+import prep_data
 from files import UserError, read_judgements, sha256_json
 
 KEY = "sk-test-0123456789"
@@ -182,9 +185,8 @@ def make_run(folder: Path, name: str, answers: dict[int, list[str]]) -> Path:
 
 
 def run_judge(folder: Path, server: Server, *more: str, model: str = "big-70b") -> int:
-    return judge.main(
-        [str(folder / "results"), "--mt_bench", str(folder / "mt"), "--judge", model, "--base_url", server.url, *more]
-    )
+    arguments = [str(folder / "results"), "--mt_bench", str(folder / "mt"), "--judge", model, "--base_url", server.url]
+    return judge.main([*arguments, "--allow_incomplete", *more])  # one of the answers is empty
 
 
 def rows_of(folder: Path, name: str = "base") -> list[dict]:
@@ -235,7 +237,8 @@ def test_identical_answers_are_judged_once(workplace, server):
 
 def test_one_run_folder_uses_its_results_folders_store(workplace, server):
     make_run(workplace, "td_dpo", ANSWERS)
-    arguments = ["--mt_bench", str(workplace / "mt"), "--judge", "big-70b", "--base_url", server.url]
+    arguments = ["--mt_bench", str(workplace / "mt"), "--judge", "big-70b", "--base_url", server.url,
+                 "--allow_incomplete"]  # fmt: skip
     assert judge.main([str(workplace / "results/td_dpo"), *arguments]) == 0
     assert not (workplace / "results/base/mt_bench/judgements.csv").exists()
     assert run_judge(workplace, server) == 0
@@ -282,7 +285,9 @@ def test_failures_are_kept_with_a_reason_and_retried(workplace, server, capsys, 
 
     server.answer = lambda body: completion("Rating: [[8]]")
     before = len(server.paid(judge.PROBE))
-    assert run_judge(workplace, server) == 0
+    assert run_judge(workplace, server) == 1
+    assert len(server.paid(judge.PROBE)) == before, "what failed is not paid for again unasked"
+    assert run_judge(workplace, server, "--retry_failed") == 0
     assert len(server.paid(judge.PROBE)) == before + 2, "the two failed ones alone"
     assert sorted(row["score"] for row in rows_of(workplace)) == [7, 7, 7, 7, 8, 8]
 
@@ -291,7 +296,7 @@ def test_nothing_of_an_earlier_failure_stays(workplace, server):
     server.answer = lambda body: completion("No rating.")
     run_judge(workplace, server)
     server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else refusal(500, "oops")
-    assert run_judge(workplace, server, "--max_retries", "0") == 1
+    assert run_judge(workplace, server, "--max_retries", "0", "--retry_failed") == 1
     for row in rows_of(workplace):
         assert (row["status"], row["served_model"], row["prompt_tokens"]) == ("http_500", None, None)
         assert "oops" in row["judgement"]
@@ -299,16 +304,20 @@ def test_nothing_of_an_earlier_failure_stays(workplace, server):
 
 def test_the_csv_is_written_during_the_run_too(workplace, server, monkeypatch):
     monkeypatch.setattr(judge, "SAVE_EVERY_S", 0.0)
-    seen = []
+    monkeypatch.setattr(judge, "LOOK_EVERY_S", 0.01)
+    path = workplace / "results/base/mt_bench/judgements.csv"
 
     def answer(body):
-        path = workplace / "results/base/mt_bench/judgements.csv"
-        seen.append(len(read_judgements(path)) if path.exists() else 0)
+        if len(server.requests) == 5:  # the fourth paid call waits until the second's row is there
+            until = time.monotonic() + 30
+            while (not path.exists() or len(read_judgements(path)) < 2) and time.monotonic() < until:
+                time.sleep(0.01)
+            seen.append(len(read_judgements(path)))
         return completion("[[7]]")
 
-    server.answer = answer
+    seen, server.answer = [], answer
     assert run_judge(workplace, server, "--concurrency", "1") == 0
-    assert seen == [0, 0, 1, 2, 3, 4, 5]  # the probe first
+    assert seen[0] in (2, 3)
 
 
 def test_a_truncated_judgement_with_a_rating_counts(workplace, server):
@@ -444,7 +453,7 @@ def test_scores_without_wrong_references(workplace, server, capsys):
     server.answer = lambda body: completion("[[9]]" if "poem" in str(body) else "[[3]]")
     run_judge(workplace, server)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base "))
-    assert line.split() == ["base", "5.00", "5.00", "5.00", "6/6", "6.00", "(n=4)", "-"]  # 111 is a wrong one
+    assert line.split() == ["base", "5.00", "5.00", "5.00", "6/6", "6.00", "(n=4)", "-", "-"]  # 111 is a wrong one
 
 
 @pytest.mark.parametrize("signals", [1, 9])
@@ -452,7 +461,8 @@ def test_interrupted_and_continued(workplace, server, signals):
     """Ctrl-C keeps what is in flight and exits 130; kill -9 keeps what had come back. Both go on where they stopped."""
     code = "import judge; from files import run_main; run_main(judge.main)"
     command = [sys.executable, "-c", code, str(workplace / "results"), "--mt_bench", str(workplace / "mt"),
-               "--judge", "big-70b", "--base_url", server.url, "--concurrency", "1"]  # fmt: skip
+               "--judge", "big-70b", "--base_url", server.url, "--concurrency", "1",
+               "--allow_incomplete"]  # fmt: skip
     process = subprocess.Popen(command, cwd=Path(judge.__file__).parent, stdout=subprocess.PIPE, text=True)
 
     def answer(body):
@@ -471,6 +481,292 @@ def test_interrupted_and_continued(workplace, server, signals):
     server.answer = lambda body: completion("[[7]]")
     assert run_judge(workplace, server) == 0
     assert len(server.paid(judge.PROBE)) == 3 + (6 - kept)
+
+
+# ---- pairs, repeats, other references -----------------------------------------------------------
+
+OTHER = {q: [f"{text} (other)" for text in turns] for q, turns in ANSWERS.items()}
+
+
+def own_prompts() -> dict:
+    lines = (Path(judge.__file__).parent / "examples" / "judge_prompts.jsonl").read_text().splitlines()
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+@pytest.fixture
+def pairs(workplace):
+    """A second run, and prompts for pairs."""
+    write_lines(workplace / "mt/judge_prompts.jsonl", list(own_prompts().values()))
+    make_run(workplace, "dpo", OTHER)
+    return workplace
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pairs_by_fastchats_own_code(monkeypatch):
+    """Messages of both orders and turns, parameters, and who wins."""
+    fastchat, sent, prompts = load_fastchat(monkeypatch), [], own_prompts()
+    answers = [{"choices": [{"turns": side}]} for side in (ANSWERS[111], ['{0} [[9]] \u4f60\t"q"', "\u0434\u0430\n"])]
+    texts = iter(["so [[A]]", "[[B]]", "[[C]] tie", "[[B]] or [[A]]", "[A]", "none"] * 4)
+    said = []
+
+    def complete(model, conv, **kwargs):
+        sent.append((conv.to_openai_api_messages(), kwargs))
+        said.append(next(texts))
+        return said[-1]
+
+    fastchat.chat_completion_openai = complete
+    for question in QUESTIONS:
+        math_like = question["category"] in fastchat.NEED_REF_CATS
+        reference = {"choices": [{"turns": REFERENCES[question["question_id"]]}]} if math_like else None
+        for turn in (1, 2):
+            name = ("pair-math-v1" if math_like else "pair-v2") + ("-multi-turn" if turn == 2 else "")
+            match = fastchat.MatchPair(
+                question, "run", "base", *answers, fastchat.Judge("the-judge", prompts[name], multi_turn=turn == 2),
+                reference, turn == 2,
+            )  # fmt: skip
+            theirs = fastchat.play_a_match_pair(match, None)
+            for order, key in zip(judge.ORDERS, ("g1_winner", "g2_winner")):
+                messages, parameters = sent.pop(0)
+                sides = [answer["choices"][0]["turns"] for answer in answers]
+                sides = sides if order == "1" else sides[::-1]
+                refs = REFERENCES.get(question["question_id"], [])
+                assert messages == judge.pair_messages(prompts, question, *sides, turn, refs)
+                assert parameters == {"temperature": judge.TEMPERATURE, "max_tokens": judge.MAX_TOKENS}
+                verdict = judge.read_verdict(said.pop(0))
+                winner = judge.winner_of(order, verdict, "model_1", "model_2")
+                assert winner == (None if theirs[key] == "error" else theirs[key])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_all_eighty_questions_by_fastchats_own_code(monkeypatch, tmp_path):
+    """MT-Bench's own questions and references, every turn, single and pair, answers with all that could go wrong."""
+    assert prep_data.main(["--mt_bench", "flexeval", "--out", str(tmp_path)]) in (0, None)
+    fastchat, sent = load_fastchat(monkeypatch), []
+    fastchat.chat_completion_openai = lambda model, conv, **_: sent.append(conv.to_openai_api_messages()) or "[[C]]"
+    awkward = ["{x} {{y}} {0} [[9]] \"q\" 's'\t\u4f60\u597d \u0430\r\n", "%s {question} \\n [[A]] \U0001f600 </s>\n"]
+    sides = [awkward, [text[::-1] for text in awkward]]
+    answers = [{"choices": [{"turns": side}]} for side in sides]
+    benches = {grading: judge.read_bench(tmp_path, grading, "original") for grading in ("single", "pair")}
+    questions = benches["single"]["questions"]
+    assert len(questions) == 80
+    for question in questions:
+        math_like = question["category"] in fastchat.NEED_REF_CATS
+        turns = benches["single"]["references"].get(question["question_id"], [])
+        reference = {"choices": [{"turns": turns}]} if math_like else None
+        for turn in (1, 2):
+            for grading, kind in (("single", "single"), ("pair", "pair")):
+                prompts = benches[grading]["prompts"]
+                name = f"{kind}-math-v1" if math_like else {"single": "single-v1", "pair": "pair-v2"}[kind]
+                theirs = fastchat.Judge("the-judge", prompts[name + ("-multi-turn" if turn == 2 else "")])
+                if grading == "single":
+                    fastchat.run_judge_single(question, answers[0], theirs, reference, multi_turn=turn == 2)
+                    mine = judge.judge_messages(prompts, question, sides[0], turn, turns)
+                else:
+                    fastchat.run_judge_pair(question, *answers, theirs, reference, multi_turn=turn == 2)
+                    mine = judge.pair_messages(prompts, question, *sides, turn, turns)
+                assert mine == sent.pop(), (question["question_id"], turn, grading)
+
+
+def test_pairs_are_judged_in_both_orders(pairs, server, capsys):
+    """A judge that always prefers what is shown first: every comparison is a tie."""
+    server.answer = lambda body: completion("[[A]]")
+    assert run_judge(pairs, server, "--grading", "pair", "--baseline", "base") == 0
+    rows = rows_of(pairs, "dpo")
+    assert len(rows) == 12 and not (pairs / "results/base/mt_bench/judgements.csv").read_text().splitlines()[1:]
+    assert {(r["order"], r["winner"], r["baseline"], r["grading"], r["score"]) for r in rows} == {
+        (1, "dpo", "base", "pair", None), (2, "base", "base", "pair", None),
+    } or {(str(r["order"]), r["winner"]) for r in rows} == {("1", "dpo"), ("2", "base")}  # fmt: skip
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dpo "))
+    assert line.split() == ["dpo", "0", "6", "0", "0.500", "6/6", "6", "-", "-"]
+
+    server.answer = lambda body: completion("[[7]]")  # single grading beside it
+    assert run_judge(pairs, server) == 0
+    assert Counter(row["grading"] for row in rows_of(pairs, "dpo")) == {"single": 6, "pair": 12}
+    make_run(pairs, "base", {**ANSWERS, 81: ["New.", "Newer."]})
+    assert run_judge(pairs, server) == 0
+    assert Counter(row["grading"] for row in rows_of(pairs, "dpo")) == {"single": 6, "pair": 8}, "81's are stale"
+
+
+def test_a_better_answer_wins_in_both_orders(pairs, server, capsys):
+    def answer(body):
+        text = body["messages"][-1]["content"]
+        if body["messages"] == judge.PROBE:
+            return completion("OK")
+        b = text[text.index("## B") :] if "## B" in text else text[text.rindex("B") :]
+        return completion("[[B]]" if "(other)" in b else "[[A]]")
+
+    server.answer = answer
+    assert run_judge(pairs, server, "--grading", "pair", "--baseline", "base") == 0
+    first = [row for row in rows_of(pairs, "dpo") if row["turn"] == 1]
+    assert {row["winner"] for row in first} == {"dpo"}
+
+
+def test_repeats_are_judgements_of_their_own(workplace, server):
+    assert run_judge(workplace, server, "--repeats", "3", "--judge_seed", "5") == 0
+    assert len(server.paid(judge.PROBE)) == 18
+    assert Counter(body["seed"] for body in server.paid(judge.PROBE)) == {5: 6, 6: 6, 7: 6}
+    assert Counter(row["repeat"] for row in rows_of(workplace)) == {0: 6, 1: 6, 2: 6}
+    assert run_judge(workplace, server, "--repeats", "4", "--judge_seed", "5") == 0
+    assert len(server.paid(judge.PROBE)) == 24
+
+
+def test_corrected_references_are_other_judgements(workplace, server):
+    run_judge(workplace, server)
+    write_answers(workplace / "right.jsonl", {111: ["5", "9"]})
+    assert run_judge(workplace, server, "--refs", f"corrected:{workplace / 'right.jsonl'}") == 0
+    assert len(server.paid(judge.PROBE)) == 6 + 2, "the other questions' requests are the same"
+    refs = Counter((row["refs"].split(":")[0], row["question_id"]) for row in rows_of(workplace))
+    assert refs["corrected", 111] == refs["original", 111] == 2
+    write_answers(workplace / "wrong.jsonl", {999: ["5", "9"]})
+    with pytest.raises(UserError, match="question 999 is not in the question file"):
+        run_judge(workplace, server, "--refs", f"corrected:{workplace / 'wrong.jsonl'}")
+
+
+# ---- money --------------------------------------------------------------------------------------
+
+PRICED = ("--price_in", "1000", "--price_out", "2000")
+
+
+def test_costs_are_booked(workplace, server, capsys):
+    assert run_judge(workplace, server, *PRICED) == 0
+    assert [row["cost_usd"] for row in rows_of(workplace)] == [pytest.approx(0.011 + 0.006)] * 6
+    out = capsys.readouterr().out
+    assert "estimate: 6 calls" in out and f"{6 * 0.017:.4f} dollars in all" in out
+
+
+def test_a_failures_cost_is_kept(workplace, server):
+    server.answer = lambda body: completion("No rating.")
+    run_judge(workplace, server, *PRICED)
+    server.answer = lambda body: completion("[[7]]")
+    run_judge(workplace, server, *PRICED, "--retry_failed")
+    assert [row["cost_usd"] for row in rows_of(workplace)] == [pytest.approx(2 * 0.017)] * 6
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_the_cap_is_never_passed(workplace, server, trial):
+    """Random answers, random token counts, 32 calls in flight; what the server bills is what counts."""
+    dice = random.Random(trial)
+    for number in range(6):
+        make_run(
+            workplace, f"run{number}", {q: [f"{number} {text} x" for text in turns] for q, turns in ANSWERS.items()}
+        )
+    billed, lock = [], threading.Lock()
+
+    def answer(body):
+        prompt, used = sum(len(m["content"]) for m in body["messages"]) // 3, dice.randint(1, body["max_tokens"])
+        if body["messages"] != judge.PROBE:
+            with lock:
+                billed.append((prompt * 1 + used * 10) / 1e6)
+        status, reply = completion("[[7]]")
+        return status, reply | {"usage": {"prompt_tokens": prompt, "completion_tokens": used}}
+
+    server.answer = answer
+    cap = dice.uniform(0.001, 0.4)
+    more = (
+        "--price_in",
+        "1",
+        "--price_out",
+        "10",
+        "--max_usd",
+        str(cap),
+        "--concurrency",
+        "32",
+        "--max_tokens",
+        "2048",
+    )
+    try:
+        run_judge(workplace, server, *more)
+    except UserError as error:
+        assert "could pass the cap" in str(error)
+    assert sum(billed) <= cap
+    spent = sum(billed)
+    try:
+        run_judge(workplace, server, *more)  # the same cap again buys nothing beyond it
+    except UserError as error:
+        assert "could pass the cap" in str(error)
+    assert spent <= sum(billed) <= cap
+
+
+def test_a_cap_needs_a_price(workplace, server):
+    with pytest.raises(UserError, match="no price of big-70b is known"):
+        run_judge(workplace, server, "--max_usd", "1")
+
+
+def test_dry_run_asks_nothing_and_a_batch_comes_back(workplace, server, capsys, monkeypatch):
+    batch = workplace / "batch.jsonl"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert run_judge(workplace, server, *PRICED, "--dry_run", "--requests", str(batch)) == 0
+    assert server.requests == [] and "estimate: 6 calls" in capsys.readouterr().out
+    lines = [json.loads(line) for line in batch.read_text().splitlines()]
+    assert [line["custom_id"].split("-")[:2] for line in lines] == [[q, t] for q in ("81", "111", "121") for t in "12"]
+    assert all((line["method"], line["url"]) == ("POST", "/v1/chat/completions") for line in lines)
+    assert all(len(line["custom_id"]) <= 64 for line in lines)
+
+    output = workplace / "output.jsonl"
+    bodies = [completion(f"[[{number}]]")[1] for number in range(1, 7)]
+    results = [
+        {"id": "b", "custom_id": line["custom_id"], "error": None, "response": {"status_code": 200, "body": body}}
+        for line, body in zip(lines, bodies)
+    ]
+    results[3] |= {"response": {"status_code": 400, "body": {"error": {"message": "too long"}}}}
+    results[4] |= {"response": None, "error": {"code": "batch_expired"}}
+    write_lines(output, [*results[::-1], {"custom_id": "strange"}])
+    assert run_judge(workplace, server, *PRICED, "--import_results", str(output)) == 1
+    assert "4 ok, 1 batch_error, 1 http_400; 1 lines of other requests" in capsys.readouterr().out
+    rows = rows_of(workplace)
+    assert [row["score"] for row in rows] == [1, 2, 3, None, None, 6]
+    assert rows[0]["cost_usd"] == pytest.approx(0.017 / 2)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert run_judge(workplace, server, "--retry_failed") == 0
+    sent = {json.dumps(body["messages"]) for body in server.paid(judge.PROBE)}
+    assert sent == {json.dumps(lines[i]["body"]["messages"]) for i in (3, 4)}
+    with pytest.raises(UserError, match="none of its 1 lines belongs"):
+        write_lines(output, [{"custom_id": "strange"}])
+        run_judge(workplace, server, "--import_results", str(output))
+
+
+def test_a_pairs_batch_names_the_order(pairs, server):
+    batch = pairs / "batch.jsonl"
+    more = ("--grading", "pair", "--baseline", "base", "--dry_run", "--requests", str(batch))
+    assert run_judge(pairs, server, *more) == 0
+    ids = [json.loads(line)["custom_id"].split("-")[:3] for line in batch.read_text().splitlines()]
+    assert ids == [[q, t, o] for q in ("81", "111", "121") for t in "12" for o in "12"]
+
+
+def test_the_models_end_is_warned_of(workplace, server, capsys):
+    server.models = [{"id": "big-70b", "object": "model", "created": 1, "owned_by": "x", "shutdown_date": "2027-01-14"}]
+    run_judge(workplace, server)
+    assert "will be shut down on 2027-01-14" in capsys.readouterr().err
+
+
+def test_calls_a_minute(workplace, server):
+    begun = time.monotonic()
+    assert run_judge(workplace, server, "--rpm", "600") == 0
+    assert time.monotonic() - begun >= 5 * 0.1  # six calls, a tenth of a second apart: a floor, no ceiling
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({81: ["a", "b"], 111: ["a", "b"]}, "run dpo: 1 of 3 answers are missing that other runs have"),
+        ({81: ["a", "b"], 111: ["a", ""], 121: ["a", "b"]}, "run dpo: the answers to 1 questions have an empty turn"),
+    ],
+)
+def test_incomplete_answers_are_refused_before_anything_is_paid(workplace, server, answers, said):
+    make_run(workplace, "base", {q: ["a", "b"] for q in ANSWERS})
+    make_run(workplace, "dpo", answers)
+    arguments = [
+        str(workplace / "results"),
+        "--mt_bench",
+        str(workplace / "mt"),
+        "--judge",
+        "m",
+        "--base_url",
+        server.url,
+    ]
+    with pytest.raises(UserError, match=said):
+        judge.main(arguments)
+    assert server.requests == []
 
 
 # ---- a user's mistakes --------------------------------------------------------------------------
@@ -624,7 +920,8 @@ def test_a_string_that_merges_with_the_prompt_is_encoded_alone(tiny):
 
 def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}"]
+    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}",
+               "--allow_incomplete"]  # fmt: skip
     assert judge.main([*command, "--dtype", "float32"]) == 0
     rows = rows_of(workplace)
     assert all(row["status"] == "ok" and 1 < row["score"] < 10 for row in rows)
@@ -641,7 +938,8 @@ def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
 
 def test_a_prompt_beyond_the_context_has_no_score(workplace, tiny):
     make_run(workplace, "base", {**ANSWERS, 81: ["word " * 600, "x"]})
-    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}"]
+    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}",
+               "--allow_incomplete"]  # fmt: skip
     assert judge.main(command) == 1
     rows = {(row["question_id"], row["turn"]): row for row in rows_of(workplace)}
     assert (rows[81, 1]["status"], rows[81, 1]["score"]) == ("context", None)
