@@ -577,6 +577,7 @@ def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
                 for column, values in enumerate(columns):
                     if values is not None:
                         table[members, column] = values
+    study.policy.reshard()
     table = ranks.sum(table).cpu()
     counts = response_lengths(split.pairs).float().unbind(1)
     kls = table[:, 2:4].unbind(1) if study.token_kl else (None, None)
@@ -921,6 +922,7 @@ def load_splits(
     check_logps(policy, *(make_batch([probe], way, ranks.device) for way in (packing, plain)), tolerance)
     cache = args.data / "reference"
     references = {n: reference_logps(policy, p, packing, reference, cache, ranks, n) for n, p in pairs.items()}
+    policy.reshard()  # a forward without a backward leaves the root's parameters whole: not those that are trained
     return {name: Split(rows[name], pairs[name], references[name]) for name in pairs}
 
 

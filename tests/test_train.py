@@ -312,6 +312,14 @@ def test_published_discopop_that_overflows_ends_as_diverged(tiny_model, pairs_fo
     assert "NON-FINITE" in done.stdout and "NaN" not in (tmp_path / "bad" / "metrics.jsonl").read_text()
 
 
+def test_an_adapter_on_the_output_head_is_trained(tiny_model, pairs_folder, tmp_path):
+    """FSDP's root group, which a forward pass alone leaves gathered."""
+    more = ("--lora_targets", "q_proj,lm_head", "--run_id", "head", "--learning_rate", "1e-2")
+    assert train_pref.main([str(a) for a in train_args(tiny_model, pairs_folder, tmp_path, *more)]) == 0
+    weights = load_file(tmp_path / "head" / "adapter" / "adapter_model.safetensors")
+    assert weights["base_model.model.lm_head.lora_B.weight"].abs().max() > 1e-3
+
+
 def test_trial_mode_is_marked(tiny_model, pairs_folder, tmp_path):
     assert train_pref.main([str(a) for a in train_args(tiny_model, pairs_folder, tmp_path, "--mode", "trial")]) == 0
     (run,) = (path.parent for path in tmp_path.glob("*/summary.json"))
