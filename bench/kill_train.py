@@ -102,35 +102,47 @@ def where(run: Path) -> str:
     return f"newest checkpoint {saved[-1].stem}" if saved else "no checkpoint"
 
 
+def differences(one: Path, two: Path) -> list[str]:
+    mine, theirs = content_of(one), content_of(two)
+    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+
+
 def main() -> int:
     args, same = parse_args(), True
     args.out.mkdir(parents=True)
     dice = random.Random(args.seed)
     for ranks in args.ranks:
-        whole, cut = (args.out / f"{name}{ranks}" for name in ("whole", "cut"))
+        whole, name, kills, ended = args.out / f"whole{ranks}", f"{ranks} rank(s)", 0, 0
         begun = time.monotonic()
-        print(
-            f"{ranks} rank(s), undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}", end=""
-        )
+        print(f"{name}, undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}", end="")
         seconds = time.monotonic() - begun
         print(f", {seconds:.0f} s", flush=True)
-        for number in range(args.kills):
+        while kills < args.kills or said != "exit code 0":  # a run that has ended makes room for another
+            cut = args.out / f"cut{ranks}_{ended}"
             moment = {"seconds": dice.uniform(0, seconds)}
-            if number % 2:
+            if kills % 2:
                 moment = {"saving": cut / "run" / "checkpoint", "which": dice.randint(1, 3)}
-            said = run_until(command_of(args, ranks, cut), args.out / "cut.log", **moment)
-            print(f"{ranks} rank(s), {number + 1}: {said}; {where(cut / 'run')}", flush=True)
-            if said.startswith("exit"):
-                break
-        print(f"{ranks} rank(s), to the end: {run_until(command_of(args, ranks, cut), args.out / 'cut.log')}")
-        one, two = content_of(whole / "run"), content_of(cut / "run")
-        different = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
-        print(f"{ranks} rank(s): {', '.join(sorted(one))}: {different or 'all equal'}", flush=True)
-        same = same and not different
+            said = run_until(
+                command_of(args, ranks, cut), args.out / "cut.log", **(moment if kills < args.kills else {})
+            )
+            if said.startswith("killed"):
+                kills += 1
+                print(f"{name}, kill {kills}: {said}; {where(cut / 'run')}", flush=True)
+            elif said == "exit code 0":
+                ended += 1
+                different = differences(whole / "run", cut / "run")
+                print(
+                    f"{name}, ended: {', '.join(sorted(content_of(cut / 'run')))}: {different or 'all equal'}",
+                    flush=True,
+                )
+                same = same and not different
+            else:
+                print(f"{name}: {said}, see {args.out / 'cut.log'}")
+                return 1
         summary = json.loads((whole / "run" / "summary.json").read_text())
         steps = [json.loads(line) for line in (whole / "run" / "metrics.jsonl").read_text().splitlines()]
         step = sum(line["tokens"] / line["tok_per_s"] for line in steps if "lr" in line) / summary["steps"]
-        print(f"{ranks} rank(s): {summary['save_s'] / summary['steps']:.2f} s a save, {step:.1f} s a step")
+        print(f"{name}: {summary['save_s'] / summary['steps']:.2f} s a save, {step:.1f} s a step")
     return 0 if same else 1
 
 
