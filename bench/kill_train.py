@@ -112,7 +112,7 @@ def main() -> int:
     args.out.mkdir(parents=True)
     dice = random.Random(args.seed)
     for ranks in args.ranks:
-        whole, name, kills, ended = args.out / f"whole{ranks}", f"{ranks} rank(s)", 0, 0
+        whole, name, kills, ended, said = args.out / f"whole{ranks}", f"{ranks} rank(s)", 0, 0, ""
         begun = time.monotonic()
         print(f"{name}, undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}", end="")
         seconds = time.monotonic() - begun
