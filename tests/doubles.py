@@ -8,12 +8,15 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+HANG_UP = 0  # instead of an HTTP status: the connection ends without an answer
+
 
 class Server:
     """An OpenAI-compatible server on loopback whose `answer(body)` gives (HTTP status, JSON or text)."""
 
     def __init__(self):
         self.requests: list[dict] = []
+        self.retry_after = True  # says so in every reply
         self.models: list[str | dict] = []  # what GET /models lists
         self.answer = lambda body: completion("Fine. Rating: [[7]]")
         self.lock = threading.Lock()
@@ -27,11 +30,15 @@ class Server:
                 with double.lock:
                     double.requests.append(body)
                     status, reply = double.answer(body)
+                if status == HANG_UP:
+                    self.close_connection = True
+                    return
                 payload = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "text/html" if isinstance(reply, str) else "application/json")
                 self.send_header("Content-Length", str(len(payload)))
-                self.send_header("retry-after-ms", "1")
+                if double.retry_after:
+                    self.send_header("retry-after-ms", "1")
                 self.end_headers()
                 self.wfile.write(payload)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from doubles import Server, completion, load_fastchat
+from doubles import HANG_UP, Server, completion, load_fastchat
 
 import judge
 import prep_data
@@ -272,6 +272,10 @@ def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
         ((200, {"error": {"message": "provider down"}, "choices": None}), "not_openai"),
         ((200, {"choices": []}), "not_openai"),
         ((200, "<html>hello</html>"), "not_openai"),
+        ((200, '{"choices": [{"message": {"content": "[[7]]"'), "not_openai"),  # torn, and called text/html
+        (refusal(503, "overloaded"), "http_503"),
+        ((HANG_UP, None), "connection"),
+        (completion("so long " * 1_300_000), "parse"),  # 10 MB
         (completion("bad \ud800 unicode"), "parse"),
     ],
 )
@@ -325,8 +329,9 @@ def test_a_truncated_judgement_with_a_rating_counts(workplace, server):
     assert run_judge(workplace, server) == 0
 
 
-def test_rate_limit_is_waited_out(workplace, server):
-    seen = Counter()
+@pytest.mark.parametrize("retry_after", [True, False])
+def test_rate_limit_is_waited_out(workplace, server, retry_after):
+    seen, server.retry_after = Counter(), retry_after
 
     def answer(body):
         seen[str(body)] += 1
