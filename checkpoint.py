@@ -14,8 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import UserError, read_json
+from files import UserError, lock_holder, locked, read_json, sha256_file
 from modeling import Ranks, whole
 
 EXIT_STOPPED = 75  # saved and left after SIGTERM or SIGUSR1; sysexits.h calls it "try again later"
@@ -44,6 +42,7 @@ class Progress:
     evaluated: int = -1  # the last step after which validation ran to its end
     best_acc_ref: float | None = None
     best_step: int | None = None
+    best_sha256: str | None = None  # of that adapter's weights
     final: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     step0_difference: float | None = None  # mean |policy - reference| before training, nats a token
     nonfinite: int = 0  # steps not taken
@@ -65,6 +64,12 @@ def saving(path: Path) -> Iterator[None]:
             f"{path}: not written ({error}); make room and run the same command again: it goes on from the last "
             "checkpoint"
         ) from None
+
+
+def sync(path: Path) -> None:
+    """Return when `path` is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -95,8 +100,7 @@ class Checkpoints:
             with saving(path):
                 self.folder.mkdir(exist_ok=True)
                 save_file(tensors, temporary, metadata={"progress": text, "sha256": digest(tensors, text)})
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
+                sync(temporary)
                 os.replace(temporary, path)
         except UserError:
             temporary.unlink(missing_ok=True)
@@ -106,8 +110,8 @@ class Checkpoints:
     def prune(self) -> None:
         """Remove all but the newest checkpoints, and best adapters that none of them names."""
         paths = sorted(self.folder.glob("step-*.safetensors"))
-        for path in paths[:-KEPT]:
-            path.unlink()
+        for path in (*paths[:-KEPT], *self.folder.glob("*.tmp")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         kept = [progress_in(path) for path in paths[-KEPT:]]
         wanted = {best_folder(self.folder, progress.best_step) for progress in kept if progress}
         for best in set(self.folder.glob("best-*")) - wanted:
@@ -128,8 +132,8 @@ class Checkpoints:
                 if kind == "value":
                     with torch.no_grad():
                         parameter.copy_(value)
-                else:
-                    optimizer.state[parameter][kind] = value
+                else:  # AdamW keeps its count of steps on the CPU
+                    optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
         return progress
 
     def spread(self, full: Tensor, parameter: Tensor) -> Tensor:
@@ -142,9 +146,9 @@ class Checkpoints:
         for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 return self.read(path)
-            except (SafetensorError, OSError, ValueError) as error:
+            except (SafetensorError, ValueError) as error:
                 print(f"{path}: damaged ({error}); going on without it", flush=True)
-                path.unlink()
+                path.rename(path.with_suffix(".damaged"))
         return None, {}
 
     def read(self, path: Path) -> tuple[Progress, dict[str, Tensor]]:
@@ -153,15 +157,23 @@ class Checkpoints:
             names, metadata = file.keys(), file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in names}
         progress = progress_in(path)
-        if progress is None or metadata["sha256"] != digest(tensors, metadata["progress"]):
+        if progress is None:
+            raise ValueError("it was written by another version of this toolkit")
+        if metadata["sha256"] != digest(tensors, metadata["progress"]):
             raise ValueError("its checksum is wrong")
         if {key.partition("/")[2] for key in tensors} != self.trained.keys():
             raise ValueError("it holds other parameters")
         best = best_folder(self.folder, progress.best_step)
-        if best and not (best / "adapter" / "adapter_model.safetensors").is_file():
+        weights = best and best / "adapter" / "adapter_model.safetensors"
+        if weights and not weights.is_file():
             raise ValueError(f"{best.name} is missing")
+        if weights and sha256_file(weights) != progress.best_sha256:
+            raise ValueError(f"the adapter in {best.name} is not what was saved there")
         if (self.metrics.stat().st_size if self.metrics.exists() else 0) < progress.metrics_bytes:
-            raise ValueError("metrics.jsonl is shorter than when it was saved")
+            raise UserError(
+                f"{self.metrics}: shorter than when {path.name} was saved; put it back, or remove {self.folder.parent} "
+                "to train the run again"
+            )
         return progress, tensors
 
 
@@ -192,28 +204,12 @@ def digest(tensors: dict[str, Tensor], text: str) -> str:
 
 @contextmanager
 def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold `run` against a second start. The lock is the kernel's and dies with its process, however that dies; the
-    file only says whose it is. Raises UserError if another process holds it."""
+    """Hold `run` against a second start. Raises UserError if another process holds it."""
     if not ranks.main:
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run}: is being trained by {holder(file)}; wait for it, or stop it first") from None
-        except OSError as error:  # some cluster file systems are mounted without locks
-            print(f"warning: {run}: no locks on this file system ({error.strerror}); never start a run twice at a time")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+    with locked(run, ".lock", "is being trained"):
         yield
-
-
-def holder(file) -> str:
-    file.seek(0)
-    return file.read().strip() or "another process"
 
 
 def running(run: Path) -> str | None:
@@ -223,7 +219,7 @@ def running(run: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return holder(file)
+                return lock_holder(file)
             except OSError:
                 pass
     except FileNotFoundError:
@@ -259,17 +255,21 @@ class Stop:
         if not self.deferred:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.ranks.print(f"stopped by {signal.Signals(number).name} before the first step; nothing to save")
+            self.say(f"stopped by {signal.Signals(number).name} before the first step; nothing to save")
             raise SystemExit(EXIT_STOPPED)
         if not self.signal:
-            self.ranks.print(f"{signal.Signals(number).name}: stopping after this micro-batch")
+            self.say(f"{signal.Signals(number).name}: stopping after this micro-batch")
         self.signal = number
+
+    def say(self, words: str) -> None:
+        if self.ranks.main:
+            os.write(2, f"{words}\n".encode())  # print may be interrupted in the middle of printing
 
     def check(self) -> None:
         """Raise Stopped on every rank if any rank was signalled (a collective between hosts, none of the devices)."""
-        self.signal = self.ranks.largest(self.signal)
-        if self.signal:
-            raise Stopped(signal.Signals(self.signal).name)
+        if found := self.ranks.largest(self.signal):  # one that comes meanwhile is found next time
+            self.signal = found
+            raise Stopped(signal.Signals(found).name)
 
     @property
     def exit_code(self) -> int:
@@ -284,8 +284,9 @@ def status_of(run: Path) -> tuple[bool, str]:
     record = read_json(run / "args.json")
     if (run / "summary.json").is_file():
         summary = read_json(run / "summary.json")
-        best = f"; best acc_ref {summary['best_acc_ref']:.4f} at step {summary['best_step']}"
-        ending = best if summary["best_step"] is not None else "; no adapter: it was never evaluated after a step"
+        ending = "; no adapter: it was never evaluated after a step"
+        if summary["best_step"] is not None:
+            ending = f"; best acc_ref {summary['best_acc_ref']:.4f} at step {summary['best_step']}"
         return True, f"{run.name}: {summary['status']} after {summary['steps']} steps{ending}"
     saved = [
         progress.step for path in (run / "checkpoint").glob("step-*.safetensors") if (progress := progress_in(path))
@@ -293,7 +294,5 @@ def status_of(run: Path) -> tuple[bool, str]:
     where = f"saved after step {max(saved)} of {record.get('planned_steps', '?')}" if saved else "nothing saved yet"
     if process := running(run):
         return False, f"{run.name}: running ({process}), {where}"
-    return (
-        False,
-        f"{run.name}: stopped, {where}; {'continue' if saved else 'start again'} with\n    {record['command']}",
-    )
+    command = record.get("command", "the command that started it")
+    return False, f"{run.name}: stopped, {where}; {'continue' if saved else 'start again'} with\n    {command}"

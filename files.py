@@ -6,6 +6,7 @@ answers (FastChat's schema) and judgement rows. Formats are described in README.
 """
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -13,11 +14,13 @@ import logging
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -70,6 +73,34 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+# ---- one process at a time ----------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path, name: str, what: str) -> Iterator[None]:
+    """Hold the lock file `name` in `folder`. The lock is the kernel's and dies with its process, however that dies; the
+    file only says whose it is. Raises UserError, saying `what` is being done, if another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: {what} by {lock_holder(file)}; wait for it, or stop it first") from None
+        except OSError as error:  # some cluster file systems are mounted without locks
+            print(
+                f"warning: {folder}: no locks on this file system ({error.strerror}); never start this twice at a time"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+
+
+def lock_holder(file) -> str:
+    file.seek(0)
+    return file.read().strip() or "another process"
 
 
 # ---- reading and writing ------------------------------------------------------------------------

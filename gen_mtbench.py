@@ -125,6 +125,8 @@ def check_args(args: argparse.Namespace) -> None:
     for key in ("max_new_tokens", "num_choices", "concurrency", "timeout_s"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.batch_size < 0:
         raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
     if args.temperature is not None and not 0 <= args.temperature < 10:
@@ -245,7 +247,7 @@ def read_any_questions(path: Path) -> list[dict]:
     questions: dict[int, dict] = {}
     for number, row in read_jsonl(path):
         key, turns = row.get("question_id"), row.get("turns")
-        if not isinstance(key, int):
+        if not isinstance(key, int) or key < 0:
             raise UserError(f"{path}:{number}: 'question_id' must be a whole number")
         if key in questions:
             raise UserError(f"{path}:{number}: question_id {key} appears twice")
@@ -347,7 +349,8 @@ class Store:
     def texts(self, run: Run, question: dict, choice: int) -> list[str]:
         """The answers so far, turn by turn."""
         keys = ((run.run_id, question["question_id"], choice, turn) for turn in range(len(question["turns"])))
-        return [self.turns[key]["text"] for key in itertools.takewhile(lambda key: key in self.turns, keys)]
+        found = (self.turns.get(key, {}).get("text") for key in keys)
+        return list(itertools.takewhile(lambda text: text is not None, found))
 
     def gather(self) -> dict[str, list[dict]]:
         """Write each run's answers.jsonl from all that is complete. Returns the rows by run id."""
@@ -364,6 +367,8 @@ class Store:
             table[run.run_id] = [row for row in rows if row["question_id"] in self.questions]
             if rows and rows != list(old.values()):
                 write_jsonl(self.folder(run) / "answers.jsonl", rows)
+            elif old and not rows:  # all of an older adapter: nobody shall take them for this one's
+                (self.folder(run) / "answers.jsonl").rename(self.folder(run) / "answers.old.jsonl")
             if len(rows) == len(asked):
                 for path in self.folder(run).glob("turns.*.jsonl"):
                     path.unlink()
@@ -374,7 +379,7 @@ class Store:
         choices, keys = [], []
         for choice in range(self.settings.get("num_choices", 1)):
             mine = [(run.run_id, question["question_id"], choice, turn) for turn in range(len(question["turns"]))]
-            if any(key not in self.turns for key in mine):
+            if any("text" not in self.turns.get(key, {}) for key in mine):
                 return None
             turns = [self.turns[key] for key in mine]
             lists = {f: [t[f] for t in turns] for f in TURN_FIELDS[1:] if all(f in t for t in turns)}
@@ -447,11 +452,25 @@ class Item(NamedTuple):
     choice: int
 
 
-def missing_items(store: Store, num_choices: int) -> list[Item]:
+def all_items(store: Store, num_choices: int) -> list[Item]:
     """Run after run, so that few adapters are in flight; short questions first."""
     questions = sorted(store.bench.questions, key=lambda q: sum(map(len, q["turns"])))
-    items = [Item(run, q, choice) for run in store.runs for q in questions for choice in range(num_choices)]
-    return [item for item in items if len(store.texts(*item)) < len(item.question["turns"])]
+    return [Item(run, q, choice) for run in store.runs for q in questions for choice in range(num_choices)]
+
+
+def unanswered(store: Store, items: list[Item]) -> list[int]:
+    """Numbers of the items of which a turn is missing."""
+    return [n for n, item in enumerate(items) if len(store.texts(*item)) < len(item.question["turns"])]
+
+
+def unscored(store: Store, items: list[Item]) -> list[tuple[int, int]]:
+    """(number of the item, turn) of each answer without log-probabilities."""
+    return [
+        (number, turn)
+        for number, item in enumerate(items)
+        for turn in range(len(store.texts(*item)))
+        if "logp" not in store.turns[item.run.run_id, item.question["question_id"], item.choice, turn]
+    ]
 
 
 class Workers(NamedTuple):
@@ -551,19 +570,14 @@ def progress(total: int, what: str, rank: int) -> tqdm:
     return tqdm(total=total, desc=what, unit="question", disable=None if rank == 0 else True, dynamic_ncols=True)
 
 
-def score_all(author: Author, workers: Workers, items: list[Item]) -> None:
+def score_all(author: Author, workers: Workers, items: list[Item], unscored: list[tuple[int, int]]) -> None:
     """--kl: log-probabilities (nats) of each answered turn under its adapter and under the base, tokens counted.
 
     The answer's tokens are those that the template gives the conversation, its end token among them unless the answer
     was cut off.
     """
     store, engine, tokenizer = author.store, author.engine, author.tokenizer
-    work = [
-        (item, turn)
-        for item in items
-        for turn in range(len(store.texts(*item)))
-        if "logp" not in store.turns[item.run.run_id, item.question["question_id"], item.choice, turn]
-    ]
+    work = [(items[number], turn) for number, turn in unscored]
     with progress(len(work), "log-probabilities", workers.rank) as bar:
         for number in workers.take("scores", len(work)):
             item, turn = work[number]
@@ -657,7 +671,9 @@ def ask_server(client, **request) -> tuple:
         reply = client.chat.completions.create(**request)
         return reply.choices[0], reply.usage.completion_tokens if reply.usage else 0
     except (openai.APIConnectionError, openai.APIStatusError) as error:
-        raise UserError(explain(client, "model", request["model"], error)) from None
+        hint = "; is its context long enough for the conversation and --max_new_tokens?"
+        is_400 = getattr(error, "status_code", None) == 400
+        raise UserError(explain(client, "model", request["model"], error) + (hint if is_400 else "")) from None
     except (AttributeError, IndexError, TypeError):
         raise UserError(f"{server_of(client)} is no OpenAI-compatible server; does --base_url lack its /v1?") from None
 
@@ -702,12 +718,13 @@ def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
 
 
 def print_summary(store: Store, table: dict[str, list[dict]], args: argparse.Namespace) -> bool:
-    """Returns whether every question has its answers."""
+    """Returns whether every question has its answers, with --kl their log-probabilities too."""
     complete = True
     print(f"\n{'run':<40} answers  tokens a turn       truncated  empty  overflow  KL to base, nats an answer")
     for run_id, rows in table.items():
         choices = [choice for row in rows for choice in row["choices"]]
         complete = complete and len(rows) == len(store.bench.questions)
+        complete = complete and (not args.kl or all("logp" in choice for choice in choices))
         if not choices:
             print(f"{run_id:<40} {0:>7}")
             continue
@@ -742,8 +759,8 @@ def main(argv: list[str] | None = None) -> int:
     dtype = pick_dtype(args.dtype, workers.device)
     settings = settings_of(args, base, str(dtype).removeprefix("torch."), client)
     store = Store(runs, bench, settings, args.batch_size or args.concurrency, workers.rank)
-    items = missing_items(store, args.num_choices)
-    everything = [Item(run, q, choice) for run in runs for q in bench.questions for choice in range(args.num_choices)]
+    everything = all_items(store, args.num_choices)
+    items = [everything[number] for number in from_main(unanswered(store, everything))]
     try:
         if client is not None:
             ask_server_all(args, client, base, store, items)
@@ -766,7 +783,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.kl:
                 wait_for_all()
                 store.load()
-                score_all(author, workers, everything)
+                score_all(author, workers, everything, from_main(unscored(store, everything)))
         wait_for_all()
     finally:
         table = store.gather() if workers.rank == 0 else {}
@@ -775,6 +792,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         export_alpaca_eval(store, table)
     return 0 if print_summary(store, table, args) else 1
+
+
+def from_main(value: object) -> object:
+    """Rank 0's value on every rank: they number the same work."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def wait_for_all() -> None:

@@ -49,6 +49,7 @@ from files import (
     UserError,
     check_run_id,
     find_runs,
+    locked,
     params_from_name,
     read_answers,
     read_json,
@@ -87,8 +88,8 @@ RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 RATINGS = tuple(range(1, 11))
 RATING_STRINGS = tuple(f"[[{rating}]]" for rating in RATINGS)
 TEMPERATURE, MAX_TOKENS = 0, 2048  # FastChat's
-# US dollars per million prompt and completion tokens as OpenAI published them in August 2025, by the beginning of the
-# model's name, longest first. --price_in and --price_out stand above it.
+# US dollars per million prompt and completion tokens as OpenAI published them in August 2025, by the model's exact
+# name: a longer one may be another model at ten times the price. --price_in and --price_out stand above it.
 PRICES_OF = "August 2025"
 PRICES = {
     "gpt-5-nano": (0.05, 0.40), "gpt-5-mini": (0.25, 2.00), "gpt-5": (1.25, 10.00), "gpt-4.1-nano": (0.10, 0.40),
@@ -262,6 +263,7 @@ def read_runs(paths: list[Path], bench: dict, allow_incomplete: bool) -> dict[Pa
             continue
         runs[run] = read_answers(path)
         check_answers(path, runs[run], bench)
+        check_adapter(run, runs[run])
     if not runs:
         raise UserError("no run here has answers (mt_bench/answers.jsonl); run gen_mtbench.py first")
     if not allow_incomplete:
@@ -272,6 +274,16 @@ def read_runs(paths: list[Path], bench: dict, allow_incomplete: bool) -> dict[Pa
             "judgements.sqlite; judge one folder at a time"
         )
     return runs
+
+
+def check_adapter(run: Path, answers: dict) -> None:
+    """Raise UserError for answers of an adapter that the run no longer has."""
+    weights = run / "adapter" / "adapter_model.safetensors"
+    made_by = {row["adapter_sha256"] for row in answers.values() if row.get("adapter_sha256")}
+    if made_by and weights.is_file() and made_by != {sha256_file(weights)}:
+        raise UserError(
+            f"run {run.resolve().name}: its answers are of an older adapter; answer anew: python gen_mtbench.py {run}"
+        )
 
 
 def check_complete(runs: dict[Path, dict]) -> None:
@@ -388,7 +400,11 @@ def answers_of_baseline(runs: dict[Path, dict], name: str) -> dict:
     path = next(iter(runs)).resolve().parent / check_run_id(name) / "mt_bench" / "answers.jsonl"
     if name not in found and not path.is_file():
         raise UserError(f"--baseline {name}: no answers at {path}; answered runs: {', '.join(sorted(found))}")
-    return found[name] if name in found else read_answers(path)
+    answers = found[name] if name in found else read_answers(path)
+    if missing := sorted(set().union(*runs.values()) - answers.keys()):
+        print(f"--baseline {name}: has not answered {len(missing)} of the questions (question {missing[0][0]} first); "
+              "these are not compared", file=sys.stderr)  # fmt: skip
+    return answers
 
 
 def single_item(place: dict, question: dict, answer: list[str], bench: dict, judge: Judge) -> dict:
@@ -541,10 +557,11 @@ def first_parameters(store: sqlite3.Connection, args: argparse.Namespace) -> dic
             "SELECT request FROM judgements WHERE judge = ? AND status = 'ok' ORDER BY tstamp DESC LIMIT 1",
             (args.judge,),
         ).fetchone()
-        known = {"temperature": TEMPERATURE, "max_tokens": args.max_tokens}
-        known = json.loads(row[0])["parameters"] if row else known
+        parameters = {"temperature": TEMPERATURE, "max_tokens": args.max_tokens}
+        accepted = {k: v for k, v in json.loads(row[0])["parameters"].items() if k != "seed"} if row else {}
         limits = ("max_tokens", "max_completion_tokens")
-        parameters = {k: args.max_tokens if k in limits else value for k, value in known.items() if k != "seed"}
+        if row and accepted.keys() <= {"temperature", *limits} and accepted.get("temperature", 0) == TEMPERATURE:
+            parameters = {k: args.max_tokens if k in limits else value for k, value in accepted.items()}
     return parameters if args.judge_seed is None else parameters | {"seed": args.judge_seed}
 
 
@@ -617,9 +634,8 @@ def prices_of(args: argparse.Namespace) -> tuple[float, float] | None:
     """Dollars per million prompt and completion tokens: --price_in and --price_out, or the table's."""
     if args.price_in is not None and args.price_out is not None:
         return args.price_in, args.price_out
-    if args.base_url and "api.openai.com" not in args.base_url:
-        return None  # another provider's price for a model of that name is its own
-    return next((prices for name, prices in PRICES.items() if args.judge.startswith(name)), None)
+    server = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    return PRICES.get(args.judge) if "//api.openai.com/" in server else None  # another provider has its own prices
 
 
 def ask_server(client, request: dict) -> dict:
@@ -888,10 +904,10 @@ def catch_interrupt() -> Iterator[threading.Event]:
 
 class Budget:
     """--max_usd: no call is made that could carry the results folder's total past the cap, those in flight counted at
-    the most they can cost."""
+    the most they can cost with every try that the client may make."""
 
-    def __init__(self, judge: Judge, cap: float | None, spent: float):
-        self.judge, self.cap, self.spent, self.reserved = judge, cap, spent, 0.0
+    def __init__(self, judge: Judge, cap: float | None, spent: float, tries: int = 1):
+        self.judge, self.cap, self.spent, self.tries, self.reserved = judge, cap, spent, tries, 0.0
 
     def most(self, request: dict) -> float:
         """An upper bound: a token is at least a byte, and the answer no longer than allowed."""
@@ -902,17 +918,23 @@ class Budget:
         return self.judge.cost(prompt, max(limit or 0 for limit in limits) or MAX_TOKENS)
 
     def allows(self, request: dict) -> bool:
-        return self.cap is None or self.spent + self.reserved + self.most(request) <= self.cap
+        return self.cap is None or self.spent + self.reserved + self.tries * self.most(request) <= self.cap
 
     def begin(self, request: dict) -> None:
-        self.reserved += self.most(request)
+        self.reserved += self.tries * self.most(request)
 
-    def end(self, request: dict, reply: dict) -> None:
-        """Books what the reply cost; one that was refused cost nothing, one that got lost may have cost the most."""
-        self.reserved -= self.most(request)
-        lost = reply["status"] in ("timeout", "connection", "not_openai")
-        cost = reply.get("cost_usd")
-        self.spent += cost if cost is not None else self.most(request) if lost else 0.0
+    def cost(self, request: dict, reply: dict) -> float | None:
+        """What the reply is booked at: by its counts; at the most it can have cost where it has none or got lost on the
+        way; nothing where the server refused it. None without a price."""
+        if self.judge.prices is None:
+            return None
+        refused = re.fullmatch(r"http_4\d\d", reply["status"])
+        counted = self.judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
+        return counted if counted is not None else 0.0 if refused else self.most(request)
+
+    def end(self, request: dict, cost: float | None) -> None:
+        self.reserved -= self.tries * self.most(request)
+        self.spent += cost or 0.0
 
 
 class Calls:
@@ -938,9 +960,15 @@ class Calls:
             except UserError as error:
                 reply, self.fatal = None, str(error)
             except BaseException as error:
-                self.fatal = f"unexpected {type(error).__name__}"
+                self.stop(f"unexpected {type(error).__name__}")
                 raise
             self.keep(*entry, reply)
+
+    def stop(self, why: str) -> None:
+        """No further call; whoever waits is woken."""
+        with self.lock:
+            self.fatal = self.fatal or why
+            self.lock.notify_all()
 
     def take(self) -> tuple[str, dict] | None:
         """The next request, when rate and budget allow it; None if there is nothing more to do."""
@@ -957,7 +985,7 @@ class Calls:
                     self.next_call = max(now, self.next_call) + self.pause
                     return key, request
                 elif self.in_flight:
-                    self.lock.wait()  # for one that may have cost less than it could
+                    self.lock.wait(LOOK_EVERY_S)  # for one that may have cost less than it could
                 else:
                     self.fatal = (f"--max_usd {self.budget.cap}: {self.budget.spent:.4f} dollars spent, and the next "
                                   f"call could pass the cap; {len(self.queue)} requests wait, raise it")  # fmt: skip
@@ -966,11 +994,15 @@ class Calls:
 
     def keep(self, key: str, request: dict, reply: dict | None) -> None:
         """Book a reply; None is one that the server refused for good."""
+        cost = None if reply is None else self.budget.cost(request, reply)
         with self.lock:
             self.in_flight -= 1
+            self.budget.end(request, cost)
             if reply is not None:
-                reply["cost_usd"] = self.judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
-                save_reply(self.store, key, request, reply, self.judge.params_b)
+                try:
+                    save_reply(self.store, key, request, reply | {"cost_usd": cost}, self.judge.params_b)
+                except sqlite3.Error as error:
+                    self.fatal = f"judgements.sqlite cannot be written ({error}); make room and run the command again"
                 self.failures.update([reply["status"]] if reply["status"] != "ok" else [])
                 self.lost = self.lost + 1 if reply["status"] == "connection" else 0
                 if self.lost >= GIVE_UP_AFTER:
@@ -979,7 +1011,6 @@ class Calls:
                 self.bar.update()
                 spent = {"usd": f"{self.budget.spent:.2f}"} if self.judge.prices else {}
                 self.bar.set_postfix(spent | self.failures, refresh=False)
-            self.budget.end(request, reply or {"status": "refused"})
             self.lock.notify_all()
 
 
@@ -997,14 +1028,18 @@ def judge_pending(
     with ThreadPoolExecutor(judge.concurrency) as pool, tqdm(total=len(pending), unit="judgement", disable=None) as bar:
         calls = Calls(judge, pending, store, interrupted, budget, rpm, bar)
         workers = [pool.submit(calls.work) for _ in range(min(judge.concurrency, len(pending)))]
-        while wait(workers, timeout=LOOK_EVERY_S).not_done:
-            with calls.lock:
-                if time.monotonic() - synced_at > SYNC_EVERY_S:
-                    store.execute("PRAGMA wal_checkpoint(PASSIVE)")
-                    synced_at = time.monotonic()
-                if time.monotonic() - saved_at > SAVE_EVERY_S:
-                    save()
-                    saved_at = time.monotonic()
+        try:
+            while wait(workers, timeout=LOOK_EVERY_S).not_done:
+                with calls.lock:
+                    if time.monotonic() - synced_at > SYNC_EVERY_S:
+                        store.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                        synced_at = time.monotonic()
+                    if time.monotonic() - saved_at > SAVE_EVERY_S:
+                        save()
+                        saved_at = time.monotonic()
+        except BaseException as error:  # or the workers would go on asking until all is paid
+            calls.stop(f"unexpected {type(error).__name__}")
+            raise
         for worker in workers:
             worker.result()
     return calls.fatal
@@ -1079,7 +1114,8 @@ def import_results(path: Path, store: sqlite3.Connection, items: list[dict], jud
 
 
 def announce(judge: Judge, bench: dict, runs: dict[Path, dict], items: list[dict], pending: dict) -> None:
-    print(f"judge {judge.name}, prompts {bench['label']}" + smoke_note(judge))
+    sent = "" if judge.local else f", asked with {json.dumps(judge.parameters)}"
+    print(f"judge {judge.name}, prompts {bench['label']}{sent}" + smoke_note(judge))
     total = len(bench["questions"])
     for run, answers in runs.items():
         answered = len({question_id for question_id, _ in answers})
@@ -1275,6 +1311,9 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{key} {getattr(args, key)}: must be 0 or more")
     if args.rpm == 0:
         raise UserError("--rpm 0: must be above 0")
+    sent = args.parameters or {"max_tokens": 1}
+    if args.max_usd is not None and (not sent.keys() & {"max_tokens", "max_completion_tokens"} or "n" in sent):
+        raise UserError("--max_usd: --parameters must limit the tokens of a call (max_tokens) and ask for one answer")
     if args.max_usd is not None and prices_of(args) is None:
         raise UserError(f"--max_usd: no price of {args.judge} is known; give --price_in and --price_out")
     if args.requests and not args.dry_run:
@@ -1287,7 +1326,8 @@ def plan(judge: Judge, runs: dict, bench: dict, store, args: argparse.Namespace)
     """All items and the requests still to be made, after a probe if there are any: it settles the parameters."""
     items = make_items(runs, bench, judge, args)
     pending = find_pending(store, items, args.retry_failed)
-    if pending and judge.probe and not args.dry_run and not args.import_results:
+    sends = not args.dry_run and not args.import_results
+    if pending and judge.probe and sends and (args.max_usd is None or spent_usd(store) < args.max_usd):
         accepted = judge.probe(judge.parameters)
         if accepted != judge.parameters:
             judge.parameters = accepted
@@ -1301,25 +1341,30 @@ def main(argv: list[str] | None = None) -> int:
     bench = read_bench(args.mt_bench, args.grading, args.refs)
     runs = read_runs(args.results, bench, args.allow_incomplete)
     results_dir = next(iter(runs)).resolve().parent
+    with locked(results_dir, ".judge.lock", "is being judged"):  # two would pay for the same judgements
+        return judge_all(args, bench, runs, results_dir)
+
+
+def judge_all(args: argparse.Namespace, bench: dict, runs: dict[Path, dict], results_dir: Path) -> int:
     store = open_store(results_dir / "judgements.sqlite")
     judge = open_local_judge(args) if args.judge.startswith("hf:") else open_server_judge(args, store)
     items, pending = plan(judge, runs, bench, store, args)
-    note_items(store, items)
     announce(judge, bench, runs, items, pending)
     if pending and not judge.local:
         print(estimate(store, judge, pending))
     if args.dry_run:
         if args.requests:
             write_jsonl(args.requests, batch_lines(items, pending))
-            print(f"written: {args.requests}, {len(pending)} requests with {json.dumps(judge.parameters)}")
+            print(f"written: {args.requests}, {len(pending)} requests")
         return 0
+    note_items(store, items)
 
     fatal, save = None, functools.partial(write_csvs, store, runs)
     with catch_interrupt() as interrupted:
         if args.import_results:
             import_results(args.import_results, store, items, judge)
         elif pending:
-            budget = Budget(judge, args.max_usd, spent_usd(store))
+            budget = Budget(judge, args.max_usd, spent_usd(store), args.max_retries + 1)
             fatal = judge_pending(judge, pending, store, save, interrupted, budget, args.rpm)
         save()
     results, total = find_results(store, items), spent_usd(store)

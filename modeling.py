@@ -194,7 +194,8 @@ def add_lora(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # AdamW's steps at lr 1e-5 vanish in bf16 weights
-    config.target_modules = sorted(config.target_modules)  # a set, which would be written in any order
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set, which would be written in any order
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             module.forward = MethodType(lora_forward, module)
@@ -257,7 +258,8 @@ def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
         matrices = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     if matrices[0] is not None:
         a, b = (matrix.to(x.dtype) for matrix in matrices)
-        low = F.linear(layer.lora_dropout["default"](rows), a) * layer.scaling["default"]
+        inputs = rows if layer._disable_adapters else layer.lora_dropout["default"](rows)  # the reference has none
+        low = F.linear(inputs, a) * layer.scaling["default"]
         if torch.compiler.is_compiling():  # joined to what follows; in fp32 it is not taken for an addmm, which copies
             output = (output.float() + F.linear(low, b).float()).to(output.dtype)
         else:  # in place where the base's output is a product's own and not a view of something that backward needs

@@ -80,6 +80,10 @@ run() {
   if [ "$code" -ne 0 ]; then failed+=("$name (exit code $code)"); fi
 }
 
+# torchrun passes SIGUSR1 on to its ranks only if told so, and gives them thirty seconds by default: less than a large
+# micro-batch and a checkpoint may take.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-300}
 launcher=("$PYTHON")
 if [ "$NPROC" -gt 1 ]; then launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC"); fi
 

@@ -22,18 +22,18 @@ import shlex
 import shutil
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import check_loss
 from chat import TokenPair, load_tokenizer, tokenize_pairs
-from checkpoint import Checkpoints, Progress, Stop, Stopped, best_folder, run_lock, saving, status_of
+from checkpoint import Checkpoints, Progress, Stop, Stopped, best_folder, run_lock, saving, status_of, sync
 from files import (
     BASE_RUN,
     UserError,
@@ -366,6 +366,8 @@ def check_args(args: argparse.Namespace, world: int) -> None:
     for key in ("weight_decay", "warmup_ratio", "lora_dropout"):
         if not 0 <= getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be in [0, 1)")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.max_steps < 0:
         raise UserError(f"--max_steps {args.max_steps}: must be 0 (epochs decide) or more")
     if args.max_length < 16:
@@ -639,6 +641,7 @@ def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Rank
         for leftover in (temporary, folder):  # of a step that is being done again
             shutil.rmtree(leftover, ignore_errors=True)
         policy.model.save_pretrained(temporary / "adapter", state_dict=state, save_embedding_layers=False)
+        sync(temporary / "adapter" / "adapter_model.safetensors")
         write_jsonl(temporary / "val_pairs.jsonl", rows)
         temporary.rename(folder)
 
@@ -651,6 +654,7 @@ def publish(run: Path, best: Path | None, summary: dict) -> None:
             for leftover in (temporary, adapter):
                 shutil.rmtree(leftover, ignore_errors=True)
             shutil.copytree(best / "adapter", temporary)
+            sync(temporary / "adapter_model.safetensors")
             temporary.rename(adapter)
             before = [row for _, row in read_jsonl(run / "val_pairs.jsonl") if row["step"] == 0]
             write_jsonl(run / "val_pairs.jsonl", before + [row for _, row in read_jsonl(best / "val_pairs.jsonl")])
@@ -744,7 +748,7 @@ def take_init_adapter(args: argparse.Namespace) -> None:
     if args.init_adapter is None:
         return
     config, defaults = lora_config(args.init_adapter), build_parser()
-    own = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_targets": targets_text(config.target_modules)}
+    own = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_targets": targets_text(args.init_adapter)}
     for key, value in own.items():
         if getattr(args, key) not in (value, defaults.get_default(key)):
             raise UserError(f"--{key} {getattr(args, key)}: the adapter in --init_adapter has {value}; leave it out")
@@ -752,12 +756,14 @@ def take_init_adapter(args: argparse.Namespace) -> None:
     args.init_adapter_sha256 = sha256_file(args.init_adapter / "adapter_model.safetensors")
 
 
-def targets_text(targets: str | list[str]) -> str:
-    """An adapter's target modules as --lora_targets would have them: by their last names, if it is all of each."""
-    if isinstance(targets, str):
-        return targets
-    last = Counter(name.rpartition(".")[2] for name in targets)
-    return ",".join(sorted(last if len(set(last.values())) == 1 else targets))
+def targets_text(adapter: Path) -> str:
+    """The modules that the LoRA weights in `adapter` belong to, as --lora_targets would have them: by last names."""
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            layers = [key.partition(".lora_")[0] for key in list(file.keys())]
+    except SafetensorError as error:
+        raise UserError(f"{adapter}: adapter_model.safetensors cannot be read ({error})") from None
+    return ",".join(sorted({layer.rpartition(".")[2] for layer in layers}))
 
 
 def check_same_run(folder: Path, record: dict) -> None:
@@ -1028,7 +1034,10 @@ def keep_evaluation(study: Study, val: Split, folder: Path, checkpoints: Checkpo
         ranks.print("  " + "  ".join(f"{k} {final[k]:.4f}" for k in ("eval/loss", "eval/acc_ref", "eval/margin/rho")))
         if progress.best_acc_ref is None or accuracy > progress.best_acc_ref:
             progress.best_acc_ref, progress.best_step = accuracy, progress.step
-            save_best(study.policy, rows, best_folder(checkpoints.folder, progress.step), ranks)
+            best = best_folder(checkpoints.folder, progress.step)
+            save_best(study.policy, rows, best, ranks)
+            if ranks.main:
+                progress.best_sha256 = sha256_file(best / "adapter" / "adapter_model.safetensors")
     progress.final, progress.evaluated = final, progress.step
 
 

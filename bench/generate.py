@@ -108,7 +108,7 @@ def with_engine(model, tokenizer, questions: list[dict], adapters: list[Path], f
     ends = end_token_ids(tokenizer, model.generation_config)
     engine = Engine(model, {run.run_id: run.adapter for run in runs}, args.rows, length, ends)
     author = gen_mtbench.Author(engine, tokenizer, store, given, length - args.max_new_tokens)
-    items, counted = gen_mtbench.missing_items(store, 1), 0
+    items, counted = gen_mtbench.all_items(store, 1), 0
 
     def count(request):
         nonlocal counted

@@ -16,7 +16,7 @@ from doubles import HANG_UP, Server, completion, load_fastchat
 
 import judge
 import prep_data
-from files import UserError, read_judgements, sha256_json
+from files import UserError, locked, read_judgements, sha256_json
 
 KEY = "sk-test-0123456789"
 PROMPTS = [
@@ -678,6 +678,8 @@ def test_the_cap_is_never_passed(workplace, server, trial):
         "32",
         "--max_tokens",
         "2048",
+        "--max_retries",
+        "0",
     )
     try:
         run_judge(workplace, server, *more)
@@ -690,6 +692,79 @@ def test_the_cap_is_never_passed(workplace, server, trial):
     except UserError as error:
         assert "could pass the cap" in str(error)
     assert spent <= sum(billed) <= cap
+
+
+def test_a_reply_without_counts_is_booked_at_the_most_it_can_have_cost(workplace, server):
+    status, reply = completion("[[7]]")
+    server.answer = lambda body: (status, {k: v for k, v in reply.items() if k != "usage"})
+    more = ("--price_in", "1", "--price_out", "10", "--max_retries", "0", "--max_usd", "0.05", "--concurrency", "1")
+    with pytest.raises(UserError, match="could pass the cap; 4 requests wait"):
+        run_judge(workplace, server, *more)
+    assert all(0.02 < row["cost_usd"] < 0.03 for row in rows_of(workplace)) and len(rows_of(workplace)) == 2
+    with pytest.raises(UserError, match="could pass the cap; 4 requests wait"):
+        run_judge(workplace, server, *more)  # what is lost is remembered
+
+
+def test_a_cap_wants_calls_of_limited_length(workplace, server):
+    with pytest.raises(UserError, match="must limit the tokens of a call"):
+        run_judge(workplace, server, *PRICED, "--max_usd", "1", "--parameters", '{"temperature": 0}')
+
+
+def test_prices_are_of_exact_names_and_of_openai_alone(monkeypatch):
+    def prices(*more):
+        return judge.prices_of(judge.parse_args(["results", *more]))
+
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    assert prices("--judge", "gpt-4o") == (2.5, 10)
+    assert prices("--judge", "gpt-5-pro") is None and prices("--judge", "gpt-4o-2024-05-13") is None
+    assert prices("--judge", "gpt-4o", "--base_url", "http://localhost:8000/v1") is None
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
+    assert prices("--judge", "gpt-4o") is None
+
+
+def test_a_dry_run_leaves_the_books_alone(workplace, server):
+    run_judge(workplace, server)
+    assert run_judge(workplace, server, "--dry_run", "--max_tokens", "1024") == 0
+    assert run_judge(workplace, server, model="other-8b") == 0
+    assert Counter(row["judge"] for row in rows_of(workplace)) == {"big-70b": 6, "other-8b": 6}
+
+
+def test_parameters_of_an_experiment_are_not_inherited(workplace, server, capsys):
+    run_judge(workplace, server, "--parameters", '{"temperature": 1, "top_p": 0.5, "max_tokens": 100}')
+    assert {body["temperature"] for body in server.requests} == {1}
+    assert run_judge(workplace, server) == 0
+    assert {(body["temperature"], body["max_tokens"]) for body in server.requests[-6:]} == {(0, 2048)}
+    assert 'asked with {"temperature": 0, "max_tokens": 2048}' in capsys.readouterr().out
+
+
+def test_two_judges_at_a_time_are_refused(workplace, server):
+    held = locked(workplace / "results", ".judge.lock", "is being judged")
+    with held, pytest.raises(UserError, match="is being judged by process"):
+        run_judge(workplace, server)
+    assert server.requests == []
+
+
+def test_a_store_that_cannot_be_written_stops_the_run(workplace, server, monkeypatch):
+    """With workers waiting for budget meanwhile: nobody waits for ever."""
+
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(judge, "save_reply", full)
+    more = ("--price_in", "1", "--price_out", "10", "--max_retries", "0", "--max_usd", "0.03", "--concurrency", "4")
+    with pytest.raises(UserError, match="cannot be written.*disk is full"):
+        run_judge(workplace, server, *more)
+
+
+def test_answers_of_an_older_adapter_are_refused(workplace, server):
+    run = make_run(workplace, "dpo", OTHER)
+    path = run / "mt_bench/answers.jsonl"
+    rows = [json.loads(line) | {"adapter_sha256": "0" * 64} for line in path.read_text().splitlines()]
+    write_lines(path, rows)
+    (run / "adapter").mkdir()
+    (run / "adapter/adapter_model.safetensors").write_bytes(b"retrained")
+    with pytest.raises(UserError, match="run dpo: its answers are of an older adapter"):
+        run_judge(workplace, server)
 
 
 def test_a_cap_needs_a_price(workplace, server):

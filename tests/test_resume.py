@@ -21,6 +21,8 @@ import checkpoint
 import train_pref
 from chat import load_tokenizer, tokenize_pairs
 from files import UserError, read_pairs
+from modeling import ResponseLogps, adapter_off, add_lora, load_base
+from packing import Packing, make_batch
 
 TIMES = {"tok_per_s", "peak_gib", "wall_s", "save_s"}  # what two equal runs may differ in
 
@@ -123,11 +125,11 @@ def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss)
     assert_same(cut / "run", whole / "run")
 
 
-def test_before_the_first_step_a_signal_ends_the_process_at_once(arguments, tmp_path, monkeypatch, capsys):
+def test_before_the_first_step_a_signal_ends_the_process_at_once(arguments, tmp_path, monkeypatch, capfd):
     signal_at(monkeypatch, 1, signal.SIGTERM, "tokenise")
     with pytest.raises(SystemExit) as stopped:
         train_pref.main(arguments(tmp_path))
-    assert stopped.value.code == 75 and "nothing to save" in capsys.readouterr().out
+    assert stopped.value.code == 75 and "nothing to save" in capfd.readouterr().err
 
 
 def test_handlers_are_put_back(undisturbed):
@@ -285,8 +287,9 @@ def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
         (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "damaged (its checksum is wrong)"),
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: shutil.rmtree(path.parent / "best-000004"), "damaged (best-000004 is missing)"),
+        (lambda path: spoil(path.parent / "best-000004"), "damaged (the adapter in best-000004 is not what was saved"),
     ],
-    ids=["truncated", "one byte", "empty", "best adapter lost"],
+    ids=["truncated", "one byte", "empty", "best adapter lost", "best adapter damaged"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     undisturbed, arguments, tmp_path, monkeypatch, capsys, damage, said
@@ -305,9 +308,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert_same(tmp_path / "run", undisturbed)
 
 
+def spoil(best) -> None:
+    weights = best / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+
+
 def rewrite(path, **changes) -> None:
     """A whole checkpoint with other progress."""
     tensors, progress = load_file(path), checkpoint.progress_in(path)
+    weights = path.parent / "best-000004" / "adapter" / "adapter_model.safetensors"
+    changes["best_sha256"] = checkpoint.sha256_file(weights)
     text = json.dumps(checkpoint.asdict(progress) | changes)
     save_file(tensors, path, metadata={"progress": text, "sha256": checkpoint.digest(tensors, text)})
 
@@ -428,6 +438,15 @@ def test_the_second_process_on_a_run_is_refused(arguments, tmp_path):
     assert train_pref.main(arguments(tmp_path, "--max_steps", "1")) == 0
 
 
+def test_status_of_a_run_that_diverged_at_once(undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    summary |= {"status": "diverged", "best_acc_ref": None, "best_step": None}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert train_pref.main(["--status", str(tmp_path)]) == 0
+    assert "diverged after 8 steps; no adapter" in capsys.readouterr().out
+
+
 def test_status_says_how_to_go_on(undisturbed, stopped, tmp_path, capsys):
     shutil.copytree(undisturbed, tmp_path / "whole")
     shutil.copytree(stopped / "run", tmp_path / "half")
@@ -462,6 +481,18 @@ def from_adapter(tiny_model, own_pairs, results, adapter, *more) -> list[str]:
     given = train_args(tiny_model, own_pairs, results, "--run_id", "run", "--init_adapter", adapter, *more)
     place = given.index("--lora_r")
     return [str(a) for a in (*given[:place], *given[place + 2 :])]
+
+
+def test_the_reference_has_no_dropout(tiny_model, pairs_folder, sft):
+    """A live reference runs inside a training step, where the policy's dropout is on."""
+    base = load_base(str(tiny_model), torch.float32, "none", torch.device("cpu"))
+    policy = ResponseLogps(add_lora(base, 0, 0, 0.5, "", 1, sft).train())
+    pairs = tokenize_pairs(load_tokenizer(str(tiny_model)), read_pairs(pairs_folder / "val.jsonl"), 512)[:2]
+    batch = make_batch(pairs, Packing(2), torch.device("cpu"))
+    with torch.no_grad():
+        assert not torch.equal(policy(batch)[0], policy(batch)[0])
+        with adapter_off(policy):
+            assert torch.equal(policy(batch)[0], policy(batch)[0])
 
 
 @pytest.mark.parametrize("kl", ["k2", "full_sym"])
