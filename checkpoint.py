@@ -244,7 +244,9 @@ class Stop:
         self.ranks, self.signal, self.deferred = ranks, 0, False
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+        # A job in the background of a script ignores Ctrl-C, which is meant for others there.
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def __exit__(self, *_):

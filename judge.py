@@ -100,6 +100,7 @@ BATCH_DISCOUNT = 0.5  # what a batch endpoint charges of the price
 CHARS_A_TOKEN, COMPLETION_TOKENS = 4.0, 250  # guesses until this judge has answered
 ENOUGH_TO_LEARN = 20  # judgements that replace the guesses
 PROBE = [{"role": "user", "content": "Reply with the single word OK."}]
+MOST_EMPTY = 0.1  # share of a run's answers that may have an empty turn
 GIVE_UP_AFTER = 10  # calls in a row without a connection: the server is gone
 LOOK_EVERY_S = 0.5  # how often the waiting main thread looks up
 SYNC_EVERY_S = 5.0  # how often the store is synced to the disk
@@ -287,8 +288,8 @@ def check_adapter(run: Path, answers: dict) -> None:
 
 
 def check_complete(runs: dict[Path, dict]) -> None:
-    """Raise UserError if a run lacks a question that another has answered, or has an empty answer: scores of different
-    questions do not compare, and an empty answer costs as much to judge as any."""
+    """Raise UserError if a run lacks a question that another has answered, or has many empty answers: scores of
+    different questions do not compare, and a run that often says nothing is broken more likely than judged."""
     every = set().union(*runs.values())
     for run, answers in runs.items():
         name = run.resolve().name
@@ -298,9 +299,9 @@ def check_complete(runs: dict[Path, dict]) -> None:
                 f"{missing[0][0]} first); run gen_mtbench.py again, or judge what is there with --allow_incomplete"
             )
         empty = [key[0] for key, row in answers.items() if not all(turn.strip() for turn in row["turns"])]
-        if empty:
+        if len(empty) > MOST_EMPTY * len(answers):
             raise UserError(
-                f"run {name}: the answers to {len(empty)} questions have an empty turn (question {empty[0]} first); "
+                f"run {name}: {len(empty)} of {len(answers)} answers have an empty turn (question {empty[0]} first); "
                 "judge them as they are with --allow_incomplete"
             )
 
@@ -1246,7 +1247,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="judgements of every answer, for retest reliability")
     parser.add_argument("--judge_seed", type=int, help="seed sent to the server (plus the number of the repeat)")
     parser.add_argument("--allow_incomplete", action="store_true",
-                        help="judge runs that lack questions others have answered, and empty answers")  # fmt: skip
+                        help="judge runs that lack questions others have answered, or often say nothing")  # fmt: skip
     parser.add_argument("--mt_bench", type=Path, default=Path("data/mt_bench"),
                         help="folder of questions, references and judge prompts (default data/mt_bench)")  # fmt: skip
     parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS,

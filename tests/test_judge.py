@@ -829,7 +829,7 @@ def test_calls_a_minute(workplace, server):
     ("answers", "said"),
     [
         ({81: ["a", "b"], 111: ["a", "b"]}, "run dpo: 1 of 3 answers are missing that other runs have"),
-        ({81: ["a", "b"], 111: ["a", ""], 121: ["a", "b"]}, "run dpo: the answers to 1 questions have an empty turn"),
+        ({81: ["a", "b"], 111: ["a", ""], 121: ["a", "b"]}, "run dpo: 1 of 3 answers have an empty turn"),
     ],
 )
 def test_incomplete_answers_are_refused_before_anything_is_paid(workplace, server, answers, said):

@@ -27,6 +27,14 @@ from packing import Packing, make_batch
 TIMES = {"tok_per_s", "peak_gib", "wall_s", "save_s"}  # what two equal runs may differ in
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Started in the background of a script, tests would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def arguments(tiny_model, pairs_folder):
     """Eight steps of 8 pairs, the fourth and the last of them ragged (6 pairs), three micro-batches each."""
@@ -132,9 +140,11 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once(arguments, tmp_
     assert stopped.value.code == 75 and "nothing to save" in capfd.readouterr().err
 
 
-def test_handlers_are_put_back(undisturbed):
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+def test_handlers_are_put_back_and_what_is_ignored_stays_ignored(arguments, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [signal.getsignal(number) for number in checkpoint.Stop.SIGNALS]
+    assert stop_at(monkeypatch, arguments(tmp_path, "--max_steps", "2"), 6, signal.SIGINT) == 0
+    assert [signal.getsignal(number) for number in checkpoint.Stop.SIGNALS] == before
 
 
 # ---- killed -------------------------------------------------------------------------------------
