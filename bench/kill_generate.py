@@ -42,7 +42,6 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         whole, cut, log = (Path(temporary) / name for name in ("whole", "cut", "log"))
         make_adapters(args.model, args.adapters, 16, whole)
-        shutil.copytree(whole, cut)
 
         def command(results: Path) -> list[str]:
             return [sys.executable, str(ROOT / "gen_mtbench.py"), str(results), "--mt_bench", args.mt_bench, "--dtype",
@@ -53,14 +52,21 @@ def main() -> int:
         said = run_until(command(whole), log)
         seconds = time.monotonic() - begun
         print(f"undisturbed: {said}, {seconds:.0f} s", flush=True)
-        for number in range(args.kills):
-            said = run_until(command(cut), log, seconds=dice.uniform(0, seconds))
-            turns = sum(path.read_bytes().count(b"\n") for path in cut.glob("*/mt_bench/turns.*.jsonl"))
-            print(f"{number + 1}: {said}; {turns} turns on disk", flush=True)
-        print(f"to the end: {run_until(command(cut), log)}")
-        one, two = answers_of(whole), answers_of(cut)
-        same = one == two and len(one) == args.adapters * args.questions
-        print(f"{len(two)} of {args.adapters * args.questions} questions answered once each; equal: {one == two}")
+        one, kills, ended, same = answers_of(whole), 0, 0, True
+        while kills < args.kills or said.startswith("killed"):  # what has ended makes room for another start
+            results = cut / str(ended)
+            if not results.exists():
+                shutil.copytree(whole, results, ignore=shutil.ignore_patterns("mt_bench"))
+            said = run_until(command(results), log, seconds=dice.uniform(0, seconds) if kills < args.kills else None)
+            if said.startswith("killed"):
+                kills += 1
+                turns = sum(path.read_bytes().count(b"\n") for path in results.glob("*/mt_bench/turns.*.jsonl"))
+                print(f"kill {kills}: {said}; {turns} turns on disk", flush=True)
+            else:
+                ended += 1
+                two = answers_of(results)
+                print(f"ended: {said}; {len(two)} of {len(one)} questions answered once each; equal: {one == two}")
+                same = same and one == two and len(one) == args.adapters * args.questions
     return 0 if same else 1
 
 
