@@ -633,13 +633,14 @@ def ask_server_all(args: argparse.Namespace, client, base: dict, store: Store, i
     """Answer `items` through an OpenAI-compatible server. Raises UserError for what no later request will cure."""
     names = {run.run_id: run.run_id if run.adapter else args.served_base or base["model"] for run in store.runs}
     check_served(client, set(names.values()))
-    begun, tokens, stop = time.monotonic(), Counter(), threading.Event()
+    begun, tokens, stop, refused = time.monotonic(), Counter(), threading.Event(), set()
 
     def answer(item: Item) -> None:
         while not stop.is_set() and (turn := len(answers := store.texts(*item))) < len(item.question["turns"]):
             name = names[item.run.run_id]
             choice, used = ask_server(
                 client,
+                refused,
                 model=name,
                 messages=conversation_of(item, answers),
                 temperature=item.question["temperature"],
@@ -663,17 +664,24 @@ def ask_server_all(args: argparse.Namespace, client, base: dict, store: Store, i
             raise
 
 
-def ask_server(client, **request) -> tuple:
-    """One answer: the reply's choice and its number of tokens. The client has retried what is worth retrying."""
+def ask_server(client, refused: set[str], **request) -> tuple:
+    """One answer: the reply's choice and its number of tokens. The client has retried what is worth retrying. A `seed`
+    that the server does not take is left out from then on (`refused`), and that is said."""
     import openai
 
     try:
-        reply = client.chat.completions.create(**request)
+        reply = client.chat.completions.create(**{k: value for k, value in request.items() if k not in refused})
         return reply.choices[0], reply.usage.completion_tokens if reply.usage else 0
-    except (openai.APIConnectionError, openai.APIStatusError) as error:
+    except openai.APIStatusError as error:
+        if error.status_code in (400, 422) and "seed" in error.message and "seed" in request.keys() - refused:
+            print(f"{server_of(client)} takes no seed: sampled answers will differ in another start", flush=True)
+            refused.add("seed")
+            return ask_server(client, refused, **request)
         hint = "; is its context long enough for the conversation and --max_new_tokens?"
-        is_400 = getattr(error, "status_code", None) == 400
-        raise UserError(explain(client, "model", request["model"], error) + (hint if is_400 else "")) from None
+        too_long = hint if error.status_code == 400 else ""
+        raise UserError(explain(client, "model", request["model"], error) + too_long) from None
+    except openai.APIConnectionError as error:
+        raise UserError(explain(client, "model", request["model"], error)) from None
     except (AttributeError, IndexError, TypeError):
         raise UserError(f"{server_of(client)} is no OpenAI-compatible server; does --base_url lack its /v1?") from None
 
@@ -683,9 +691,11 @@ def check_served(client, names: set[str]) -> None:
     import openai
 
     try:
-        served = {model.id for model in client.models.list().data}
-    except (openai.APIConnectionError, openai.APIStatusError) as error:
+        served = {model.id for model in client.with_options(max_retries=1).models.list().data or []}
+    except openai.APIConnectionError as error:
         raise UserError(explain(client, "--base_url", str(client.base_url), error)) from None
+    except (openai.APIStatusError, AttributeError):
+        return  # no list there; the first answer will say what is wrong
     if served and (missing := sorted(names - served)):
         raise UserError(
             f"{server_of(client)} does not serve {missing[0]} ({len(missing)} of {len(names)} are missing); it serves "

@@ -27,7 +27,7 @@ asked() { grep -c 'POST /v1/chat/completions' "$out/serve.log" || true; }
 
 echo "== answers"
 "$python" gen_mtbench.py "$out/results" --base --model "$model" --served_base "$model" --base_url "$url" \
-  --mt_bench "$questions" --max_new_tokens "${ANSWER_TOKENS:-16}" --concurrency 8 2> /dev/null | tail -n 5
+  --mt_bench "$questions" --max_new_tokens "${ANSWER_TOKENS:-16}" --concurrency 8 2> "$out/answers.err" | tail -n 6
 echo "completions asked for: $(asked)"
 
 before=$(asked)

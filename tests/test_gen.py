@@ -498,6 +498,12 @@ def test_answers_through_a_server(results, bench, tmp_path, server, monkeypatch)
     assert row["choices"][0]["truncated"] == [True, True] and row["settings"]["server"].startswith("http://127.0.0.1")
     answer(tmp_path, bench, "--base_url", server.url, "--base", "--served_base", "base-7b", "--num_questions", "8")
     assert len(server.requests) == 2 * 8 * 2
+    (tmp_path / "dpo" / "mt_bench" / "answers.jsonl").unlink()
+    server.answer = lambda body: (
+        (422, {"error": {"message": "Unexpected: seed"}}) if "seed" in body else completion("A")
+    )
+    answer(tmp_path, bench, "--base_url", server.url, "--num_questions", "8", "--concurrency", "1")
+    assert turns_of(tmp_path, "dpo")[81] == ["A", "A"] and "seed" not in server.requests[-1]
     server.models = ["other"]
     with pytest.raises(UserError, match="does not serve dpo"):
         answer(tmp_path, bench, "--base_url", server.url)
