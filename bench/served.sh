@@ -32,7 +32,7 @@ echo "completions asked for: $(asked)"
 
 before=$(asked)
 judge=("$python" judge.py "$out/results" --judge "$model" --base_url "$url" --mt_bench "$questions" --allow_incomplete
-  --max_tokens "${JUDGE_TOKENS:-8}" --concurrency 4)
+  --max_tokens "${JUDGE_TOKENS:-8}" --concurrency "${CONCURRENCY:-4}")
 echo "== judgements, killed three times"
 for seconds in ${KILL_AFTER:-25 20 30}; do
   "${judge[@]}" > "$out/judge.log" 2>&1 &
