@@ -119,7 +119,7 @@ class Checkpoints:
 
     def restore(self) -> Progress | None:
         """Load the newest checkpoint that is whole into parameters and optimisers, on all ranks; None if there is
-        none. A damaged one is named and removed."""
+        none. A damaged one is named and put aside."""
         progress, tensors = self.newest() if self.ranks.main else (None, {})
         progress = self.ranks.from_main(progress)
         if progress is None:

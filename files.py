@@ -289,26 +289,30 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 # ---- MT-Bench: questions, references, answers ---------------------------------------------------
 
 
-def read_questions(path: Path) -> list[dict]:
-    """MT-Bench questions: `question_id` int, `category` str, `turns` list of two str. Checked, in file order."""
+def read_questions(path: Path, mt_bench: bool = True) -> list[dict]:
+    """Questions: `question_id` int, `category` str, `turns` list of two str. Checked, in file order.
+
+    mt_bench False: any category or none, any number of turns.
+    """
     questions, seen = [], set()
-    if not path.is_file():
+    if mt_bench and not path.is_file():
         raise UserError(f"{path}: no such file; run python prep_data.py --mt_bench, or give its folder with --mt_bench")
     for number, row in read_jsonl(path):
         place = f"{path}:{number}"
-        if not isinstance(row.get("question_id"), int):
+        if not isinstance(row.get("question_id"), int) or row["question_id"] < 0:
             raise UserError(f"{place}: 'question_id' must be a whole number")
         if row["question_id"] in seen:
             raise UserError(f"{place}: question_id {row['question_id']} appears twice")
-        if row.get("category") not in CATEGORIES:
+        if mt_bench and row.get("category") not in CATEGORIES:
             raise UserError(f"{place}: unknown category {row.get('category')!r}; known: {', '.join(CATEGORIES)}")
         turns = row.get("turns")
-        if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, str) and t.strip() for t in turns):
-            raise UserError(f"{place}: 'turns' must be two non-empty strings")
+        whole = isinstance(turns, list) and turns and all(isinstance(t, str) and t.strip() for t in turns)
+        if not whole or (mt_bench and len(turns) != 2):
+            raise UserError(f"{place}: 'turns' must be {'two' if mt_bench else 'a list of'} non-empty strings")
         seen.add(row["question_id"])
         questions.append(row)
     if not questions:
-        raise UserError(f"{path}: no questions; run prep_data.py --mt_bench")
+        raise UserError(f"{path}: no questions" + ("; run prep_data.py --mt_bench" if mt_bench else ""))
     return questions
 
 

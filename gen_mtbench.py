@@ -228,35 +228,18 @@ def load_bench(args: argparse.Namespace) -> Bench:
         questions = read_questions(path)
     else:
         name, path = check_run_id(args.questions.stem), args.questions
-        questions = read_instructions(path) if path.suffix == ".json" else read_any_questions(path)
+        questions = read_instructions(path) if path.suffix == ".json" else read_questions(path, mt_bench=False)
     for question in questions:
-        given = TEMPERATURES.get(question["category"]) if args.temperature is None else args.temperature
+        given = TEMPERATURES.get(question.get("category")) if args.temperature is None else args.temperature
         if given is None:
             raise UserError(
-                f"{path}: question {question['question_id']} is of category {question['category']!r}, for which "
+                f"{path}: question {question['question_id']} is of category {question.get('category')!r}, for which "
                 "MT-Bench has no temperature; give --temperature"
             )
         question["temperature"] = given
     if args.export and any(len(question["turns"]) > 1 for question in questions):
         raise UserError(f"--export {args.export}: {path} has questions of several turns, which it cannot hold")
     return Bench(name, pick_questions(questions, args.num_questions))
-
-
-def read_any_questions(path: Path) -> list[dict]:
-    """Questions of MT-Bench's JSONL form, with any category or none and any number of turns."""
-    questions: dict[int, dict] = {}
-    for number, row in read_jsonl(path):
-        key, turns = row.get("question_id"), row.get("turns")
-        if not isinstance(key, int) or key < 0:
-            raise UserError(f"{path}:{number}: 'question_id' must be a whole number")
-        if key in questions:
-            raise UserError(f"{path}:{number}: question_id {key} appears twice")
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-            raise UserError(f"{path}:{number}: 'turns' must be a list of non-empty strings")
-        questions[key] = {"question_id": key, "category": row.get("category"), "turns": turns}
-    if not questions:
-        raise UserError(f"{path}: no questions")
-    return list(questions.values())
 
 
 def read_instructions(path: Path) -> list[dict]:
@@ -361,8 +344,9 @@ class Store:
             old = {row["question_id"]: row for row in read_rows(self.folder(run) / "answers.jsonl")}
             rows = []
             for number in sorted(asked):
-                question = self.questions.get(number) or old.get(number)  # an answered one that is not asked now stays
-                row = self.row(run, question, old.get(number)) if number in self.questions else question
+                row = old.get(number)  # of a question that is not asked now: it stays
+                if number in self.questions:
+                    row = self.row(run, self.questions[number], row)
                 rows += [row] if row else []
             table[run.run_id] = [row for row in rows if row["question_id"] in self.questions]
             if rows and rows != list(old.values()):
@@ -392,7 +376,7 @@ class Store:
             "model_id": run.run_id,
             "choices": choices,
             "tstamp": max(self.stamps[key] for key in keys),
-            "category": question["category"],
+            "category": question.get("category"),
             "temperature": question["temperature"],
             "adapter_sha256": run.sha256,
             "question_sha256": question_sha256(question),

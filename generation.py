@@ -6,7 +6,6 @@ stacked: one product with all their A, a mask that leaves each row its own, one 
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +20,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from chat import common_prefix
 from files import UserError
-from modeling import lora_config
+from modeling import LOGITS_CHUNK, capped, lora_config, lora_layers
 
 GREEDY_BELOW = 1e-4  # FastChat takes the most probable token at temperatures below this
 PREFILL_TOKENS = 4096  # prompt tokens that go through the model at once
 STRETCH = 256  # positions
 MOST_ADAPTERS = 8  # in flight: the stacked products grow with their number
-LOGITS_CHUNK = 2**24
 
 
 @dataclass
@@ -232,11 +230,6 @@ class Adapters:
         return self.masks[key]
 
 
-def lora_layers(file) -> list[str]:
-    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key) for key in list(file.keys()))
-    return sorted(match[1] for match in found if match)
-
-
 def check_adapter(name: str, folder: Path, linears: dict[str, nn.Linear]) -> list[str]:
     """Names of the layers that the adapter in `folder` changes. Raises UserError unless it fits this base model."""
     config = lora_config(folder)
@@ -360,9 +353,8 @@ class Engine:
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V) fp32."""
-        logits = self.model.get_output_embeddings()(hidden).float()
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return capped(self.model.get_output_embeddings()(hidden), cap)
 
     def pick(self, logits: Tensor, requests: list[Request]) -> list[int]:
         """The next token of each row: the most probable, or argmax of logits / temperature + Gumbel noise from the

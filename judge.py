@@ -21,6 +21,7 @@ hash of all that determines it: it is paid for once, whatever is interrupted, re
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -61,7 +62,7 @@ from files import (
     write_jsonl,
     write_judgements,
 )
-from server import FATAL_STATUS, clean, complete, explain, is_out_of_credit, open_client, server_of
+from server import FATAL_STATUS, clean, complete, explain, is_out_of_credit, open_client, server_of, writable
 
 NEEDS_REFERENCE = frozenset(("math", "reasoning", "coding"))  # FastChat's NEED_REF_CATS
 QUESTIONS, REFERENCES = {"question_1", "question_2"}, {"ref_answer_1", "ref_answer_2"}
@@ -379,19 +380,16 @@ def make_items(runs: dict[Path, dict], bench: dict, judge: Judge, args: argparse
     """
     items = []
     baseline = answers_of_baseline(runs, args.baseline) if args.grading == "pair" else {}
-    for repeat in range(args.repeats):
-        for question in bench["questions"]:
-            for run, answers in runs.items():
-                for (question_id, choice), row in answers.items():
-                    if question_id == question["question_id"] and run.resolve().name != args.baseline:
-                        for turn in (1, 2):
-                            place = {"model_id": run.resolve().name, "choice": choice, "turn": turn, "repeat": repeat}
-                            if args.grading == "single":
-                                items.append(single_item(place, question, row["turns"], bench, judge))
-                            elif (question_id, choice) in baseline:
-                                other = baseline[question_id, choice]["turns"]
-                                place["baseline"] = args.baseline
-                                items += pair_items(place, question, row["turns"], other, bench, judge)
+    named = [(name, answers) for run, answers in runs.items() if (name := run.resolve().name) != args.baseline]
+    for repeat, question, (name, answers) in itertools.product(range(args.repeats), bench["questions"], named):
+        mine = {choice: row["turns"] for (key, choice), row in answers.items() if key == question["question_id"]}
+        for (choice, turns), turn in itertools.product(mine.items(), (1, 2)):
+            place = {"model_id": name, "choice": choice, "turn": turn, "repeat": repeat}
+            if args.grading == "single":
+                items.append(single_item(place, question, turns, bench, judge))
+            elif other := baseline.get((question["question_id"], choice)):
+                place["baseline"] = args.baseline
+                items += pair_items(place, question, turns, other["turns"], bench, judge)
     return items
 
 
@@ -513,13 +511,8 @@ def find_results(store: sqlite3.Connection, items: list[dict]) -> dict[str, Resu
 def find_pending(store: sqlite3.Connection, items: list[dict], retry_failed: bool) -> dict[str, dict]:
     """Requests still to be made by hash, each once, in the order of `items`: new ones, and if asked for failed ones."""
     results = find_results(store, items)
-    open_ones = ("not judged",) if not retry_failed else None
-    return {
-        item["request_sha256"]: item["request"]
-        for item in items
-        if (status := results.get(item["request_sha256"], Result()).status) != "ok"
-        and (open_ones is None or status in open_ones)
-    }
+    done = {key for key, result in results.items() if result.status == "ok" or not retry_failed}
+    return {item["request_sha256"]: item["request"] for item in items if item["request_sha256"] not in done}
 
 
 def spent_usd(store: sqlite3.Connection) -> float:
@@ -1102,8 +1095,7 @@ def import_results(path: Path, store: sqlite3.Connection, items: list[dict], jud
         elif response["status_code"] != 200:
             reply = {"status": f"http_{response['status_code']}", "judgement": json.dumps(response.get("body"))[:2000]}
         else:
-            keep = lambda text: text.encode("utf-8", "replace").decode()  # noqa: E731
-            reply = read_reply(keep, json.dumps(response.get("body")), item["request"])
+            reply = read_reply(writable, json.dumps(response.get("body")), item["request"])
             full = judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
             reply["cost_usd"] = None if full is None else full * BATCH_DISCOUNT
         save_reply(store, item["request_sha256"], item["request"], reply, judge.params_b)

@@ -5,6 +5,7 @@ Shared because a log-probability must mean the same in training, evaluation and 
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -222,6 +223,12 @@ def lora_config(folder: Path) -> LoraConfig:
         what = kind if kind != "LORA" else odd[0] if odd else f"init_lora_weights {config.init_lora_weights}"
         raise UserError(f"{folder}: plain LoRA adapters only, this one has {what}; merge it into its base")
     return config
+
+
+def lora_layers(file) -> list[str]:
+    """Names of the layers that have a LoRA matrix A in an open adapter_model.safetensors."""
+    found = (re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key) for key in list(file.keys()))
+    return sorted(match[1] for match in found if match)
 
 
 def start_from(model: PeftModel, folder: Path) -> None:

@@ -40,9 +40,14 @@ def stop_retries_without_credit(response) -> None:
 
 
 def clean(client, text: str) -> str:
-    """`text` without the key, should a server echo it, and without lone surrogates, which no file can hold."""
+    """`text` without the key, should a server echo it, and fit to be written."""
     if len(client.api_key) >= 6:  # shorter ones are the "x" or "EMPTY" given to a server without keys
         text = text.replace(client.api_key, "[key]")
+    return writable(text)
+
+
+def writable(text: str) -> str:
+    """`text` without lone surrogates, which no file can hold."""
     return text.encode("utf-8", "replace").decode()
 
 

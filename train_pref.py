@@ -82,6 +82,7 @@ from modeling import (
     load_base,
     local,
     lora_config,
+    lora_layers,
     pick_dtype,
     shard,
     sum_by_row,
@@ -760,7 +761,7 @@ def targets_text(adapter: Path) -> str:
     """The modules that the LoRA weights in `adapter` belong to, as --lora_targets would have them: by last names."""
     try:
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            layers = [key.partition(".lora_")[0] for key in list(file.keys())]
+            layers = lora_layers(file)
     except SafetensorError as error:
         raise UserError(f"{adapter}: adapter_model.safetensors cannot be read ({error})") from None
     return ",".join(sorted({layer.rpartition(".")[2] for layer in layers}))

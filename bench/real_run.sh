@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dataset=$1 questions=$2 out=$3
+source bench/serve.sh
 model=$out/SmolLM2-135M-Instruct port=${PORT:-8811}
 export HF_HUB_OFFLINE=1
 say() { printf '\n[%s] %s\n' "$(date +%T)" "$*"; }
@@ -38,13 +39,7 @@ say "80 x 2 answers"
 python gen_mtbench.py "$out/results/dpo_real" --mt_bench "$out/data/mt_bench" --max_new_tokens 128
 
 say "judged over HTTP"
-transformers serve "$model" --host 127.0.0.1 --port "$port" --continuous-batching >"$out/serve.log" 2>&1 &
-server=$!
-trap 'kill "$server" 2>/dev/null || true' EXIT
-for _ in $(seq 60); do
-  if curl -sf "http://127.0.0.1:$port/health" >/dev/null; then break; fi
-  sleep 2
-done
+serve "$model" "$port" "$out/serve.log"
 OPENAI_API_KEY=local python judge.py "$out/results" --judge "$model" --base_url "http://127.0.0.1:$port/v1" \
   --mt_bench "$out/data/mt_bench" --max_tokens "${JUDGE_TOKENS:-256}" --concurrency 8 || echo "judge.py: exit code $?"
 

@@ -7,6 +7,7 @@
 # them. At the end: how many completions the server was asked for, by its own log, and how many rows there are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source bench/serve.sh
 model=$(cd "$1" && pwd)
 questions=$2
 out=$3
@@ -16,13 +17,7 @@ mkdir -p "$out"
 export OPENAI_API_KEY=local HF_HUB_OFFLINE=1
 url=http://127.0.0.1:$port/v1
 
-transformers serve "$model" --host 127.0.0.1 --port "$port" --continuous-batching --log-level info > "$out/serve.log" 2>&1 &
-server=$!
-trap 'kill "$server" 2>/dev/null || true' EXIT
-for _ in $(seq 90); do
-  if curl -sf "http://127.0.0.1:$port/health" > /dev/null; then break; fi
-  sleep 2
-done
+serve "$model" "$port" "$out/serve.log" --log-level info
 asked() { grep -c 'POST /v1/chat/completions' "$out/serve.log" || true; }
 
 echo "== answers"

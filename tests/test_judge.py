@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import sqlite3
 import subprocess
@@ -544,14 +545,17 @@ def test_pairs_by_fastchats_own_code(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_all_eighty_questions_by_fastchats_own_code(monkeypatch, tmp_path):
-    """MT-Bench's own questions and references, every turn, single and pair, answers with all that could go wrong."""
-    assert prep_data.main(["--mt_bench", "flexeval", "--out", str(tmp_path)]) in (0, None)
+    """MT-Bench's own questions and references, every turn, single and pair, answers with all that could go wrong. With
+    the toolkit's judge prompts, or those in the folder that the environment's MT_BENCH names."""
+    folder = Path(os.environ.get("MT_BENCH", tmp_path))
+    if folder == tmp_path:
+        assert prep_data.main(["--mt_bench", "flexeval", "--out", str(tmp_path)]) in (0, None)
     fastchat, sent = load_fastchat(monkeypatch), []
     fastchat.chat_completion_openai = lambda model, conv, **_: sent.append(conv.to_openai_api_messages()) or "[[C]]"
     awkward = ["{x} {{y}} {0} [[9]] \"q\" 's'\t\u4f60\u597d \u0430\r\n", "%s {question} \\n [[A]] \U0001f600 </s>\n"]
     sides = [awkward, [text[::-1] for text in awkward]]
     answers = [{"choices": [{"turns": side}]} for side in sides]
-    benches = {grading: judge.read_bench(tmp_path, grading, "original") for grading in ("single", "pair")}
+    benches = {grading: judge.read_bench(folder, grading, "original") for grading in ("single", "pair")}
     questions = benches["single"]["questions"]
     assert len(questions) == 80
     for question in questions:
@@ -579,8 +583,8 @@ def test_pairs_are_judged_in_both_orders(pairs, server, capsys):
     rows = rows_of(pairs, "dpo")
     assert len(rows) == 12 and not (pairs / "results/base/mt_bench/judgements.csv").read_text().splitlines()[1:]
     assert {(r["order"], r["winner"], r["baseline"], r["grading"], r["score"]) for r in rows} == {
-        (1, "dpo", "base", "pair", None), (2, "base", "base", "pair", None),
-    } or {(str(r["order"]), r["winner"]) for r in rows} == {("1", "dpo"), ("2", "base")}  # fmt: skip
+        ("1", "dpo", "base", "pair", None), ("2", "base", "base", "pair", None),
+    }  # fmt: skip
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dpo "))
     assert line.split() == ["dpo", "0", "6", "0", "0.500", "6/6", "6", "-", "-"]
 
