@@ -1,8 +1,9 @@
-"""Turn a results folder into numbers, tables and figures. Trains, generates and judges nothing.
+"""Turn a results folder into verdicts, tables, figures and a report. Trains, generates and judges nothing.
 
-Reads   results/<run_id>/{args.json, summary.json, metrics.jsonl, val_pairs.jsonl, mt_bench/judgements.csv}
+Reads   results/<run_id>/{args.json, summary.json, metrics.jsonl, val_pairs.jsonl, mt_bench/{answers.jsonl,
+        judgements.csv}}, results/claims.json if it is there, and question.jsonl for the report's answer browser
 Writes  results/<run_id>/metrics.json and results/<run_id>/figures/<run_id>_learning_curve.{pdf,png}
-        results/comparison/{aggregated_metrics.json, tables/*.csv, figures/comparison_*.{pdf,png}}
+        results/comparison/{report.html, aggregated_metrics.json, tables/*.{csv,md,tex}, figures/*.{pdf,png}}
 
     python analyze.py results/
     python analyze.py results/ --run_ids '["base", "dpo_b0.05_s42", "td_dpo_b0.05_t1_s42"]'
@@ -10,11 +11,12 @@ Writes  results/<run_id>/metrics.json and results/<run_id>/figures/<run_id>_lear
 It works with whatever part is there and says what it could not do. Runs that share loss, beta, tau and every
 other setting are one cell of the grid; a cell's number is the mean over its seeds. Never averaged together:
 trial runs with full ones, one judge with another, other questions, another model, other data.
+
+What a difference means: error over questions and over seeds both count (stats.py says how; bench/calibration.py, how
+often that errs). Claims and their verdicts: claims.py and claims.json.
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 from collections import Counter, defaultdict
@@ -22,21 +24,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
-from figures import draw_comparison, draw_run, judge_suffix, judge_title, smoke_mark
+import inference
+import stats
+from claims import OWN_CLAIMS, judge_claims, read_claims
+from figures import draw_all, figure_order, figure_title, judge_title, smoke_mark
 from files import (
     CATEGORIES,
     SMOKE_TEST_BELOW_B,
     WRONG_REFERENCES,
     UserError,
+    check_run_id,
     find_runs,
     params_from_name,
+    read_answers,
     read_json,
     read_jsonl,
     read_judgements,
+    read_questions,
     run_main,
     write_json,
-    write_text,
 )
+from report import write_report
+from tables import list_tables, print_tables, show, verdict_texts, write_tables
 
 # Arguments that do not change what a run estimates, or that have a place of their own (loss, beta, tau, seed, ...).
 # Any other argument that differs makes another cell: a setting nobody thought of must not pass for a seed.
@@ -44,18 +53,21 @@ NOT_SETTINGS = {
     "run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256", "reference", "versions", "git",
     "results_dir", "per_device_batch", "world_size", "shard", "checkpointing", "compile", "tokens_per_microbatch",
     "prefix_sharing", "packing", "loss_file", "init_adapter", "save_steps", "command", "starts", "planned_gib",
-    "planned_steps", "truncated_prompts", "truncated_responses", "merged_boundaries",
+    "planned_steps", "couples_batch", "report_to", "truncated_prompts", "truncated_responses", "merged_boundaries",
 }  # fmt: skip
 CURVE_KEYS = (
-    "loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr",
+    "loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr", "anchor",
     "eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean", "eval/margin/rho", "eval/margin/delta",
 )  # fmt: skip
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 SUMMARY_KEYS = (*ACCURACIES, "best_step", "steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
 VAL_KEYS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 ACCURACY_COLUMNS = (*ACCURACIES, "margin_rho_first", "margin_rho_best")
-COMPARISONS = ("matched beta", "best baseline", "best of grid")
-CELL_HEADER = "loss β τ"
+COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model")
+REPORT_JUDGEMENT = (
+    "question_id", "turn", "choice", "repeat", "judge", "grading", "score", "winner", "baseline", "order", "status",
+    "judgement",
+)  # fmt: skip
 SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
 
 
@@ -67,8 +79,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("results_dir", type=Path, help="results folder: a folder of run folders")
     parser.add_argument("--run_ids", help='use these runs alone, a JSON list: \'["base", "dpo_b0.05_s42"]\'')
     parser.add_argument("--baseline", default="dpo", help="loss that improvement is measured from (default: dpo)")
-    parser.add_argument("--proposed", default="td_dpo", help="loss whose improvement is measured (default: td_dpo)")
+    parser.add_argument("--proposed", default="td_dpo", help="loss whose improvement is printed (default: td_dpo)")
+    parser.add_argument(
+        "--claims", type=Path, help="JSON file of further claims to judge (default: RESULTS_DIR/claims.json, if there)"
+    )
+    parser.add_argument(
+        "--mt_bench", type=Path, default=Path("data/mt_bench"),
+        help="folder with question.jsonl, whose text the report shows (default: data/mt_bench, if there)",
+    )  # fmt: skip
+    parser.add_argument("--draws", type=int, default=stats.DRAWS, help="bootstrap draws (default: %(default)s)")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out, by name, runs whose files cannot be read")
     args = parser.parse_args(argv)
+    if args.draws < 200:
+        raise UserError(f"--draws {args.draws}: a 95 % interval needs at least 200")
     if args.baseline == args.proposed:
         raise UserError(f"--baseline and --proposed are both {args.baseline}: name two losses")
     args.run_ids = parse_run_ids(args.run_ids)
@@ -90,23 +113,37 @@ def parse_run_ids(text: str | None) -> list[str] | None:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def load_runs(results_dir: Path, run_ids: list[str] | None, notes: list[str]) -> list[dict]:
-    """Every full run of `results_dir` (or those in `run_ids`), read and checked. Trial runs are named in `notes`."""
+def load_runs(results_dir: Path, run_ids: list[str] | None, notes: list[str], skip_bad: bool = False) -> list[dict]:
+    """Every full run of `results_dir` (or those in `run_ids`), read and checked. Trial runs are named in `notes`.
+
+    Raises UserError, a line a run, for files that cannot be read; with `skip_bad` these runs are named in `notes`.
+    """
     if (results_dir / "args.json").is_file():
         raise UserError(f"{results_dir}: is one run; give the results folder above it and choose with --run_ids")
-    paths = {path.name: path for path in find_runs([results_dir])}
+    paths = {path.name: path for path in find_runs([results_dir], check=False)}
     if unknown := sorted(set(run_ids or ()) - set(paths)):
         raise UserError(f"--run_ids: no {', '.join(unknown)} in {results_dir}; there are {', '.join(paths)}")
-    chosen = {name: path for name, path in paths.items() if run_ids is None or name in run_ids}
-    args = {name: read_args(path / "args.json") for name, path in chosen.items()}
-    if trial := [name for name in chosen if args[name]["mode"] == "trial"]:
+    chosen = [path for name, path in paths.items() if run_ids is None or name in run_ids]
+    runs, trial, bad = [], [], []
+    for path in chosen:
+        try:
+            args = read_args(path / "args.json")
+            if args["mode"] == "trial":
+                trial.append(path.name)
+            else:
+                runs.append(load_run(path, args))
+        except UserError as error:
+            bad.append(str(error))
+    if bad and not (skip_bad and runs):
+        raise UserError("\n       ".join(bad) + "; or leave out what cannot be read: --skip_bad")
+    notes += [f"left out, cannot be read: {error}" for error in bad]
+    if trial:
         notes.append(f"left out, trial runs (they test the path, not the method): {', '.join(trial)}")
-    if len(trial) == len(chosen):
+    if not runs:
         raise UserError(
             f"{results_dir}: only trial runs here ({', '.join(trial)}), which measure nothing; "
             "train with train_pref.py --mode full"
         )
-    runs = [load_run(path, args[name]) for name, path in chosen.items() if name not in trial]
     check_same_model_and_data(runs)
     return runs
 
@@ -115,18 +152,24 @@ def load_run(path: Path, args: dict) -> dict:
     """All that stands in one run folder; what is missing is None or empty."""
     summary = read_summary(path / "summary.json") if (path / "summary.json").exists() else None
     steps, evals = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
+    val, lengths = read_val_pairs(path / "val_pairs.jsonl") if (path / "val_pairs.jsonl").exists() else ({}, {})
+    answers = path / "mt_bench" / "answers.jsonl"
+    judged, pairs = read_ratings(path / "mt_bench" / "judgements.csv")
     return {
         "run_id": path.name,
         "path": path,
         "args": args,
         "loss": args["loss"] or path.name,  # an untrained model has no loss: it goes by its run id
-        "settings": {key: plain(value) for key, value in args.items() if is_setting(key, value)},
+        "settings": {key: plain(value) for key, value in args.items() if is_setting(key, value, args)},
         "status": run_status(args, summary, has_metrics=bool(steps or evals)),
         "summary": summary,
         "steps": steps,
         "evals": evals,
-        "val": read_val_pairs(path / "val_pairs.jsonl") if (path / "val_pairs.jsonl").exists() else {},
-        "judged": read_ratings(path / "mt_bench" / "judgements.csv"),
+        "val": val,
+        "length_bias": run_length_bias(val, lengths, summary),
+        "judged": judged,
+        "pairs": pairs,
+        "answers": read_answers(answers) if answers.exists() else {},
     }
 
 
@@ -137,10 +180,14 @@ def read_args(path: Path) -> dict:
             raise UserError(f"{path}: {key!r} must be text, found {args.get(key)!r}; was it written by train_pref.py?")
     if args["mode"] not in ("full", "trial"):
         raise UserError(f"{path}: mode {args['mode']!r} must be full or trial")
+    for name in (path.parent.name, args.get("run_id", path.parent.name)):
+        check_run_id(str(name), path)
     return args | {key: number(args, key, path) for key in ("beta", "tau", "seed")}
 
 
-def is_setting(key: str, value) -> bool:
+def is_setting(key: str, value, args: dict) -> bool:
+    if key in ("per_device_batch", "world_size") and args.get("couples_batch"):
+        return True  # such a loss depends on how its batches are cut
     return key not in NOT_SETTINGS and not isinstance(value, dict)
 
 
@@ -186,9 +233,11 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)]
 
 
-def read_val_pairs(path: Path) -> dict[int, dict[str, tuple[float, float] | None]]:
-    """step -> pair id -> (rho, delta) in nats, or None for a pair with a non-finite log-probability."""
+def read_val_pairs(path: Path) -> tuple[dict[int, dict[str, tuple[float, float] | None]], dict[str, int]]:
+    """step -> pair id -> (rho, delta) in nats, or None for a pair with a non-finite log-probability; and
+    pair id -> tokens of the chosen response less those of the rejected one, where the file has them."""
     pairs: dict[int, dict] = defaultdict(dict)
+    lengths = {}
     for line, row in read_jsonl(path):
         place = f"{path}:{line}"
         if missing := [key for key in ("id", "step", *VAL_KEYS) if key not in row]:
@@ -198,7 +247,10 @@ def read_val_pairs(path: Path) -> dict[int, dict[str, tuple[float, float] | None
             raise UserError(f"{place}: pair {pair_id} stands twice at step {step}; rerun train_pref.py")
         logps = [number(row, key, place) for key in VAL_KEYS]
         pairs[step][pair_id] = None if None in logps else rho_and_delta(*logps)
-    return dict(pairs)
+        tokens = [number(row, key, place) for key in ("len_chosen", "len_rejected")]
+        if None not in tokens:
+            lengths[pair_id] = tokens[0] - tokens[1]
+    return dict(pairs), lengths
 
 
 def rho_and_delta(
@@ -207,24 +259,27 @@ def rho_and_delta(
     return (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected), policy_chosen - policy_rejected
 
 
-def read_ratings(path: Path) -> dict[tuple, list[dict]]:
-    """(judge, prompts, refs) -> its single-answer rows. Raises UserError for a judgement that stands twice."""
+def read_ratings(path: Path) -> tuple[dict[tuple, list[dict]], list[dict]]:
+    """(judge, prompts, refs) -> its single-answer rows, and the rows of pairs. Raises UserError for a judgement that
+    stands twice."""
     if not path.exists():
-        return {}
-    judged, seen = defaultdict(list), set()
+        return {}, []
+    judged, pairs, seen = defaultdict(list), [], set()
     for row in read_judgements(path):
         check_judgement(row, path)
-        if row["grading"] != "single":
-            continue
-        key = tuple(row[k] for k in ("judge", "prompts", "refs", "question_id", "turn", "choice", "repeat"))
+        judge = tuple(row[k] for k in ("judge", "prompts", "refs"))
+        key = (*judge, *(row[k] for k in ("grading", "baseline", "order", "question_id", "turn", "choice", "repeat")))
         if key in seen:
             raise UserError(
                 f"{path}: question {row['question_id']}, turn {row['turn']}, choice {row['choice']}, repeat "
                 f"{row['repeat']} is judged twice by {row['judge']}; rerun judge.py to write the file again"
             )
         seen.add(key)
-        judged[key[:3]].append(row)
-    return dict(judged)
+        if row["grading"] == "single":
+            judged[judge].append(row)
+        else:
+            pairs.append(row)
+    return dict(judged), pairs
 
 
 def check_judgement(row: dict, path: Path) -> None:
@@ -297,31 +352,49 @@ def margin_at(step: int, pairs: dict) -> dict:
     return margin
 
 
+def run_length_bias(val: dict, lengths: dict[str, int], summary: dict | None) -> list[dict]:
+    best = val.get((summary or {}).get("best_step"), {})
+    return inference.length_bias({pair: value for pair, value in best.items() if pair in lengths}, lengths)
+
+
 def score_ratings(rows: list[dict], questions: set[int] | None = None) -> dict:
     """MT-Bench scores of one run by one judge, over `questions` or all of them.
 
     Choices and repeats are averaged within a question's turn first. turn_1, turn_2 and score are then means over
     those: score over all turns that have a rating, as FastChat's show_result.py. A row without a rating counts in
-    n_judged and in no mean. se_over_questions: of the question means.
+    n_judged and in no mean. se_over_questions: clustered by question, since two turns of one are not independent.
     """
     rows = [row for row in rows if questions is None or row["question_id"] in questions]
     turns = turn_means(rows)
-    by_question = defaultdict(list)
-    for (question, _), rating in turns.items():
-        by_question[question].append(rating)
+    by_turn = {which: [rating for (_, turn), rating in turns.items() if turn == which] for which in (1, 2)}
     return {
         "score": mean(turns.values()),
-        "turn_1": mean(rating for (_, turn), rating in turns.items() if turn == 1),
-        "turn_2": mean(rating for (_, turn), rating in turns.items() if turn == 2),
+        "turn_1": mean(by_turn[1]),
+        "turn_1_se": standard_error(by_turn[1]),
+        "turn_2": mean(by_turn[2]),
+        "turn_2_se": standard_error(by_turn[2]),
         "score_without_wrong_references": mean(
             rating for (question, _), rating in turns.items() if question not in WRONG_REFERENCES
         ),
-        "se_over_questions": standard_error([fmean(ratings) for ratings in by_question.values()]),
+        "se_over_questions": clustered_error(turns),
         "n_questions": len({row["question_id"] for row in rows}),
         **count_ratings(rows),
         "failures": dict(sorted(Counter(str(row["status"]) for row in rows if row["status"] != "ok").items())),
         "categories": {name: score_category(rows, name) for name in category_order(rows)},
     }
+
+
+def clustered_error(turns: dict[tuple[int, int], float]) -> float | None:
+    """Standard error of the mean rating, clustered by question: of the question means where all have both turns."""
+    by_question = defaultdict(list)
+    for (question, _), rating in turns.items():
+        by_question[question].append(rating)
+    n, total = len(by_question), len(turns)
+    if n < 2:
+        return None
+    grand = fmean(turns.values())
+    squares = sum((sum(ratings) - len(ratings) * grand) ** 2 for ratings in by_question.values())
+    return math.sqrt(n / (n - 1) * squares) / total
 
 
 def turn_means(rows: list[dict]) -> dict[tuple[int, int], float]:
@@ -335,7 +408,8 @@ def turn_means(rows: list[dict]) -> dict[tuple[int, int], float]:
 
 def score_category(rows: list[dict], name: str) -> dict:
     rows = [row for row in rows if row["category"] == name]
-    return {"score": mean(turn_means(rows).values()), **count_ratings(rows)}
+    turns = turn_means(rows)
+    return {"score": mean(turns.values()), "se": clustered_error(turns), **count_ratings(rows)}
 
 
 def count_ratings(rows: list[dict]) -> dict:
@@ -368,11 +442,15 @@ def run_metrics(run: dict) -> dict:
         "status": run["status"],
         "accuracy": run_accuracy(run),
         "margins": run_margins(run),
+        "length_bias": run["length_bias"],
         "training": {key: run["summary"][key] for key in SUMMARY_KEYS[5:]} if run["summary"] else None,
         "mt_bench": [
-            describe_judge(key, rows) | score_ratings(rows)
+            describe_judge(key, rows)
+            | score_ratings(rows)
+            | inference.judge_rows({run["run_id"]: rows}, {run["run_id"]: run["answers"]})
             for key, rows in sorted(run["judged"].items(), key=lambda item: str(item[0]))
         ],
+        "kl_to_base": inference.run_kl(run["answers"]),
     }
 
 
@@ -392,6 +470,8 @@ def make_cells(runs: list[dict]) -> list[dict]:
                 "count twice; choose one with --run_ids"
             )
         cell["runs"].append(run)
+    for cell in cells.values():
+        cell["label"] = cell_columns(cell)["label"]
     return sorted(cells.values(), key=cell_order)
 
 
@@ -445,36 +525,68 @@ def cell_row(cell: dict, values: dict[str, dict], names: tuple[str, ...], se: st
 
 
 def compare_accuracy(cells: list[dict], args: argparse.Namespace) -> dict:
-    values = {run["run_id"]: accuracy_values(run) for cell in cells for run in cell["runs"] if run["summary"]}
-    rows = [cell_row(cell, values, ACCURACY_COLUMNS, "se_over_pairs") for cell in cells]
+    numbers = {run["run_id"]: accuracy_numbers(run) for cell in cells for run in cell["runs"] if run["summary"]}
+    values = {run["run_id"]: inference.accuracy_values(run) for cell in cells for run in cell["runs"]}
+    rows = [cell_row(cell, numbers, ACCURACY_COLUMNS, "se_over_pairs") for cell in cells]
     for cell, row in zip(cells, rows):
         cell["accuracy"] = row and row["best_acc_ref"]
-    return {
-        "cells": [row for row in rows if row],
-        "improvement": improvement_rows(cells, rows, "best_acc_ref", args.baseline, args.proposed),
-    }
+    compared = compare_scores(cells, rows, "best_acc_ref", numbers, values, args)
+    for row in compared["improvement"]:
+        row["mcnemar"] = inference.mcnemar_rows(*row["cells"], values) if row["comparison"] == "best of grid" else []
+    return {"values": values, **compared}
 
 
-def accuracy_values(run: dict) -> dict:
+def accuracy_numbers(run: dict) -> dict:
     margins = run_margins(run)
     rho = {f"margin_rho_{name}": margins[name]["rho"]["mean"] if margins else None for name in ("first", "best")}
     return run_accuracy(run) | rho
 
 
-def compare_mt_bench(key: tuple, cells: list[dict], args: argparse.Namespace, notes: list[str]) -> dict:
+def compare_mt_bench(
+    key: tuple, cells: list[dict], answers: dict[str, dict], args: argparse.Namespace, notes: list[str]
+) -> dict:
     """MT-Bench by one judge over the questions that every run was judged on, so that no run has an easier exam."""
     judged = {run["run_id"]: run["judged"][key] for cell in cells for run in cell["runs"] if key in run["judged"]}
     judge = describe_judge(key, [row for rows in judged.values() for row in rows])
     questions, left_out = common_questions(judged)
     note_judge(judge, judged, questions, left_out, notes)
-    scores = {run_id: score_ratings(rows, questions) for run_id, rows in judged.items()}
+    kept = {run_id: [row for row in rows if row["question_id"] in questions] for run_id, rows in judged.items()}
+    scores = {run_id: score_ratings(rows) for run_id, rows in kept.items()}
+    values = {run_id: inference.rating_values(turn_means(rows)) for run_id, rows in kept.items()}
     rows = [mt_bench_row(cell, scores) for cell in cells]
+    reliability = inference.judge_rows(kept, answers)
     return judge | {
+        "values": values,
         "questions": sorted(questions),
         "questions_left_out": sorted(left_out),
-        "cells": [row for row in rows if row],
         "categories": [row for cell in cells for row in category_rows(cell, scores)],
-        "improvement": improvement_rows(cells, rows, "score", args.baseline, args.proposed),
+        **compare_scores(cells, rows, "score", scores, values, args),
+        **reliability,
+        "variance": inference.variance_rows(cells, values, reliability["retest"]),
+    }
+
+
+def compare_scores(
+    cells: list[dict], rows: list, metric: str, numbers: dict, values: dict, args: argparse.Namespace
+) -> dict:
+    """What accuracy and MT-Bench have in common: cells with intervals, differences, selection, spread over beta.
+
+    numbers: run_id -> name -> number, of whole runs; values: by question or pair, for inference.
+    """
+    for cell, row in zip(cells, rows):
+        if row:
+            row["low"], row["high"] = inference.cell_interval(cell, values, args.draws)
+    runs = [run for cell in cells for run in cell["runs"]]
+    return {
+        "cells": [row for row in rows if row],
+        "runs": [
+            {"run_id": run["run_id"], "loss": run["loss"], "value": numbers[run["run_id"]][metric]}
+            for run in runs
+            if numbers.get(run["run_id"], {}).get(metric) is not None
+        ],
+        "improvement": improvement_rows(cells, rows, metric, values, args),
+        "selection": inference.selection_rows(cells, rows, metric),
+        "spread": inference.spread_rows(cells, values, args.baseline, args.draws),
     }
 
 
@@ -514,25 +626,53 @@ def sum_counts(scored: Iterable[dict]) -> dict:
     return {key: sum(one[key] for one in scored) for key in ("n_scored", "n_judged")}
 
 
-def improvement_rows(cells: list[dict], rows: list, metric: str, baseline: str, proposed: str) -> list[dict]:
-    """(proposed - baseline) / baseline: each proposed cell against the baseline at its own beta and against the best
-    baseline cell, then the best proposed cell against it. A best cell is chosen by validation accuracy where that is
-    known for all of the loss's cells (METHODS.md 5); chosen by the score itself, the maximum flatters the larger grid.
+def improvement_rows(cells: list[dict], rows: list, metric: str, values: dict, args: argparse.Namespace) -> list[dict]:
+    """Every loss against the baseline: its best cell against the baseline's best (the headline), each of its cells
+    against the baseline at its own beta and against the baseline's best; and every loss's best against the untrained
+    model. A best cell is chosen by validation accuracy where that is known for all of the loss's cells (METHODS.md 5);
+    chosen by the score itself, the maximum flatters the larger grid.
+
+    p_adjusted: Holm over the headline, Benjamini and Hochberg over the cells of each other comparison.
     """
-    pairs = [(cell, row) for cell, row in zip(cells, rows) if row and row[metric] is not None]
-    ours = [pair for pair in pairs if pair[0]["loss"] == proposed]
-    theirs = [pair for pair in pairs if pair[0]["loss"] == baseline]
-    if not ours or not theirs:
-        return []
-    (best_ours, how_ours), (best_theirs, how_theirs) = pick_best(ours, metric), pick_best(theirs, metric)
-    grid = {"baseline_cells": len(theirs), "proposed_cells": len(ours)}
+    by_loss: dict[str, list[tuple]] = defaultdict(list)
+    for cell, row in zip(cells, rows):
+        if row and row[metric] is not None:
+            by_loss[cell["loss"]].append((cell, row))
+    untrained = [pairs[0] for pairs in by_loss.values() if inference.is_untrained(pairs[0][0])]
+    trained = {loss: pairs for loss, pairs in by_loss.items() if not inference.is_untrained(pairs[0][0])}
+    best = {loss: pick_best(pairs, metric) for loss, pairs in trained.items()}
+    theirs = trained.get(args.baseline, [])
     found = []
-    for one in ours:
-        found += [improvement("matched beta", one, other, metric) for other in matched(one, theirs)]
-        found.append(improvement("best baseline", one, best_theirs, metric) | {"selected_by": how_theirs})
-    how = how_ours if how_ours == how_theirs else f"proposed: {how_ours}; baseline: {how_theirs}"
-    found.append(improvement("best of grid", best_ours, best_theirs, metric) | {"selected_by": how})
-    return [row | grid for row in sorted(found, key=lambda row: COMPARISONS.index(row["comparison"]))]
+
+    def add(kind: str, one: tuple, other: tuple, selected_by: str | None) -> None:
+        row = improvement(kind, one, other, metric) | {"selected_by": selected_by}
+        compared = inference.compare_cells(one[0], other[0], values, args.draws)
+        row |= inference.comparison_columns(compared) | {"cells": (one[0], other[0])}
+        labels = row["proposed"], row["baseline"]
+        row["sensitivity"] = (
+            inference.sensitivity_rows(*labels, compared) if compared and kind == "best of grid" else []
+        )
+        counts = {"proposed_cells": len(trained[one[0]["loss"]]), "baseline_cells": len(by_loss[other[0]["loss"]])}
+        found.append(row | counts)
+
+    for loss, pairs in trained.items():
+        ours, how = best[loss]
+        for other in untrained:
+            add("untrained model", ours, other, how)
+        if loss == args.baseline or not theirs:
+            continue
+        best_theirs, how_theirs = best[args.baseline]
+        add("best of grid", ours, best_theirs, how if how == how_theirs else f"proposed: {how}; baseline: {how_theirs}")
+        for one in pairs:
+            for other in matched(one, theirs):
+                add("matched beta", one, other, None)
+            add("best baseline", one, best_theirs, how_theirs)
+    for kind in COMPARISONS:
+        same = [row for row in found if row["comparison"] == kind]
+        adjust = stats.holm if kind == "best of grid" else stats.benjamini_hochberg
+        for row, p in zip(same, adjust([math.nan if row["p"] is None else row["p"] for row in same])):
+            row["p_adjusted"] = inference.known(p)
+    return sorted(found, key=lambda row: COMPARISONS.index(row["comparison"]))
 
 
 def pick_best(pairs: list[tuple], metric: str) -> tuple[tuple, str]:
@@ -560,7 +700,7 @@ def improvement(comparison: str, ours: tuple, theirs: tuple, metric: str) -> dic
     differing = [f"{key} {show(a[key])} / {show(b[key])}" for key in differences(ours[0], theirs[0])]
     return {
         "comparison": comparison,
-        **{key: ours[1][key] for key in ("beta", "tau")},
+        **{key: ours[1][key] for key in ("loss", "beta", "tau")},
         "proposed": ours[1]["label"],
         "proposed_score": value,
         "proposed_n_seeds": ours[1]["n_seeds"],
@@ -578,26 +718,80 @@ def compare(runs: list[dict], args: argparse.Namespace, notes: list[str]) -> dic
     """aggregated_metrics.json: everything that is said over several runs."""
     unfinished = [run["run_id"] for run in runs if run["status"] == "unfinished"]
     used = [run for run in runs if run["status"] != "unfinished"]
-    cells = make_cells(used)
+    cells, answers = make_cells(used), {run["run_id"]: run["answers"] for run in used}
     note_runs(runs, cells, notes)
     accuracy = compare_accuracy(cells, args)
     judges = sorted({key for run in used for key in run["judged"]}, key=str)
     if len(judges) > 1:
         notes.append(f"{len(judges)} judges or judge settings: each has tables of its own, never averaged")
-    mt_bench = [compare_mt_bench(key, cells, args, notes) for key in judges]
-    return {
-        "model": runs[0]["args"]["model"],
+    mt_bench = [compare_mt_bench(key, cells, answers, args, notes) for key in judges]
+    model = runs[0]["args"]["model"]
+    comparison = {
+        "model": model,
         "data_sha256": next((run["args"]["data_sha256"] for run in runs if run["args"].get("data_sha256")), None),
         "baseline": args.baseline,
         "proposed": args.proposed,
+        "draws": args.draws,
         "runs": [{key: run[key] for key in ("run_id", "status")} for run in runs],
         "unfinished": unfinished,
         "diverged": [run["run_id"] for run in runs if run["status"] == "diverged"],
+        "claims": judge_claims(load_claims(args), cells, measured_scores(accuracy, mt_bench), model, args.draws),
         "accuracy": accuracy,
         "mt_bench": mt_bench,
+        "pairs": inference.win_rows(cells, args.draws),
+        "stability": inference.stability_rows(cells),
+        "movement": movement_rows(used, mt_bench),
         "notes": notes,
         "missing": find_missing(runs, mt_bench, args),
     }
+    for part in (accuracy, *mt_bench):  # what served the comparisons and is no result
+        part.pop("values")
+        for row in part["improvement"]:
+            row.pop("cells")
+    return comparison
+
+
+def load_claims(args: argparse.Namespace) -> list[dict]:
+    """The study's own claims, then the user's."""
+    own = args.results_dir / "claims.json"
+    path = args.claims or (own if own.is_file() else None)
+    return read_claims(OWN_CLAIMS) + (read_claims(path) if path else [])
+
+
+def measured_scores(accuracy: dict, judges: list[dict]) -> list[dict]:
+    """What claims can be judged on: validation accuracy, and MT-Bench by each judge."""
+    found = [
+        {"metric": "mt_bench", "judge": judge_title(judge), "values": judge["values"], "smoke": smoke_mark(judge)}
+        for judge in judges
+    ]
+    if any(accuracy["values"].values()):
+        found.append({"metric": "acc_ref", "judge": None, "values": accuracy["values"], "smoke": ""})
+    return found
+
+
+def movement_rows(runs: list[dict], judges: list[dict]) -> list[dict]:
+    """How far each run went from the reference, and what it got for it: KL of its own answers where they carry
+    log-probs, the anchor 0.5 (a^2 + b^2) over the last tenth of the training steps, accuracy, and score by judge."""
+    rows = []
+    for run in runs:
+        kl = inference.run_kl(run["answers"])
+        last = run["steps"][-max(1, len(run["steps"]) // 10) :]
+        anchors = [row["anchor"] for row in last if row.get("anchor") is not None]
+        row = {
+            "run_id": run["run_id"],
+            **{key: run["args"][key] for key in ("beta", "tau", "seed")},
+            "loss": run["loss"],
+            "kl": kl and kl["kl"],
+            "kl_se": kl and kl["kl_se"],
+            "kl_per_token": kl and kl["kl_per_token"],
+            "anchor": mean(anchors),
+            "accuracy": run["summary"] and run["summary"]["best_acc_ref"],
+        }
+        for judge in judges:
+            turns = judge["values"].get(run["run_id"], {})
+            row[f"score, {judge_title(judge)}"] = mean(v for parts in turns.values() for v in parts.values())
+        rows.append(row)
+    return rows
 
 
 # ---- what must be said --------------------------------------------------------------------------
@@ -668,6 +862,12 @@ def find_missing(runs: list[dict], judges: list[dict], args: argparse.Namespace)
     missing = [
         {"what": what, "runs": [r["run_id"] for r in found], "next": next_} for what, found, next_ in gaps if found
     ]
+    if not any(run["pairs"] for run in runs):
+        missing.append({"what": "win rates (no pairwise judgements)", "runs": [], "next": "judge.py --grading pair"})
+    if not any(inference.run_kl(run["answers"]) for run in usable):
+        missing.append(
+            {"what": "score against KL (no log-probs in answers)", "runs": [], "next": "gen_mtbench.py --kl"}
+        )
     if len(trained) == len(runs):
         missing.append({"what": "the untrained model (run base)", "runs": [], "next": "gen_mtbench.py and judge.py"})
     for flag in ("baseline", "proposed"):
@@ -677,152 +877,67 @@ def find_missing(runs: list[dict], judges: list[dict], args: argparse.Namespace)
     return missing
 
 
-# ---- tables -------------------------------------------------------------------------------------
-
-
-def show(value, digits: int | None = None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:g}" if digits is None else f"{value:.{digits}f}"
-    return str(value)
-
-
-def show_mean(row: dict, name: str, digits: int) -> str:
-    """mean ±SD, and the number of seeds where it is not the row's."""
-    sd_text = f" ±{row[f'{name}_sd']:.{digits}f}" if row[f"{name}_sd"] is not None else ""
-    n_text = f" (n={row[f'{name}_n']})" if row[name] is not None and row[f"{name}_n"] != row["n_seeds"] else ""
-    return show(row[name], digits) + sd_text + n_text
-
-
-def format_table(title: str, headers: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [headers, *rows]) for i in range(len(headers))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in [headers, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
-
-
-def accuracy_table(rows: list[dict]) -> str:
-    headers = [CELL_HEADER, "seeds", *ACCURACY_COLUMNS, "diverged"]
-    lines = [
-        [row["label"], str(row["n_seeds"]), *(show_mean(row, name, 3) for name in ACCURACY_COLUMNS), diverged(row)]
-        for row in rows
-    ]
-    return format_table("Validation accuracy and margin rho (nats): mean ±SD over seeds", headers, lines)
-
-
-def diverged(row: dict) -> str:
-    return str(row["n_diverged"]) if row["n_diverged"] else ""
-
-
-def score_table(judge: dict) -> str:
-    headers = [CELL_HEADER, "seeds", "score", "turn 1", "turn 2", "without wrong refs", "scored/judged", "diverged"]
-    lines = [
-        [
-            row["label"],
-            str(row["n_seeds"]),
-            *(show_mean(row, name, 2) for name in SCORE_COLUMNS),
-            counts(row),
-            diverged(row),
-        ]
-        for row in judge["cells"]
-    ]
-    return format_table(score_title(judge, "by turn, mean ±SD over seeds"), headers, lines)
-
-
-def score_title(judge: dict, what: str) -> str:
-    mark = f"*** {smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
-    return f"{mark}MT-Bench score (1-10, {len(judge['questions'])} questions), {judge_title(judge)}: {what}"
-
-
-def counts(row: dict) -> str:
-    return f"{row['n_scored']}/{row['n_judged']}"
-
-
-def category_table(judge: dict) -> str:
-    names = list(dict.fromkeys(row["category"] for row in judge["categories"]))
-    names.sort(key=lambda name: CATEGORIES.index(name) if name in CATEGORIES else len(CATEGORIES))
-    by_label = defaultdict(dict)
-    for row in judge["categories"]:
-        lost = row["n_judged"] - row["n_scored"]
-        by_label[row["label"]][row["category"]] = show(row["score"], 2) + (f" (-{lost})" if lost else "")
-    lines = [[label, *(scores.get(name, "-") for name in names)] for label, scores in by_label.items()]
-    title = score_title(judge, "by category, mean over seeds; (-n): n judgements without a score")
-    return format_table(title, [CELL_HEADER, *names], lines)
-
-
-def improvement_table(title: str, rows: list[dict], digits: int) -> str:
-    by_kind = {kind: [row for row in rows if row["comparison"] == kind] for kind in COMPARISONS}
-    lines = []
-    for row in by_kind["best baseline"]:
-        same_beta = [other for other in by_kind["matched beta"] if other["proposed"] == row["proposed"]]
-        score = f"{show(row['proposed_score'], digits)} (n={row['proposed_n_seeds']})"
-        matched = "; ".join(show_improvement(other, digits) for other in same_beta) or "-"
-        lines.append([row["proposed"], score, matched, show_improvement(row, digits)])
-    headers = [CELL_HEADER, "proposed", "against the baseline at the same beta", "against the best baseline"]
-    best = by_kind["best of grid"][0]
-    last = (
-        f"  best of {best['proposed_cells']} proposed cells against best of {best['baseline_cells']} baseline cells "
-        f"(selected by {best['selected_by']}): {best['proposed']} {show_improvement(best, digits)}"
-    )
-    return format_table(f"{title}: (proposed - baseline) / baseline", headers, lines) + f"\n{last}"
-
-
-def show_improvement(row: dict, digits: int) -> str:
-    rate = "-" if row["improvement_rate"] is None else f"{row['improvement_rate']:+.1%}"
-    differs = f", differs in {row['differs_in']}" if row["differs_in"] else ""
-    baseline = f"{row['baseline']}: {show(row['baseline_score'], digits)}, n={row['baseline_n_seeds']}{differs}"
-    return f"{row['difference']:+.{digits}f} {rate} ({baseline})"
-
-
-def write_csv(path: Path, rows: list[dict], judge: dict | None = None) -> None:
-    """Rows as CSV, full precision; each line of scores says whose they are and whether they are a smoke test."""
-    if not rows:
-        return
-    shared = {key: judge[key] for key in ("judge", "prompts", "refs", "smoke_test")} if judge else {}
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*shared, *rows[0]], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: flat(value) for key, value in (shared | row).items()})
-    write_text(path, buffer.getvalue())
-
-
-def flat(value):
-    return " ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def write_tables(folder: Path, comparison: dict) -> None:
-    for stale in folder.glob("*.csv"):  # a table of runs or judges that are gone would pass for a current one
-        stale.unlink()
-    write_csv(folder / "accuracy.csv", comparison["accuracy"]["cells"])
-    write_csv(folder / "accuracy_improvement.csv", comparison["accuracy"]["improvement"])
-    for judge in comparison["mt_bench"]:
-        suffix = judge_suffix(judge, comparison["mt_bench"])
-        write_csv(folder / f"mt_bench_by_turn{suffix}.csv", judge["cells"], judge)
-        write_csv(folder / f"mt_bench_by_category{suffix}.csv", judge["categories"], judge)
-        write_csv(folder / f"mt_bench_improvement{suffix}.csv", judge["improvement"], judge)
-
-
-def print_tables(comparison: dict) -> None:
-    accuracy = comparison["accuracy"]
-    tables = [accuracy_table(accuracy["cells"])] if accuracy["cells"] else []
-    if accuracy["improvement"]:
-        tables.append(improvement_table("Improvement of best_acc_ref", accuracy["improvement"], 3))
-    for judge in comparison["mt_bench"]:
-        if judge["cells"]:
-            tables += [score_table(judge), category_table(judge)]
-        if judge["improvement"]:
-            title = score_title(judge, "improvement")
-            tables.append(improvement_table(title, judge["improvement"], 2))
-    print("".join(f"\n{table}\n" for table in tables), end="")
-
-
 # ---- the stage ----------------------------------------------------------------------------------
+
+
+def report_page(runs: list[dict], comparison: dict, tables: list, folder: Path, mt_bench: Path) -> dict:
+    """What report.py lays out."""
+    judges = [f"{judge_title(judge)} {smoke_mark(judge)}".strip() for judge in comparison["mt_bench"]]
+    figures = sorted((folder / "figures").glob("comparison_*.png"), key=figure_order)
+    return {
+        "title": "Preference-optimisation study",
+        "facts": [
+            ["model", comparison["model"]],
+            ["runs", ", ".join(f"{n} {word}" for word, n in sorted(Counter(r["status"] for r in runs).items()))],
+            ["judges", "; ".join(judges) or "none"],
+            ["baseline", comparison["baseline"]],
+            ["data sha256", json.dumps(comparison["data_sha256"]) if comparison["data_sha256"] else None],
+            ["intervals", f"95 %, {comparison['draws']:,} bootstrap draws over questions and seeds"],
+        ],
+        "verdicts": [verdict_texts(row) for row in comparison["claims"]],
+        "notes": comparison["notes"],
+        "missing": [missing_text(gap) for gap in comparison["missing"]],
+        "tables": [table.page() for table in tables if table.id != "verdicts"],
+        "figures": [{"title": figure_title(path), "png": path, "alt": figure_title(path)} for path in figures],
+        "runs": [report_run(run) for run in runs],
+        "questions": report_questions(runs, mt_bench),
+        "answers": [
+            {"run_id": run["run_id"], "question_id": question, "choice": choice, "turns": row["turns"]}
+            for run in runs
+            for (question, choice), row in run["answers"].items()
+        ],
+        "judgements": [
+            {"run_id": run["run_id"], **{key: row[key] for key in REPORT_JUDGEMENT}}
+            for run in runs
+            for row in [*(row for rows in run["judged"].values() for row in rows), *run["pairs"]]
+        ],
+    }
+
+
+def report_run(run: dict) -> dict:
+    summary = run["summary"] or {}
+    numbers = {key: summary.get(key) for key in (*ACCURACIES, "best_step", "nonfinite_steps", "wall_s", "peak_gib")}
+    for key, rows in run["judged"].items():
+        numbers[f"score, {key[0]}"] = score_ratings(rows)["score"]
+    return {"run_id": run["run_id"], "status": run["status"], "arguments": run["args"], "numbers": numbers}
+
+
+def report_questions(runs: list[dict], mt_bench: Path) -> dict[int, dict]:
+    """Question texts where question.jsonl is at hand; of the others at least the category."""
+    path = mt_bench / "question.jsonl"
+    known = {row["question_id"]: row for row in read_questions(path)} if path.is_file() else {}
+    found = {question: row.get("category") for run in runs for (question, _), row in run["answers"].items()}
+    for run in runs:
+        found |= {row["question_id"]: row["category"] for rows in run["judged"].values() for row in rows}
+    return {
+        question: {"category": category, "turns": known[question]["turns"] if question in known else None}
+        for question, category in sorted(found.items())
+    }
+
+
+def missing_text(gap: dict) -> str:
+    of = f" of {', '.join(gap['runs'])}" if gap["runs"] else ""
+    return f"{gap['what']}{of}; next: {gap['next']}"
 
 
 def print_summary(results_dir: Path, comparison: dict) -> None:
@@ -831,31 +946,32 @@ def print_summary(results_dir: Path, comparison: dict) -> None:
     for note in comparison["notes"]:
         print(f"  note: {note}")
     for gap in comparison["missing"]:
-        of = f" of {', '.join(gap['runs'])}" if gap["runs"] else ""
-        print(f"  missing: {gap['what']}{of}; next: {gap['next']}")
+        print(f"  missing: {missing_text(gap)}")
     if not comparison["missing"]:
         print("  nothing is missing")
     folder = results_dir / "comparison"
+    print(f"report: {folder / 'report.html'}")
     print(f"results: {folder / 'aggregated_metrics.json'}, {results_dir}/<run_id>/metrics.json")
     for name in ("tables", "figures"):
-        if found := sorted(path.name for path in (folder / name).glob("*.*") if path.suffix != ".png"):
+        if found := sorted({path.stem for path in (folder / name).glob("*.*")}):
             print(f"{name}: {folder / name}/ ({', '.join(found)})")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     notes: list[str] = []
-    runs = load_runs(args.results_dir, args.run_ids, notes)
+    runs = load_runs(args.results_dir, args.run_ids, notes, args.skip_bad)
     comparison = compare(runs, args, notes)  # before anything is written: its errors must leave no half-new results
-    print(f"{args.results_dir}: {len(runs)} runs; writing their metrics and learning curves", flush=True)
+    print(f"{args.results_dir}: {len(runs)} runs; writing metrics, figures, tables and the report", flush=True)
+    folder = args.results_dir / "comparison"
     for run in runs:
         write_json(run["path"] / "metrics.json", run_metrics(run))
-        draw_run(run)
-    folder = args.results_dir / "comparison"
-    write_tables(folder / "tables", comparison)
-    draw_comparison(folder / "figures", comparison)
+    draw_all(runs, comparison, folder / "figures")
+    tables = list_tables(comparison)
+    write_tables(folder / "tables", tables)
     write_json(folder / "aggregated_metrics.json", comparison)
-    print_tables(comparison)
+    write_report(folder / "report.html", report_page(runs, comparison, tables, folder, args.mt_bench))
+    print_tables(comparison, args.proposed)
     print_summary(args.results_dir, comparison)
 
 

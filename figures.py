@@ -1,38 +1,55 @@
-"""The figures of analyze.py: learning curves, bar charts and beta x tau heat maps, each as PDF and PNG.
+"""The figures of analyze.py, each as PDF and PNG.
 
-draw_run draws one run, draw_comparison all that spans runs, from the structures that analyze.py makes.
+draw_run draws one run, draw_comparison all that spans runs, from the structures that
+analyze.py makes; draw_all does both, on all cores.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; every bar and cell carries its number.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and each loss has a marker of its own besides;
+every bar and cell carries its number, every error bar its name.
 """
 
 import io
 import math
+import multiprocessing
 import os
 import re
+import sys
 import textwrap
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from files import UserError
+from tqdm import tqdm
+
+from files import CATEGORIES, UserError, sha256_file, sha256_json
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+MARKERS = "osD^vP*X"
+INTERVAL = "95 % bootstrap interval over questions and seeds"
 GREY, RED = "#777777", "#D55E00"
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "fontsize": 8, "frameon": False, "borderaxespad": 0.2}
 NO_MAP = "no loss has two cells of beta x tau"
 
 
-def new_figure(width: float, height: float, title: str):
-    """A matplotlib Figure (inches). Not through pyplot: no display, no global state; imported where it is needed."""
+def new_figure(width: float, height: float, title: str, weight: str = "bold"):
+    """A matplotlib Figure (inches). Not through pyplot: no display, no global state; imported where it is needed.
+
+    weight: of the title; "normal" spares the PDF a second font, which takes a third of its time."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is missing; install it: pip install matplotlib") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(width * 11))]
-    figure.suptitle("\n".join(lines), fontsize=11, fontweight="bold")
+    figure.suptitle("\n".join(lines), fontsize=11, fontweight=weight)
     return figure
 
 
-def save_figure(figure, stem: Path) -> None:
-    """Write `stem`.pdf and .png, the same bytes for the same numbers, beside and renamed as files.write_text does."""
+def save_figure(figure, stem: Path, key: str | None = None) -> None:
+    """Write `stem`.pdf and .png, the same bytes for the same numbers, beside and renamed as files.write_text does.
+
+    key: what the figure was made from, kept in the PNG for is_drawn."""
     from matplotlib import rc_context
 
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -40,12 +57,47 @@ def save_figure(figure, stem: Path) -> None:
     figure.set_layout_engine("none")  # laid out once, not again for each format
     for suffix in (".pdf", ".png"):
         buffer = io.BytesIO()
-        metadata = {"CreationDate": None} if suffix == ".pdf" else None
+        metadata = {"CreationDate": None} if suffix == ".pdf" else {"Comment": key} if key else None
         with rc_context({"pdf.fonttype": 42}):  # TrueType: text in the PDF stays text
             figure.savefig(buffer, format=suffix[1:], dpi=150, metadata=metadata)
         temporary = stem.with_name(f".{stem.name}{suffix}.{os.getpid()}.tmp")
         temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, stem.with_name(stem.name + suffix))
+
+
+def is_drawn(stem: Path, key: str) -> bool:
+    """Whether both files of a figure are there and were made from `key`: 60 runs' figures take a minute to draw."""
+    from PIL import Image, UnidentifiedImageError
+
+    png = stem.with_name(stem.name + ".png")
+    if not png.is_file() or not stem.with_name(stem.name + ".pdf").is_file():
+        return False
+    try:
+        with Image.open(png) as image:
+            return image.info.get("Comment") == key
+    except (UnidentifiedImageError, OSError):  # torn or not ours: draw it again
+        return False
+
+
+@lru_cache
+def drawing_version() -> str:
+    import matplotlib
+
+    return f"{matplotlib.__version__} {sha256_file(Path(__file__))}"
+
+
+def draw_all(runs: list[dict], comparison: dict, folder: Path) -> None:
+    """Every figure of the runs and of their comparison, one process a core."""
+    new_figure(1, 1, "")  # matplotlib is imported once, before the processes are forked
+    for stale in folder.glob("comparison_*.*"):
+        stale.unlink()
+    jobs = [(draw_run, {key: run[key] for key in RUN_KEYS}) for run in runs]
+    jobs += comparison_jobs(folder, comparison, [{key: run[key] for key in RUN_KEYS} for run in runs])
+    method = "fork" if sys.platform == "linux" else "spawn"
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context(method)) as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        for future in tqdm(futures, "figures", unit="figure", disable=not sys.stderr.isatty()):
+            future.result()
 
 
 # ---- what a judge's figures, tables and files are called ----------------------------------------
@@ -75,18 +127,68 @@ def judge_suffix(judge: dict, judges: list[dict]) -> str:
 # ---- one run ------------------------------------------------------------------------------------
 
 
+RUN_KEYS = ("run_id", "path", "args", "loss", "status", "summary", "steps", "evals", "val", "length_bias")
+
+
 def draw_run(run: dict) -> None:
-    if run["steps"] or run["evals"]:
-        stem = run["path"] / "figures" / f"{run['run_id']}_learning_curve"
-        best_step = (run["summary"] or {}).get("best_step")
-        title = f"{run['run_id']} ({run['status']})"
-        draw_learning_curve(stem, title, run["steps"], run["evals"], best_step)
+    """Learning curves, margins before and after, accuracy by length difference: one figure, drawn if it has changed."""
+    if not (run["steps"] or run["evals"] or run["val"]):
+        return
+    best_step, title = (run["summary"] or {}).get("best_step"), f"{run['run_id']} ({run['status']})"
+    stem = run["path"] / "figures" / f"{run['run_id']}_learning_curve"
+    shown = [title, run["steps"], run["evals"], run["val"], run["length_bias"], best_step]
+    key = sha256_json([*shown, drawing_version()])
+    if not is_drawn(stem, key):
+        draw_learning_curve(stem, *shown, key)
 
 
-def draw_learning_curve(stem: Path, title: str, steps: list[dict], evals: list[dict], best_step: int | None) -> None:
-    """Loss, accuracy, margin, gradient norm and learning rate over optimiser steps; non-finite steps are marked."""
-    figure = new_figure(11, 7, title)
-    axes = figure.subplots(2, 2, sharex=True).flat
+def draw_margins(axes, val: dict, best_step: int | None) -> None:
+    """Histograms of rho and delta over validation pairs before and after training."""
+    steps = dict.fromkeys([min(val), best_step if best_step in val else max(val)]) if val else ()
+    for axis, i, name in ((axes[0], 0, "rho"), (axes[1], 1, "delta")):
+        axis.set_xlabel(f"{name} of a validation pair (nats)")
+        axis.set_ylabel("pairs")
+        found = [[pair[i] for pair in val[step].values() if pair] for step in steps]
+        if not any(found):
+            axis.text(0.5, 0.5, "no finite pair recorded", transform=axis.transAxes, ha="center", color=GREY)
+            continue
+        low, high = min(map(min, filter(None, found))), max(map(max, filter(None, found)))
+        edges = [low + (high - low) * k / 30 for k in range(31)] if high > low else 1
+        for values, step, colour, label in zip(found, steps, COLOURS, ("before", "after")):
+            axis.hist(values, edges, color=colour, alpha=0.55, label=f"{label} training (step {step:g})")
+        axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        axis.legend(**ABOVE)
+
+
+def draw_length_bias(axis, bias: list[dict]) -> None:
+    if not bias:
+        axis.text(0.5, 0.5, "no lengths recorded", transform=axis.transAxes, ha="center", color=GREY)
+        return
+    errors = [
+        [max(0, row["accuracy"] - row["low"]) for row in bias],
+        [max(0, row["high"] - row["accuracy"]) for row in bias],
+    ]
+    accuracies = [row["accuracy"] for row in bias]
+    axis.errorbar(range(len(bias)), accuracies, yerr=errors, fmt="o", color=COLOURS[0], capsize=3,
+                  label="acc_ref; error bar: exact 95 % interval")  # fmt: skip
+    axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xticks(
+        range(len(bias)), [f"{row['from']:g} to {row['to']:g}\n({row['n_pairs']})" for row in bias], fontsize=7
+    )
+    axis.set_xlabel("chosen - rejected, tokens (pairs)")
+    axis.legend(**ABOVE)
+
+
+def draw_learning_curve(
+    stem: Path, title: str, steps: list[dict], evals: list[dict], val: dict, bias: list[dict], best_step: int | None,
+    key: str,
+) -> None:  # fmt: skip
+    """Loss, accuracy, margin, gradient norm and learning rate over optimiser steps, non-finite steps marked; below,
+    the validation pairs' margins before and after, and accuracy by length difference."""
+    figure = new_figure(13, 10.5, title, weight="normal")
+    curves, pairs = figure.subfigures(2, 1, height_ratios=[2, 1])
+    axes = curves.subplots(2, 2, sharex=True).flat
     draw_lines(axes[0], "loss", steps, [("loss", "training")], evals, [("eval/loss", "validation")])
     accuracies = [(f"eval/acc_{name}", f"validation acc_{name}") for name in ("ref", "sum", "mean")]
     draw_lines(axes[1], "accuracy", steps, [("rewards/accuracies", "training (acc_ref)")], evals, accuracies)
@@ -105,8 +207,11 @@ def draw_learning_curve(stem: Path, title: str, steps: list[dict], evals: list[d
         axis.grid(alpha=0.25)
     for axis in (axes[2], axes[3]):
         axis.set_xlabel("optimiser step")
-    add_legend(figure, axes, bad, best_step)
-    save_figure(figure, stem)
+    add_legend(curves, axes, bad, best_step)
+    below = pairs.subplots(1, 3)
+    draw_margins(below, val, best_step)
+    draw_length_bias(below[2], bias)
+    save_figure(figure, stem, key)
 
 
 def draw_lines(axis, label: str, steps: list[dict], train: list, evals: list[dict], validation: list) -> None:
@@ -119,7 +224,7 @@ def draw_lines(axis, label: str, steps: list[dict], train: list, evals: list[dic
     axis.set_ylabel(label)
     if any(math.isfinite(y) for line in axis.get_lines() for y in line.get_ydata()):
         # Above the panel: inside it, a legend hides data whatever the curves do.
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False, borderaxespad=0.2)
+        axis.legend(**ABOVE, ncols=2)
     else:
         axis.text(0.5, 0.5, "no finite value recorded", transform=axis.transAxes, ha="center", va="center", color=GREY)
 
@@ -163,35 +268,65 @@ def add_legend(figure, axes, bad: list[int], best_step: int | None) -> None:
 # ---- many runs ----------------------------------------------------------------------------------
 
 
-def draw_comparison(folder: Path, comparison: dict) -> None:
-    for stale in folder.glob("comparison_*.*"):
-        stale.unlink()
-    rows, baseline = comparison["accuracy"]["cells"], comparison["baseline"]
-    label = "validation accuracy (best acc_ref)"
-    if rows:
-        look = {"title": "Validation accuracy", "label": label, "limits": (0, 1), "digits": 3, "se_over": "pairs"}
-        line = baseline_line(comparison["accuracy"], rows, baseline, "best_acc_ref")
-        draw_bars(folder / "comparison_accuracy_bars", rows, "best_acc_ref", lines=line, **look)
-        stem = folder / "comparison_accuracy_heatmap"
-        if not draw_heatmaps(stem, rows, "best_acc_ref", "Validation accuracy", label, 3):
-            comparison["notes"].append(f"no heat map of accuracy: {NO_MAP}")
+def draw_comparison(folder: Path, comparison: dict, runs: list[dict] = ()) -> None:
+    for function, *arguments in comparison_jobs(folder, comparison, runs):
+        function(*arguments)
+
+
+def comparison_jobs(folder: Path, comparison: dict, runs: list[dict]) -> list[tuple]:
+    """(function, *arguments) for each figure that there are data for; what is missing is said in the notes."""
+    jobs: list[tuple] = []
+    if any(run["evals"] or run["steps"] for run in runs if run["args"]["loss"]):
+        jobs.append((draw_curves_by_loss, folder / "comparison_learning_curves", runs))
+    accuracy = comparison["accuracy"]
+    if accuracy["cells"]:
+        look = Look("Validation accuracy", "validation accuracy (best acc_ref)", (0, 1), 3, "pairs", "best_acc_ref")
+        jobs += score_jobs(folder, "accuracy", "", accuracy, look, comparison)
     for judge in comparison["mt_bench"]:
-        suffix = judge_suffix(judge, comparison["mt_bench"])
-        if judge["cells"] and not draw_judge(folder, judge, suffix, baseline):
-            comparison["notes"].append(f"no heat map of MT-Bench, {judge_title(judge)}: {NO_MAP}")
+        if judge["cells"]:
+            suffix = judge_suffix(judge, comparison["mt_bench"])
+            title = f"MT-Bench, {len(judge['questions'])} questions, {judge_title(judge)}"
+            title += f"\n{smoke_mark(judge)}" if judge["smoke_test"] else ""
+            look = Look(title, "MT-Bench score (1-10, mean of both turns)", (0, 10), 2, "questions", "score")
+            jobs += score_jobs(folder, "mt_bench", suffix, judge, look, comparison)
+            jobs.append((draw_radar, folder / f"comparison_mt_bench_categories{suffix}", judge, title))
+    if panels := movement_panels(comparison["movement"]):
+        jobs.append((draw_movement, folder / "comparison_movement", comparison["movement"], panels))
+    if comparison["pairs"]:
+        jobs.append((draw_win_matrix, folder / "comparison_win_matrix", comparison["pairs"]))
+    return jobs
 
 
-def draw_judge(folder: Path, judge: dict, suffix: str, baseline: str) -> bool:
-    """Bars and heat map of one judge's scores; False if there is nothing to map."""
-    rows = judge["cells"]
-    title = f"MT-Bench, {len(judge['questions'])} questions, {judge_title(judge)}"
-    title += f"\n{smoke_mark(judge)}" if judge["smoke_test"] else ""
-    label = "MT-Bench score (1-10, mean of both turns)"
-    lines = [(f"untrained model ({row['label']})", row["score"]) for row in rows if row["untrained"]]
-    lines += baseline_line(judge, rows, baseline, "score")
-    look = {"title": title, "label": label, "limits": (0, 10), "digits": 2, "se_over": "questions"}
-    draw_bars(folder / f"comparison_mt_bench_bars{suffix}", rows, "score", lines=lines, **look)
-    return draw_heatmaps(folder / f"comparison_mt_bench_heatmap{suffix}", rows, "score", title, label, 2)
+class Look(NamedTuple):
+    title: str
+    label: str
+    limits: tuple[float, float]
+    digits: int
+    se_over: str
+    metric: str
+
+
+def score_jobs(folder: Path, name: str, suffix: str, part: dict, look: Look, comparison: dict) -> list[tuple]:
+    """Figures that accuracy and MT-Bench both have."""
+    rows = part["cells"]
+    lines = [(f"untrained model ({row['label']})", row["score"]) for row in rows if row["untrained"] and "score" in row]
+    lines += baseline_line(part, rows, comparison["baseline"], look.metric)
+
+    def stem(kind: str) -> Path:
+        return folder / f"comparison_{name}_{kind}{suffix}"
+
+    jobs: list[tuple] = [(draw_bars, stem("bars"), rows, look, lines), (draw_boxes, stem("boxes"), part["runs"], look)]
+    if heatmap_panels(rows, look.metric):
+        jobs.append((draw_heatmaps, stem("heatmap"), rows, look))
+    else:
+        what = "accuracy" if name == "accuracy" else f"MT-Bench, {judge_title(part)}"
+        comparison["notes"].append(f"no heat map of {what}: {NO_MAP}")
+    if beta_lines(rows, look.metric):
+        jobs.append((draw_beta_curves, stem("over_beta"), rows, look))
+    shown = [row for row in part["improvement"] if row["comparison"] != "best baseline" and row["estimate"] is not None]
+    if shown:
+        jobs.append((draw_forest, stem("differences"), shown, look))
+    return jobs
 
 
 def baseline_line(part: dict, rows: list[dict], baseline: str, metric: str) -> list[tuple[str, float]]:
@@ -204,11 +339,9 @@ def baseline_line(part: dict, rows: list[dict], baseline: str, metric: str) -> l
     return [(f"baseline ({row['label']})", row[metric]) for row in cells] if len(cells) == 1 else []
 
 
-def draw_bars(
-    stem: Path, rows: list[dict], metric: str, *, title: str, label: str, limits: tuple, digits: int, se_over: str,
-    lines: list[tuple[str, float]],
-) -> None:  # fmt: skip
+def draw_bars(stem: Path, rows: list[dict], look: Look, lines: list[tuple[str, float]]) -> None:
     """A bar a cell of the grid, its number beside it; the error bar is the SD over seeds, or the SE of one seed."""
+    title, label, limits, digits, se_over, metric = look
     figure = new_figure(10, 2.3 + 0.3 * len(rows), title)
     axis = figure.subplots()
     losses = list(dict.fromkeys(row["loss"] for row in rows if not row["untrained"]))
@@ -255,16 +388,21 @@ def add_bar_legend(figure, axis) -> None:
         figure.legend(list(once.values()), list(once), loc="outside lower center", fontsize=9, frameon=False)
 
 
-def draw_heatmaps(stem: Path, rows: list[dict], metric: str, title: str, label: str, digits: int) -> bool:
-    """beta x tau, a panel for each loss (and other settings) with more than one cell; False if there is none."""
+def heatmap_panels(rows: list[dict], metric: str) -> dict[tuple, list[dict]]:
+    """(loss, settings) -> its cells, where there is more than one and any has a value."""
     panels: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["beta"] is not None:
             panels.setdefault((row["loss"], row["settings"]), []).append(row)
     panels = {key: cells for key, cells in panels.items() if len(cells) > 1}
+    return panels if any(row[metric] is not None for cells in panels.values() for row in cells) else {}
+
+
+def draw_heatmaps(stem: Path, rows: list[dict], look: Look) -> None:
+    """beta x tau, a panel for each loss (and other settings) with more than one cell."""
+    title, label, digits, metric = look.title, look.label, look.digits, look.metric
+    panels = heatmap_panels(rows, metric)
     values = [row[metric] for cells in panels.values() for row in cells if row[metric] is not None]
-    if not values:
-        return False
     widths = [max(1.6, len(axis_values(cells, "tau"))) for cells in panels.values()]
     height = max(len(axis_values(cells, "beta")) for cells in panels.values())
     figure = new_figure(max(5.5, 1.8 + 1.25 * sum(widths)), 2.2 + max(1.9, 0.62 * height), title)
@@ -276,7 +414,6 @@ def draw_heatmaps(stem: Path, rows: list[dict], metric: str, title: str, label: 
     figure.colorbar(image, ax=axes, label=label, shrink=0.9)
     figure.supxlabel("each cell: mean ± SD over seeds (n seeds); empty: not run", fontsize=8)
     save_figure(figure, stem)
-    return True
 
 
 def axis_values(cells: list[dict], name: str) -> list:
@@ -309,3 +446,275 @@ def cell_text(row: dict, metric: str, digits: int) -> str:
         return lost or "none"
     spread = f" ± {row[f'{metric}_sd']:.{digits}f}" if row[f"{metric}_sd"] is not None else ""
     return f"{row[metric]:.{digits}f}{spread}\n(n={row['n_seeds']}{lost and ', ' + lost})"
+
+
+# ---- losses against each other ------------------------------------------------------------------
+
+
+def loss_style(names: Sequence, name) -> dict:
+    """A colour and a marker for one of several losses, taus, ...: told apart without colour too."""
+    i = names.index(name)
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def figure_legend(figure, axes, ncols: int = 3) -> None:
+    """One legend below the panels, an entry a label."""
+    found = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles))
+    if found:
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=ncols, fontsize=8, frameon=False
+        )
+
+
+def draw_curves_by_loss(stem: Path, runs: list[dict]) -> None:
+    """Learning curves, a column a loss: a line a run, its colour beta, its dashes tau."""
+    from matplotlib import colormaps
+
+    runs = [run for run in runs if run["args"]["loss"] and (run["steps"] or run["evals"])]
+    losses = list(dict.fromkeys(run["loss"] for run in runs))
+    betas = sorted({run["args"]["beta"] for run in runs if run["args"]["beta"] is not None})
+    taus = sorted({run["args"]["tau"] for run in runs if run["args"]["tau"] is not None})
+    panels = [("evals", "eval/acc_ref", "validation acc_ref"), ("steps", "margin/rho", "training margin rho (nats)"),
+              ("steps", "loss", "training loss"), ("steps", "grad_norm", "gradient norm")]  # fmt: skip
+    title = "Learning curves by loss (a line a run; loss and gradient are not comparable across losses)"
+    figure = new_figure(1.5 + 2.9 * len(losses), 10, title)
+    axes = figure.subplots(len(panels), len(losses), squeeze=False, sharex=True, sharey="row")
+    palette = colormaps["viridis"]
+    for run in runs:
+        beta, tau = run["args"]["beta"], run["args"]["tau"]
+        colour = palette(0.05 + 0.85 * betas.index(beta) / max(1, len(betas) - 1)) if beta is not None else GREY
+        label = (f"β={beta:g}" if beta is not None else "no β") + (f" τ={tau:g}" if tau is not None else "")
+        dashes = ("-", "--", ":", "-.")[taus.index(tau) % 4] if tau is not None else "-"
+        for axis, (part, key, _) in zip(axes[:, losses.index(run["loss"])], panels):
+            marker = "." if part == "evals" else None
+            axis.plot(*points(run[part], key), color=colour, linestyle=dashes, linewidth=1, marker=marker, label=label)
+    for column, loss in enumerate(losses):
+        axes[0, column].set_title(loss, fontsize=10)
+        axes[-1, column].set_xlabel("optimiser step")
+    for row, (_, _, label) in enumerate(panels):
+        axes[row, 0].set_ylabel(label)
+    for axis in axes[3]:
+        if any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
+            axis.set_yscale("log")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    figure.align_ylabels(axes[:, 0])
+    figure_legend(figure, axes.flat, ncols=2 + 2 * len(losses))
+    save_figure(figure, stem)
+
+
+def beta_lines(rows: list[dict], metric: str) -> dict[tuple, list[dict]]:
+    """(loss, tau, settings) -> its cells in order of beta, where two or more have values."""
+    lines: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["beta"] is not None and row[metric] is not None:
+            lines.setdefault((row["loss"], row["tau"], row["settings"]), []).append(row)
+    return {key: sorted(cells, key=lambda row: row["beta"]) for key, cells in lines.items() if len(cells) > 1}
+
+
+def draw_beta_curves(stem: Path, rows: list[dict], look: Look) -> None:
+    """Score against beta, a panel a loss, a line for each tau with its interval as a band."""
+    lines = beta_lines(rows, look.metric)
+    losses = list(dict.fromkeys(loss for loss, *_ in lines))
+    figure = new_figure(1.5 + 3.2 * len(losses), 4.6, f"{look.title}\nover beta; band: {INTERVAL}")
+    panels = dict(zip(losses, figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]))
+    for (loss, tau, settings), cells in lines.items():
+        axis = panels[loss]
+        style = loss_style(range(len(axis.get_lines()) + 1), len(axis.get_lines()))
+        label = " ".join(filter(None, ("no τ" if tau is None else f"τ={tau:g}", settings)))
+        axis.plot([row["beta"] for row in cells], [row[look.metric] for row in cells], label=label, **style)
+        known = [row for row in cells if row["low"] is not None]
+        ends = [[row[key] for row in known] for key in ("beta", "low", "high")]
+        axis.fill_between(*ends, color=style["color"], alpha=0.15, linewidth=0)
+    betas = sorted({row["beta"] for cells in lines.values() for row in cells})
+    for loss, axis in panels.items():
+        for row in rows:
+            if row["untrained"] and row[look.metric] is not None:
+                axis.axhline(row[look.metric], color=GREY, linestyle=":", label="untrained model")
+        axis.set_title(loss, fontsize=10)
+        axis.set_xscale("log")
+        axis.set_xticks(betas, [f"{beta:g}" for beta in betas])
+        axis.minorticks_off()
+        axis.set_xlabel("beta (log scale)")
+        axis.grid(alpha=0.25)
+    panels[losses[0]].set_ylabel(look.label)
+    figure_legend(figure, panels.values(), ncols=5)
+    save_figure(figure, stem)
+
+
+def draw_boxes(stem: Path, runs: list[dict], look: Look) -> None:
+    """Every run's value by loss: box (quartiles, median written beside it) and the runs as points."""
+    losses = list(dict.fromkeys(run["loss"] for run in runs))
+    groups = [[run["value"] for run in runs if run["loss"] == loss] for loss in losses]
+    figure = new_figure(
+        2.5 + 1.5 * len(losses), 4.8, f"{look.title}\nevery run; box: quartiles over its cells and seeds"
+    )
+    axis = figure.subplots()
+    axis.boxplot(groups, widths=0.5, showfliers=False, medianprops={"color": "black"}, whis=(0, 100))
+    for i, (loss, values) in enumerate(zip(losses, groups), 1):
+        offsets = [i - 0.12 + 0.24 * (k % 7) / 6 for k in range(len(values))]  # spread, but the same every time
+        axis.plot(offsets, values, linestyle="", alpha=0.7, markersize=5, **loss_style(losses, loss))
+        middle = (
+            sorted(values)[len(values) // 2] if len(values) % 2 else sum(sorted(values)[len(values) // 2 - 1 :][:2]) / 2
+        )
+        axis.annotate(f"{middle:.{look.digits}f}", (i + 0.28, middle), fontsize=8, va="center")
+    axis.set_xticks(
+        range(1, len(losses) + 1), [f"{loss}\n({len(g)} runs)" for loss, g in zip(losses, groups)], fontsize=9
+    )
+    axis.set_xlim(0.4, len(losses) + 0.75)
+    axis.set_ylabel(look.label)
+    axis.grid(axis="y", alpha=0.25)
+    save_figure(figure, stem)
+
+
+def draw_forest(stem: Path, rows: list[dict], look: Look) -> None:
+    """Differences with their intervals, the number and the adjusted p-value beside each."""
+    kinds = list(dict.fromkeys(row["comparison"] for row in rows))
+    figure = new_figure(12, 1.9 + 0.3 * len(rows), f"{look.title}\ndifferences; error bar: {INTERVAL}")
+    axis = figure.subplots()
+    names = {"best of grid": "best of grid (headline, Holm)", "matched beta": "same beta (BH)",
+             "untrained model": "best against the untrained model (BH)"}  # fmt: skip
+    for y, row in enumerate(rows):
+        style = loss_style(kinds, row["comparison"])
+        errors = [[max(0, row["estimate"] - row["low"])], [max(0, row["high"] - row["estimate"])]]
+        axis.errorbar(row["estimate"], y, xerr=errors, capsize=3, fmt=style["marker"], color=style["color"],
+                      label=names[row["comparison"]])  # fmt: skip
+        p = "no test" if row["p_adjusted"] is None else f"p {row['p_adjusted']:.2g}"
+        one = ", one seed" if row["paired"] == "one seed" else ""
+        estimate, low, high = (f"{row[key]:+.{look.digits}f}" for key in ("estimate", "low", "high"))
+        text = f"{estimate} [{low}, {high}]  {p}{one}"
+        axis.text(1.01, y, text, transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [f"{row['proposed']}  -  {row['baseline']}" for row in rows], fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlabel(f"difference of {look.label}")
+    axis.grid(axis="x", alpha=0.25)
+    figure_legend(figure, [axis])
+    save_figure(figure, stem)
+
+
+def draw_radar(stem: Path, judge: dict, title: str) -> None:
+    """MT-Bench by category: the selected cell of each loss and the untrained model, as a radar and as a table."""
+    chosen = [row["label"] for row in judge["cells"] if row["untrained"]]
+    chosen += [row["selected"] for row in judge["selection"]]
+    chosen = chosen or [row["label"] for row in judge["cells"]][:6]
+    scores = {label: {row["category"]: row for row in judge["categories"] if row["label"] == label} for label in chosen}
+    names = [name for name in CATEGORIES if any(name in found for found in scores.values())]
+    names += sorted({name for found in scores.values() for name in found} - set(names))
+    figure = new_figure(13, 5.2, f"{title}\nby category: the cell of each loss that validation selects")
+    left, right = figure.add_gridspec(1, 2, width_ratios=[1, 1.5])
+    axis = figure.add_subplot(left, projection="polar")
+    angles = [2 * math.pi * i / len(names) for i in range(len(names))]
+    for label, found in scores.items():
+        values = [
+            found[name]["score"] if name in found and found[name]["score"] is not None else math.nan for name in names
+        ]
+        axis.plot([*angles, angles[0]], [*values, values[0]], linewidth=1.3, markersize=4, label=label,
+                  **loss_style(list(scores), label))  # fmt: skip
+    axis.set_xticks(angles, names, fontsize=8)
+    axis.tick_params(axis="x", pad=9)
+    axis.set_ylim(0, 10)
+    axis.tick_params(axis="y", labelsize=7)
+    draw_category_table(figure.add_subplot(right), scores, names)
+    figure_legend(figure, [axis], ncols=3)
+    save_figure(figure, stem)
+
+
+def draw_category_table(axis, scores: dict, names: list[str]) -> None:
+    axis.axis("off")
+
+    def text(row: dict | None) -> str:
+        if row is None or row["score"] is None:
+            return "-"
+        lost = row["n_judged"] - row["n_scored"]
+        return f"{row['score']:.2f}" + (f"\n(-{lost})" if lost else "")
+
+    cells = [[text(found.get(name)) for name in names] for found in scores.values()]
+    labels = [textwrap.fill(label, 26) for label in scores]
+    table = axis.table(cells, rowLabels=labels, colLabels=names, loc="center", cellLoc="center")
+    table.auto_set_font_size(False)
+    table.set_fontsize(7.5)
+    table.scale(1, 1.9)
+    axis.set_title("mean over seeds; (-n): n judgements without a score", fontsize=8)
+
+
+def movement_panels(rows: list[dict]) -> list[tuple[str, str]]:
+    """(x, y) fields that at least two runs have both of."""
+    ys = ["accuracy", *(key for key in (rows[0] if rows else {}) if key.startswith("score, "))]
+    pairs = [(x, y) for x in ("kl", "anchor") for y in ys]
+    return [(x, y) for x, y in pairs if sum(row[x] is not None and row[y] is not None for row in rows) > 1]
+
+
+def draw_movement(stem: Path, rows: list[dict], panels: list[tuple[str, str]]) -> None:
+    """What a run got (accuracy, score) for how far it went from the reference (KL of its answers, anchor)."""
+    names = {"kl": "KL of own answers to the base (nats an answer)",
+             "anchor": "anchor 0.5 (a² + b²) at the end of training",
+             "accuracy": "validation accuracy (best acc_ref)"}  # fmt: skip
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(1 + 4.2 * columns, 1.2 + 3.7 * lines, "What runs got for how far they went (a point a run)")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for axis, (x, y) in zip(axes.flat, panels):
+        for loss in losses:
+            found = [row for row in rows if row["loss"] == loss and row[x] is not None and row[y] is not None]
+            axis.plot([row[x] for row in found], [row[y] for row in found], linestyle="", alpha=0.8, label=loss,
+                      **loss_style(losses, loss))  # fmt: skip
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlabel(names[x], fontsize=8)
+        axis.set_ylabel(textwrap.fill(names.get(y, y), 40), fontsize=8)
+        axis.grid(alpha=0.25)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure_legend(figure, axes.flat, ncols=len(losses))
+    save_figure(figure, stem)
+
+
+def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
+    """Win rate of each cell (row) against each baseline run (column) of each judge, with its interval."""
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    columns = list(dict.fromkeys((row["judge"], row["baseline"]) for row in rows))
+    title = "Win rate in pairwise judgements (a tie is one half; both orders must agree)"
+    figure = new_figure(4.5 + 2.4 * len(columns), 2.2 + 0.5 * len(labels), f"{title}\nin brackets: {INTERVAL}")
+    axis = figure.subplots()
+    grid = [[math.nan] * len(columns) for _ in labels]
+    for row in rows:
+        y, x = labels.index(row["label"]), columns.index((row["judge"], row["baseline"]))
+        grid[y][x] = row["win_rate"]
+        counts = f"{row['wins']} / {row['ties']} / {row['losses']}"
+        text = f"{row['win_rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]\n{counts}"
+        colour = "black" if 0.2 < row["win_rate"] < 0.8 else "white"
+        axis.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+    image = axis.imshow(grid, cmap="PuOr", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(columns)), [f"{baseline}\n{judge}" for judge, baseline in columns], fontsize=8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_xlabel("baseline (wins / ties / losses)")
+    figure.colorbar(image, ax=axis, label="win rate", shrink=0.9)
+    save_figure(figure, stem)
+
+
+# ---- in the report ------------------------------------------------------------------------------
+
+FIGURE_TITLES = {
+    "accuracy_bars": "Validation accuracy by cell", "mt_bench_bars": "MT-Bench by cell",
+    "accuracy_differences": "Differences of accuracy", "mt_bench_differences": "Differences of MT-Bench",
+    "accuracy_over_beta": "Accuracy over beta", "mt_bench_over_beta": "MT-Bench over beta",
+    "accuracy_heatmap": "Accuracy over beta and tau", "mt_bench_heatmap": "MT-Bench over beta and tau",
+    "mt_bench_categories": "MT-Bench by category", "win_matrix": "Win rates", "movement": "Gain against movement",
+    "accuracy_boxes": "Accuracy of every run", "mt_bench_boxes": "MT-Bench of every run",
+    "learning_curves": "Learning curves by loss",
+}  # fmt: skip
+
+
+def figure_order(path: Path) -> tuple:
+    kind = next((kind for kind in FIGURE_TITLES if path.stem.startswith(f"comparison_{kind}")), "")
+    return (list(FIGURE_TITLES).index(kind) if kind else len(FIGURE_TITLES), path.stem)
+
+
+def figure_title(path: Path) -> str:
+    kind = next((kind for kind in FIGURE_TITLES if path.stem.startswith(f"comparison_{kind}")), "")
+    rest = path.stem.removeprefix(f"comparison_{kind}").strip("_")
+    return FIGURE_TITLES.get(kind, path.stem) + (f", {rest}" if kind and rest else "")

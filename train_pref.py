@@ -738,6 +738,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
         **own_loss,
         "data_sha256": {split: sha256_file(args.data / f"{split}.jsonl") for split in limits},
         "world_size": ranks.world,
+        "couples_batch": args.loss in COUPLES_BATCH,
         "versions": versions(),
     }
     return parameters, rows, record

@@ -1,0 +1,510 @@
+"""The tables of analyze.py: printed, and as CSV (full precision), Markdown and LaTeX (as they would stand in a paper).
+
+list_tables makes them all from aggregated_metrics.json's structure; a Table knows which fields it shows and how.
+"""
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from figures import judge_suffix, judge_title, smoke_mark
+from files import CATEGORIES, write_text
+
+CELL_HEADER = "loss β τ"
+ACCURACY_NAMES = {
+    "best_acc_ref": "best acc_ref", "final_acc_ref": "final acc_ref", "final_acc_sum": "final acc_sum",
+    "final_acc_mean": "final acc_mean", "margin_rho_first": "rho, first", "margin_rho_best": "rho, best",
+}  # fmt: skip
+SCORE_NAMES = {
+    "score": "score", "turn_1": "turn 1", "turn_2": "turn 2", "score_without_wrong_references": "without wrong refs",
+}  # fmt: skip
+
+
+class Column(NamedTuple):
+    header: str
+    value: str | Callable[[dict], object]  # a field of the row, or what to make of the row
+    digits: int | None = None
+
+    def of(self, row: dict) -> object:
+        value = row.get(self.value) if isinstance(self.value, str) else self.value(row)
+        return round(value, self.digits) if isinstance(value, float) and self.digits is not None else value
+
+
+class Table(NamedTuple):
+    id: str  # its file's name
+    title: str
+    note: str | None
+    columns: list[Column]
+    rows: list[dict]
+    judge: dict | None = None  # whose scores these are: said in every line of the CSV
+
+    def page(self) -> dict:
+        """As report.py takes it."""
+        rows = [[column.of(row) for column in self.columns] for row in self.rows]
+        headers = [column.header for column in self.columns]
+        return {"id": self.id, "title": self.title, "note": self.note, "headers": headers, "rows": rows}
+
+
+def show(value, digits: int | None = None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:g}" if digits is None else f"{value:.{digits}f}"
+    return str(value)
+
+
+def interval(low: str, high: str, digits: int) -> Callable[[dict], str | None]:
+    return lambda row: None if row.get(low) is None else f"[{row[low]:.{digits}f}, {show(row.get(high), digits)}]"
+
+
+def p_text(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
+
+
+def p_column(header: str, key: str) -> Column:
+    return Column(header, lambda row: p_text(row.get(key)))
+
+
+# ---- the tables ---------------------------------------------------------------------------------
+
+
+def list_tables(comparison: dict) -> list[Table]:
+    """Every table that has rows, verdicts first."""
+    accuracy = comparison["accuracy"]
+    found = [
+        Table("verdicts", "Verdicts on the claims", None, VERDICT_COLUMNS, comparison["claims"]),
+        Table("accuracy", "Validation accuracy: mean over seeds", BOOTSTRAP_NOTE, ACCURACY_COLUMNS, accuracy["cells"]),
+        *score_tables(accuracy, "accuracy", "Validation accuracy", 3, None),
+        Table("accuracy_mcnemar", "Accuracy on the same pairs, exact McNemar test by seed", MCNEMAR_NOTE,
+              MCNEMAR_COLUMNS, mcnemar(accuracy["improvement"])),
+    ]  # fmt: skip
+    for judge in comparison["mt_bench"]:
+        suffix = judge_suffix(judge, comparison["mt_bench"])
+        found += mt_bench_tables(judge, suffix)
+    found += [
+        Table("stability", "Divergence and non-finite steps by loss and beta", STABILITY_NOTE, STABILITY_COLUMNS,
+              comparison["stability"]),
+        Table("pairs", "Win rates of pairwise judgements", PAIRS_NOTE, PAIR_COLUMNS, comparison["pairs"]),
+        Table("movement", "How far runs went from the reference, and what for", MOVEMENT_NOTE,
+              movement_columns(comparison["movement"]), comparison["movement"]),
+    ]  # fmt: skip
+    return [table for table in found if table.rows]
+
+
+def mt_bench_tables(judge: dict, suffix: str) -> list[Table]:
+    title = f"MT-Bench, {judge_title(judge)}"
+    mark = smoke_mark(judge) or None
+    note = " ".join(part for part in (mark and f"{mark}.", BOOTSTRAP_NOTE) if part)
+    tables = [
+        Table(f"mt_bench_by_turn{suffix}", f"{title}: mean over seeds", note, SCORE_COLUMNS, judge["cells"], judge),
+        Table(f"mt_bench_by_category{suffix}", f"{title}: by category", mark, CATEGORY_COLUMNS, judge["categories"],
+              judge),
+        *score_tables(judge, "mt_bench", title, 2, judge, suffix),
+        Table(f"mt_bench_variance{suffix}", f"{title}: where the variance comes from", VARIANCE_NOTE, VARIANCE_COLUMNS,
+              judge["variance"], judge),
+    ]  # fmt: skip
+    if judge["retest"] or judge["length"]:
+        row = {**(judge["retest"] or {}), **{f"length_{k}": v for k, v in (judge["length"] or {}).items()}}
+        tables.append(
+            Table(f"mt_bench_judge{suffix}", f"{title}: the judge itself", JUDGE_NOTE, JUDGE_COLUMNS, [row], judge)
+        )
+    return tables
+
+
+def score_tables(part: dict, name: str, title: str, digits: int, judge: dict | None, suffix: str = "") -> list[Table]:
+    """Tables that accuracy and MT-Bench both have."""
+    mark = f"{smoke_mark(judge)}. " if judge and judge["smoke_test"] else ""
+    rows = part["improvement"]
+    headline = [row for row in rows if row["comparison"] in ("best of grid", "untrained model")]
+    cells = [row for row in rows if row not in headline]
+    sensitivity = [line for row in headline for line in row["sensitivity"]]
+    return [
+        Table(f"{name}_headline{suffix}", f"{title}: headline differences", mark + HEADLINE_NOTE,
+              difference_columns(digits, "p (Holm)"), headline, judge),
+        Table(f"{name}_improvement{suffix}", f"{title}: differences cell by cell", mark + CELLS_NOTE,
+              difference_columns(digits, "p (BH)"), cells, judge),
+        Table(f"{name}_sensitivity{suffix}", f"{title}: other tests of the headline differences",
+              mark + SENSITIVITY_NOTE, SENSITIVITY_COLUMNS, sensitivity, judge),
+        Table(f"{name}_selection{suffix}", f"{title}: best of each grid, at equal budget", mark + SELECTION_NOTE,
+              selection_columns(digits), part["selection"], judge),
+        Table(f"{name}_over_beta{suffix}", f"{title}: variance over beta", mark + SPREAD_NOTE, SPREAD_COLUMNS,
+              part["spread"], judge),
+    ]  # fmt: skip
+
+
+BOOTSTRAP_NOTE = "Interval: 95 % bootstrap over questions (or pairs) and seeds; with one seed over questions alone."
+HEADLINE_NOTE = (
+    "Best cell of each loss, chosen on validation accuracy. p: primary test, question and seed variance, "
+    "Satterthwaite; Holm over the losses (Benjamini-Hochberg against the untrained model). Detectable: the true "
+    "difference found with 80 % power. The interval counts the residual twice, so it may cover 0 where p is below 0.05."
+)
+CELLS_NOTE = "p as in the headline table, Benjamini-Hochberg over the cells of a comparison."
+SENSITIVITY_NOTE = "Beside the primary test: each usual test with what it ignores. Not adjusted; not to be headlined."
+SELECTION_NOTE = (
+    "Expected: the mean over all ways to draw as many cells as the smallest grid has, of the cell selected on "
+    "validation, or of the maximum."
+)
+SPREAD_NOTE = (
+    "Variance of the true means over beta: that of the observed means less what seeds and questions put there. Ratio "
+    "and reduction against the baseline; none where a corrected variance is not positive."
+)
+MCNEMAR_NOTE = (
+    "Pairs that only one of the two gets right. Several seeds are several rows: their pairs are the same pairs."
+)
+STABILITY_NOTE = "Exact 95 % intervals (Clopper-Pearson). Steps of one run are not independent: trust the runs' rates."
+PAIRS_NOTE = "Both orders; where they disagree it is a tie, which counts one half."
+MOVEMENT_NOTE = (
+    "KL: of the run's own answers to the base, nats an answer (k1). Anchor: 0.5 (a^2 + b^2), mean over the last tenth "
+    "of the training steps."
+)
+VARIANCE_NOTE = "Of a question's score, by the method of moments; seeds within cells."
+JUDGE_NOTE = "Retest: answers judged several times. Length: Spearman correlation within a question's turn."
+
+VERDICT_COLUMNS = [
+    Column("claim", "id"), Column("sentence", "claim"), Column("judge", "judge"), Column("verdict", "verdict"),
+    Column("estimate", lambda row: verdict_texts(row)["estimate"]),
+    Column("95 % interval", lambda row: verdict_texts(row)["interval"]), p_column("p", "p"),
+    p_column("p (Holm)", "p_holm"), Column("why", "why"),
+]  # fmt: skip
+CATEGORY_COLUMNS = [
+    Column(CELL_HEADER, "label"), Column("category", "category"), Column("score", "score", 2),
+    Column("SD over seeds", "score_sd", 2), Column("seeds", "n_seeds"), Column("scored", "n_scored"),
+    Column("judged", "n_judged"),
+]  # fmt: skip
+SENSITIVITY_COLUMNS = [
+    Column("proposed", "proposed"), Column("baseline", "baseline"), Column("test", "test"), p_column("p", "p"),
+    Column("ignores", "ignores"),
+]  # fmt: skip
+SPREAD_COLUMNS = [
+    Column("loss", "loss"), Column("τ", "tau"), Column("settings", "settings"),
+    Column("betas", lambda row: " ".join(f"{beta:g}" for beta in row["betas"])),
+    Column("variance of means", "variance_of_means", 4), Column("of it noise", "of_it_noise", 4),
+    Column("variance", "variance", 4), Column("ratio", "ratio", 2), Column("95 % interval", interval("low", "high", 2)),
+    Column("reduction %", "reduction_percent", 0), p_column("Brown-Forsythe p", "brown_forsythe_p"),
+]  # fmt: skip
+MCNEMAR_COLUMNS = [
+    Column("proposed", "proposed"), Column("baseline", "baseline"), Column("seed", "seed"), Column("pairs", "n_pairs"),
+    Column("only proposed right", "only_a"), Column("only baseline right", "only_b"), Column("ties", "ties"),
+    p_column("p", "p"),
+]  # fmt: skip
+STABILITY_COLUMNS = [
+    Column("loss", "loss"), Column("β", "beta"), Column("runs", "diverged_of"), Column("diverged", "diverged"),
+    Column("rate", interval("diverged_low", "diverged_high", 2)), Column("with a non-finite step", "nonfinite_runs"),
+    Column("rate ", interval("nonfinite_runs_low", "nonfinite_runs_high", 2)),
+    Column("non-finite steps", "nonfinite_steps"), Column("of steps", "nonfinite_steps_of"),
+    Column("rate  ", interval("nonfinite_steps_low", "nonfinite_steps_high", 4)),
+]  # fmt: skip
+PAIR_COLUMNS = [
+    Column("judge", "judge"), Column(CELL_HEADER, "label"), Column("against", "baseline"),
+    Column("win rate", "win_rate", 3),
+    Column("95 % interval", interval("low", "high", 3)), Column("wins", "wins"), Column("ties", "ties"),
+    Column("losses", "losses"), Column("questions", "n_questions"), Column("seeds", "n_seeds"),
+]  # fmt: skip
+VARIANCE_COLUMNS = [
+    Column("loss", "loss"), Column("source", "source"), Column("variance", "variance", 3), Column("share", "share", 3),
+]  # fmt: skip
+JUDGE_COLUMNS = [
+    Column("items judged again", "n_items"), Column("ICC(1,1)", "icc", 3), Column("SD of one rating", "sd", 2),
+    Column("identical", "identical", 3), Column("length: answers", "length_n"),
+    Column("Spearman", "length_spearman", 3),
+]  # fmt: skip
+
+
+def columns_of(names: dict[str, str], digits: int, *after: Column) -> list[Column]:
+    """A cell, its first number with interval and SD, the other numbers."""
+    (first, *rest), sd = ([Column(header, name, digits) for name, header in names.items()]), f"{next(iter(names))}_sd"
+    return [Column(CELL_HEADER, "label"), Column("seeds", "n_seeds"), first,
+            Column("95 % interval", interval("low", "high", digits)), Column("SD over seeds", sd, digits), *rest,
+            *after, Column("diverged", "n_diverged")]  # fmt: skip
+
+
+ACCURACY_COLUMNS = columns_of(ACCURACY_NAMES, 3)
+SCORE_COLUMNS = columns_of(SCORE_NAMES, 2, Column("scored", "n_scored"), Column("judged", "n_judged"))
+
+
+def difference_columns(digits: int, adjusted: str) -> list[Column]:
+    return [
+        Column("comparison", "comparison"), Column("proposed", "proposed"), Column("baseline", "baseline"),
+        Column("difference", "estimate", digits), Column("95 % interval", interval("low", "high", digits)),
+        p_column("p", "p"), p_column(adjusted, "p_adjusted"), Column("detectable", "detectable", digits),
+        Column("improvement", lambda row: percent(row["improvement_rate"])),
+        Column("its interval", rate_interval), Column("seeds", seeds_text), Column("units", "n_units"),
+        Column("selected by", "selected_by"), Column("differs in", "differs_in"),
+    ]  # fmt: skip
+
+
+def percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:+.1%}"
+
+
+def rate_interval(row: dict) -> str | None:
+    return None if row["rate_low"] is None else f"[{percent(row['rate_low'])}, {percent(row['rate_high'])}]"
+
+
+def seeds_text(row: dict) -> str | None:
+    return row["paired"] if row["paired"] in (None, "one seed") else f"{row['n_paired_seeds']} {row['paired']}"
+
+
+def selection_columns(digits: int) -> list[Column]:
+    return [
+        Column("loss", "loss"), Column("cells", "cells"), Column("selected", "selected"), Column("by", "selected_by"),
+        Column("its value", "value", digits), Column("equal budget (cells)", "budget"),
+        Column("expected, selected", "expected_selected", digits),
+        Column("expected maximum", "expected_maximum", digits), Column("maximum", "maximum", digits),
+    ]  # fmt: skip
+
+
+def movement_columns(rows: list[dict]) -> list[Column]:
+    scores = [key for key in (rows[0] if rows else {}) if key.startswith("score, ")]
+    return [
+        Column("run", "run_id"), Column("KL", "kl", 3), Column("KL a token", "kl_per_token", 4),
+        Column("anchor", "anchor", 3), Column("best acc_ref", "accuracy", 3),
+        *(Column(name, name, 2) for name in scores),
+    ]  # fmt: skip
+
+
+def mcnemar(improvement: list[dict]) -> list[dict]:
+    heads = ("proposed", "baseline")
+    return [{key: row[key] for key in heads} | line for row in improvement for line in row.get("mcnemar", ())]
+
+
+def verdict_texts(row: dict) -> dict:
+    """A verdict as a person reads it; all text or None."""
+    unit = {"mt_bench": " MT-Bench", "acc_ref": " of pairs", None: " of runs"}.get(row["metric"], "")
+    percent = row["kind"] == "variance_reduction"
+    number = (lambda value: f"{100 * value:+.0f} %") if percent else (lambda value: f"{value:+.3f}")
+    if row["metric"] is None:
+        number = "{:.2f}".format
+    ends = [row["low"], row["high"]]
+    if percent:
+        unit = " variance over beta"
+        number = lambda value: "none" if value == float("-inf") else f"{-100 * value:+.0f} %"  # noqa: E731
+        ends = ends[::-1]
+    test = row["test"] and f"{row['test']}: p {p_text(row['p']) or 'none'}"
+    if test and row["p_holm"] is not None:
+        test += f", Holm {p_text(row['p_holm'])}"
+    compared = " against ".join(filter(None, (row["a"], row["b"])))
+    return {
+        "id": row["id"], "claim": row["claim"], "judge": row["judge"], "verdict": row["verdict"],
+        "estimate": None if row["estimate"] is None else f"{number(row['estimate'])}{unit} ({compared})",
+        "interval": None if row["low"] is None else f"[{', '.join(map(number, ends))}]",
+        "test": test, "why": row["why"] or None,
+    }  # fmt: skip
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def write_tables(folder: Path, tables: list[Table]) -> None:
+    for stale in [path for suffix in ("csv", "md", "tex") for path in folder.glob(f"*.{suffix}")]:
+        stale.unlink()  # a table of runs or judges that are gone would pass for a current one
+    for table in tables:
+        write_text(folder / f"{table.id}.csv", csv_text(table))
+        write_text(folder / f"{table.id}.md", markdown_text(table))
+        write_text(folder / f"{table.id}.tex", latex_text(table))
+
+
+def csv_text(table: Table) -> str:
+    """Rows with all their fields, full precision; each line of scores says whose they are and if a smoke test."""
+    shared = {key: table.judge[key] for key in ("judge", "prompts", "refs", "smoke_test")} if table.judge else {}
+    rows = [{key: value for key, value in row.items() if not is_nested(value)} for row in table.rows]
+    fields = dict.fromkeys(key for row in rows for key in shared | row)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(fields), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list) else v for key, v in (shared | row).items()})
+    return buffer.getvalue()
+
+
+def is_nested(value) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value))
+
+
+def text_cells(table: Table) -> list[list[str]]:
+    """Numbers with the column's digits; what a paper shows."""
+    return [
+        ["" if value is None else show(value, column.digits) for column, value in zip(table.columns, line)]
+        for line in table.page()["rows"]
+    ]
+
+
+def markdown_escape(text: str) -> str:
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def markdown_text(table: Table) -> str:
+    def line(cells: list[str]) -> str:
+        return f"| {' | '.join(map(markdown_escape, cells))} |"
+
+    headers = [column.header.strip() for column in table.columns]
+    rule = f"|{'---|' * len(headers)}"
+    body = [line(headers), rule, *map(line, text_cells(table))]
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"**{table.title}**\n{note}\n" + "\n".join(body) + "\n"
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "β": r"$\beta$", "τ": r"$\tau$", "±": r"$\pm$",
+    "<": r"$<$", ">": r"$>$",
+}  # fmt: skip
+
+
+def latex_escape(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
+
+
+def latex_text(table: Table) -> str:
+    r"""A table environment for \usepackage{booktabs}; numbers to the right, words to the left."""
+    lines = text_cells(table)
+    numeric = [all(re.fullmatch(r"[-+<\d.,\[\] %einf]*", line[i]) for line in lines) for i in range(len(table.columns))]
+    rows = [" & ".join(map(latex_escape, line)) + r" \\" for line in lines]
+    caption = latex_escape(table.title + (f". {table.note}" if table.note else ""))
+    return "\n".join(
+        [
+            r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\label{{tab:{table.id}}}",
+            rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in numeric)}}}", r"\toprule",
+            " & ".join(latex_escape(column.header) for column in table.columns) + r" \\", r"\midrule",
+            *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+        ]
+    )  # fmt: skip
+
+
+# ---- on the terminal ----------------------------------------------------------------------------
+
+
+def show_mean(row: dict, name: str, digits: int) -> str:
+    """mean ±SD, and the number of seeds where it is not the row's."""
+    sd_text = f" ±{row[f'{name}_sd']:.{digits}f}" if row[f"{name}_sd"] is not None else ""
+    n_text = f" (n={row[f'{name}_n']})" if row[name] is not None and row[f"{name}_n"] != row["n_seeds"] else ""
+    return show(row[name], digits) + sd_text + n_text
+
+
+def format_table(title: str, headers: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in [headers, *rows]) for i in range(len(headers))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in [headers, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+
+
+def accuracy_table(rows: list[dict]) -> str:
+    headers = [CELL_HEADER, "seeds", *ACCURACY_NAMES.values(), "diverged"]
+    lines = [
+        [row["label"], str(row["n_seeds"]), *(show_mean(row, name, 3) for name in ACCURACY_NAMES), diverged(row)]
+        for row in rows
+    ]
+    return format_table("Validation accuracy and margin rho (nats): mean ±SD over seeds", headers, lines)
+
+
+def diverged(row: dict) -> str:
+    return str(row["n_diverged"]) if row["n_diverged"] else ""
+
+
+def score_table(judge: dict) -> str:
+    headers = [CELL_HEADER, "seeds", *SCORE_NAMES.values(), "scored/judged", "diverged"]
+    lines = [
+        [
+            row["label"],
+            str(row["n_seeds"]),
+            *(show_mean(row, name, 2) for name in SCORE_NAMES),
+            f"{row['n_scored']}/{row['n_judged']}",
+            diverged(row),
+        ]
+        for row in judge["cells"]
+    ]
+    return format_table(score_title(judge, "by turn, mean ±SD over seeds"), headers, lines)
+
+
+def score_title(judge: dict, what: str) -> str:
+    mark = f"*** {smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
+    return f"{mark}MT-Bench score (1-10, {len(judge['questions'])} questions), {judge_title(judge)}: {what}"
+
+
+def category_table(judge: dict) -> str:
+    names = list(dict.fromkeys(row["category"] for row in judge["categories"]))
+    names.sort(key=lambda name: CATEGORIES.index(name) if name in CATEGORIES else len(CATEGORIES))
+    by_label = defaultdict(dict)
+    for row in judge["categories"]:
+        lost = row["n_judged"] - row["n_scored"]
+        by_label[row["label"]][row["category"]] = show(row["score"], 2) + (f" (-{lost})" if lost else "")
+    lines = [[label, *(scores.get(name, "-") for name in names)] for label, scores in by_label.items()]
+    title = score_title(judge, "by category, mean over seeds; (-n): n judgements without a score")
+    return format_table(title, [CELL_HEADER, *names], lines)
+
+
+def improvement_table(title: str, rows: list[dict], proposed: str, digits: int) -> str | None:
+    """The proposed loss against the baseline: each cell at its own beta and against the best, then best against it."""
+    ours = [row for row in rows if row["loss"] == proposed]
+    by_kind = {kind: [row for row in ours if row["comparison"] == kind] for kind in {row["comparison"] for row in rows}}
+    lines = []
+    for row in by_kind.get("best baseline", ()):
+        same_beta = [other for other in by_kind.get("matched beta", ()) if other["proposed"] == row["proposed"]]
+        score = f"{show(row['proposed_score'], digits)} (n={row['proposed_n_seeds']})"
+        matched = "; ".join(show_improvement(other, digits) for other in same_beta) or "-"
+        lines.append([row["proposed"], score, matched, show_improvement(row, digits)])
+    if not lines:
+        return None
+    headers = [CELL_HEADER, "proposed", "against the baseline at the same beta", "against the best baseline"]
+    best = by_kind["best of grid"][0]
+    last = (
+        f"  best of {best['proposed_cells']} proposed cells against best of {best['baseline_cells']} baseline cells "
+        f"(selected by {best['selected_by']}): {best['proposed']} {show_improvement(best, digits)}"
+    )
+    return (
+        format_table(f"{title}: (proposed - baseline) / baseline", headers, lines)
+        + f"\n{last}\n{show_test(best, digits)}"
+    )
+
+
+def show_improvement(row: dict, digits: int) -> str:
+    rate = "-" if row["improvement_rate"] is None else f"{row['improvement_rate']:+.1%}"
+    differs = f", differs in {row['differs_in']}" if row["differs_in"] else ""
+    baseline = f"{row['baseline']}: {show(row['baseline_score'], digits)}, n={row['baseline_n_seeds']}{differs}"
+    return f"{row['difference']:+.{digits}f} {rate} ({baseline})"
+
+
+def show_test(row: dict, digits: int) -> str:
+    if row["p"] is None:
+        return "  no test: fewer than two questions or pairs in common, or all differences equal"
+    seeds = (
+        "one seed, so nothing is known of others" if row["paired"] == "one seed" else f"{row['n_paired_seeds']} seeds"
+    )
+    low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
+    return (
+        f"  95 % interval [{low}, {high}], p {p_text(row['p'])} (primary test; Holm "
+        f"{p_text(row['p_adjusted'])}), detectable {show(row['detectable'], digits)}; {row['n_units']} units, {seeds}"
+    )
+
+
+def verdict_table(rows: list[dict]) -> str:
+    lines = []
+    for row in map(verdict_texts, rows):
+        found = f"{row['estimate']} {row['interval']}" if row["estimate"] else ""
+        lines += [
+            f"  {row['id']}  {row['verdict'].upper()}: {row['claim']}" + (f" ({row['judge']})" if row["judge"] else "")
+        ]
+        lines += [f"      {text}" for text in (found, row["why"]) if text]
+    return "\n".join(["Claims", *lines])
+
+
+def print_tables(comparison: dict, proposed: str) -> None:
+    accuracy = comparison["accuracy"]
+    tables = [accuracy_table(accuracy["cells"])] if accuracy["cells"] else []
+    tables.append(improvement_table("Improvement of best_acc_ref", accuracy["improvement"], proposed, 3))
+    for judge in comparison["mt_bench"]:
+        if judge["cells"]:
+            tables += [score_table(judge), category_table(judge)]
+        tables.append(improvement_table(score_title(judge, "improvement"), judge["improvement"], proposed, 2))
+    tables.append(verdict_table(comparison["claims"]))
+    print("".join(f"\n{table}\n" for table in tables if table), end="")

@@ -1,0 +1,251 @@
+"""claims.py: each verdict from runs whose scores are made to give it, and claims that cannot be read."""
+
+import json
+
+import numpy as np
+import pytest
+
+import analyze
+import claims
+from files import UserError
+
+JUDGE, MODEL = "judge big", "meta-llama/Llama-2-7b-chat-hf"
+
+
+def make_cell(loss, beta=0.1, tau=None, accuracy=0.6, seeds=(42, 43, 44), runs=None, **args):
+    runs = runs or [("finished", 0)] * len(seeds)
+    return {
+        "loss": loss, "beta": beta, "tau": tau, "settings": {}, "accuracy": accuracy, "label": f"{loss} {beta:g} {tau}",
+        "runs": [
+            {"run_id": f"{loss}_{beta:g}_{tau}_{seed}", "status": status,
+             "args": {"loss": loss, "beta": beta, "tau": tau, "seed": seed, **args},
+             "summary": {"nonfinite_steps": nonfinite, "steps": 10}}
+            for seed, (status, nonfinite) in zip(seeds, runs)
+        ],
+    }  # fmt: skip
+
+
+def scores(cells_levels, noise=0.5, seed_sd=0.0, questions=80):
+    """values of cells: question difficulty + level + noise, from [(cell, level)]."""
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(5, 1.5, questions)
+    values = {}
+    for cell, level in cells_levels:
+        for run in cell["runs"]:
+            rated = difficulty + level + rng.normal(0, seed_sd) + rng.normal(0, noise, questions)
+            values[run["run_id"]] = {q: {1: float(value)} for q, value in enumerate(rated)}
+    return values
+
+
+def judged(claim, cells, values, metric="mt_bench", smoke=""):
+    claim = {"id": "x", "claim": "A sentence.", "metric": metric, **claim}
+    assert claims.find_problem(claim) is None
+    source = {"metric": metric, "judge": JUDGE, "values": values, "smoke": smoke}
+    (row,) = claims.judge_claims([claim], cells, [source], MODEL, draws=1000)
+    return row
+
+
+def difference(**fields):
+    return {"kind": "difference", "a": {"loss": "td_dpo"}, "b": {"loss": "dpo"}, "at_least": 0.5, **fields}
+
+
+EQUIVALENCE = {"kind": "equivalence", "a": {"loss": "td_dpo"}, "b": {"loss": "dpo"}, "margin": 0.3}
+A, B = make_cell("td_dpo", tau=1.0), make_cell("dpo")
+
+
+# ---- differences --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("level", "word"), [(1.0, "supported"), (0.0, "contradicted"), (0.5, "undecided")])
+def test_difference(level, word):
+    row = judged(difference(value=0.6), [A, B], scores([(A, level), (B, 0)]))
+    assert row["verdict"] == word and row["estimate"] == pytest.approx(level, abs=0.15)
+    assert row["low"] < row["estimate"] < row["high"] and (row["n_units"], row["n_seeds"]) == (80, 3)
+    assert row["p_holm"] == row["p"] and row["a"] == "td_dpo 0.1 1.0"
+    if word == "undecided":
+        assert "It would take about" in row["why"] and "questions" in row["why"]
+
+
+@pytest.mark.parametrize(("level", "word"), [(0.0, "supported"), (0.9, "contradicted"), (-0.9, "contradicted")])
+def test_parity_is_tested_as_equivalence(level, word):
+    row = judged(EQUIVALENCE, [A, B], scores([(A, level), (B, 0)]))
+    assert row["verdict"] == word and row["test"] == "two one-sided tests against a difference of 0.3"
+
+
+def test_no_difference_found_is_not_parity():
+    row = judged(EQUIVALENCE | {"margin": 0.05}, [A, B], scores([(A, 0.0), (B, 0)]))
+    assert row["low"] < 0 < row["high"] and row["verdict"] == "undecided"
+    assert "questions with these 3 seeds" in row["why"]
+
+
+def test_one_seed_decides_nothing():
+    a, b = make_cell("td_dpo", seeds=(42,)), make_cell("dpo", seeds=(42,))
+    row = judged(difference(), [a, b], scores([(a, 3.0), (b, 0)]))
+    assert row["verdict"] == "undecided" and row["low"] > 2 and "One seed" in row["why"]
+
+
+def test_a_judge_below_7b_measures_nothing():
+    row = judged(difference(), [A, B], scores([(A, 3.0), (B, 0)]), smoke="SMOKE TEST: judge of 0.135B parameters")
+    assert row["verdict"] == "not measured" and "0.135b" in row["why"] and row["estimate"] == pytest.approx(3, abs=0.2)
+
+
+def test_no_such_runs():
+    row = judged(difference(a={"loss": "dlrml", "beta": 0.05}), [A, B], scores([(A, 1.0), (B, 0)]))
+    assert row["verdict"] == "not measured" and row["why"] == "No such runs: dlrml beta 0.05."
+
+
+def test_no_judgements():
+    claim = difference(id="x", claim="y", metric="mt_bench")
+    (row,) = claims.judge_claims([claim], [A, B], [], MODEL, draws=500)
+    assert (row["verdict"], row["why"]) == ("not measured", "No judgements.")
+
+
+def test_holm_over_the_claims_of_one_judge():
+    cells = [A, B, make_cell("ipo")]
+    values = scores([(A, 0.75), (B, 0), (cells[2], 0.75)], noise=1.5)
+    family = [{"id": str(i), "claim": "s", "metric": "mt_bench", **difference(a={"loss": loss}, at_least=0.3)}
+              for i, loss in enumerate(("td_dpo", "ipo"))]  # fmt: skip
+    source = {"metric": "mt_bench", "judge": JUDGE, "values": values, "smoke": ""}
+    rows = claims.judge_claims(family, cells, [source], MODEL, draws=500)
+    assert (
+        sorted(row["p_holm"] / row["p"] for row in rows) == pytest.approx([1, 2])
+        or rows[0]["p_holm"] == rows[1]["p_holm"]
+    )
+
+
+def test_the_model_that_a_claim_was_made_for_is_said():
+    row = judged(difference(model="mistral"), [A, B], scores([(A, 1.0), (B, 0)]))
+    assert f"Made for mistral, measured here on {MODEL}." in row["why"]
+
+
+# ---- which runs ---------------------------------------------------------------------------------
+
+
+def test_best_is_chosen_by_validation_accuracy():
+    low, high = make_cell("dpo", 0.1, accuracy=0.6), make_cell("dpo", 0.5, accuracy=0.7)
+    values = scores([(A, 1.0), (low, 0.8), (high, 0.0)])  # the better score is not the one that validation selects
+    row = judged(difference(b={"loss": "dpo", "beta": "best"}), [A, low, high], values)
+    assert row["b"] == "dpo 0.5 None" and row["verdict"] == "supported"
+    for cell in (low, high):
+        cell["accuracy"] = None
+    row = judged(difference(b={"loss": "dpo", "beta": "best"}), [A, low, high], values)
+    assert row["verdict"] == "not measured" and "no validation accuracy" in row["why"]
+
+
+def test_selectors():
+    cells = [make_cell("dpo", beta) for beta in (0.01, 0.25, 2.5)]
+    chosen = lambda selector: [cell["beta"] for cell in claims.select_cells(cells, {"loss": "dpo", **selector})]  # noqa: E731
+    assert chosen({}) == [0.01, 0.25, 2.5] and chosen({"beta": 0.25}) == [0.25]
+    assert chosen({"beta": {"at_least": 0.25}}) == [0.25, 2.5] and chosen({"beta": [0.01, 2.5]}) == [0.01, 2.5]
+    assert chosen({"discopop_form": "published"}) == []
+
+
+# ---- rates --------------------------------------------------------------------------------------
+
+
+def rate(kind, runs, **fields):
+    claim = {"kind": kind, "event": "nonfinite", "a": {"loss": "discopop"}, "id": "x", "claim": "s", **fields}
+    assert claims.find_problem(claim) is None
+    cell = make_cell("discopop", seeds=range(len(runs)), runs=runs)
+    (row,) = claims.judge_claims([claim], [cell], [], MODEL, draws=500)
+    return row
+
+
+def test_never():
+    row = rate("never", [("finished", 0)] * 29, bound=0.1)
+    assert row["verdict"] == "supported" and row["p"] == pytest.approx(0.9**29) and row["why"] == "0 of 29 runs."
+    row = rate("never", [("finished", 0)] * 28, bound=0.1)
+    assert row["verdict"] == "undecided" and "29 runs without one" in row["why"]
+    row = rate("never", [("finished", 0)] * 50 + [("finished", 1)], bound=0.1)
+    assert row["verdict"] == "contradicted" and "1 of 51" in row["why"]
+
+
+def test_often():
+    failed = [("diverged", 10)]
+    assert rate("often", failed * 9 + [("finished", 0)] * 3, at_least=0.4)["verdict"] == "supported"
+    assert rate("often", [("finished", 0)] * 12, at_least=0.4)["verdict"] == "contradicted"
+    row = rate("often", failed * 6 + [("finished", 0)] * 6, at_least=0.4)
+    assert row["verdict"] == "undecided" and row["estimate"] == 0.5 and row["low"] == pytest.approx(0.2109, abs=1e-4)
+
+
+def test_divergence_is_no_nonfinite_step_and_the_other_way_round():
+    assert rate("often", [("finished", 1)] * 12, at_least=0.4, event="diverged")["estimate"] == 0
+    assert rate("often", [("diverged", 0)] * 12, at_least=0.4, event="nonfinite")["estimate"] == 1
+
+
+# ---- variance over beta -------------------------------------------------------------------------
+
+SPREAD = {"kind": "variance_reduction", "a": {"loss": "td_dpo"}, "b": {"loss": "dpo"}, "at_least": 0.2}
+BETAS = (0.01, 0.05, 0.5, 2.5)
+
+
+def over_beta(pattern_a, pattern_b, noise=0.3, seeds=(42, 43, 44)):
+    ours = [make_cell("td_dpo", beta, 1.0, seeds=seeds) for beta in BETAS]
+    theirs = [make_cell("dpo", beta, seeds=seeds) for beta in BETAS]
+    return [*ours, *theirs], scores([*zip(ours, pattern_a), *zip(theirs, pattern_b)], noise)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "word"),
+    [
+        ((-0.2, 0.1, 0.2, -0.1), (-2, 1, 2, -1), "supported"),
+        ((-2, 1, 2, -1), (-0.5, 0.3, 0.5, -0.3), "contradicted"),
+        ((0, 0, 0, 0), (0, 0, 0, 0), "undecided"),
+    ],
+)
+def test_variance_reduction(ours, theirs, word):
+    cells, values = over_beta(ours, theirs, noise=0.3 if any(ours) else 0)
+    row = judged(SPREAD, cells, values)
+    assert row["verdict"] == word
+    if word == "undecided":
+        assert "undefined" in row["why"] and row["estimate"] is None
+    else:
+        assert row["low"] <= row["estimate"] <= row["high"]
+
+
+def test_variance_that_is_not_decided_says_what_would():
+    cells, values = over_beta((-0.5, 0.2, 0.5, -0.2), (-0.6, 0.3, 0.6, -0.3), noise=1.0)
+    row = judged(SPREAD, cells, values)
+    assert row["verdict"] == "undecided" and "more betas" in row["why"]
+
+
+def test_variance_of_one_seed_is_undecided():
+    cells, values = over_beta((0, 0.1, 0.2, 0), (-2, 1, 2, -1), seeds=(42,))
+    assert judged(SPREAD, cells, values)["verdict"] == "undecided"
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def test_the_studys_own_claims_can_be_read():
+    own = claims.read_claims(claims.OWN_CLAIMS)
+    assert [claim["id"][0] for claim in own] == ["1", "2", "2", "2", "3", "4", "5", "5", "6", "6"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "not valid JSON"),
+        ("{}", "expected a list of claims"),
+        ('[{"id": "a", "claim": "s", "kind": "better"}]', r"claim 1 \(a\): kind 'better' is none of difference"),
+        ('[{"kind": "never"}]', r"claim 1 \(no id\): 'id' must be text"),
+        ('[{"id": "a", "claim": "s", "kind": "never", "a": {"loss": "dpo"}}]', "needs event, bound"),
+        (json.dumps([{"id": "a", "claim": "s", "metric": "mt_bench", **difference(b={})}]), "b must be an object"),
+        (json.dumps([{"id": "a", "claim": "s", "metric": "bleu", **difference()}]), "metric 'bleu'"),
+        (json.dumps([{"id": "a", "claim": "s", "metric": "mt_bench", **difference(at_least="x")}]), "must be a number"),
+    ],
+)
+def test_bad_claims(tmp_path, text, message):
+    (tmp_path / "claims.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        claims.read_claims(tmp_path / "claims.json")
+
+
+def test_claims_beside_the_results_are_added(tmp_path):
+    extra = {"id": "mine", "claim": "Ours.", "metric": "acc_ref", **difference()}
+    (tmp_path / "claims.json").write_text(json.dumps([extra]))
+    found = analyze.load_claims(analyze.parse_args([str(tmp_path)]))
+    assert [claim["id"] for claim in found][-1] == "mine" and len(found) == 11
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    assert len(analyze.load_claims(analyze.parse_args([str(tmp_path), "--claims", str(other)]))) == 10
