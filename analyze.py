@@ -907,7 +907,11 @@ def report_page(runs: list[dict], comparison: dict, tables: list, folder: Path, 
             for (question, choice), row in run["answers"].items()
         ],
         "judgements": [
-            {"run_id": run["run_id"], **{key: row[key] for key in REPORT_JUDGEMENT}}
+            {
+                "run_id": run["run_id"],
+                **{key: row[key] for key in REPORT_JUDGEMENT},
+                "judge": judge_title(row).removeprefix("judge "),
+            }
             for run in runs
             for row in [*(row for rows in run["judged"].values() for row in rows), *run["pairs"]]
         ],

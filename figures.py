@@ -46,7 +46,7 @@ def new_figure(width: float, height: float, title: str, weight: str = "bold"):
     return figure
 
 
-def save_figure(figure, stem: Path, key: str | None = None) -> None:
+def save_figure(figure, stem: Path, key: str | None = None, dpi: int = 150) -> None:
     """Write `stem`.pdf and .png, the same bytes for the same numbers, beside and renamed as files.write_text does.
 
     key: what the figure was made from, kept in the PNG for is_drawn."""
@@ -59,7 +59,7 @@ def save_figure(figure, stem: Path, key: str | None = None) -> None:
         buffer = io.BytesIO()
         metadata = {"CreationDate": None} if suffix == ".pdf" else {"Comment": key} if key else None
         with rc_context({"pdf.fonttype": 42}):  # TrueType: text in the PDF stays text
-            figure.savefig(buffer, format=suffix[1:], dpi=150, metadata=metadata)
+            figure.savefig(buffer, format=suffix[1:], dpi=dpi, metadata=metadata)
         temporary = stem.with_name(f".{stem.name}{suffix}.{os.getpid()}.tmp")
         temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, stem.with_name(stem.name + suffix))
@@ -211,7 +211,7 @@ def draw_learning_curve(
     below = pairs.subplots(1, 3)
     draw_margins(below, val, best_step)
     draw_length_bias(below[2], bias)
-    save_figure(figure, stem, key)
+    save_figure(figure, stem, key, dpi=100)
 
 
 def draw_lines(axis, label: str, steps: list[dict], train: list, evals: list[dict], validation: list) -> None:

@@ -291,7 +291,7 @@ def verdict_texts(row: dict) -> dict:
         test += f", Holm {p_text(row['p_holm'])}"
     compared = " against ".join(filter(None, (row["a"], row["b"])))
     return {
-        "id": row["id"], "claim": row["claim"], "judge": row["judge"], "verdict": row["verdict"],
+        "id": row["id"], "claim": row["claim"], "judge": (row["judge"] or "").removeprefix("judge ") or None, "verdict": row["verdict"],
         "estimate": None if row["estimate"] is None else f"{number(row['estimate'])}{unit} ({compared})",
         "interval": None if row["low"] is None else f"[{', '.join(map(number, ends))}]",
         "test": test, "why": row["why"] or None,
