@@ -205,6 +205,12 @@ def number(row: dict, key: str, place: str | Path) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def step_of(row: dict, place: str) -> float:
+    if (step := number(row, "step", place)) is None:
+        raise UserError(f"{place}: no 'step'; rerun train_pref.py")
+    return step
+
+
 def read_summary(path: Path) -> dict:
     summary = read_json(path)
     if not isinstance(summary.get("status"), str):
@@ -225,8 +231,7 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     steps, evals = {}, {}
     for line, row in read_jsonl(path):
         place = f"{path}:{line}"
-        if (step := number(row, "step", place)) is None:
-            raise UserError(f"{place}: no 'step'; rerun train_pref.py")
+        step = step_of(row, place)
         kind = evals if any(key.startswith("eval/") for key in row) else steps
         # A resumed run repeats the steps after its checkpoint: the later record of a step is the one that counts.
         kind[step] = {"step": step} | {key: number(row, key, place) for key in CURVE_KEYS if key in row}
@@ -242,7 +247,7 @@ def read_val_pairs(path: Path) -> tuple[dict[int, dict[str, tuple[float, float] 
         place = f"{path}:{line}"
         if missing := [key for key in ("id", "step", *VAL_KEYS) if key not in row]:
             raise UserError(f"{place}: no {', '.join(missing)}; rerun train_pref.py to write the file again")
-        step, pair_id = number(row, "step", place), str(row["id"])
+        step, pair_id = step_of(row, place), str(row["id"])
         if pair_id in pairs[step]:
             raise UserError(f"{place}: pair {pair_id} stands twice at step {step}; rerun train_pref.py")
         logps = [number(row, key, place) for key in VAL_KEYS]
@@ -328,8 +333,7 @@ def run_accuracy(run: dict) -> dict | None:
     if run["summary"] is None:
         return None
     best = run["val"].get(run["summary"]["best_step"], {})
-    # A tie counts one half, as in the training stage: every LoRA starts at rho = 0.
-    hits = [0.5 * ((pair[0] > 0) + (pair[0] >= 0)) for pair in best.values() if pair]
+    hits = [inference.ranked_right(pair) for pair in best.values()]
     accuracy = {key: run["summary"][key] for key in (*ACCURACIES, "best_step")}
     return accuracy | {"n_pairs": len(hits), "se_over_pairs": standard_error(hits)}
 
@@ -575,7 +579,7 @@ def compare_scores(
     """
     for cell, row in zip(cells, rows):
         if row:
-            row["low"], row["high"] = inference.cell_interval(cell, values, args.draws)
+            row["low"], row["high"] = inference.cell_interval(cell, row["runs"], values, args.draws)
     runs = [run for cell in cells for run in cell["runs"]]
     return {
         "cells": [row for row in rows if row],
@@ -585,7 +589,7 @@ def compare_scores(
             if numbers.get(run["run_id"], {}).get(metric) is not None
         ],
         "improvement": improvement_rows(cells, rows, metric, values, args),
-        "selection": inference.selection_rows(cells, rows, metric),
+        "selection": inference.selection_rows(cells, rows, metric, args.baseline),
         "spread": inference.spread_rows(cells, values, args.baseline, args.draws),
     }
 
@@ -648,6 +652,8 @@ def improvement_rows(cells: list[dict], rows: list, metric: str, values: dict, a
         row = improvement(kind, one, other, metric) | {"selected_by": selected_by}
         compared = inference.compare_cells(one[0], other[0], values, args.draws)
         row |= inference.comparison_columns(compared) | {"cells": (one[0], other[0])}
+        if compared:  # of the same runs and units as interval and test: seeds or ratings may lack in one of the two
+            row |= {"difference": row["estimate"], "improvement_rate": row["rate"]}
         labels = row["proposed"], row["baseline"]
         row["sensitivity"] = (
             inference.sensitivity_rows(*labels, compared) if compared and kind == "best of grid" else []
@@ -676,7 +682,7 @@ def improvement_rows(cells: list[dict], rows: list, metric: str, values: dict, a
 
 
 def pick_best(pairs: list[tuple], metric: str) -> tuple[tuple, str]:
-    if all(cell.get("accuracy") is not None for cell, _ in pairs):
+    if all(cell.get("accuracy") is not None for cell, _ in pairs) and metric != "best_acc_ref":
         return max(pairs, key=lambda pair: pair[0]["accuracy"]), "validation accuracy"
     return max(pairs, key=lambda pair: pair[1][metric]), "the score itself"
 
@@ -684,20 +690,12 @@ def pick_best(pairs: list[tuple], metric: str) -> tuple[tuple, str]:
 def matched(ours: tuple, theirs: list[tuple]) -> list[tuple]:
     """Baseline cells of the same beta; of several, those that differ from ours in the fewest other settings."""
     same = [pair for pair in theirs if pair[0]["beta"] == ours[0]["beta"]]
-    fewest = min((len(differences(ours[0], cell)) for cell, _ in same), default=0)
-    return [pair for pair in same if len(differences(ours[0], pair[0])) == fewest]
-
-
-def differences(one: dict, other: dict) -> list[str]:
-    """Settings that both cells have and that differ; null is "does not apply", not a difference."""
-    a, b = one["runs"][0]["settings"], other["runs"][0]["settings"]
-    return sorted(key for key in a if a[key] is not None and b.get(key) is not None and a[key] != b[key])
+    nearest = inference.nearest(ours[0], [cell for cell, _ in same])
+    return [pair for pair in same if pair[0] in nearest]
 
 
 def improvement(comparison: str, ours: tuple, theirs: tuple, metric: str) -> dict:
     value, base = ours[1][metric], theirs[1][metric]
-    a, b = ours[0]["runs"][0]["settings"], theirs[0]["runs"][0]["settings"]
-    differing = [f"{key} {show(a[key])} / {show(b[key])}" for key in differences(ours[0], theirs[0])]
     return {
         "comparison": comparison,
         **{key: ours[1][key] for key in ("loss", "beta", "tau")},
@@ -710,7 +708,7 @@ def improvement(comparison: str, ours: tuple, theirs: tuple, metric: str) -> dic
         "difference": value - base,
         "improvement_rate": (value - base) / base if base else None,
         "selected_by": None,
-        "differs_in": "; ".join(differing) or None,
+        "differs_in": inference.differences_text(ours[0], theirs[0]),
     }
 
 
@@ -755,7 +753,10 @@ def load_claims(args: argparse.Namespace) -> list[dict]:
     """The study's own claims, then the user's."""
     own = args.results_dir / "claims.json"
     path = args.claims or (own if own.is_file() else None)
-    return read_claims(OWN_CLAIMS) + (read_claims(path) if path else [])
+    claims, more = read_claims(OWN_CLAIMS), read_claims(path) if path else []
+    if twice := {claim["id"] for claim in claims} & {claim["id"] for claim in more}:
+        raise UserError(f"{path}: the study's own claims have the ids {', '.join(sorted(twice))}; choose others")
+    return claims + more
 
 
 def measured_scores(accuracy: dict, judges: list[dict]) -> list[dict]:
@@ -807,6 +808,10 @@ def note_runs(runs: list[dict], cells: list[dict], notes: list[str]) -> None:
             notes.append(f"unfinished, left out of the comparison: {run['run_id']} (no summary.json)")
         elif run["status"] not in ("finished", "untrained", "no training record"):
             notes.append(f"status of {run['run_id']} is {run['status']!r}; its numbers are averaged with the others")
+    for run in runs:
+        bad = sum(pair is None for pair in run["val"].get((run["summary"] or {}).get("best_step"), {}).values())
+        if bad:
+            notes.append(f"{run['run_id']}: {bad} validation pairs have a non-finite log-probability, counted as wrong")
     trained = [cell for cell in cells if cell["runs"][0]["args"]["loss"]]
     seeds = {seed for cell in trained for seed in cell_seeds(cell)}
     for cell in trained:
@@ -824,6 +829,8 @@ def note_judge(judge: dict, judged: dict, questions: set, left_out: dict, notes:
     name = judge_title(judge)
     if mark := smoke_mark(judge):
         notes.append(f"{name}: {mark}")
+    elif judge["judge_params_b"] is None:
+        notes.append(f"{name}: its size is not known; taken as {SMOKE_TEST_BELOW_B:g}B or more")
     if left_out:
         runs = sorted({run_id for lacking in left_out.values() for run_id in lacking})
         notes.append(
@@ -922,7 +929,9 @@ def report_run(run: dict) -> dict:
     summary = run["summary"] or {}
     numbers = {key: summary.get(key) for key in (*ACCURACIES, "best_step", "nonfinite_steps", "wall_s", "peak_gib")}
     for key, rows in run["judged"].items():
-        numbers[f"score, {key[0]}"] = score_ratings(rows)["score"]
+        judge = describe_judge(key, rows)
+        mark = " (smoke test)" if judge["smoke_test"] else ""
+        numbers[f"score, {judge_title(judge)}{mark}"] = score_ratings(rows)["score"]
     return {"run_id": run["run_id"], "status": run["status"], "arguments": run["args"], "numbers": numbers}
 
 

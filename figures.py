@@ -289,7 +289,8 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[dict]) -> list[tu
             title += f"\n{smoke_mark(judge)}" if judge["smoke_test"] else ""
             look = Look(title, "MT-Bench score (1-10, mean of both turns)", (0, 10), 2, "questions", "score")
             jobs += score_jobs(folder, "mt_bench", suffix, judge, look, comparison)
-            jobs.append((draw_radar, folder / f"comparison_mt_bench_categories{suffix}", judge, title))
+            if judge["categories"]:
+                jobs.append((draw_radar, folder / f"comparison_mt_bench_categories{suffix}", judge, title))
     if panels := movement_panels(comparison["movement"]):
         jobs.append((draw_movement, folder / "comparison_movement", comparison["movement"], panels))
     if comparison["pairs"]:

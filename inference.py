@@ -15,15 +15,21 @@ import numpy as np
 import stats
 
 LENGTH_BINS = 5
+SPREAD_KEYS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_forsythe_p")
 
 
 # ---- tables of values ---------------------------------------------------------------------------
 
 
 def accuracy_values(run: dict) -> dict:
-    """pair -> 0 -> whether rho > 0 at the best evaluation; a tie is one half, as in the training stage."""
+    """pair -> 0 -> whether rho > 0 at the best evaluation: a tie is one half, a pair with a non-finite log-probability
+    is wrong, as in the training stage."""
     best = run["val"].get((run["summary"] or {}).get("best_step"), {})
-    return {pair: {0: 0.5 * ((found[0] > 0) + (found[0] >= 0))} for pair, found in best.items() if found}
+    return {pair: {0: ranked_right(found)} for pair, found in best.items()}
+
+
+def ranked_right(pair: tuple[float, float] | None) -> float:
+    return 0.5 * ((pair[0] > 0) + (pair[0] >= 0)) if pair else 0.0
 
 
 def rating_values(turns: dict[tuple[int, int], float]) -> dict:
@@ -34,15 +40,19 @@ def rating_values(turns: dict[tuple[int, int], float]) -> dict:
     return dict(values)
 
 
+def shared_parts(runs: list[dict]) -> dict:
+    """unit -> the parts that all runs have, of the units of which all have one."""
+    shared = [unit for unit in runs[0] if all(unit in run for run in runs)]
+    parts = {unit: set.intersection(*(set(run[unit]) for run in runs)) for unit in sorted(shared)}
+    return {unit: found for unit, found in parts.items() if found}
+
+
 def make_tables(values: dict, groups: list[list[str]]) -> list[np.ndarray]:
     """(runs, units) of each group of run ids, over the units that all of these runs have; a unit's value is the mean of
     the parts that all have. With a turn's judgement lost in one run, that turn counts in none."""
-    runs = [values[run_id] for group in groups for run_id in group]
-    shared = [unit for unit in runs[0] if all(unit in run for run in runs)]
-    parts = {unit: set.intersection(*(set(run[unit]) for run in runs)) for unit in sorted(shared)}
-    units = [unit for unit in parts if parts[unit]]
+    parts = shared_parts([values[run_id] for group in groups for run_id in group])
     return [
-        np.array([[average(values[run_id][unit], parts[unit]) for unit in units] for run_id in group])
+        np.array([[average(values[run_id][unit], parts[unit]) for unit in parts] for run_id in group])
         for group in groups
     ]
 
@@ -56,6 +66,27 @@ def runs_with_values(cell: dict, values: dict) -> dict:
     return {run["args"]["seed"]: run["run_id"] for run in cell["runs"] if values.get(run["run_id"])}
 
 
+def differences(one: dict, other: dict) -> list[str]:
+    """Settings that both cells have and that differ; null is "does not apply", not a difference."""
+    a, b = one["runs"][0]["settings"], other["runs"][0]["settings"]
+    return sorted(key for key in a if a[key] is not None and b.get(key) is not None and a[key] != b[key])
+
+
+def differences_text(one: dict, other: dict) -> str | None:
+    a, b = one["runs"][0]["settings"], other["runs"][0]["settings"]
+    return "; ".join(f"{key} {plain(a[key])} / {plain(b[key])}" for key in differences(one, other)) or None
+
+
+def plain(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def nearest(one: dict, others: list[dict]) -> list[dict]:
+    """Those of `others` that differ from `one` in the fewest other settings."""
+    fewest = min((len(differences(one, other)) for other in others), default=0)
+    return [other for other in others if len(differences(one, other)) == fewest]
+
+
 def is_untrained(cell: dict) -> bool:
     return cell["runs"][0]["args"]["loss"] is None
 
@@ -63,10 +94,11 @@ def is_untrained(cell: dict) -> bool:
 # ---- one cell, two cells ------------------------------------------------------------------------
 
 
-def cell_interval(cell: dict, values: dict, draws: int) -> tuple[float | None, float | None]:
-    """Crossed-bootstrap interval of a cell's mean over its seeds and units; of one seed: over units alone."""
+def cell_interval(cell: dict, counted: list[str], values: dict, draws: int) -> tuple[float | None, float | None]:
+    """Crossed-bootstrap interval of a cell's mean over its seeds and units; of one seed: over units alone. None where
+    not every run that counts in the mean (`counted`) has values."""
     runs = runs_with_values(cell, values)
-    if not runs:
+    if not runs or set(runs.values()) != set(counted):
         return None, None
     (table,) = make_tables(values, [list(runs.values())])
     return stats.percentiles(stats.bootstrap(table, draws)) if table.size else (None, None)
@@ -96,17 +128,18 @@ def compare_cells(a: dict, b: dict, values: dict, draws: int) -> tuple[stats.Dif
 def comparison_columns(found: tuple | None) -> dict:
     """What a table of differences says about one, every key present."""
     if found is None:
-        names = ("estimate", "se", "df", "low", "high", "rate_low", "rate_high", "p", "detectable", "n_units", "paired")
-        return dict.fromkeys((*names, "n_paired_seeds"))
-    difference = found[0]
-    keys = ("estimate", "se", "df", "low", "high", "rate_low", "rate_high")
+        names = ("estimate", "se", "df", "low", "high", "rate", "rate_low", "rate_high")
+        return dict.fromkeys((*names, "p", "detectable", "n_units", "paired", "seeds_compared"))
+    difference, table_a, table_b = found
+    keys = ("estimate", "se", "df", "low", "high", "rate", "rate_low", "rate_high")
+    counts = {"paired": f"{len(table_a)} paired", "unpaired": f"{len(table_a)} against {len(table_b)}, unpaired"}
     return {
         **{key: known(getattr(difference, key)) for key in keys},
         "p": known(difference.p()),
         "detectable": known(difference.minimum_detectable()),
         "n_units": difference.n_questions,
         "paired": difference.seeds,
-        "n_paired_seeds": difference.n_seeds,
+        "seeds_compared": counts.get(difference.seeds, "one seed"),
     }
 
 
@@ -150,95 +183,108 @@ def beta_series(cells: list[dict], values: dict) -> dict[tuple, list[dict]]:
     return {key: sorted(found, key=lambda cell: cell["beta"]) for key, found in series.items() if len(found) > 1}
 
 
-def spread_of(cells: list[dict], values: dict, draws: int) -> tuple[stats.BetaSpread, list[float]] | None:
-    """(variance over beta, means) of the cells' values on common units; None without a common unit."""
-    tables = make_tables(values, [list(runs_with_values(cell, values).values()) for cell in cells])
-    if not tables[0].size:
-        return None
-    return stats.beta_spread(tables, draws), [float(table.mean()) for table in tables]
+def spread_of(cells: list[dict], values: dict, draws: int, stream: int = 0) -> stats.BetaSpread | None:
+    """Variance over beta of the cells' values on common units; None without a common unit."""
+    runs = [dict(sorted(runs_with_values(cell, values).items(), key=str)) for cell in cells]
+    tables = make_tables(values, [list(found.values()) for found in runs])
+    same_seeds = all(list(found) == list(runs[0]) for found in runs) and len(runs[0]) > 1
+    return stats.beta_spread(tables, same_seeds, draws, stream) if tables[0].size else None
 
 
 def compare_spreads(a: list[dict], b: list[dict], values: dict, draws: int) -> dict | None:
-    """Variance over beta of cells a against cells b, at the betas that both have; all on the same units."""
+    """Variance over beta of the cells a against the cells b, a cell a beta, at the betas that both have."""
     betas = sorted({cell["beta"] for cell in a} & {cell["beta"] for cell in b})
+    a, b = ([cell for cell in cells if cell["beta"] in betas] for cells in (a, b))
+    assert len(a) == len(b) == len(betas), "a beta stands twice"
     if len(betas) < 2:
         return None
-    a, b = ([cell for cell in cells if cell["beta"] in betas] for cells in (a, b))
-    runs = {run for cell in (*a, *b) for run in runs_with_values(cell, values).values()}
-    common = {run: values[run] for run in runs}
-    spread_a, spread_b = spread_of(a, common, draws), spread_of(b, common, draws)
-    if spread_a is None or spread_b is None:
+    spreads = spread_of(a, values, draws), spread_of(b, values, draws, stream=100)
+    if None in spreads:
         return None
-    ratio = stats.variance_ratio(spread_a[0], spread_b[0])
+    ratio = stats.variance_ratio(*spreads)
+    means = [[cell_mean(cell, values) for cell in cells] for cells in (a, b)]
     return {
         "betas": betas,
-        "variance": spread_a[0].variance,
-        "baseline_variance": spread_b[0].variance,
-        "noise": spread_a[0].noise,
-        "baseline_noise": spread_b[0].noise,
+        "spreads": spreads,
         **ratio,
+        "high_open": ratio["high"] == math.inf,
         "reduction_percent": None if ratio["ratio"] is None else 100 * (1 - ratio["ratio"]),
         "n_seeds": min(len(runs_with_values(cell, values)) for cell in (*a, *b)),
-        "brown_forsythe_p": known(stats.brown_forsythe(spread_a[1], spread_b[1])),
+        "brown_forsythe_p": known(stats.brown_forsythe(*means)),
     }
 
 
+def cell_mean(cell: dict, values: dict) -> float:
+    (table,) = make_tables(values, [list(runs_with_values(cell, values).values())])
+    return float(table.mean())
+
+
 def spread_rows(cells: list[dict], values: dict, baseline: str, draws: int) -> list[dict]:
-    """Variance over beta of each loss and tau, against the baseline's."""
+    """Variance over beta of each loss and tau, against the baseline's series that differs in the fewest settings."""
     series = beta_series(cells, values)
-    reference = next((found for (loss, *_), found in series.items() if loss == baseline), None)
+    references = [found for (loss, *_), found in series.items() if loss == baseline]
     rows = []
     for (loss, tau, _), found in series.items():
-        spread = spread_of(found, values, draws)
-        if spread is None:
+        if (spread := spread_of(found, values, draws)) is None:
             continue
-        against = compare_spreads(found, reference, values, draws) if reference and loss != baseline else None
-        against = against or {}
+        first = nearest(found[0], [reference[0] for reference in references])
+        reference = next((one for one in references if first and one[0] is first[0]), None)
+        against = {}
+        if reference and loss != baseline:
+            against = compare_spreads(found, reference, values, draws) or {}
         rows.append(
             {
                 "loss": loss,
                 "tau": tau,
-                "settings": " ".join(f"{k}={v}" for k, v in found[0]["settings"].items()) or None,
+                "settings": " ".join(f"{key}={plain(value)}" for key, value in found[0]["settings"].items()) or None,
                 "betas": [cell["beta"] for cell in found],
-                "variance_of_means": spread[0].raw,
-                "of_it_noise": spread[0].noise,
-                "variance": spread[0].variance,
-                **{key: against.get(key) for key in ("ratio", "low", "high", "reduction_percent", "brown_forsythe_p")},
+                "variance_of_means": spread.raw,
+                "of_it_noise": spread.noise,
+                "variance": spread.variance,
+                **{key: against.get(key) for key in SPREAD_KEYS},
+                "differs_in": differences_text(found[0], reference[0]) if against else None,
             }
         )
     return rows
 
 
-def selection_rows(cells: list[dict], rows: list[dict | None], metric: str) -> list[dict]:
-    """The best cell of each loss by validation accuracy, and what its grid would give if it had only as many cells as
-    the smallest grid: the expected score of the best of k cells drawn at random (stats.expected_best)."""
+def selection_rows(cells: list[dict], rows: list[dict | None], metric: str, baseline: str) -> list[dict]:
+    """The best cell of each loss by validation accuracy, and what its grid and the baseline's would give at equal
+    budget: the expected score of the best of k cells drawn at random (stats.expected_best), k the smaller grid's."""
     grids: dict[str, list[tuple]] = defaultdict(list)
     for cell, row in zip(cells, rows):
         if row and row[metric] is not None and not is_untrained(cell):
             grids[cell["loss"]].append((cell.get("accuracy"), row))
-    if not grids:
-        return []
-    budget = min(map(len, grids.values()))
     found = []
     for loss, grid in grids.items():
-        scores = [row[metric] for _, row in grid]
-        by_validation = all(accuracy is not None for accuracy, _ in grid)
-        selector = [accuracy for accuracy, _ in grid] if by_validation else scores
-        best = grid[max(range(len(grid)), key=lambda i: selector[i])][1]
-        found.append(
-            {
-                "loss": loss,
-                "cells": len(grid),
-                "selected": best["label"],
-                "selected_by": "validation accuracy" if by_validation else "the score itself",
-                "value": best[metric],
-                "budget": budget,
-                "expected_selected": stats.expected_best(selector, scores, budget),
-                "expected_maximum": stats.expected_best(scores, scores, budget),
-                "maximum": max(scores),
-            }
-        )
+        scores, selector, how = grid_scores(grid, metric)
+        best = grid[selector.index(max(selector))][1]
+        theirs = grids.get(baseline)
+        budget = min(len(grid), len(theirs or grid))
+        row = {
+            "loss": loss,
+            "cells": len(grid),
+            "selected": best["label"],
+            "selected_by": how,
+            "value": best[metric],
+            "budget": budget,
+            "expected_selected": stats.expected_best(selector, scores, budget),
+            "expected_maximum": stats.expected_best(scores, scores, budget),
+            "maximum": max(scores),
+        }
+        if theirs:
+            base_scores, base_selector, _ = grid_scores(theirs, metric)
+            row["baseline_expected_selected"] = stats.expected_best(base_selector, base_scores, budget)
+        found.append(row)
     return found
+
+
+def grid_scores(grid: list[tuple], metric: str) -> tuple[list[float], list[float], str]:
+    """(scores, what the best is selected by, its name) of a loss's cells."""
+    scores = [row[metric] for _, row in grid]
+    if metric != "best_acc_ref" and all(accuracy is not None for accuracy, _ in grid):
+        return scores, [accuracy for accuracy, _ in grid], "validation accuracy"
+    return scores, scores, "the score itself"
 
 
 def stability_rows(cells: list[dict]) -> list[dict]:
@@ -330,7 +376,7 @@ def run_kl(answers: dict) -> dict | None:
         if not all(isinstance(choice.get(key), list) for key in ("logp", "logp_base", "logp_tokens")):
             continue
         for policy, base, n in zip(choice["logp"], choice["logp_base"], choice["logp_tokens"]):
-            if None in (policy, base, n):
+            if None in (policy, base, n) or not math.isfinite(policy - base):
                 continue
             by_question[question].append(policy - base)
             total, tokens = total + policy - base, tokens + n
@@ -346,22 +392,21 @@ def run_kl(answers: dict) -> dict | None:
 # ---- pairwise judgements ------------------------------------------------------------------------
 
 
-def pair_outcomes(rows: list[dict]) -> dict[tuple, dict[int, list[float]]]:
-    """(judge, prompts, refs, baseline) -> question -> outcomes: 1 the run wins, 0 the baseline, 0.5 a tie.
+def pair_outcomes(rows: list[dict]) -> dict[tuple, dict[int, dict[tuple, float]]]:
+    """(judge, prompts, refs, baseline) -> question -> (turn, choice, repeat) -> 1 run wins, 0 baseline wins, 0.5 tie.
 
-    Both orders of a pair together: where they disagree it is a tie; one without a verdict counts nowhere.
+    Both orders of a pair together: where they disagree it is a tie; one without both verdicts counts nowhere.
     """
-    matches: dict[tuple, list] = defaultdict(list)
+    matches: dict[tuple, dict] = defaultdict(dict)
     for row in rows:
-        key = (row["judge"], row["prompts"], row["refs"], row["baseline"])
-        matches[key, row["question_id"], row["turn"], row["choice"], row["repeat"]].append(
-            row["winner"] if row["status"] == "ok" else None
-        )
-    outcomes: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (key, question, *_), winners in matches.items():
-        if None not in winners:
-            agreed = winners[0] if len(set(winners)) == 1 else "tie"
-            outcomes[key][question].append(0.5 if agreed == "tie" else float(agreed != key[3]))
+        key = tuple(row[name] for name in ("judge", "prompts", "refs", "baseline"))
+        place = (row["turn"], row["choice"], row["repeat"])
+        matches[key, row["question_id"], place][row["order"]] = row["winner"] if row["status"] == "ok" else None
+    outcomes: dict[tuple, dict] = defaultdict(lambda: defaultdict(dict))
+    for (key, question, place), winners in matches.items():
+        if len(winners) == 2 and None not in winners.values():
+            agreed = set(winners.values()) if len(set(winners.values())) == 1 else {"tie"}
+            outcomes[key][question][place] = 0.5 if agreed == {"tie"} else float(agreed != {key[3]})
     return {key: dict(found) for key, found in outcomes.items()}
 
 
@@ -374,20 +419,19 @@ def win_rows(cells: list[dict], draws: int) -> list[dict]:
         for run in cell["runs"]:
             for key, outcomes in pair_outcomes(run["pairs"]).items():
                 by_judge[key][run["run_id"]] = outcomes
-        for (judge, prompts, refs, baseline), runs in sorted(by_judge.items(), key=str):
-            values = {run_id: {q: dict(enumerate(found)) for q, found in qs.items()} for run_id, qs in runs.items()}
-            (table,) = make_tables(values, [list(runs)])
+        for (judge, prompts, refs, baseline), values in sorted(by_judge.items(), key=str):
+            (table,) = make_tables(values, [list(values)])
             if not table.size:
                 continue
             low, high = stats.percentiles(stats.bootstrap(table, draws))
-            outcomes = [value for qs in runs.values() for found in qs.values() for value in found]
+            parts = shared_parts(list(values.values()))
+            outcomes = [run[q][place] for run in values.values() for q, places in parts.items() for place in places]
             rows.append(
                 {
                     "judge": judge, "prompts": prompts, "refs": refs, "label": cell["label"], "loss": cell["loss"],
                     "baseline": baseline, "win_rate": float(table.mean()), "low": low, "high": high,
-                    "wins": sum(value == 1 for value in outcomes), "ties": sum(value == 0.5 for value in outcomes),
-                    "losses": sum(value == 0 for value in outcomes), "n_questions": table.shape[1],
-                    "n_seeds": len(runs),
+                    "wins": outcomes.count(1), "ties": outcomes.count(0.5), "losses": outcomes.count(0),
+                    "n_questions": table.shape[1], "n_seeds": len(values),
                 }
             )  # fmt: skip
     return rows
@@ -399,7 +443,7 @@ def win_rows(cells: list[dict], draws: int) -> list[dict]:
 def length_bias(pairs: dict[str, tuple], lengths: dict[str, int]) -> list[dict]:
     """Accuracy (rho > 0) by how much longer the chosen response is, in tokens: at most five groups of equal size. A
     model that has learned length is right where the chosen response is the longer one."""
-    found = sorted((lengths[pair], 0.5 * ((value[0] > 0) + (value[0] >= 0))) for pair, value in pairs.items() if value)
+    found = sorted((lengths[pair], ranked_right(value)) for pair, value in pairs.items())
     if not found:
         return []
     edges = np.unique(np.quantile([length for length, _ in found], np.linspace(0, 1, LENGTH_BINS + 1)))
@@ -408,7 +452,7 @@ def length_bias(pairs: dict[str, tuple], lengths: dict[str, int]) -> list[dict]:
     for i in sorted(set(bins.tolist())):
         mine = [pair for pair, j in zip(found, bins) if i == j]
         hits = [hit for _, hit in mine]
-        low, high = stats.exact_interval(sum(hit > 0.5 for hit in hits), len(hits))
+        low, high = stats.exact_interval(round(sum(hits)), len(hits))
         rows.append(
             {
                 "from": mine[0][0], "to": mine[-1][0], "n_pairs": len(hits), "accuracy": fmean(hits),

@@ -17,6 +17,7 @@ from scipy import stats as scipy_stats
 ALPHA = 0.05
 POWER = 0.8
 DRAWS = 10_000
+QUESTIONS = 2**32 - 1  # the stream of draws that questions have, far from the seeds'
 
 
 class MeanSquares(NamedTuple):
@@ -64,8 +65,8 @@ class Difference(NamedTuple):
 
     def p(self, null: float = 0.0, side: int = 0) -> float:
         """p-value of "the difference is `null`"; side 1: against a larger one, -1: a smaller one, 0: either."""
-        if not self.se > 0:  # all differences are equal: nothing to test, unless they are exactly the null
-            return math.nan if math.isnan(self.se) else float(self.estimate == null)
+        if not self.se > 1e-12 * max(1.0, abs(self.estimate)):  # all differences are equal: no error to test against
+            return math.nan
         t = (self.estimate - null) / self.se
         return float(2 * scipy_stats.t.sf(abs(t), self.df) if side == 0 else scipy_stats.t.sf(side * t, self.df))
 
@@ -75,7 +76,7 @@ class Difference(NamedTuple):
 
     def minimum_detectable(self) -> float:
         """The true difference that this design finds with probability POWER at ALPHA, two-sided."""
-        if not self.se > 0:
+        if math.isnan(self.p()):
             return math.nan
         return float(self.se * (scipy_stats.t.ppf(1 - ALPHA / 2, self.df) + scipy_stats.t.ppf(POWER, self.df)))
 
@@ -86,7 +87,7 @@ def difference(a: np.ndarray, b: np.ndarray, paired: bool, draws: int = DRAWS) -
     Standard error: question component + seed component - residual of the differences, which for paired seeds is
     (MS_question + MS_seed - MS_residual) / (Q S): a two-way random-effects model; degrees of freedom by Satterthwaite
     (1946). A seed component estimated below 0 counts as 0. Interval: percentile bootstrap that resamples questions and
-    seeds, crossed (Owen 2007), which counts the residual twice and so errs to the wide side.
+    seeds, crossed (Owen 2007), which counts the residual twice and so errs to the wide side with few questions.
     """
     (n_a, n_questions), n_b = a.shape, b.shape[0]
     by_question = a.mean(0) - b.mean(0)
@@ -126,7 +127,7 @@ def standard_error(by_question: np.ndarray, squares: list[tuple[MeanSquares, int
     return math.sqrt(variance), variance**2 / sum(part**2 / df for part, df in parts)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)  # 60 MB each at 750 validation pairs
 def resampled(n: int, draws: int, stream: int) -> np.ndarray:
     """(draws, n) weights of a bootstrap: how often each of n units is drawn, divided by n. Same for same arguments."""
     counts = np.random.default_rng([n, stream]).multinomial(n, np.full(n, 1 / n), draws)
@@ -137,11 +138,14 @@ def bootstrap(table: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
     """(draws,) means of (S, Q) scores, seeds and questions resampled independently (crossed).
 
     Questions are drawn alike for every table with the same Q, seeds for every table with the same S and `stream`: so
-    differences of two tables are paired.
+    differences of two tables are paired. Resampled seeds have only (S-1)/S of the seeds' variance, a third too little
+    with three: their weights are spread by the root of S/(S-1).
     """
     n_seeds, n_questions = table.shape
-    questions = resampled(n_questions, draws, -1 % 2**32)
-    return ((questions @ table.T) * resampled(n_seeds, draws, stream)).sum(1)
+    questions, seeds = resampled(n_questions, draws, QUESTIONS), resampled(n_seeds, draws, stream)
+    if n_seeds > 1:
+        seeds = 1 / n_seeds + (seeds - 1 / n_seeds) * math.sqrt(n_seeds / (n_seeds - 1))
+    return ((questions @ table.T) * seeds).sum(1)
 
 
 def percentiles(draws: np.ndarray) -> tuple[float, float]:
@@ -181,15 +185,18 @@ def sensitivity(a: np.ndarray, b: np.ndarray) -> list[dict]:
     return [row | {"p": float(row["p"])} for row in rows]
 
 
-def needed(found: Difference, gap: float) -> tuple[int | None, int | None]:
-    """(seeds at these questions, questions at these seeds) that would find `gap` with POWER at ALPHA; None: no number.
+def needed(found: Difference, gap: float, equivalent: bool = False) -> tuple[int | None, int | None]:
+    """(seeds at these questions, questions at these seeds) at which a true value `gap` away from a limit is found with
+    POWER, roughly; None: no number is enough. `equivalent`: both limits of an equivalence test are `gap` away.
 
-    From the variances that `found` estimates, which are themselves rough with three seeds; normal quantiles.
+    From the variances that `found` estimates, which are themselves rough with three seeds; normal quantiles, and room
+    for the 95 % interval to agree with the test.
     """
-    if not found.se > 0 or not gap > 0:
+    if math.isnan(found.p()) or not gap > 0:
         return None, None
     question, seed, residual = found.variances
-    target = (gap / (scipy_stats.norm.ppf(1 - ALPHA / 2) + scipy_stats.norm.ppf(POWER))) ** 2
+    power = (1 + POWER) / 2 if equivalent else POWER  # an equivalence test can fail on either side
+    target = (gap / (scipy_stats.norm.ppf(1 - ALPHA / 2) + scipy_stats.norm.ppf(power))) ** 2
 
     def least(fixed: float, per_unit: float) -> int | None:  # fixed + per_unit / n <= target
         if fixed == 0 and per_unit == 0:
@@ -255,23 +262,28 @@ class BetaSpread(NamedTuple):
     draws: np.ndarray  # (draws,) of `variance`
 
 
-def beta_spread(tables: list[np.ndarray], draws: int = DRAWS) -> BetaSpread:
+def beta_spread(tables: list[np.ndarray], same_seeds: bool, draws: int = DRAWS, stream: int = 0) -> BetaSpread:
     """Variance of the true means over B betas, from their (S, Q) tables, one a beta.
 
-    raw: sample variance of the B means. noise: the variance of such a mean that comes from the questions' interaction
-    with beta, the seeds and the rest, averaged over betas; the questions' own difficulty is common to all betas and
-    drops out. Bootstrap: questions alike for all betas, seeds of each beta by themselves; the draws are centred on
-    `raw` (resampling adds the noise a second time) and less `noise`.
+    raw: sample variance of the B means. noise: the variance that such means have around the true ones, from the
+    questions' interaction with beta, the seeds and the rest; what all betas have in common drops out, the questions'
+    difficulty and, if `same_seeds` (rows in the same order of seeds), a seed's level. Bootstrap: questions alike for
+    all betas, seeds too if they are the same; the draws are centred on `raw` (resampling adds the noise a second time)
+    and less `noise`.
     """
+    n_betas, n_questions = len(tables), tables[0].shape[1]
     means = np.array([table.mean() for table in tables])
     crossed = np.array([table.mean(0) for table in tables])  # (B, Q)
-    n_questions = crossed.shape[1]
     crossed = crossed - crossed.mean(0) - crossed.mean(1, keepdims=True) + crossed.mean()
-    noise = (crossed**2).sum() / ((len(tables) - 1) * max(1, n_questions - 1) * n_questions)
-    squares = [(mean_squares(table), len(table)) for table in tables if len(table) > 1]
-    seeds = sum((square.seed - square.residual) / (n_questions * n) for square, n in squares) / len(tables)
-    noise += max(0.0, seeds)
-    boot = np.stack([bootstrap(table, draws, stream=beta) for beta, table in enumerate(tables)])
+    noise = (crossed**2).sum() / ((n_betas - 1) * max(1, n_questions - 1) * n_questions)
+    own = tables
+    if same_seeds:
+        common = np.mean(tables, axis=0)
+        own = [(table - common) * math.sqrt(n_betas / (n_betas - 1)) for table in tables]
+    squares = [(mean_squares(table), len(table)) for table in own if len(table) > 1]
+    noise += max(0.0, sum((square.seed - square.residual) / (n_questions * n) for square, n in squares) / n_betas)
+    streams = [stream if same_seeds else stream + beta for beta in range(n_betas)]
+    boot = np.stack([bootstrap(table, draws, one) for table, one in zip(tables, streams)])
     raw, spread = float(means.var(ddof=1)), boot.var(axis=0, ddof=1)
     return BetaSpread(raw, float(noise), raw - float(noise), spread - spread.mean() + raw - noise)
 
@@ -315,26 +327,30 @@ def expected_best(selected_by: list[float], scores: list[float], budget: int) ->
 
 
 def variance_parts(cube: np.ndarray) -> dict[str, float]:
-    """Variance components of (C cells, S seeds, Q questions) scores, seeds nested in cells, by the method of moments.
+    """Variance components of (C cells, S seeds, Q questions) scores by the method of moments; every cell has the same
+    seeds, in the same order.
 
-    question: difficulty; cell: beta and tau; cell x question; seed: a training run's level; residual: seed x question,
-    and the judge. Estimates below 0 are reported as 0. Needs C, S and Q of at least 2.
+    question: difficulty; beta and tau: the cell; seed: what a seed's level has in common over cells; the two crossed
+    with the cell; residual: the rest, and the judge. Estimates below 0 are reported as 0. Needs two of each.
     """
     n_cells, n_seeds, n_questions = cube.shape
-    mean, cell, question = cube.mean(), cube.mean((1, 2)), cube.mean((0, 1))
+    mean, cell, seed, question = cube.mean(), cube.mean((1, 2)), cube.mean((0, 2)), cube.mean((0, 1))
     run, both = cube.mean(2), cube.mean(1)  # (C, S), (C, Q)
-    ms_question = n_cells * n_seeds * ((question - mean) ** 2).sum() / (n_questions - 1)
-    ms_cell = n_seeds * n_questions * ((cell - mean) ** 2).sum() / (n_cells - 1)
-    ms_seed = n_questions * ((run - cell[:, None]) ** 2).sum() / (n_cells * (n_seeds - 1))
-    crossed = both - cell[:, None] - question + mean
-    ms_crossed = n_seeds * (crossed**2).sum() / ((n_cells - 1) * (n_questions - 1))
+    cell_seed = run - cell[:, None] - seed + mean
+    cell_question = both - cell[:, None] - question + mean
     rest = cube - both[:, None] - run[:, :, None] + cell[:, None, None]
+    ms_cell = n_seeds * n_questions * ((cell - mean) ** 2).sum() / (n_cells - 1)
+    ms_seed = n_cells * n_questions * ((seed - mean) ** 2).sum() / (n_seeds - 1)
+    ms_question = n_cells * n_seeds * ((question - mean) ** 2).sum() / (n_questions - 1)
+    ms_cell_seed = n_questions * (cell_seed**2).sum() / ((n_cells - 1) * (n_seeds - 1))
+    ms_cell_question = n_seeds * (cell_question**2).sum() / ((n_cells - 1) * (n_questions - 1))
     ms_rest = (rest**2).sum() / (n_cells * (n_seeds - 1) * (n_questions - 1))
     parts = {
-        "question": (ms_question - ms_crossed) / (n_cells * n_seeds),
-        "cell": (ms_cell - ms_crossed - ms_seed + ms_rest) / (n_seeds * n_questions),
-        "cell x question": (ms_crossed - ms_rest) / n_seeds,
-        "seed": (ms_seed - ms_rest) / n_questions,
+        "question": (ms_question - ms_cell_question) / (n_cells * n_seeds),
+        "beta and tau": (ms_cell - ms_cell_question - ms_cell_seed + ms_rest) / (n_seeds * n_questions),
+        "seed": (ms_seed - ms_cell_seed) / (n_cells * n_questions),
+        "seed x beta and tau": (ms_cell_seed - ms_rest) / n_questions,
+        "question x beta and tau": (ms_cell_question - ms_rest) / n_seeds,
         "residual": ms_rest,
     }
     return {name: max(0.0, float(value)) for name, value in parts.items()}

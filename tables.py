@@ -121,11 +121,12 @@ def score_tables(part: dict, name: str, title: str, digits: int, judge: dict | N
     """Tables that accuracy and MT-Bench both have."""
     mark = f"{smoke_mark(judge)}. " if judge and judge["smoke_test"] else ""
     rows = part["improvement"]
+    same_pairs = SAME_PAIRS_NOTE if name == "accuracy" else ""
     headline = [row for row in rows if row["comparison"] in ("best of grid", "untrained model")]
     cells = [row for row in rows if row not in headline]
     sensitivity = [line for row in headline for line in row["sensitivity"]]
     return [
-        Table(f"{name}_headline{suffix}", f"{title}: headline differences", mark + HEADLINE_NOTE,
+        Table(f"{name}_headline{suffix}", f"{title}: headline differences", mark + HEADLINE_NOTE + same_pairs,
               difference_columns(digits, "p (Holm)"), headline, judge),
         Table(f"{name}_improvement{suffix}", f"{title}: differences cell by cell", mark + CELLS_NOTE,
               difference_columns(digits, "p (BH)"), cells, judge),
@@ -144,11 +145,14 @@ HEADLINE_NOTE = (
     "Satterthwaite; Holm over the losses (Benjamini-Hochberg against the untrained model). Detectable: the true "
     "difference found with 80 % power. The interval counts the residual twice, so it may cover 0 where p is below 0.05."
 )
+SAME_PAIRS_NOTE = (
+    " Here the best cell is chosen on the very pairs it is tested on: p and interval flatter the larger grid."
+)
 CELLS_NOTE = "p as in the headline table, Benjamini-Hochberg over the cells of a comparison."
 SENSITIVITY_NOTE = "Beside the primary test: each usual test with what it ignores. Not adjusted; not to be headlined."
 SELECTION_NOTE = (
-    "Expected: the mean over all ways to draw as many cells as the smallest grid has, of the cell selected on "
-    "validation, or of the maximum."
+    "Expected: the mean over all ways to draw as many cells as the smaller grid has (the loss's or the baseline's), of "
+    "the cell that is then selected, or of the maximum."
 )
 SPREAD_NOTE = (
     "Variance of the true means over beta: that of the observed means less what seeds and questions put there. Ratio "
@@ -187,6 +191,7 @@ SPREAD_COLUMNS = [
     Column("variance of means", "variance_of_means", 4), Column("of it noise", "of_it_noise", 4),
     Column("variance", "variance", 4), Column("ratio", "ratio", 2), Column("95 % interval", interval("low", "high", 2)),
     Column("reduction %", "reduction_percent", 0), p_column("Brown-Forsythe p", "brown_forsythe_p"),
+    Column("differs in", "differs_in"),
 ]  # fmt: skip
 MCNEMAR_COLUMNS = [
     Column("proposed", "proposed"), Column("baseline", "baseline"), Column("seed", "seed"), Column("pairs", "n_pairs"),
@@ -234,7 +239,7 @@ def difference_columns(digits: int, adjusted: str) -> list[Column]:
         Column("difference", "estimate", digits), Column("95 % interval", interval("low", "high", digits)),
         p_column("p", "p"), p_column(adjusted, "p_adjusted"), Column("detectable", "detectable", digits),
         Column("improvement", lambda row: percent(row["improvement_rate"])),
-        Column("its interval", rate_interval), Column("seeds", seeds_text), Column("units", "n_units"),
+        Column("its interval", rate_interval), Column("seeds", "seeds_compared"), Column("units", "n_units"),
         Column("selected by", "selected_by"), Column("differs in", "differs_in"),
     ]  # fmt: skip
 
@@ -247,15 +252,12 @@ def rate_interval(row: dict) -> str | None:
     return None if row["rate_low"] is None else f"[{percent(row['rate_low'])}, {percent(row['rate_high'])}]"
 
 
-def seeds_text(row: dict) -> str | None:
-    return row["paired"] if row["paired"] in (None, "one seed") else f"{row['n_paired_seeds']} {row['paired']}"
-
-
 def selection_columns(digits: int) -> list[Column]:
     return [
         Column("loss", "loss"), Column("cells", "cells"), Column("selected", "selected"), Column("by", "selected_by"),
         Column("its value", "value", digits), Column("equal budget (cells)", "budget"),
         Column("expected, selected", "expected_selected", digits),
+        Column("baseline, same budget", "baseline_expected_selected", digits),
         Column("expected maximum", "expected_maximum", digits), Column("maximum", "maximum", digits),
     ]  # fmt: skip
 
@@ -291,7 +293,8 @@ def verdict_texts(row: dict) -> dict:
         test += f", Holm {p_text(row['p_holm'])}"
     compared = " against ".join(filter(None, (row["a"], row["b"])))
     return {
-        "id": row["id"], "claim": row["claim"], "judge": (row["judge"] or "").removeprefix("judge ") or None, "verdict": row["verdict"],
+        "id": row["id"], "claim": row["claim"], "verdict": row["verdict"],
+        "judge": (row["judge"] or "").removeprefix("judge ") or None,
         "estimate": None if row["estimate"] is None else f"{number(row['estimate'])}{unit} ({compared})",
         "interval": None if row["low"] is None else f"[{', '.join(map(number, ends))}]",
         "test": test, "why": row["why"] or None,
@@ -347,7 +350,7 @@ def markdown_text(table: Table) -> str:
     rule = f"|{'---|' * len(headers)}"
     body = [line(headers), rule, *map(line, text_cells(table))]
     note = f"\n{table.note}\n" if table.note else ""
-    return f"**{table.title}**\n{note}\n" + "\n".join(body) + "\n"
+    return f"**{markdown_escape(table.title)}**\n{note}\n" + "\n".join(body) + "\n"
 
 
 LATEX = {
@@ -365,7 +368,8 @@ def latex_text(table: Table) -> str:
     r"""A table environment for \usepackage{booktabs}; numbers to the right, words to the left."""
     lines = text_cells(table)
     numeric = [all(re.fullmatch(r"[-+<\d.,\[\] %einf]*", line[i]) for line in lines) for i in range(len(table.columns))]
-    rows = [" & ".join(map(latex_escape, line)) + r" \\" for line in lines]
+    # {}: a row that begins with a bracket would be read as an argument of the row's end before it
+    rows = ["{}" * line[0].startswith("[") + " & ".join(map(latex_escape, line)) + r" \\" for line in lines]
     caption = latex_escape(table.title + (f". {table.note}" if table.note else ""))
     return "\n".join(
         [
@@ -477,9 +481,8 @@ def show_improvement(row: dict, digits: int) -> str:
 def show_test(row: dict, digits: int) -> str:
     if row["p"] is None:
         return "  no test: fewer than two questions or pairs in common, or all differences equal"
-    seeds = (
-        "one seed, so nothing is known of others" if row["paired"] == "one seed" else f"{row['n_paired_seeds']} seeds"
-    )
+    one = row["paired"] == "one seed"
+    seeds = "one seed, so nothing is known of others" if one else f"seeds: {row['seeds_compared']}"
     low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
     return (
         f"  95 % interval [{low}, {high}], p {p_text(row['p'])} (primary test; Holm "

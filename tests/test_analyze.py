@@ -155,9 +155,9 @@ def test_run_metrics_by_hand(tmp_path):
     assert best["rho"]["se"] == pytest.approx(math.sqrt(13) / 3)
     assert best["delta"]["mean"] == pytest.approx(0)
     assert found["accuracy"]["best_acc_ref"] == 0.6 and found["accuracy"]["final_acc_mean"] == 0.3
-    # hits 1, 0 and one half for the tie: SD 0.5 over 3 pairs
-    assert found["accuracy"]["n_pairs"] == 3
-    assert found["accuracy"]["se_over_pairs"] == pytest.approx(0.5 / math.sqrt(3))
+    # hits 1, 0, one half for the tie and 0 for the pair that is not finite: squares about 3/8 sum to 11/16
+    assert found["accuracy"]["n_pairs"] == 4
+    assert found["accuracy"]["se_over_pairs"] == pytest.approx(math.sqrt(11 / 16 / 3 / 4))
     assert found["training"]["steps"] == 40 and found["training"]["peak_gib"] == 1.5
     assert found["status"] == "finished" and found["mt_bench"][0]["score"] == 6
 
@@ -217,10 +217,11 @@ def test_improvement_by_hand(tmp_path):
     found = {
         (row["comparison"], row["tau"]): (row["baseline"], row["difference"], row["improvement_rate"]) for row in rows
     }
-    assert found["matched beta", 1] == ("dpo β=0.1", 2, pytest.approx(0.4))  # (7 - 5) / 5
-    assert found["matched beta", 2] == ("dpo β=0.1", 0, 0)
+    # on the seeds that both have: (6 + 7) / 2 against 5; the cell's own mean over three seeds is 7
+    assert found["matched beta", 1] == ("dpo β=0.1", 1.5, pytest.approx(0.3))
+    assert found["matched beta", 2] == ("dpo β=0.1", 1, 0.25)  # seed 42 alone: 5 against 4
     # the best dpo by validation accuracy is beta 0.5 (0.70), score 5
-    assert found["best baseline", 1] == ("dpo β=0.5", 2, pytest.approx(0.4))
+    assert found["best baseline", 1] == ("dpo β=0.5", 1, pytest.approx(0.2))  # seed 42 alone
     assert found["best baseline", 2] == ("dpo β=0.5", 0, 0)
     best = next(row for row in rows if row["comparison"] == "best of grid")
     assert (best["proposed"], best["baseline"]) == ("td_dpo β=0.1 τ=1", "dpo β=0.5")
@@ -451,6 +452,11 @@ def test_judgement_of_turn_3_is_refused(tmp_path):
         ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', r"metrics.jsonl:1: 'loss' must be a number or null"),
         ("metrics.jsonl", '{"loss": 1}\n', r"metrics.jsonl:1: no 'step'"),
         ("val_pairs.jsonl", '\n{"id": "p", "step": 0}\n', r"val_pairs.jsonl:2: no policy_chosen"),
+        (
+            "val_pairs.jsonl",
+            '{"id": "p", "step": null, "policy_chosen": 1, "policy_rejected": 1, "ref_chosen": 1, "ref_rejected": 1}',
+            r"val_pairs.jsonl:1: no 'step'",
+        ),
         ("summary.json", "{}", r"summary.json: no 'status'"),
         ("summary.json", '{"status": "finished", "best_acc_ref": "high"}', r"summary.json: 'best_acc_ref' must be"),
         ("args.json", '{"loss": "dpo", "model": "m", "mode": "quick"}', r"args.json: mode 'quick'"),
@@ -597,7 +603,7 @@ def test_every_loss_is_compared_with_the_baseline_and_the_untrained_model(tmp_pa
     headline = {row["loss"]: row for row in rows if row["comparison"] == "best of grid"}
     td = headline["td_dpo"]
     assert td["low"] < td["estimate"] < td["high"] and td["estimate"] == pytest.approx(1.0, abs=0.3)
-    assert (td["paired"], td["n_paired_seeds"], td["n_units"]) == ("paired", 3, 12)
+    assert (td["seeds_compared"], td["n_units"]) == ("3 paired", 12)
     assert td["p_adjusted"] == pytest.approx(min(1, 2 * td["p"]), rel=1e-9) or td["p"] > headline["discopop"]["p"]
     assert td["rate_low"] < td["improvement_rate"] < td["rate_high"]
     assert [row["test"] for row in td["sensitivity"]][0] == "primary: questions and seeds"
@@ -624,6 +630,37 @@ def test_a_coupling_loss_depends_on_the_micro_batch(tmp_path):
     make_run(tmp_path, "b", "aot", 0.1, None, 43, summary={}, couples_batch=True, per_device_batch=8)
     labels = [row["label"] for row in compared(tmp_path)["accuracy"]["cells"]]
     assert labels == ["aot β=0.1 per_device_batch=4", "aot β=0.1 per_device_batch=8"]
+
+
+def test_an_interval_is_that_of_the_mean_beside_it(tmp_path):
+    make_study(tmp_path)
+    (tmp_path / "dpo_b0.1_s43" / "val_pairs.jsonl").unlink()
+    rows = compared(tmp_path)["accuracy"]["cells"]
+    assert row_of(rows, "dpo β=0.1")["low"] is None and row_of(rows, "dpo β=0.5")["low"] is not None
+
+
+def test_nonfinite_validation_pairs_are_wrong_and_said(tmp_path):
+    make_study(tmp_path, seeds=(42, 43))
+    folder = tmp_path / "td_dpo_b0.1_s42"
+    write_pairs(folder, {0: [(-9, -9, -9, -9)] * 40, 20: [(None, -9, -9, -9)] * 30 + [(-8, -9, -9, -9)] * 10})
+    comparison = compared(tmp_path)
+    assert noted(comparison, "td_dpo_b0.1_s42: 30 validation pairs", "counted as wrong")
+    row = next(row for row in comparison["accuracy"]["improvement"] if row["proposed"] == "td_dpo β=0.1 τ=1")
+    assert row["n_units"] == 40
+
+
+def test_two_settings_of_one_judge_stand_apart_in_the_report(tmp_path):
+    make_run(tmp_path, "a", ratings=flat_ratings(8) + flat_ratings(2, prompts="own"))
+    (run,) = analyze.load_runs(tmp_path, None, [])
+    scores = {key: value for key, value in analyze.report_run(run)["numbers"].items() if key.startswith("score")}
+    assert sorted(scores.values()) == [2, 8]
+
+
+def test_no_common_question_still_gives_a_report(tmp_path):
+    make_run(tmp_path, "a", "dpo", ratings=[rating(81, 1, 2)])
+    make_run(tmp_path, "b", "td_dpo", tau=1, ratings=[rating(82, 1, 4)])
+    analyze.main([str(tmp_path), "--draws", "300"])
+    assert (tmp_path / "comparison" / "report.html").is_file()
 
 
 def test_claims_are_judged_on_every_judge(tmp_path):
@@ -745,7 +782,7 @@ def test_tables_of_judges_that_are_gone_do_not_stay(tmp_path):
 def drawn(monkeypatch):
     """Figures by name, not written."""
     found = {}
-    monkeypatch.setattr(figures, "save_figure", lambda figure, stem, key=None: found.update({stem.name: figure}))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, stem, *_, **__: found.update({stem.name: figure}))
     return found
 
 

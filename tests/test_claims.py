@@ -1,6 +1,7 @@
 """claims.py: each verdict from runs whose scores are made to give it, and claims that cannot be read."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ def make_cell(loss, beta=0.1, tau=None, accuracy=0.6, seeds=(42, 43, 44), runs=N
     return {
         "loss": loss, "beta": beta, "tau": tau, "settings": {}, "accuracy": accuracy, "label": f"{loss} {beta:g} {tau}",
         "runs": [
-            {"run_id": f"{loss}_{beta:g}_{tau}_{seed}", "status": status,
-             "args": {"loss": loss, "beta": beta, "tau": tau, "seed": seed, **args},
+            {"run_id": f"{loss}_{beta:g}_{tau}_{seed}" + str(args.get("learning_rate", "")), "status": status,
+             "settings": args, "args": {"loss": loss, "beta": beta, "tau": tau, "seed": seed, **args},
              "summary": {"nonfinite_steps": nonfinite, "steps": 10}}
             for seed, (status, nonfinite) in zip(seeds, runs)
         ],
@@ -58,12 +59,12 @@ A, B = make_cell("td_dpo", tau=1.0), make_cell("dpo")
 
 @pytest.mark.parametrize(("level", "word"), [(1.0, "supported"), (0.0, "contradicted"), (0.5, "undecided")])
 def test_difference(level, word):
-    row = judged(difference(value=0.6), [A, B], scores([(A, level), (B, 0)]))
+    row = judged(difference(), [A, B], scores([(A, level), (B, 0)]))
     assert row["verdict"] == word and row["estimate"] == pytest.approx(level, abs=0.15)
     assert row["low"] < row["estimate"] < row["high"] and (row["n_units"], row["n_seeds"]) == (80, 3)
     assert row["p_holm"] == row["p"] and row["a"] == "td_dpo 0.1 1.0"
     if word == "undecided":
-        assert "It would take about" in row["why"] and "questions" in row["why"]
+        assert "the difference is as measured" in row["why"] and "questions" in row["why"]
 
 
 @pytest.mark.parametrize(("level", "word"), [(0.0, "supported"), (0.9, "contradicted"), (-0.9, "contradicted")])
@@ -75,7 +76,7 @@ def test_parity_is_tested_as_equivalence(level, word):
 def test_no_difference_found_is_not_parity():
     row = judged(EQUIVALENCE | {"margin": 0.05}, [A, B], scores([(A, 0.0), (B, 0)]))
     assert row["low"] < 0 < row["high"] and row["verdict"] == "undecided"
-    assert "questions with these 3 seeds" in row["why"]
+    assert "questions with these 3 seeds" in row["why"] and "if they are truly equal" in row["why"]
 
 
 def test_one_seed_decides_nothing():
@@ -86,7 +87,7 @@ def test_one_seed_decides_nothing():
 
 def test_a_judge_below_7b_measures_nothing():
     row = judged(difference(), [A, B], scores([(A, 3.0), (B, 0)]), smoke="SMOKE TEST: judge of 0.135B parameters")
-    assert row["verdict"] == "not measured" and "0.135b" in row["why"] and row["estimate"] == pytest.approx(3, abs=0.2)
+    assert row["verdict"] == "not measured" and "0.135B" in row["why"] and row["estimate"] == pytest.approx(3, abs=0.2)
 
 
 def test_no_such_runs():
@@ -137,7 +138,42 @@ def test_selectors():
     chosen = lambda selector: [cell["beta"] for cell in claims.select_cells(cells, {"loss": "dpo", **selector})]  # noqa: E731
     assert chosen({}) == [0.01, 0.25, 2.5] and chosen({"beta": 0.25}) == [0.25]
     assert chosen({"beta": {"at_least": 0.25}}) == [0.25, 2.5] and chosen({"beta": [0.01, 2.5]}) == [0.01, 2.5]
-    assert chosen({"discopop_form": "published"}) == []
+    assert chosen({"learning_rate": 1}) == []
+
+
+def test_of_several_cells_those_alike_in_other_settings_are_compared_and_it_is_said():
+    ours = make_cell("td_dpo", learning_rate=5e-5)
+    alike, other = (
+        make_cell("dpo", accuracy=0.6, learning_rate=5e-5),
+        make_cell("dpo", accuracy=0.9, learning_rate=1e-6),
+    )
+    values = scores([(ours, 1.0), (alike, 0.0), (other, 5.0)])
+    row = judged(difference(), [ours, alike, other], values)
+    assert row["verdict"] == "supported" and "is one of 2 cells that match" in row["why"]
+    row = judged(difference(), [ours, other], values)
+    assert row["verdict"] == "contradicted" and "They differ in learning_rate 5e-05 / 1e-06." in row["why"]
+
+
+def test_seeds_that_diverged_without_a_score_are_not_passed_over():
+    a = make_cell("td_dpo", seeds=(42, 43, 44, 45), runs=[("finished", 0)] * 2 + [("diverged", 10)] * 2)
+    values = scores([(a, 3.0), (B, 0)])
+    for run in a["runs"][2:]:
+        del values[run["run_id"]]
+    row = judged(difference(), [a, B], values)
+    assert row["verdict"] == "undecided" and "2 of 4 runs of td_dpo 0.1 None diverged and have no score." in row["why"]
+
+
+def test_equal_ratings_everywhere_decide_nothing():
+    values = {
+        run["run_id"]: {q: {1: 6.0 if cell is A else 5.0} for q in range(4)} for cell in (A, B) for run in cell["runs"]
+    }
+    row = judged(difference(), [A, B], values)
+    assert row["verdict"] == "undecided" and row["p"] is None and "nothing measures the error" in row["why"]
+
+
+def test_an_argument_that_no_run_has():
+    row = judged(difference(a={"loss": "td_dpo", "lerning_rate": None}), [A, B], scores([(A, 1.0), (B, 0)]))
+    assert (row["verdict"], row["why"]) == ("not measured", "No run has an argument lerning_rate.")
 
 
 # ---- rates --------------------------------------------------------------------------------------
@@ -151,13 +187,14 @@ def rate(kind, runs, **fields):
     return row
 
 
-def test_never():
-    row = rate("never", [("finished", 0)] * 29, bound=0.1)
+def test_rarely():
+    row = rate("rarely", [("finished", 0)] * 29, bound=0.1)
     assert row["verdict"] == "supported" and row["p"] == pytest.approx(0.9**29) and row["why"] == "0 of 29 runs."
-    row = rate("never", [("finished", 0)] * 28, bound=0.1)
+    row = rate("rarely", [("finished", 0)] * 28, bound=0.1)
     assert row["verdict"] == "undecided" and "29 runs without one" in row["why"]
-    row = rate("never", [("finished", 0)] * 50 + [("finished", 1)], bound=0.1)
-    assert row["verdict"] == "contradicted" and "1 of 51" in row["why"]
+    row = rate("rarely", [("finished", 0)] * 199 + [("finished", 1)], bound=0.1)
+    assert row["verdict"] == "supported" and row["why"] == "1 of 200 runs."
+    assert rate("rarely", [("diverged", 1)] * 4 + [("finished", 0)], bound=0.1)["verdict"] == "contradicted"
 
 
 def test_often():
@@ -222,19 +259,34 @@ def test_the_studys_own_claims_can_be_read():
     assert [claim["id"][0] for claim in own] == ["1", "2", "2", "2", "3", "4", "5", "5", "6", "6"]
 
 
+def scored(**fields):
+    """claims.json with one claim about scores."""
+    kind = {key: fields.pop(key) for key in ("margin",) if key in fields}
+    claim = fields if fields.get("kind") == "equivalence" else difference(**fields)
+    return json.dumps([{"id": "a", "claim": "s", "metric": "mt_bench", **claim, **kind}])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[", "not valid JSON"),
         ("{}", "expected a list of claims"),
         ('[{"id": "a", "claim": "s", "kind": "better"}]', r"claim 1 \(a\): kind 'better' is none of difference"),
-        ('[{"kind": "never"}]', r"claim 1 \(no id\): 'id' must be text"),
-        ('[{"id": "a", "claim": "s", "kind": "never", "a": {"loss": "dpo"}}]', "needs event, bound"),
-        (json.dumps([{"id": "a", "claim": "s", "metric": "mt_bench", **difference(b={})}]), "b must be an object"),
-        (json.dumps([{"id": "a", "claim": "s", "metric": "bleu", **difference()}]), "metric 'bleu'"),
-        (json.dumps([{"id": "a", "claim": "s", "metric": "mt_bench", **difference(at_least="x")}]), "must be a number"),
+        ('[{"kind": "rarely"}]', r"claim 1 \(no id\): 'id' must be text"),
+        ('[{"id": "a", "claim": "s", "kind": "rarely", "a": {"loss": "dpo"}}]', "needs event, bound"),
+        (scored(b={}), "b must be an object"),
+        (scored(metric="bleu"), "metric 'bleu'"),
+        (scored(at_least="x"), "must be a number"),
+        (scored(at_least=math.nan), "must be a number"),
+        (scored(event="diverged"), "has no event"),
+        (scored(**EQUIVALENCE | {"margin": -1}), "above 0"),
+        (scored(a={"loss": "x", "seed": 1}), "cannot choose by seed"),
+        (scored(a={"loss": "x", "beta": {"atleast": 1}}), "beta must be a value"),
+        ('[{"id": "a", "claim": "", "kind": "rarely", "a": {"loss": "x"}, "event": "diverged", "bound": 0}]', "a rate"),
+        ('[{"id": "a", "claim": "s", "kind": ["x"]}]', "is none of"),
+        (f"[{scored()[1:-1]}, {scored()[1:]}", "claim 2 .*the same id"),
     ],
-)
+)  # fmt: skip
 def test_bad_claims(tmp_path, text, message):
     (tmp_path / "claims.json").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -249,3 +301,13 @@ def test_claims_beside_the_results_are_added(tmp_path):
     other = tmp_path / "other.json"
     other.write_text("[]")
     assert len(analyze.load_claims(analyze.parse_args([str(tmp_path), "--claims", str(other)]))) == 10
+
+
+def test_variance_over_beta_takes_one_series_of_several(tmp_path):
+    cells, values = over_beta((-0.2, 0.1, 0.2, -0.1), (-2, 1, 2, -1))
+    other = [make_cell("td_dpo", beta, 2.0, accuracy=0.9) for beta in BETAS]  # as wide as dpo, better on validation
+    values |= scores(zip(other, (-2, 1, 2, -1)), noise=0.3)
+    row = judged(SPREAD, cells + other, values)
+    assert row["a"] == "td_dpo τ=2" and row["verdict"] != "supported" and "is one of 2" in row["why"]
+    row = judged({**SPREAD, "a": {"loss": "td_dpo", "tau": 1.0}}, cells + other, values)
+    assert row["a"] == "td_dpo τ=1" and row["verdict"] == "supported"

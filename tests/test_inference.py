@@ -13,7 +13,8 @@ def make_cell(loss, runs, beta=0.1, tau=None, accuracy=None):
     runs = runs if isinstance(runs, dict) else {None: runs}
     return {
         "loss": loss, "beta": beta, "tau": tau, "settings": {}, "label": loss, "accuracy": accuracy,
-        "runs": [{"run_id": run_id, "pairs": [], "args": {"seed": seed, "loss": None if seed is None else loss}}
+        "runs": [{"run_id": run_id, "pairs": [], "settings": {},
+                  "args": {"seed": seed, "loss": None if seed is None else loss}}
                  for seed, run_id in runs.items()],
     }  # fmt: skip
 
@@ -35,9 +36,9 @@ def test_a_turn_lost_in_one_run_counts_in_none():
     assert a.tolist() == [[6, 8]] and b.tolist() == [[7, 5.5]]  # turn 2 of 81 in neither; 83 has no common turn
 
 
-def test_accuracy_values_count_a_tie_half_and_skip_nonfinite_pairs():
+def test_accuracy_values_count_a_tie_half_and_a_nonfinite_pair_as_wrong():
     run = {"summary": {"best_step": 8}, "val": {8: {"p": (2.0, 1), "q": (0.0, 1), "r": (-1.0, 1), "s": None}}}
-    assert inference.accuracy_values(run) == {"p": {0: 1.0}, "q": {0: 0.5}, "r": {0: 0.0}}
+    assert inference.accuracy_values(run) == {"p": {0: 1.0}, "q": {0: 0.5}, "r": {0: 0.0}, "s": {0: 0.0}}
     assert inference.accuracy_values({"summary": None, "val": {}}) == {}
 
 
@@ -71,6 +72,9 @@ def test_the_untrained_model_has_no_seeds_to_sample():
     values = {"a1": flat(5, 6, 7), "a2": flat(6, 7, 9), "base": flat(4, 6, 6)}
     found, *_ = inference.compare_cells(make_cell("x", {42: "a1", 43: "a2"}), make_cell("base", "base"), values, 300)
     assert found.seeds == "unpaired" and found.estimate == pytest.approx(40 / 6 - 16 / 3)
+    row = inference.comparison_columns(inference.compare_cells(
+        make_cell("x", {42: "a1", 43: "a2"}), make_cell("base", "base"), values, 300))  # fmt: skip
+    assert row["seeds_compared"] == "2 against 1, unpaired"
 
 
 def test_no_common_question_is_no_comparison():
@@ -95,12 +99,15 @@ def test_selection_and_equal_budget_by_hand():
     cells = [make_cell("dpo", {42: f"d{i}"}, accuracy=acc) for i, acc in enumerate((0.6, 0.7))]
     cells += [make_cell("td_dpo", {42: f"t{i}"}, accuracy=acc) for i, acc in enumerate((0.5, 0.8, 0.6, 0.55))]
     rows = [{"label": cell["runs"][0]["run_id"], "score": score} for cell, score in zip(cells, (5, 4, 3, 6, 7, 2))]
-    dpo, td = inference.selection_rows(cells, rows, "score")
+    dpo, td = inference.selection_rows(cells, rows, "score", "dpo")
     assert (dpo["selected"], dpo["value"], dpo["expected_selected"], dpo["expected_maximum"]) == ("d1", 4, 4, 5)
     assert (td["selected"], td["budget"], td["maximum"], td["cells"]) == ("t1", 2, 7, 4)
     # the six pairs of four cells: t1 wins three of them (6), t2 two (7), t3 one (2)
     assert td["expected_selected"] == pytest.approx((3 * 6 + 2 * 7 + 2) / 6)
     assert td["expected_maximum"] == pytest.approx((3 * 7 + 2 * 6 + 3) / 6)
+    assert td["baseline_expected_selected"] == 4
+    rows = [row | {"best_acc_ref": row["score"]} for row in rows]
+    assert inference.selection_rows(cells, rows, "best_acc_ref", "dpo")[0]["selected_by"] == "the score itself"
 
 
 def test_spread_rows_against_the_baseline():
@@ -112,10 +119,10 @@ def test_spread_rows_against_the_baseline():
                 values[run_id] = flat(level + shift, level + shift + 1, level + shift - 1)
             cells.append(make_cell(loss, runs, beta, tau=1.0 if loss == "td_dpo" else None))
     dpo, td = inference.spread_rows(cells, values, "dpo", 500)
-    # means 1, 5, 9 and 4, 5, 6: variances 16 and 1; seeds put 0.02 / 2 there
-    assert (dpo["variance"], td["variance"]) == pytest.approx((15.99, 0.99))
-    assert dpo["ratio"] is None and td["ratio"] == pytest.approx(0.99 / 15.99)
-    assert td["reduction_percent"] == pytest.approx(100 * (1 - 0.99 / 15.99)) and td["low"] <= td["ratio"] <= td["high"]
+    # means 1, 5, 9 and 4, 5, 6: variances 16 and 1; the seeds' levels are the same at every beta
+    assert (dpo["variance"], td["variance"]) == pytest.approx((16, 1))
+    assert dpo["ratio"] is None and td["ratio"] == pytest.approx(1 / 16) and td["high_open"] is False
+    assert td["reduction_percent"] == pytest.approx(93.75) and td["low"] == pytest.approx(td["high"])
 
 
 def test_stability_by_hand():
@@ -132,8 +139,8 @@ def test_variance_rows_need_two_cells_and_two_seeds():
     values = {"a1": flat(1, 2), "a2": flat(2, 3), "b1": flat(3, 5), "b2": flat(4, 5)}
     a, b = make_cell("dpo", {42: "a1", 43: "a2"}), make_cell("dpo", {42: "b1", 43: "b2"}, beta=0.5)
     rows = inference.variance_rows([a, b], values, {"sd": 0.5})
-    assert [row["source"] for row in rows][:5] == ["question", "cell", "cell x question", "seed", "residual"]
-    assert sum(row["share"] for row in rows[:5]) == pytest.approx(1) and rows[5]["variance"] == 0.25
+    assert [row["source"] for row in rows][:3] == ["question", "beta and tau", "seed"]
+    assert sum(row["share"] for row in rows[:6]) == pytest.approx(1) and rows[6]["variance"] == 0.25
     assert inference.variance_rows([a], values, None) == []
 
 
@@ -206,8 +213,36 @@ def test_win_rate_by_hand():
         pair(83, "1", "base"), pair(83, "2", "base"),  # a loss
         pair(84, "1", "tie"), pair(84, "2", "tie"),
         pair(85, "1", "run"), pair(85, "2", None, "parse"),  # half of it has no verdict: counts nowhere
+        pair(86, "1", "run"),  # half of it was never asked
     ]  # fmt: skip
     (found,) = inference.win_rows([cell], 300)
     counts = [found[key] for key in ("wins", "ties", "losses", "n_questions")]
     assert counts == [1, 2, 1, 4]
     assert found["win_rate"] == 0.5 and found["low"] <= 0.5 <= found["high"] and found["baseline"] == "base"
+
+
+def test_win_rates_of_seeds_are_over_what_both_have():
+    cell = make_cell("dpo", {42: "r1", 43: "r2"})
+
+    def turn(run, number, winner):
+        return [pair(81, order, winner and run) | {"turn": number, "winner": winner} for order in "12"]
+
+    cell["runs"][0]["pairs"] = turn("r1", 2, "r1")
+    cell["runs"][1]["pairs"] = turn("r2", 1, "base") + turn("r2", 2, "r2")
+    (found,) = inference.win_rows([cell], 300)
+    assert found["win_rate"] == 1 and (found["wins"], found["losses"], found["n_seeds"]) == (2, 0, 2)
+
+
+def test_the_baseline_series_nearest_in_settings_is_compared():
+    values, cells = {}, []
+    for loss, rate, levels in (("dpo", 1e-5, (5, 5.1)), ("dpo", 5e-5, (1, 9)), ("td_dpo", 5e-5, (4, 6))):
+        for beta, level in zip((0.1, 0.5), levels):
+            runs = {seed: f"{loss}{rate}{beta}{seed}" for seed in (42, 43)}
+            values |= {run_id: flat(level, level + 1, level - 1) for run_id in runs.values()}
+            cell = make_cell(loss, runs, beta)
+            cell["settings"] = {"learning_rate": rate}
+            for run in cell["runs"]:
+                run["settings"] = {"learning_rate": rate}
+            cells.append(cell)
+    *_, td = inference.spread_rows(cells, values, "dpo", 300)
+    assert td["ratio"] == pytest.approx(2 / 32) and td["differs_in"] is None

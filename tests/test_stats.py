@@ -75,8 +75,10 @@ def test_unpaired_equals_paired_formula_with_separate_seed_components():
 
 def test_equal_scores_are_no_finding():
     found = stats.difference(np.full((2, 5), 3.0), np.full((2, 5), 3.0), paired=True, draws=500)
-    assert (found.estimate, found.p(), found.low, found.high) == (0, 1, 0, 0)
-    assert math.isnan(found.minimum_detectable())
+    assert (found.estimate, found.low, found.high) == (0, 0, 0)
+    assert math.isnan(found.p()) and math.isnan(found.minimum_detectable())
+    always = stats.difference(np.full((2, 5), 3.3), np.full((2, 5), 3.1), paired=True, draws=500)
+    assert math.isnan(always.p()) and math.isnan(always.p_equivalent(0.1)) and math.isnan(always.p(0.75, side=1))
 
 
 def test_one_question_gives_no_test():
@@ -115,12 +117,13 @@ def test_crossed_bootstrap_against_loops():
     table = A[:2, :3]
     draws = stats.bootstrap(table, 4000)
     seeds, questions = stats.resampled(2, 4000, 0), stats.resampled(3, 4000, -1 % 2**32)
+    seeds = 0.5 + (seeds - 0.5) * math.sqrt(2)  # two seeds resampled have half their variance
     by_loop = [sum(seeds[d, s] * questions[d, q] * table[s, q] for s in range(2) for q in range(3)) for d in range(50)]
     assert draws[:50] == pytest.approx(by_loop)
     assert draws.mean() == pytest.approx(table.mean(), abs=0.05)
     # every equally likely resample, seeds x questions
     exact = [
-        table[np.ix_(s, q)].mean()
+        (0.5 + (np.bincount(s, minlength=2) / 2 - 0.5) * math.sqrt(2)) @ table[:, q].mean(1)
         for s in itertools.product(range(2), repeat=2)
         for q in itertools.product(range(3), repeat=3)
     ]
@@ -199,17 +202,21 @@ def test_mcnemar_by_hand():
 def test_beta_spread_by_hand():
     # two betas, two seeds, two questions; questions' difficulty 0 and 10 must not matter
     tables = [np.array([[1.0, 11.0], [3.0, 13.0]]), np.array([[6.0, 16.0], [8.0, 18.0]])]
-    found = stats.beta_spread(tables, draws=500)
+    found = stats.beta_spread(tables, same_seeds=False, draws=500)
     assert found.raw == pytest.approx(12.5)  # means 7 and 12
     # no interaction; seed means 6, 8 and 11, 13: MS_seed 2 * 2 = 4, residual 0, 4 / (2 * 2) for each beta
     assert found.noise == pytest.approx(1) and found.variance == pytest.approx(11.5)
     assert found.draws.mean() == pytest.approx(11.5)
+    # with the same seeds the second is 2 above the first at both betas: nothing of it moves a beta against another
+    assert stats.beta_spread(tables, same_seeds=True, draws=500).noise == pytest.approx(0)
+    tables[1] = tables[1][::-1]  # now beta and seed interact: +-1 around the beta's mean, 2 of 2 betas, MS 8
+    assert stats.beta_spread(tables, same_seeds=True, draws=500).noise == pytest.approx(2)
 
 
 def test_beta_spread_noise_counts_the_questions_interaction_with_beta():
     tables = [np.array([[1.0, 3.0]]), np.array([[3.0, 1.0]])]
     # crossed residuals -1, 1, 1, -1: sum of squares 4 over (2-1)(2-1), over 2 questions
-    assert stats.beta_spread(tables, draws=200).noise == pytest.approx(2)
+    assert stats.beta_spread(tables, False, draws=200).noise == pytest.approx(2)
 
 
 def test_variance_ratio():
@@ -245,24 +252,28 @@ def test_expected_best_by_enumeration(budget):
 
 
 def test_variance_parts_by_hand():
-    # two cells (0, 2), two questions (0, 10), two seeds (+-1 in both cells), no noise
+    # two cells (0, 2), two questions (0, 10), two seeds (-1, 1 in both cells), no noise
     seeds = np.array([-1.0, 1.0])
     cube = np.array([0.0, 2.0])[:, None, None] + seeds[None, :, None] + np.array([0.0, 10.0])
-    found = stats.variance_parts(cube)
-    assert found["question"] == pytest.approx(50) and found["seed"] == pytest.approx(2)
-    assert found["cell"] == pytest.approx(1)  # variance of 0 and 2 is 2, of which seeds put 2 / 2 there
-    assert found["residual"] == found["cell x question"] == 0
+    nothing = ("residual", "question x beta and tau", "seed x beta and tau")
+    expected = {"question": 50, "beta and tau": 2, "seed": 2, **dict.fromkeys(nothing, 0)}
+    assert stats.variance_parts(cube) == pytest.approx(expected, abs=1e-9)
+    cube[1] = cube[1, ::-1]  # the second cell has the seeds the other way round: all of it is seed x cell
+    turned = stats.variance_parts(cube)
+    assert turned["seed"] == 0 and turned["seed x beta and tau"] == pytest.approx(4)  # residuals +-1: 4 over (2-1)(2-1)
+    assert turned["beta and tau"] == pytest.approx(0)  # of 2 the seeds put 4 / 2 there
 
 
 def test_variance_parts_recover_what_was_put_in():
     rng = np.random.default_rng(3)
-    c, s, q = 40, 5, 200
+    c, s, q = 150, 30, 200
     cube = (
-        rng.normal(0, 0.5, (c, 1, 1)) + rng.normal(0, 0.3, (c, s, 1)) + rng.normal(0, 1.8, q)
-        + rng.normal(0, 0.8, (c, 1, q)) + rng.normal(0, 1.2, (c, s, q))
+        rng.normal(0, 0.5, (c, 1, 1)) + rng.normal(0, 0.3, (c, s, 1)) + rng.normal(0, 0.4, (s, 1))
+        + rng.normal(0, 1.8, q) + rng.normal(0, 0.8, (c, 1, q)) + rng.normal(0, 1.2, (c, s, q))
     )  # fmt: skip
     found = stats.variance_parts(cube)
-    expected = {"question": 3.24, "cell": 0.25, "cell x question": 0.64, "seed": 0.09, "residual": 1.44}
+    expected = {"question": 3.24, "beta and tau": 0.25, "question x beta and tau": 0.64, "seed": 0.16,
+                "seed x beta and tau": 0.09, "residual": 1.44}  # fmt: skip
     assert found == pytest.approx(expected, rel=0.35)
 
 
