@@ -81,6 +81,8 @@ DEFAULTS = {
 }  # fmt: skip
 PER_LOSS = (*AXES, "TRAIN_ARGS")  # NAME_loss is for that loss alone
 POLL_S = 0.1
+# Of a training run (True) and of another stage: at Ctrl-C judge.py keeps what is in flight and gen_mtbench.py gathers.
+STOPS = {True: signal.SIGTERM, False: signal.SIGINT}
 TRIES = 2  # of a run that crashes, in one start of the grid
 PR_SET_PDEATHSIG = 1
 # What torchrun passes on to its ranks, and how long it waits for them: by default not SIGUSR1, and thirty seconds, less
@@ -542,11 +544,11 @@ class Stop:
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def in_the_child(parent: int) -> None:
-    """Between fork and exec: SIGTERM if this process should be killed outright, so that a run saves and leaves instead
-    of training on unseen; and Ctrl-C as usual, which a job in the background of a script would ignore."""
+def in_the_child(parent: int, stops: int) -> None:
+    """Between fork and exec: have the kernel send `stops` if the sweep is killed outright, so that its jobs save and
+    leave instead of working on unseen; and Ctrl-C as usual, which a job in a script's background would ignore."""
     if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, stops)
         if os.getppid() != parent:
             os._exit(EXIT_STOPPED)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -587,15 +589,14 @@ class Scheduler:
             file.flush()
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True,
-                preexec_fn=partial(in_the_child, os.getpid()),
+                preexec_fn=partial(in_the_child, os.getpid(), STOPS[point is not None]),
             )  # fmt: skip
         job = Job(name, point, slot, process, time.time())
         self.jobs.append(job)
         return job
 
     def pass_on(self) -> None:
-        """Have the jobs stop, once for the first signal; kill them at the second. judge.py keeps what is in flight at
-        Ctrl-C, gen_mtbench.py gathers."""
+        """Have the jobs stop, once for the first signal; kill them at the second."""
         if self.jobs and self.told < min(self.stop.times, 2):
             self.told = min(self.stop.times, 2)
             word = "saving and stopping; again to kill them" if self.told == 1 else "killed"
@@ -603,7 +604,7 @@ class Scheduler:
             for job in self.jobs:
                 with suppress(ProcessLookupError):
                     if self.told == 1:
-                        job.process.send_signal(signal.SIGTERM if job.point else signal.SIGINT)
+                        job.process.send_signal(STOPS[job.point is not None])
                     else:
                         os.killpg(job.process.pid, signal.SIGKILL)
 
@@ -641,7 +642,8 @@ class Scheduler:
         """Start the first waiting run that may be started. False if none may now."""
         for entry in list(waiting):
             point, attempt = entry
-            if self.is_held(point):
+            # With --nodes it is the first machine's own process that holds it.
+            if self.study.args.nodes == 1 and self.is_locked(self.study.folder(point), point.run_id):
                 continue
             if summary_of(self.study.folder(point)):  # by the process that held it
                 waiting.remove(entry)
@@ -664,13 +666,13 @@ class Scheduler:
             return True
         return False
 
-    def is_held(self, point: Point) -> bool:
-        """Whether another process trains this run: one of a sweep that was killed, which is about to save and leave, or
-        another task of an array. With --nodes the first machine's own process is what holds it."""
-        holder = None if self.study.args.nodes > 1 else running(self.study.folder(point))
-        if holder and point.run_id not in self.held:
-            self.held.add(point.run_id)
-            self.say("held", point.run_id, f"by {holder}; waiting for it")
+    def is_locked(self, folder: Path, name: str, lock: str = ".lock") -> bool:
+        """Whether another process works there: one of a sweep that was killed, which is about to save and leave, or
+        another task of an array. Said once."""
+        holder = running(folder, lock)
+        if holder and name not in self.held:
+            self.held.add(name)
+            self.say("held", name, f"by {holder}; waiting for it")
         return holder is not None
 
     def lead(self) -> ExitStack | None:
@@ -724,6 +726,10 @@ class Scheduler:
         """Answers, judgements or analysis; what it writes on its log is shown when it has ended."""
         log, begun = self.study.log(stage), time.time()
         written = log.stat().st_size if log.exists() else 0
+        while stage == "judge" and not self.stop.signal and self.is_locked(self.study.results, stage, ".judge.lock"):
+            time.sleep(POLL_S)
+        if self.stop.signal:
+            return
         self.say("start", stage)
         try:
             targets = self.fit_for_judging() if stage == "judge" else None

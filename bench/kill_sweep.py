@@ -1,11 +1,11 @@
-"""kill -9 a sweep, and single runs of it, at random moments, start it again each time, and compare with one undisturbed.
+"""kill -9 a sweep, and single runs of it, at random moments, start it again each time; compare with one undisturbed.
 
     python bench/kill_sweep.py --out OUT [--kills 10]
 
 The grid `quick`, two runs at a time, on a random two-layer model with a judge on loopback that counts what it is asked.
 Half of the kills hit sweep.sh's process alone, the others one training run. At the end adapters, validation pairs,
 metrics, summaries (wall times aside), answers, judgements and tables must be equal, and nothing done twice: each run is
-finished once, what had been answered or judged at a kill keeps its time stamp, and the judge was asked once for each row.
+finished once, what had been answered or judged at a kill keeps its time stamp, the judge was asked once a row.
 """
 
 import argparse
@@ -26,11 +26,16 @@ from kill_generate import answers_of
 from kill_train import ROOT, content_of, family
 
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 from doubles import Server, completion  # noqa: E402
 
+from judge import PROBE  # noqa: E402
+
 TIMES = re.compile(r"wall|tok_per_s|peak|save_s|tstamp|results_dir|path", re.I)
-TRAIN = "--global_batch 8 --per_device_batch 4 --max_steps 10 --eval_steps 5 --save_steps 1 --lora_r 4 --lora_dropout 0.1 " \
-        "--max_length 256 --dtype float32 --compile off"  # fmt: skip
+TRAIN = (
+    "--global_batch 8 --per_device_batch 4 --max_steps 10 --eval_steps 5 --save_steps 1 --lora_r 4 --lora_dropout 0.1 "
+    "--max_length 256 --dtype float32 --compile off"
+)
 
 
 def rate(body: dict) -> tuple[int, dict]:
@@ -160,11 +165,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     make_inputs(args.out)
-    server, dice, probes = (
-        Server(),
-        random.Random(args.seed),
-        [{"role": "user", "content": "Reply with the single word OK."}],
-    )
+    server, dice = Server(), random.Random(args.seed)
     server.answer = rate
     begun = time.monotonic()
     code = start(args.out, args.out / "whole", server.url).wait()
@@ -172,7 +173,7 @@ def main() -> int:
     print(f"undisturbed: exit code {code}, {seconds:.0f} s", flush=True)
     expected, kills, number, same = all_of(args.out / "whole"), 0, 0, code == 0
     while kills < args.kills:  # a sweep that has ended makes room for another
-        results, asked, before = args.out / f"cut{number}", len(server.paid(probes)), {}
+        results, asked, before = args.out / f"cut{number}", len(server.paid(PROBE)), {}
         code, number = None, number + 1
         while code != 0:
             sweep = start(args.out, results, server.url)
@@ -191,7 +192,7 @@ def main() -> int:
             print(f"  exit code {code}", flush=True)
         found = all_of(results)
         different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        twice = done_twice(results, before, len(server.paid(probes)) - asked)
+        twice = done_twice(results, before, len(server.paid(PROBE)) - asked)
         made, needed = steps_made(results)
         print(f"{results.name} ended: {len(found)} things compared, different: {different or 'none'}; done twice: "
               f"{twice or 'nothing'}; {made} steps made where {needed} are needed", flush=True)  # fmt: skip
