@@ -778,11 +778,10 @@ def last_words(log: Path) -> str:
 
 
 def is_cached(study: Study) -> bool:
-    """Whether some run of the grid has said which reference it reads, and that is there."""
+    """Whether some run here has said which reference it reads, and that is there."""
     cache = Path(study.settings["DATA"]) / "reference"
-    for point in study.points:
-        path = study.folder(point) / "args.json"
-        keys = read_json(path).get("reference") if path.is_file() else None
+    for path in study.results.glob("*/args.json"):
+        keys = read_json(path).get("reference")
         if keys and all((cache / f"{key}.safetensors").is_file() for key in keys.values()):
             return True
     return False
