@@ -32,7 +32,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -291,7 +290,9 @@ def launcher(study: Study, ranks: int, name: str) -> list[str]:
 
 def srun(nodes: int) -> list[str]:
     slurm = "SLURM_JOB_ID" in os.environ
-    return ["srun", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"] if slurm else []
+    return (
+        ["srun", "--overlap", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"] if slurm else []
+    )
 
 
 def meeting_point() -> str:
@@ -1004,9 +1005,14 @@ def sweep(study: Study) -> int:
 
 
 def requeue(stop: Stop) -> None:
-    """Under Slurm, SIGUSR1 is what sweep.sh asks for ahead of the time limit: the task is to go on later."""
-    if stop.signal == signal.SIGUSR1 and (job := os.environ.get("SLURM_JOB_ID")):
-        print(f"requeued: {socket.gethostname()}, job {job}", flush=True)
+    """Back into Slurm's queue after SIGUSR1, which sweep.sh asks for ahead of the time limit, and after a preemption:
+    Slurm itself requeues only what it had to kill. Not after scancel."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    said = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    if stop.signal == signal.SIGUSR1 or re.search(r"PreemptTime=\d", said):
+        print(f"requeueing job {job}", flush=True)
         subprocess.run(["scontrol", "requeue", job], check=False)
 
 

@@ -22,4 +22,10 @@ if ! "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec
   echo "error: $PYTHON has no torch; activate the environment (source .venv/bin/activate) or set PYTHON" >&2
   exit 2
 fi
-exec "$PYTHON" "$here/grid.py" "$@"
+# Slurm's SIGTERM ahead of a preemption goes to steps, not to a batch script: so be a step, which costs no resources of
+# its own. srun passes signals on.
+step=()
+if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ]; then
+  step=(srun --overlap --nodes 1 --ntasks 1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task "$SLURM_CPUS_PER_TASK"})
+fi
+exec ${step[@]+"${step[@]}"} "$PYTHON" "$here/grid.py" "$@"

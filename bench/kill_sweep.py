@@ -177,17 +177,14 @@ def main() -> int:
         code, number = None, number + 1
         while code != 0:
             sweep = start(args.out, results, server.url)
-            said = None
-            if kills < args.kills:
-                said = disturb(sweep, dice.uniform(10, 0.6 * seconds), kills % 2 == 1, dice)
-            if said:
-                kills += 1
-                before |= stamps_of(results)
-                print(f"kill {kills}: {said}; {finished_runs(results)} runs had ended, {len(before)} answers and "
-                      f"judgements were there", flush=True)  # fmt: skip
-                if sweep.pid and "the sweep" in said:
-                    sweep.wait()
-                    continue
+            while kills < args.kills and sweep.poll() is None:
+                said = disturb(sweep, dice.uniform(5, 0.35 * seconds), kills % 2 == 1, dice)
+                if said:
+                    kills += 1
+                    before |= stamps_of(results)
+                    print(f"kill {kills}: {said}; {finished_runs(results)} runs had ended, {len(before)} answers and "
+                          f"judgements were there", flush=True)  # fmt: skip
+                    time.sleep(0.2)  # or a process that is killed may still look alive
             code = sweep.wait()
             print(f"  exit code {code}", flush=True)
         found = all_of(results)

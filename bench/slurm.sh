@@ -15,6 +15,7 @@ etc=$(mktemp -d /tmp/slurm.XXXXXX) # munge wants its socket where nobody else ma
 pids=()
 stop() {
   scancel --user root 2>/dev/null || true
+  for _ in $(seq 100); do squeue -h -o %T 2>/dev/null | grep -q . || break; sleep 0.2; done
   for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
   for pid in "${pids[@]}"; do while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done; done
   rm -rf "$etc"
