@@ -170,10 +170,13 @@ def expand(settings: dict[str, str]) -> list[Point]:
 
 
 def check_loss_name(loss: str, settings: dict[str, str]) -> None:
-    if "--loss_file" in settings["TRAIN_ARGS"]:
-        train_pref.load_own_loss(shlex.split(settings["TRAIN_ARGS"]))
+    train_pref.load_own_loss(more_arguments(settings, loss))
     if loss not in train_pref.LOSSES:
         raise UserError(f"LOSSES: there is no loss {loss!r}; `python losses.py` lists them")
+
+
+def more_arguments(settings: dict[str, str], loss: str) -> list[str]:
+    return [word for key in ("TRAIN_ARGS", f"TRAIN_ARGS_{loss}") for word in shlex.split(settings.get(key, ""))]
 
 
 def arguments_of(settings: dict[str, str], values: dict[str, str]) -> list[str]:
@@ -182,8 +185,7 @@ def arguments_of(settings: dict[str, str], values: dict[str, str]) -> list[str]:
     for key in ("loss", "beta", "tau", "beta_mix", "seed", "learning_rate", "logp"):
         if values[key] != "default":
             arguments += [f"--{key}", values[key]]
-    more = settings["TRAIN_ARGS"], settings.get(f"TRAIN_ARGS_{values['loss']}", "")
-    return arguments + [word for text in more for word in shlex.split(text)]
+    return arguments + more_arguments(settings, values["loss"])
 
 
 # ---- the study: a grid with its stages ----------------------------------------------------------

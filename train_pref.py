@@ -14,6 +14,7 @@ The defaults are the first study's: Llama-2-7b-chat in 4 bit, LoRA r 64, AdamW a
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -384,6 +385,8 @@ def check_args(args: argparse.Namespace, world: int) -> None:
         raise UserError(
             f"--global_batch {args.global_batch} does not divide over {world} ranks; use {near} or another multiple"
         )
+    if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--report_to wandb needs the package wandb; pip install wandb")
     if args.shard == "full" and args.quant == "nf4":
         raise UserError("--shard full with --quant nf4: sharded 4-bit weights are not verified; use --shard adapters")
 
@@ -688,10 +691,8 @@ def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
 def open_wandb(folder: Path):
     """A Weights & Biases run under the run's own name, continued if it was begun. The key is wandb's own affair: it is
     read from WANDB_API_KEY or ~/.netrc and stands in no file of ours. Raises UserError if there can be none."""
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise UserError("--report_to wandb needs the package wandb; pip install wandb") from None
+    import wandb
+
     record = read_json(folder / "args.json")
     name, project = record["run_id"], os.environ.get("WANDB_PROJECT") or folder.resolve().parent.name
     identity = sha256_json([str(folder.resolve()), record["data_sha256"]])[:16]

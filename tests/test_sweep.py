@@ -516,7 +516,9 @@ def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_fol
 def test_wandb_gets_the_rows_of_metrics(tmp_path, tiny_model, pairs_folder, monkeypatch):
     rows, given = [], {}
     double = SimpleNamespace(log=lambda values, step: rows.append(json.loads(json.dumps(values)) | {"step": step}))
-    module = SimpleNamespace(init=lambda **kwargs: given.update(kwargs) or double, Error=RuntimeError)
+    module = SimpleNamespace(
+        init=lambda **kwargs: given.update(kwargs) or double, Error=RuntimeError, __spec__=object()
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     args = train_args(tiny_model, pairs_folder, tmp_path, "--max_steps", "2", "--run_id", "run", "--report_to", "wandb")
     assert train_pref.main([str(a) for a in args]) == 0
@@ -525,7 +527,7 @@ def test_wandb_gets_the_rows_of_metrics(tmp_path, tiny_model, pairs_folder, monk
     assert "report_to" not in json.loads((tmp_path / "run" / "args.json").read_text())
 
 
-def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+def test_wandb_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr(train_pref.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):
-        train_pref.open_wandb(tmp_path)
+        train_pref.check_args(parse_args(["--report_to", "wandb"]), world=1)
