@@ -395,7 +395,9 @@ def seconds_of_run(states: list[State]) -> float | None:
 
 def hours_text(seconds: float) -> str:
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes else f"{seconds:.0f} s"
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def time_left(states: list[State], slots: int, seconds: float) -> float:
@@ -471,7 +473,7 @@ def verdicts_of(study: Study) -> dict[str, tuple[int, int]]:
     """By run: judgements that this judge was to make, and how many of them have no verdict."""
     query = (
         "SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok') FROM asked LEFT JOIN judgements USING "
-        "(request_sha256) WHERE asked.judge = ? GROUP BY model_id"
+        "(request_sha256) WHERE asked.judge = ?1 OR ?1 = '' GROUP BY model_id"
     )
     return {name: (count, without) for name, count, without in books(study.results, query, study.settings["JUDGE"])}
 
@@ -519,13 +521,13 @@ class Job:
 
 
 class Stop:
-    """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal: the loop sees `signal` and has the jobs save. The second one does
-    not wait for them."""
+    """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal: the loop sees `signal` and has the jobs save. Ctrl-C again does
+    not wait for them; the others may come more than once by themselves (Slurm's do)."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self):
-        self.signal, self.times = 0, 0
+        self.signal, self.times = 0, 0  # times: 1, or 2 for those who do not want to wait
 
     def __enter__(self):
         heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -537,7 +539,8 @@ class Stop:
             signal.signal(number, handler)
 
     def note(self, number: int, _frame) -> None:
-        self.signal, self.times = self.signal or number, self.times + 1
+        self.times = 2 if self.signal and number == signal.SIGINT else max(self.times, 1)
+        self.signal = self.signal or number
 
     @property
     def exit_code(self) -> int:
@@ -600,9 +603,9 @@ class Scheduler:
 
     def pass_on(self) -> None:
         """Have the jobs stop, once for the first signal; kill them at the second."""
-        if self.jobs and self.told < min(self.stop.times, 2):
-            self.told = min(self.stop.times, 2)
-            word = "saving and stopping; again to kill them" if self.told == 1 else "killed"
+        if self.jobs and self.told < self.stop.times:
+            self.told = self.stop.times
+            word = "saving and stopping; Ctrl-C again kills them" if self.told == 1 else "killed"
             self.say("stopping", ", ".join(job.name for job in self.jobs), word)
             for job in self.jobs:
                 with suppress(ProcessLookupError):
@@ -625,8 +628,10 @@ class Scheduler:
         study = self.study
         waiting = deque((point, 1) for point in study.points if summary_of(study.folder(point)) is None)
         free, total = slots_of(study), len(waiting)
-        if total:
+        if len(study.points) > 1 and total:
             self.say("training", study.results.name, f"{total} of {len(study.points)} runs, {len(free)} at a time")
+        while study.args.index is None and any(map(self.is_held, study.points)) and not self.stop.signal:
+            time.sleep(POLL_S)  # who trains it may be on the GPU that would be given to another
         while self.jobs or (waiting and not self.stop.signal):
             self.pass_on()
             for job in [job for job in self.jobs if job.process.poll() is not None]:
@@ -645,8 +650,7 @@ class Scheduler:
         """Start the first waiting run that may be started. False if none may now."""
         for entry in list(waiting):
             point, attempt = entry
-            # With --nodes it is the first machine's own process that holds it.
-            if self.study.args.nodes == 1 and self.is_locked(self.study.folder(point), point.run_id):
+            if self.is_held(point):
                 continue
             if summary_of(self.study.folder(point)):  # by the process that held it
                 waiting.remove(entry)
@@ -668,6 +672,10 @@ class Scheduler:
             self.say("start", point.run_id, "; ".join(words))
             return True
         return False
+
+    def is_held(self, point: Point) -> bool:
+        """Whether another process trains the run; with --nodes that is the other machine's own."""
+        return self.study.args.nodes == 1 and self.is_locked(self.study.folder(point), point.run_id)
 
     def is_locked(self, folder: Path, name: str, lock: str = ".lock") -> bool:
         """Whether another process works there: one of a sweep that was killed, which is about to save and leave, or
@@ -938,18 +946,18 @@ def check_judge(study: Study) -> str:
     settings = study.settings
     given = judge.parse_args(stage_arguments(study, "judge"))
     bench = judge.read_bench(given.mt_bench, given.grading, given.refs)
-    names = [BASE_RUN, *(point.run_id for point in study.points)]
-    left = sum(not (study.results / name / "mt_bench" / "judgements.csv").is_file() for name in names)
     if given.judge.startswith("hf:"):
         check_model("JUDGE", given.judge.removeprefix("hf:"))
         return f"judge: {given.judge}, here, no dollars"
-    if not left:
-        return "judge: every run has judgements"
+    count = len(pick_questions(bench["questions"], gen_mtbench.parse_args(stage_arguments(study, "gen")).num_questions))
+    whole = count * 2 * given.repeats * (2 if given.grading == "pair" else 1)
+    verdicts, names = verdicts_of(study), [BASE_RUN, *(point.run_id for point in study.points)]
+    calls = sum(verdicts[name][1] if name in verdicts else whole for name in names)
+    if not calls:
+        return "judge: everything is judged"
     client = open_client(f"JUDGE={settings['JUDGE']}", given.base_url, 60.0, 2)
     judge.probe_server(client, given.judge, given.parameters or {"temperature": 0, "max_tokens": given.max_tokens})
-    count = len(pick_questions(bench["questions"], gen_mtbench.parse_args(stage_arguments(study, "gen")).num_questions))
-    calls = left * count * 2 * given.repeats * (2 if given.grading == "pair" else 1)
-    words = f"judge: {given.judge} answers; about {calls:,} calls for {left} runs"
+    words = f"judge: {given.judge} answers; about {calls:,} calls"
     prices = judge.prices_of(given)
     if prices is None:
         return f"{words}; dollars: no price known, give JUDGE_ARGS='--price_in X --price_out Y' (per million tokens)"
@@ -1023,6 +1031,8 @@ def report(study: Study, scheduler: Scheduler) -> int:
     diverged = [name for name, summary in summaries.items() if summary and summary["status"] == "diverged"]
     missing = missing_of(study, scheduler.reasons)
     ended = sum(summary is not None for summary in summaries.values())
+    if study.args.index is not None and not missing:  # an array has a line for each as it is
+        return 0
     scheduler.say("end", study.results.name, f"{ended} of {len(summaries)} runs have ended, {len(diverged)} of them "
                   f"diverged, {len(missing)} things are missing")  # fmt: skip
     for name in diverged:

@@ -162,6 +162,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moments", type=float, nargs=2, default=[0.04, 0.35], metavar=("FROM", "TO"),
+                        help="seconds to a kill, as shares of what the undisturbed sweep takes")  # fmt: skip
+    parser.add_argument("--sweep_only", action="store_true", help="no single runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     make_inputs(args.out)
@@ -178,7 +181,9 @@ def main() -> int:
         while code != 0:
             sweep = start(args.out, results, server.url)
             while kills < args.kills and sweep.poll() is None:
-                said = disturb(sweep, dice.uniform(5, 0.35 * seconds), kills % 2 == 1, dice)
+                said = disturb(
+                    sweep, dice.uniform(*args.moments) * seconds, kills % 2 == 1 and not args.sweep_only, dice
+                )
                 if said:
                     kills += 1
                     before |= stamps_of(results)

@@ -79,7 +79,6 @@ echo "array $job"
 until ls "$out"/results/*/checkpoint/step-* >/dev/null 2>&1; do sleep 0.2; done
 echo "== one task trains; a job of higher priority takes a core"
 sbatch --partition high --wrap "sleep ${SLEEP:-15}" --output "$out/high.log"
-states() { squeue -a -r -h -t all -j "$job" -o "%K %T %r restarts=%V" | sort -n; }
 seen=
 for _ in $(seq 600); do
   now=$(squeue -a -r -h -t all -o "%i %T" | sort | tr '\n' ',')
@@ -94,4 +93,5 @@ for task in 0 1 2 3 4 5; do
   echo
 done
 cat "$out/results/sweep.log"
+grep -h -o "saved after step [0-9]*\|going on after step [0-9]*" "$out"/results/logs/*.log
 "$python" grid.py quick --stages train --status

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,21 +19,22 @@ from kill_sweep import make_inputs, rate
 from kill_train import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-from doubles import Server  # noqa: E402
+from doubles import HANG_UP, Server  # noqa: E402
 
 CRASH = """
 import os
-from pathlib import Path
+import traceback
 import torch.nn.functional as F
 
 def crash(pairs, *, beta: float = 0.1):
-    if os.environ.get("CRASH_IN") and (calls := Path(os.environ["CRASH_IN"])).exists() and len(pairs.rho) == 4:
+    training = any(frame.name == "train_step" for frame in traceback.extract_stack())
+    if training and os.path.exists(os.environ["CRASH_IN"]):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     losses = F.softplus(-beta * pairs.rho)
     return losses, {"preference": losses}
 """
 TRAIN = (
-    "--global_batch 8 --per_device_batch 4 --packing off --prefix_sharing off --eval_steps 4 --save_steps 2 "
+    "--global_batch 8 --per_device_batch 4 --packing off --prefix_sharing off --eval_steps 4 --save_steps 2 --max_nonfinite 2 "
     "--lora_r 64 --max_length 256 --dtype float32 --compile off --epochs 1"
 )
 
@@ -93,19 +93,18 @@ def main() -> int:
     make_inputs(out)
     (out / "crash.py").write_text(CRASH)
     (out / "crash").touch()
-    server, limit = Server(), [20]
+    server = Server()
 
     def answer(body: dict) -> tuple[int, dict]:
-        if limit and len(server.requests) > limit[0]:
-            limit.clear()
-            threading.Thread(target=server.httpd.server_close).start()  # nobody listens there from now on
-            threading.Thread(target=server.httpd.shutdown).start()
-        return rate(body)
+        if len(server.requests) < 20:
+            return rate(body)
+        server.httpd.socket.close()  # nobody listens there from now on
+        return HANG_UP, {}
 
     server.answer = answer
     given = {
         "LOSSES": "dpo crash discopop td_dpo", "BETAS": "0.05", "BETAS_discopop": "2.5",
-        "TRAIN_ARGS_discopop": "--discopop_form published --learning_rate 3 --max_nonfinite 2 --epochs 3",
+        "TRAIN_ARGS_discopop": "--discopop_form published --learning_rate 3 --lora_targets q_proj,lm_head",
         "TRAIN_ARGS_crash": f"--loss_file {out / 'crash.py'}:crash",
     }  # fmt: skip
     checks = []

@@ -260,23 +260,29 @@ with locked(Path({str(study.folder(study.points[0]))!r}), ".lock", "x"):
         process.stdout.readline()
         schedule(monkeypatch, study, lambda point: FINISH)
     said = events(study)
-    assert said.index(("held", "run00")) < said.index(("finished", "run01")) < said.index(("start", "run00"))
+    assert [word for word, _ in said] == ["training", "held", "start", "finished", "start", "finished"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_has_every_run_save(tmp_path, monkeypatch, number, code):
     study = study_of(tmp_path, 5, JOBS="2")
-    wait = 'trap "touch \\"$1/saved\\"; exit 75" TERM; touch "$1/up"; while true; do sleep 0.02; done'
-    tell = f"; kill -{int(number)} {os.getpid()}; " + wait
+    trap = 'trap "touch \\"$1/saved\\"; exit 75" TERM; touch "$1/up"; '
+    both_up = f'until [ -e "{study.results}/run00/up" ]; do sleep 0.02; done; kill -{int(number)} {os.getpid()}; '
 
     def script(point):
-        both_up = f'until [ -e "{study.results}/run00/up" ]; do sleep 0.02; done'
-        return both_up + tell if point.index == 1 else wait
+        return trap + both_up * point.index + "while true; do sleep 0.02; done"
 
     _, stop = schedule(monkeypatch, study, script)
     assert stop.exit_code == code
     assert sorted(path.parent.name for path in study.results.glob("*/saved")) == ["run00", "run01"]
     assert [name for word, name in events(study) if word == "start"] == ["run00", "run01"]  # no further one
+
+
+def test_only_ctrl_c_again_does_not_wait():
+    with Stop() as stop:
+        for number, times in ((signal.SIGTERM, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGINT, 2)):
+            os.kill(os.getpid(), number)
+            assert (stop.signal, stop.times) == (signal.SIGTERM, times)
 
 
 def test_runs_of_a_sweep_that_is_killed_save_and_leave(tmp_path):
@@ -386,7 +392,7 @@ def test_preflight_says_what_it_will_take(ready, capsys, server):
     assert "4 runs, 4 to train" in out and "memory: 1 runs at a time on the CPU, 2.5 of" in out
     assert "disk: 9.0 GiB for adapters and checkpoints" in out
     assert "a run (assumed: 12,000,000 tokens a run at 4 x" in out
-    assert "j answers; about 800 calls for 5 runs; about 1.44 dollars (assumed: 800 + 250 tokens a call)" in out
+    assert "j answers; about 800 calls; about 1.44 dollars (assumed: 800 + 250 tokens a call)" in out
     assert len(server.requests) == 1 and "secret-key" not in out
 
 
@@ -489,7 +495,7 @@ def test_nodes_meet_by_slurms_first_machine_or_by_rdzv(tmp_path, monkeypatch):
     assert "--nnodes 2 --rdzv_backend c10d --rdzv_id run00 --rdzv_endpoint node1:29500" in command
     assert not command.startswith("srun")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert grid.train_command(study, study.points[0], [])[:3] == ["srun", "--nodes", "2"]
+    assert grid.train_command(study, study.points[0], [])[:4] == ["srun", "--overlap", "--nodes", "2"]
 
 
 def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_folder):
