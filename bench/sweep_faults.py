@@ -34,8 +34,8 @@ def crash(pairs, *, beta: float = 0.1):
     return losses, {"preference": losses}
 """
 TRAIN = (
-    "--global_batch 8 --per_device_batch 4 --packing off --prefix_sharing off --eval_steps 4 --save_steps 2 --max_nonfinite 2 "
-    "--lora_r 64 --max_length 256 --dtype float32 --compile off --epochs 1"
+    "--global_batch 8 --per_device_batch 4 --packing off --prefix_sharing off --eval_steps 4 --save_steps 2 "
+    "--max_nonfinite 2 --lora_r 64 --max_length 256 --dtype float32 --compile off --epochs 1"
 )
 
 

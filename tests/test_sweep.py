@@ -498,22 +498,22 @@ def test_nodes_meet_by_slurms_first_machine_or_by_rdzv(tmp_path, monkeypatch):
     assert grid.train_command(study, study.points[0], [])[:4] == ["srun", "--overlap", "--nodes", "2"]
 
 
-def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_folder):
-    """Two machines that meet at an address of loopback, started as sweep.sh starts them."""
+def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_folder, monkeypatch):
+    """Two machines that meet at an address of loopback: the commands that sweep.sh starts on them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    args = train_args(tiny_model, pairs_folder, "", "--max_steps", "2")
-    common = {"MODEL": str(tiny_model), "DATA": str(pairs_folder), "TRAIN_ARGS": shlex.join(map(str, args[6:]))}
-    command = ["bash", str(ROOT / "sweep.sh"), "quick", "--index", "0"]
-    env = os.environ | common | {"PYTHON": sys.executable, "RDZV": f"127.0.0.1:{port}"}
-    one = subprocess.Popen(command, env=env | {"RESULTS": str(tmp_path / "one"), "NPROC": "2"})
-    two = [subprocess.Popen([*command, "--nodes", "2"], env=env | {"RESULTS": str(tmp_path / "two")}) for _ in range(2)]
-    assert [process.wait(timeout=240) for process in (one, *two)] == [0, 0, 0]
-    (first,), (second,) = ((tmp_path / name).glob("*/adapter/adapter_model.safetensors") for name in ("one", "two"))
-    mine, theirs = load_file(first), load_file(second)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert json.loads((second.parent.parent / "args.json").read_text())["world_size"] == 2
+        monkeypatch.setenv("RDZV", f"127.0.0.1:{free.getsockname()[1]}")
+    commands = []
+    for name, nodes, ranks in (("one", 1, "2"), ("two", 2, "1")):
+        args = train_args(tiny_model, pairs_folder, tmp_path / name, "--max_steps", "2", "--run_id", "run")
+        study = study_of(tmp_path, 1, NPROC=ranks)
+        study.args.nodes = nodes
+        commands += [grid.train_command(study, Point(0, "run", list(map(str, args))), [])] * nodes
+    processes = [subprocess.Popen(command, env=os.environ | grid.TORCHRUN) for command in commands]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    one, two = (load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert json.loads((tmp_path / "two" / "run" / "args.json").read_text())["world_size"] == 2
 
 
 # ---- wandb --------------------------------------------------------------------------------------
