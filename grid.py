@@ -82,6 +82,10 @@ PER_LOSS = (*AXES, "TRAIN_ARGS")  # NAME_loss is for that loss alone
 POLL_S = 0.1
 # Of a training run (True) and of another stage: at Ctrl-C judge.py keeps what is in flight and gen_mtbench.py gathers.
 STOPS = {True: signal.SIGTERM, False: signal.SIGINT}
+# Judgements that failed because the judge was down: unlike those in a wrong form, worth another call.
+UNREACHED = (
+    "SELECT 1 FROM judgements WHERE status IN ('connection', 'timeout', 'http_429') OR status LIKE 'http_5%' LIMIT 1"
+)
 TRIES = 2  # of a run that crashes, in one start of the grid
 PR_SET_PDEATHSIG = 1
 # What torchrun passes on to its ranks, and how long it waits for them: by default not SIGUSR1, and thirty seconds, less
@@ -744,7 +748,10 @@ class Scheduler:
         self.say("start", stage)
         try:
             targets = self.fit_for_judging() if stage == "judge" else None
-            code = self.wait_for(self.start(stage, stage_command(self.study, stage, targets), []))
+            command = stage_command(self.study, stage, targets)
+            if stage == "judge" and books(self.study.results, UNREACHED) and "--retry_failed" not in command:
+                command.append("--retry_failed")
+            code = self.wait_for(self.start(stage, command, []))
         except (UserError, OSError) as error:
             self.fail(stage, str(error))
             return
@@ -784,7 +791,7 @@ def last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     start = max((n for n, line in enumerate(lines) if line.startswith("+ ")), default=0)
     lines = lines[start + 1 :]
-    errors = [line for line in lines if re.match(r"(error|[\w.]+Error)\b", line)]
+    errors = [line for line in lines if re.search(r"^(\[rank\d+\]: )?(error|[\w.]+Error)\b|have no verdict", line)]
     return (errors or lines or ["it wrote nothing"])[-1][:300]
 
 

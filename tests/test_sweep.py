@@ -348,6 +348,11 @@ def test_missing_judgements_are_counted(tmp_path):
         judge.save_reply(store, key, {"judge": "j"}, {"status": status}, 7.0)
     store.close()
     assert grid.verdicts_of(study) == {"run00": (3, 2)}
+    assert not grid.books(study.results, grid.UNREACHED)
+    store = judge.open_store(study.results / "judgements.sqlite")
+    judge.save_reply(store, "r3", {"judge": "j"}, {"status": "connection"}, 7.0)
+    store.close()
+    assert grid.books(study.results, grid.UNREACHED)
 
 
 def test_answers_that_judge_would_refuse_are_left_out(tmp_path):
