@@ -295,10 +295,10 @@ def launcher(study: Study, ranks: int, name: str) -> list[str]:
 
 
 def srun(nodes: int) -> list[str]:
-    slurm = "SLURM_JOB_ID" in os.environ
-    return (
-        ["srun", "--overlap", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"] if slurm else []
-    )
+    """One agent on each machine of a Slurm job, beside the step that this is."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return []
+    return ["srun", "--overlap", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"]
 
 
 def meeting_point() -> str:
@@ -504,7 +504,8 @@ def print_missing(study: Study, missing: dict[str, str]) -> None:
     print("missing:")
     for name, words in missing.items():
         log = study.log(name)
-        print(f"  {name}: {words}" + (f" (log: {log})" if log.is_file() else ""))
+        known = log.is_file() and (name in STAGES or words.startswith("not trained"))
+        print(f"  {name}: {words}" + (f" (log: {log})" if known else ""))
     print(f"the command that continues:\n  {study.again()}", flush=True)
 
 
