@@ -71,24 +71,29 @@ def start(out: Path, results: Path, url: str) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment(out, results, url))
 
 
-def training(sweep: subprocess.Popen) -> list[int]:
-    """Training runs of a sweep, as long as they can be killed."""
+def processes(sweep: subprocess.Popen, script: str = "train_pref.py") -> list[int]:
+    """Processes of a sweep that run `script`, as long as they can be killed."""
     found = []
     for pid in family(sweep.pid)[1:]:
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-        if b"train_pref.py" in command and b"--dry_run" not in command:
+        if script.encode() in command and b"--dry_run" not in command:
             found.append(pid)
     return found
 
 
-def disturb(sweep: subprocess.Popen, seconds: float, single: bool, dice: random.Random) -> str | None:
-    """Wait so long, then kill the sweep or one of its runs. None if it ended before."""
+def disturb(
+    sweep: subprocess.Popen, seconds: float, single: bool, dice: random.Random, stage: str | None
+) -> str | None:
+    """Wait so long, from the start of `stage` on if that is given, then kill the sweep or one of its runs. None if it
+    ended before."""
     begun = time.monotonic()
     while sweep.poll() is None:
-        runs = training(sweep) if single else [sweep.pid]
+        if stage and not processes(sweep, stage):
+            begun = time.monotonic()
+        runs = processes(sweep) if single else [sweep.pid]
         if time.monotonic() - begun > seconds and runs:
             os.kill(dice.choice(runs), signal.SIGKILL)
             return f"{'one run' if single else 'the sweep'} after {time.monotonic() - begun:.0f} s"
@@ -164,7 +169,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", type=float, nargs=2, default=[0.04, 0.35], metavar=("FROM", "TO"),
                         help="seconds to a kill, as shares of what the undisturbed sweep takes")  # fmt: skip
-    parser.add_argument("--sweep_only", action="store_true", help="no single runs")
+    parser.add_argument("--stage", metavar="SCRIPT", help="kill the sweep alone, and while this script runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     make_inputs(args.out)
@@ -181,9 +186,8 @@ def main() -> int:
         while code != 0:
             sweep = start(args.out, results, server.url)
             while kills < args.kills and sweep.poll() is None:
-                said = disturb(
-                    sweep, dice.uniform(*args.moments) * seconds, kills % 2 == 1 and not args.sweep_only, dice
-                )
+                single, wait = kills % 2 == 1 and not args.stage, dice.uniform(*args.moments) * seconds
+                said = disturb(sweep, wait, single, dice, args.stage)
                 if said:
                     kills += 1
                     before |= stamps_of(results)
