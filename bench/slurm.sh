@@ -76,8 +76,9 @@ bash sweep.sh quick --list
 
 job=$(sbatch --parsable --array=0-5 --partition low --output "$out/task-%a.log" sweep.sh quick)
 echo "array $job"
-until ls "$out"/results/*/checkpoint/step-* >/dev/null 2>&1; do sleep 0.2; done
-echo "== one task trains; a job of higher priority takes a core"
+training() { find "$out/results" -name "step-*.safetensors" -printf "%h\n" 2>/dev/null | sort -u | wc -l; }
+until [ "$(training)" -ge 2 ]; do sleep 0.2; done
+echo "== two tasks train; a job of higher priority takes a core"
 sbatch --partition high --wrap "sleep ${SLEEP:-15}" --output "$out/high.log"
 seen=
 for _ in $(seq 600); do
@@ -93,5 +94,5 @@ for task in 0 1 2 3 4 5; do
   echo
 done
 cat "$out/results/sweep.log"
-grep -h -o "saved after step [0-9]*\|going on after step [0-9]*" "$out"/results/logs/*.log
+grep -h -o "saved after step [0-9]*\|going on after step [0-9]*" "$out"/results/logs/*.log || true
 "$python" grid.py quick --stages train --status
