@@ -212,10 +212,10 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def running(run: Path) -> str | None:
-    """Who trains `run` now, or None."""
+def running(run: Path, lock: str = ".lock") -> str | None:
+    """Who trains `run` now, or None. lock: of other work than training."""
     try:
-        with open(run / ".lock", encoding="utf-8") as file:
+        with open(run / lock, encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -17,11 +17,7 @@ python examples/embedded_model.py "$model"
 python prep_data.py --dataset examples/preferences.jsonl --out quickstart/data/preferences
 python prep_data.py --mt_bench flexeval --out quickstart/data/mt_bench
 
-export MODEL=$model DATA=quickstart/data/preferences MT_BENCH=quickstart/data/mt_bench RESULTS=quickstart/results
-export LOSSES="dpo td_dpo discopop" BETAS="0.05 0.5" TAUS=1 SEEDS=42 LRS=5e-4 NPROC=1 JUDGE="hf:$model"
-export TRAIN_ARGS="--global_batch 16 --per_device_batch 8 --max_steps 6 --eval_steps 3 --lora_r 16 --lora_dropout 0"
-export GEN_ARGS="--num_questions 8 --max_new_tokens 48"
-bash sweep.sh
+bash sweep.sh quick --yes
 
 cat <<TEXT
 

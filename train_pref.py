@@ -14,6 +14,7 @@ The defaults are the first study's: Llama-2-7b-chat in 4 bit, LoRA r 64, AdamW a
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -184,6 +185,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout")
     group.add_argument("--save_steps", type=int, default=20, help="write a checkpoint every so many optimiser steps")
+    group.add_argument(
+        "--report_to",
+        choices=["none", "wandb"],
+        default="none",
+        help="send metrics.jsonl to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps it here)",
+    )
     group.add_argument(
         "--status",
         type=Path,
@@ -378,6 +385,8 @@ def check_args(args: argparse.Namespace, world: int) -> None:
         raise UserError(
             f"--global_batch {args.global_batch} does not divide over {world} ranks; use {near} or another multiple"
         )
+    if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("--report_to wandb needs the package wandb; pip install wandb")
     if args.shard == "full" and args.quant == "nf4":
         raise UserError("--shard full with --quant nf4: sharded 4-bit weights are not verified; use --shard adapters")
 
@@ -399,6 +408,14 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
             text = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
             parts.append(f"{RUN_ID_TAGS.get(key, key)}{text}".replace(",", "+").replace("_", "-"))
     return "_".join([*parts, *(["trial"] if args.mode == "trial" else [])])
+
+
+def run_id_from(argv: list[str]) -> str:
+    """The run id that a start with these arguments would have. Raises UserError for arguments of no run."""
+    args = parse_args(argv)
+    check_args(args, world=1)
+    take_init_adapter(args)
+    return check_run_id(args.run_id or run_id_of(args, loss_parameters(args), parse_args([])))
 
 
 # ---- plan: steps, order, shares, learning rate --------------------------------------------------
@@ -671,12 +688,26 @@ def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
     return [row | {key: int(row[key]) for key in names[-2:]} for row in rows]
 
 
+def open_wandb(folder: Path):
+    """A Weights & Biases run under the run's own name, continued if it was begun. The key is wandb's own affair: it is
+    read from WANDB_API_KEY or ~/.netrc and stands in no file of ours. Raises UserError if there can be none."""
+    import wandb
+
+    record = read_json(folder / "args.json")
+    name, project = record["run_id"], os.environ.get("WANDB_PROJECT") or folder.resolve().parent.name
+    identity = sha256_json([str(folder.resolve()), record["data_sha256"]])[:16]
+    try:
+        return wandb.init(project=project, name=name, id=identity, resume="allow", config=record, dir=folder)
+    except wandb.Error as error:
+        raise UserError(f"--report_to wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to send later") from None
+
+
 class Log:
     """metrics.jsonl, a line per optimiser step and per evaluation, written by rank 0 as it happens. Lines behind the
-    checkpoint that a run goes on from are cut off: their steps are done again."""
+    checkpoint that a run goes on from are cut off: their steps are done again. wandb, if given, gets the same rows."""
 
-    def __init__(self, path: Path, ranks: Ranks, size: int):
-        self.path, self.ranks = path, ranks
+    def __init__(self, path: Path, ranks: Ranks, size: int, wandb=None):
+        self.path, self.ranks, self.wandb = path, ranks, wandb
         if ranks.main and path.exists():
             os.truncate(path, size)
 
@@ -684,6 +715,8 @@ class Log:
         if self.ranks.main:
             with saving(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(jsonl_line(values))
+        if self.wandb is not None:
+            self.wandb.log(values, step=values["step"])
 
     def size(self) -> int:
         """Bytes so far, on disk when this returns."""
@@ -731,7 +764,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     if args.quant == "auto":
         args.quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
     args.dtype = str(pick_dtype(args.dtype, ranks.device)).removeprefix("torch.")
-    given = {key: value for key, value in vars(args).items() if key not in ("status", "dry_run")}
+    given = {key: value for key, value in vars(args).items() if key not in ("status", "dry_run", "report_to")}
     record = {
         **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},
         **parameters,
@@ -961,7 +994,8 @@ def run(
     it, with everything saved."""
     args, ranks, progress = study.args, study.ranks, study.progress
     steps, per_epoch = number_of_steps(args, len(split.pairs)), steps_per_epoch(len(split.pairs), args.global_batch)
-    log = Log(folder / "metrics.jsonl", ranks, progress.metrics_bytes)
+    wandb = open_wandb(folder) if args.report_to == "wandb" and ranks.main else None
+    log = Log(folder / "metrics.jsonl", ranks, progress.metrics_bytes, wandb)
     first, begun, before = progress.step, time.monotonic(), progress.wall_s
     saved = progress.step
 

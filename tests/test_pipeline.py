@@ -1,10 +1,7 @@
-"""The stages talk through files: raw pairs in, table of judged results out, on a tiny random model. And sweep.sh."""
+"""The stages talk through files: raw pairs in, table of judged results out, on a tiny random model."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, run_script
@@ -80,52 +77,6 @@ def test_rerunning_every_stage_does_nothing_twice(study, tiny_model, capsys):
     given = ("--judge", f"hf:{tiny_model}", "--mt_bench", bench, "--dtype", "float32", "--allow_incomplete")
     assert call(judge, results, *given) == code
     assert {p: p.read_bytes() for p in results.glob("*/mt_bench/*")} == before
-
-
-# ---- sweep.sh -----------------------------------------------------------------------------------
-
-
-def sweep(*args, cwd=ROOT, **environment):
-    env = {**os.environ, "PYTHON": sys.executable, **environment}
-    return subprocess.run(
-        ["bash", ROOT / "sweep.sh", *args], capture_output=True, text=True, env=env, cwd=cwd, timeout=240
-    )
-
-
-def test_sweep_lists_the_study():
-    commands = [line for line in sweep("--dry_run", JUDGE="some-judge").stdout.splitlines() if line.startswith("+")]
-    trained = [line for line in commands if "train_pref.py" in line]
-    assert len(trained) == 60
-    assert sum("--loss td_dpo" in line for line in trained) == 36 and sum("--tau" in line for line in trained) == 36
-    last = [stage for line in commands[60:] for stage in ("gen_mtbench", "judge", "analyze") if f"/{stage}.py" in line]
-    assert last == ["gen_mtbench", "judge", "analyze"]
-
-
-def test_sweep_commands_are_accepted_by_train_pref():
-    commands = [
-        line for line in sweep("--dry_run", JUDGE="j", LOGP="sum mean").stdout.splitlines() if "train_pref" in line
-    ]
-    args = [train_pref.parse_args(line.split("train_pref.py ")[1].split()) for line in commands]
-    ids = {train_pref.run_id_of(a, train_pref.loss_parameters(a), train_pref.parse_args([])) for a in args}
-    assert len(ids) == len(commands) == 120
-
-
-def test_sweep_wants_a_judge_before_it_trains():
-    done = sweep("--dry_run", JUDGE="")
-    assert done.returncode == 2 and "JUDGE is not set" in done.stderr
-
-
-def test_sweep_goes_on_after_a_failed_run_and_says_so(tmp_path, tiny_model, study):
-    results, _ = study
-    data = results.parent / "data" / "preferences"
-    done = sweep(
-        cwd=tmp_path, STAGES="train", LOSSES="td_dpo dpo", BETAS="0.1", TAUS="0", SEEDS="1", MODEL=str(tiny_model),
-        DATA=str(data), RESULTS=str(tmp_path / "r"), NPROC="1",
-        TRAIN_ARGS="--mode trial --global_batch 4 --dtype float32",
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "train td_dpo beta 0.1 tau 0 seed 1 (exit code 2)" in done.stderr
-    assert len(list((tmp_path / "r").glob("dpo_*_trial/summary.json"))) == 1
 
 
 # ---- errors a user meets, as a user meets them --------------------------------------------------
