@@ -330,9 +330,8 @@ def stage_command(study: Study, stage: str, targets: list[Path] | None = None) -
         arguments += ["--judge", settings["JUDGE"]]
         arguments += ["--base_url", settings["BASE_URL"]] if settings["BASE_URL"] else []
     script = HERE / {"gen": "gen_mtbench.py"}.get(stage, f"{stage}.py")
-    if stage != "analyze" or '"--mt_bench"' in script.read_text(encoding="utf-8"):
-        arguments += ["--mt_bench", settings["MT_BENCH"]]
-    return [*start, str(script), *arguments, *shlex.split(settings[f"{stage.upper()}_ARGS"])]
+    arguments += ["--mt_bench", settings["MT_BENCH"], *shlex.split(settings[f"{stage.upper()}_ARGS"])]
+    return [*start, str(script), *arguments]
 
 
 def print_commands(study: Study) -> None:

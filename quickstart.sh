@@ -22,8 +22,8 @@ bash sweep.sh quick --yes
 cat <<TEXT
 
 quickstart finished in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s after the installs
-  report     quickstart/results/comparison/    tables (CSV), figures (PDF, PNG), aggregated_metrics.json
-  one run    quickstart/results/dpo_b0.5_*/     args.json, metrics.jsonl, adapter/, mt_bench/, figures/
+  report     quickstart/results/comparison/report.html    opens from disk; tables/ and figures/ beside it
+  one run    quickstart/results/dpo_b0.5_*/               args.json, metrics.jsonl, adapter/, mt_bench/, figures/
 What to run next:
   your data      python prep_data.py --dataset my_pairs.jsonl
   your model     python train_pref.py --model MODEL --data data/my_pairs --loss dpo --mode trial

@@ -62,6 +62,34 @@ def test_run_writes_its_files(finished):
     assert summary["status"] == "finished" and summary["best_step"] == 4 and summary["nonfinite_steps"] == 0
 
 
+def test_seeds_are_paired_over_losses(tiny_model, pairs_folder, tmp_path):
+    """The same LoRA matrices and the same batches at one seed, whatever the loss; other ones at another seed."""
+    found = {}
+    for loss, seed in (("dpo", 42), ("simpo", 42), ("dpo", 43)):
+        more = (
+            "--loss",
+            loss,
+            "--seed",
+            seed,
+            "--run_id",
+            f"{loss}{seed}",
+            "--max_steps",
+            "2",
+            "--learning_rate",
+            "1e-12",
+        )
+        done = run_script("train_pref.py", *train_args(tiny_model, pairs_folder, tmp_path, *more))
+        assert done.returncode == 0, done.stderr
+        run = tmp_path / f"{loss}{seed}"
+        weights = load_file(run / "adapter" / "adapter_model.safetensors")
+        steps = [line for line in metrics_of(run) if "loss" in line]
+        matrices = torch.cat([tensor.flatten() for name, tensor in sorted(weights.items()) if "lora_A" in name])
+        found[loss, seed] = matrices, [line[key] for line in steps for key in ("tokens", "logps/chosen")]
+    dpo, simpo, other = found.values()
+    assert torch.allclose(dpo[0], simpo[0], atol=1e-9) and dpo[1] == pytest.approx(simpo[1], abs=1e-4)
+    assert not torch.allclose(dpo[0], other[0], atol=1e-3) and dpo[1] != pytest.approx(other[1], abs=1e-4)
+
+
 def test_step0_is_the_reference(finished):
     first = next(line for line in metrics_of(finished) if "eval/acc_ref" in line)
     summary = json.loads((finished / "summary.json").read_text())
