@@ -86,8 +86,9 @@ def difference(a: np.ndarray, b: np.ndarray, paired: bool, draws: int = DRAWS) -
 
     Standard error: question component + seed component - residual of the differences, which for paired seeds is
     (MS_question + MS_seed - MS_residual) / (Q S): a two-way random-effects model; degrees of freedom by Satterthwaite
-    (1946). A seed component estimated below 0 counts as 0. Interval: percentile bootstrap that resamples questions and
-    seeds, crossed (Owen 2007), which counts the residual twice and so errs to the wide side with few questions.
+    (1946). A seed component estimated below 0 counts as 0, but not in the degrees of freedom: with so few seeds that
+    is no proof that seeds do not matter. Interval: percentile bootstrap that resamples questions and seeds, crossed
+    (Owen 2007), which counts the residual twice and so errs to the wide side with few questions.
     """
     (n_a, n_questions), n_b = a.shape, b.shape[0]
     by_question = a.mean(0) - b.mean(0)
@@ -117,14 +118,15 @@ def standard_error(by_question: np.ndarray, squares: list[tuple[MeanSquares, int
     if n < 2:
         return math.nan, math.nan
     questions = by_question.var(ddof=1) / n
-    seeds = sum((square.seed - square.residual) / (n * s) for square, s in squares)
-    if seeds <= 0:
+    if not squares:
         return math.sqrt(questions), n - 1
+    seeds = sum((square.seed - square.residual) / (n * s) for square, s in squares)
     parts = [(questions, n - 1)]
     for square, s in squares:
         parts += [(square.seed / (n * s), s - 1), (square.residual / (n * s), (n - 1) * (s - 1))]
-    variance = questions + seeds
-    return math.sqrt(variance), variance**2 / sum(part**2 / df for part, df in parts)
+    known = sum(part**2 / df for part, df in parts)
+    df = max(1.0, (questions + seeds) ** 2 / known) if questions + seeds > 0 and known > 0 else 1.0
+    return math.sqrt(questions + max(0.0, seeds)), df
 
 
 @lru_cache(maxsize=8)  # 60 MB each at 750 validation pairs
