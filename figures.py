@@ -1,7 +1,7 @@
 """The figures of analyze.py, each as PDF and PNG.
 
 draw_run draws one run, draw_comparison all that spans runs, from the structures that
-analyze.py makes; draw_all does both, on all cores.
+analyze.py makes; draw_all does both.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart, and each loss has a marker of its own besides;
 every bar and cell carries its number, every error bar its name.
@@ -16,7 +16,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from files import CATEGORIES, UserError, sha256_file, sha256_json
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 MARKERS = "osD^vP*X"
+WORTH_PROCESSES = 40  # figures: a process takes seconds to import what it draws with
 INTERVAL = "95 % bootstrap interval over questions and seeds"
 GREY, RED = "#777777", "#D55E00"
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "fontsize": 8, "frameon": False, "borderaxespad": 0.2}
@@ -87,16 +88,19 @@ def drawing_version() -> str:
 
 
 def draw_all(runs: list[dict], comparison: dict, folder: Path) -> None:
-    """Every figure of the runs and of their comparison, one process a core."""
-    new_figure(1, 1, "")  # matplotlib is imported once, before the processes are forked
+    """Every figure of the runs and of their comparison; of many, with a process a core."""
     for stale in folder.glob("comparison_*.*"):
         stale.unlink()
     jobs = [(draw_run, {key: run[key] for key in RUN_KEYS}) for run in runs]
     jobs += comparison_jobs(folder, comparison, [{key: run[key] for key in RUN_KEYS} for run in runs])
-    method = "fork" if sys.platform == "linux" else "spawn"
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context(method)) as pool:
-        futures = [pool.submit(*job) for job in jobs]
-        for future in tqdm(futures, "figures", unit="figure", disable=not sys.stderr.isatty()):
+    bar = partial(tqdm, desc="figures", unit="figure", disable=not sys.stderr.isatty())
+    if len(jobs) < WORTH_PROCESSES:
+        for function, *arguments in bar(jobs):
+            function(*arguments)
+        return
+    # spawned, not forked: a fork of a process with threads (those of a linear-algebra library, say) can hang
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for future in bar([pool.submit(*job) for job in jobs]):
             future.result()
 
 
