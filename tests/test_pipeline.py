@@ -57,7 +57,7 @@ def test_runs_of_one_study_differ_in_their_loss_alone(study):
     """Whatever train_pref.py comes to write into args.json must not make another cell of every run."""
     results, _ = study
     records = [json.loads((run / "args.json").read_text()) for run in sorted(results.glob("*dpo_b*"))]
-    one, two = ({key: r[key] for key in r if analyze.is_setting(key, r[key])} for r in records)
+    one, two = ({key: r[key] for key in r if analyze.is_setting(key, r[key], r)} for r in records)
     different = {key for key in one.keys() & two.keys() if one[key] != two[key]}
     assert different <= train_pref.loss_arguments().keys()
 

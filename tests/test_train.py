@@ -78,8 +78,7 @@ def test_seeds_are_paired_over_losses(tiny_model, pairs_folder, tmp_path):
             "--learning_rate",
             "1e-12",
         )
-        done = run_script("train_pref.py", *train_args(tiny_model, pairs_folder, tmp_path, *more))
-        assert done.returncode == 0, done.stderr
+        assert not train_pref.main([str(word) for word in train_args(tiny_model, pairs_folder, tmp_path, *more)])
         run = tmp_path / f"{loss}{seed}"
         weights = load_file(run / "adapter" / "adapter_model.safetensors")
         steps = [line for line in metrics_of(run) if "loss" in line]
