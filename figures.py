@@ -314,13 +314,16 @@ class Look(NamedTuple):
 def score_jobs(folder: Path, name: str, suffix: str, part: dict, look: Look, comparison: dict) -> list[tuple]:
     """Figures that accuracy and MT-Bench both have."""
     rows = part["cells"]
-    lines = [(f"untrained model ({row['label']})", row["score"]) for row in rows if row["untrained"] and "score" in row]
+    untrained = [row for row in rows if row["untrained"] and row[look.metric] is not None]
+    lines = [(f"untrained model ({row['label']})", row[look.metric]) for row in untrained]
     lines += baseline_line(part, rows, comparison["baseline"], look.metric)
 
     def stem(kind: str) -> Path:
         return folder / f"comparison_{name}_{kind}{suffix}"
 
-    jobs: list[tuple] = [(draw_bars, stem("bars"), rows, look, lines), (draw_boxes, stem("boxes"), part["runs"], look)]
+    jobs: list[tuple] = [(draw_bars, stem("bars"), rows, look, lines)]
+    if part["runs"]:
+        jobs.append((draw_boxes, stem("boxes"), part["runs"], look))
     if heatmap_panels(rows, look.metric):
         jobs.append((draw_heatmaps, stem("heatmap"), rows, look))
     else:

@@ -663,6 +663,13 @@ def test_no_common_question_still_gives_a_report(tmp_path):
     assert (tmp_path / "comparison" / "report.html").is_file()
 
 
+def test_a_judge_that_never_gave_a_rating_still_gives_a_report(tmp_path):
+    make_base(tmp_path, ratings=flat_ratings(None))
+    make_run(tmp_path, "a", "dpo", ratings=flat_ratings(None))
+    analyze.main([str(tmp_path), "--draws", "300"])
+    assert (tmp_path / "comparison" / "report.html").is_file()
+
+
 def test_claims_are_judged_on_every_judge(tmp_path):
     make_study(tmp_path, seeds=(42, 43))
     claim = {"id": "q", "claim": "<b>More</b>", "kind": "difference", "metric": "mt_bench", "at_least": 0.2,
