@@ -686,6 +686,8 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     columns = list(dict.fromkeys((row["judge"], row["baseline"]) for row in rows))
     title = "Win rate in pairwise judgements (a tie is one half; both orders must agree)"
+    if any(row["smoke_test"] for row in rows):
+        title += "\nSMOKE TEST: a judge below 7B parameters, these rates measure nothing"
     figure = new_figure(4.5 + 2.4 * len(columns), 2.2 + 0.5 * len(labels), f"{title}\nin brackets: {INTERVAL}")
     axis = figure.subplots()
     grid = [[math.nan] * len(columns) for _ in labels]

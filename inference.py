@@ -13,6 +13,7 @@ from statistics import fmean
 import numpy as np
 
 import stats
+from files import SMOKE_TEST_BELOW_B, params_from_name
 
 LENGTH_BINS = 5
 SPREAD_KEYS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_forsythe_p")
@@ -410,6 +411,13 @@ def pair_outcomes(rows: list[dict]) -> dict[tuple, dict[int, dict[tuple, float]]
     return {key: dict(found) for key, found in outcomes.items()}
 
 
+def is_smoke_test(judge: str, rows: list[dict]) -> bool:
+    """Whether the judge is below the size from which on its judgements measure anything."""
+    sizes = [row["judge_params_b"] for row in rows if row["judge"] == judge and row.get("judge_params_b") is not None]
+    size = min(sizes) if sizes else params_from_name(judge)
+    return size is not None and size < SMOKE_TEST_BELOW_B
+
+
 def win_rows(cells: list[dict], draws: int) -> list[dict]:
     """Win rate of each cell against each baseline run it was judged against (a tie is one half), with the
     crossed-bootstrap interval over questions and seeds."""
@@ -432,6 +440,7 @@ def win_rows(cells: list[dict], draws: int) -> list[dict]:
                     "baseline": baseline, "win_rate": float(table.mean()), "low": low, "high": high,
                     "wins": outcomes.count(1), "ties": outcomes.count(0.5), "losses": outcomes.count(0),
                     "n_questions": table.shape[1], "n_seeds": len(values),
+                    "smoke_test": is_smoke_test(judge, [row for run in cell["runs"] for row in run["pairs"]]),
                 }
             )  # fmt: skip
     return rows

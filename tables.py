@@ -207,7 +207,7 @@ STABILITY_COLUMNS = [
 ]  # fmt: skip
 PAIR_COLUMNS = [
     Column("judge", "judge"), Column(CELL_HEADER, "label"), Column("against", "baseline"),
-    Column("win rate", "win_rate", 3),
+    Column("win rate", "win_rate", 3), Column("smoke test", lambda row: "yes" if row["smoke_test"] else None),
     Column("95 % interval", interval("low", "high", 3)), Column("wins", "wins"), Column("ties", "ties"),
     Column("losses", "losses"), Column("questions", "n_questions"), Column("seeds", "n_seeds"),
 ]  # fmt: skip

@@ -219,6 +219,10 @@ def test_win_rate_by_hand():
     counts = [found[key] for key in ("wins", "ties", "losses", "n_questions")]
     assert counts == [1, 2, 1, 4]
     assert found["win_rate"] == 0.5 and found["low"] <= 0.5 <= found["high"] and found["baseline"] == "base"
+    assert found["smoke_test"] is False
+    for row in cell["runs"][0]["pairs"]:
+        row["judge_params_b"] = 0.135
+    assert inference.win_rows([cell], 300)[0]["smoke_test"] is True
 
 
 def test_win_rates_of_seeds_are_over_what_both_have():
