@@ -489,7 +489,10 @@ def draw_curves_by_loss(stem: Path, runs: list[dict]) -> None:
               ("steps", "loss", "training loss"), ("steps", "grad_norm", "gradient norm")]  # fmt: skip
     title = "Learning curves by loss (a line a run; loss and gradient are not comparable across losses)"
     figure = new_figure(1.5 + 2.9 * len(losses), 10, title)
-    axes = figure.subplots(len(panels), len(losses), squeeze=False, sharex=True, sharey="row")
+    axes = figure.subplots(len(panels), len(losses), squeeze=False, sharex=True)
+    for row in axes[:2]:  # accuracy and margin are comparable across losses
+        for axis in row[1:]:
+            axis.sharey(row[0])
     palette = colormaps["viridis"]
     for run in runs:
         beta, tau = run["args"]["beta"], run["args"]["tau"]

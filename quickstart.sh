@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole study, small: three losses x two betas on an embedded model, judged and analysed. No hub, no key, no GPU.
 #
-#   bash quickstart.sh        about eight minutes on two cores after the installs; rerun to continue
+#   bash quickstart.sh        about seven minutes on two cores after the installs; rerun to continue
 #
 # Everything lands in quickstart/. The model has 135M parameters and judges itself: this shows that the path works and
 # what it leaves, it does not measure which loss is better.
