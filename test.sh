@@ -7,4 +7,4 @@ install_requirements
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"

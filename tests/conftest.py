@@ -21,14 +21,6 @@ CHATML = (
 )
 
 
-# Files that take longest first, so that no core waits for the other at the end (test.sh hands a file to one core).
-SLOW_FIRST = ("test_train", "test_engine", "test_resume", "test_pipeline", "test_sweep", "test_gen", "test_analyze")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: SLOW_FIRST.index(item.path.stem) if item.path.stem in SLOW_FIRST else len(SLOW_FIRST))
-
-
 def example_rows(count: int) -> list[dict]:
     """Pairs in prep_data.py's format from examples/preferences.jsonl."""
     lines = (ROOT / "examples" / "preferences.jsonl").read_text(encoding="utf-8").splitlines()[:count]
