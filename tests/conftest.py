@@ -93,6 +93,17 @@ def no_group_left_open():
         dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def own_losses_are_forgotten():
+    """A loss of one's own that a test registers in this process is no other test's loss."""
+    losses = sys.modules.get("losses")
+    before = dict(losses.LOSSES) if losses else {}
+    yield
+    if losses:
+        losses.LOSSES.clear()
+        losses.LOSSES.update(before)
+
+
 @pytest.fixture
 def server():
     from doubles import Server
