@@ -401,7 +401,7 @@ def judge_rate(claim: dict, cells: list[dict]) -> dict:
     numbers = {
         "a": describe(claim["a"]), "estimate": count / total, "low": low, "high": high, "limit": limit,
         "p": below if claim["kind"] == "rarely" else above, "n_units": total, "n_seeds": None,
-        "test": f"exact binomial, rate {'below' if claim['kind'] == 'never' else 'above'} {limit:g}",
+        "test": f"exact binomial, rate {'below' if claim['kind'] == 'rarely' else 'above'} {limit:g}",
     }  # fmt: skip
     counted = f"{count} of {total} runs."
     if numbers["p"] < stats.ALPHA:

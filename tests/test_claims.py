@@ -190,6 +190,7 @@ def rate(kind, runs, **fields):
 def test_rarely():
     row = rate("rarely", [("finished", 0)] * 29, bound=0.1)
     assert row["verdict"] == "supported" and row["p"] == pytest.approx(0.9**29) and row["why"] == "0 of 29 runs."
+    assert row["test"] == "exact binomial, rate below 0.1"
     row = rate("rarely", [("finished", 0)] * 28, bound=0.1)
     assert row["verdict"] == "undecided" and "29 runs without one" in row["why"]
     row = rate("rarely", [("finished", 0)] * 199 + [("finished", 1)], bound=0.1)
