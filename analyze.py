@@ -35,7 +35,6 @@ from files import (
     UserError,
     check_run_id,
     find_runs,
-    params_from_name,
     read_answers,
     read_json,
     read_jsonl,
@@ -53,7 +52,7 @@ NOT_SETTINGS = {
     "run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256", "reference", "versions", "git",
     "results_dir", "per_device_batch", "world_size", "shard", "checkpointing", "compile", "tokens_per_microbatch",
     "prefix_sharing", "packing", "loss_file", "init_adapter", "save_steps", "command", "starts", "planned_gib",
-    "planned_steps", "couples_batch", "report_to", "truncated_prompts", "truncated_responses", "merged_boundaries",
+    "planned_steps", "couples_batch", "truncated_prompts", "truncated_responses", "merged_boundaries",
 }  # fmt: skip
 CURVE_KEYS = (
     "loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr", "anchor",
@@ -153,7 +152,8 @@ def load_run(path: Path, args: dict) -> dict:
     summary = read_summary(path / "summary.json") if (path / "summary.json").exists() else None
     steps, evals = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
     val, lengths = read_val_pairs(path / "val_pairs.jsonl") if (path / "val_pairs.jsonl").exists() else ({}, {})
-    answers = path / "mt_bench" / "answers.jsonl"
+    answers_path = path / "mt_bench" / "answers.jsonl"
+    answers = read_answers(answers_path) if answers_path.exists() else {}
     judged, pairs = read_ratings(path / "mt_bench" / "judgements.csv")
     return {
         "run_id": path.name,
@@ -169,7 +169,8 @@ def load_run(path: Path, args: dict) -> dict:
         "length_bias": run_length_bias(val, lengths, summary),
         "judged": judged,
         "pairs": pairs,
-        "answers": read_answers(answers) if answers.exists() else {},
+        "answers": answers,
+        "kl": inference.run_kl(answers),
     }
 
 
@@ -332,7 +333,7 @@ def run_accuracy(run: dict) -> dict | None:
     """Validation accuracies of a run that ended; the standard error is over pairs, at the best evaluation."""
     if run["summary"] is None:
         return None
-    best = run["val"].get(run["summary"]["best_step"], {})
+    best = inference.best_pairs(run["val"], run["summary"])
     hits = [inference.ranked_right(pair) for pair in best.values()]
     accuracy = {key: run["summary"][key] for key in (*ACCURACIES, "best_step")}
     return accuracy | {"n_pairs": len(hits), "se_over_pairs": standard_error(hits)}
@@ -357,7 +358,7 @@ def margin_at(step: int, pairs: dict) -> dict:
 
 
 def run_length_bias(val: dict, lengths: dict[str, int], summary: dict | None) -> list[dict]:
-    best = val.get((summary or {}).get("best_step"), {})
+    best = inference.best_pairs(val, summary)
     return inference.length_bias({pair: value for pair, value in best.items() if pair in lengths}, lengths)
 
 
@@ -428,9 +429,7 @@ def category_order(rows: list[dict]) -> list[str]:
 def describe_judge(key: tuple, rows: list[dict]) -> dict:
     """What a score depends on besides the answers, and whether it measures anything."""
     judge, prompts, refs = key
-    sizes = [row["judge_params_b"] for row in rows if row["judge_params_b"] is not None]
-    params_b = min(sizes) if sizes else params_from_name(judge)
-    smoke = params_b is not None and params_b < SMOKE_TEST_BELOW_B
+    params_b, smoke = inference.judge_size(judge, rows)
     return {
         "judge": judge, "judge_params_b": params_b, "smoke_test": smoke,
         "prompts": prompts, "refs": refs, "grading": "single",
@@ -454,7 +453,7 @@ def run_metrics(run: dict) -> dict:
             | inference.judge_rows({run["run_id"]: rows}, {run["run_id"]: run["answers"]})
             for key, rows in sorted(run["judged"].items(), key=lambda item: str(item[0]))
         ],
-        "kl_to_base": inference.run_kl(run["answers"]),
+        "kl_to_base": run["kl"],
     }
 
 
@@ -775,7 +774,7 @@ def movement_rows(runs: list[dict], judges: list[dict]) -> list[dict]:
     log-probs, the anchor 0.5 (a^2 + b^2) over the last tenth of the training steps, accuracy, and score by judge."""
     rows = []
     for run in runs:
-        kl = inference.run_kl(run["answers"])
+        kl = run["kl"]
         last = run["steps"][-max(1, len(run["steps"]) // 10) :]
         anchors = [row["anchor"] for row in last if row.get("anchor") is not None]
         row = {
@@ -809,7 +808,7 @@ def note_runs(runs: list[dict], cells: list[dict], notes: list[str]) -> None:
         elif run["status"] not in ("finished", "untrained", "no training record"):
             notes.append(f"status of {run['run_id']} is {run['status']!r}; its numbers are averaged with the others")
     for run in runs:
-        bad = sum(pair is None for pair in run["val"].get((run["summary"] or {}).get("best_step"), {}).values())
+        bad = sum(pair is None for pair in inference.best_pairs(run["val"], run["summary"]).values())
         if bad:
             notes.append(f"{run['run_id']}: {bad} validation pairs have a non-finite log-probability, counted as wrong")
     trained = [cell for cell in cells if cell["runs"][0]["args"]["loss"]]
@@ -871,7 +870,7 @@ def find_missing(runs: list[dict], judges: list[dict], args: argparse.Namespace)
     ]
     if not any(run["pairs"] for run in runs):
         missing.append({"what": "win rates (no pairwise judgements)", "runs": [], "next": "judge.py --grading pair"})
-    if not any(inference.run_kl(run["answers"]) for run in usable):
+    if not any(run["kl"] for run in usable):
         missing.append(
             {"what": "score against KL (no log-probs in answers)", "runs": [], "next": "gen_mtbench.py --kl"}
         )

@@ -234,14 +234,10 @@ class Stopped(Exception):
     """A signal asked the run to stop."""
 
 
-class Stop:
-    """SIGTERM, SIGUSR1 (what schedulers send before they preempt) and Ctrl-C: while steps are made, all ranks leave at
-    the same micro-batch and the run is saved; before that there is nothing to save and the process ends at once."""
+class Heard:
+    """Within it, `note` hears SIGNALS; what the process ignores it goes on ignoring."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.signal, self.deferred = ranks, 0, False
+    SIGNALS: tuple[signal.Signals, ...]
 
     def __enter__(self):
         # A job in the background of a script ignores Ctrl-C, which is meant for others there.
@@ -252,6 +248,19 @@ class Stop:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def note(self, number: int, _frame) -> None:
+        raise NotImplementedError
+
+
+class Stop(Heard):
+    """SIGTERM, SIGUSR1 (what schedulers send before they preempt) and Ctrl-C: while steps are made, all ranks leave at
+    the same micro-batch and the run is saved; before that there is nothing to save and the process ends at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.signal, self.deferred = ranks, 0, False
 
     def note(self, number: int, _frame) -> None:
         if not self.deferred:

@@ -3,7 +3,7 @@
 claims.json beside this file holds the study's own claims; a file of the same form, results/claims.json or --claims,
 adds others. A claim is an object with `id`, `claim` (the sentence), `kind`, and by kind:
 
-  difference          a, b, metric, at_least (and value, the size that is claimed): a - b is at_least or more
+  difference          a, b, metric, at_least: a - b is at_least or more
   equivalence         a, b, metric, margin: a and b differ by less than margin either way (two one-sided tests)
   variance_reduction  a, b, metric, at_least: the variance over beta is smaller by this share
   rarely              a, event (diverged, nonfinite), bound: the rate of such runs is below bound
@@ -27,7 +27,7 @@ from scipy.stats import binomtest
 
 import inference
 import stats
-from files import UserError
+from files import UserError, read_json_value
 
 OWN_CLAIMS = Path(__file__).with_name("claims.json")
 METRICS = ("mt_bench", "acc_ref", "alpaca_eval")
@@ -46,12 +46,7 @@ NEEDS = {
 
 def read_claims(path: Path) -> list[dict]:
     """Claims of one file, checked. Raises UserError with file, claim and fact."""
-    try:
-        claims = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    claims = read_json_value(path)
     if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
         raise UserError(f"{path}: expected a list of claims; see claims.json of the toolkit")
     for number, claim in enumerate(claims, 1):
@@ -72,9 +67,9 @@ def find_problem(claim: dict) -> str | None:
         return f"{bad[0]!r} must be text"
     if missing := [key for key in NEEDS[kind] if key not in claim]:
         return f"kind {kind} needs {', '.join(missing)}"
-    if extra := sorted(set(claim) - {*NEEDS[kind], "id", "claim", "kind", "model", "value"}):
+    if extra := sorted(set(claim) - {*NEEDS[kind], "id", "claim", "kind", "model"}):
         return f"kind {kind} has no {', '.join(extra)}"
-    for key in ("at_least", "margin", "bound", "value"):
+    for key in ("at_least", "margin", "bound"):
         if key in claim and not is_number(claim[key]):
             return f"{key!r} must be a number"
     rate = claim.get("bound", claim.get("at_least"))
@@ -191,10 +186,8 @@ def judge_claims(claims: list[dict], cells: list[dict], measured: list[dict], mo
             rows.append(verdict(claim, None, "not measured", why=why_unmeasured(claim["metric"])))
     decide(rows)
     for row in rows:
-        if row["model"] and row["model"] != model:
-            row["why"] += (
-                f" Made for {row['model']}, measured here on {model}." if row["verdict"] != "not measured" else ""
-            )
+        if row["model"] not in (None, model) and row["verdict"] != "not measured":
+            row["why"] += f" Made for {row['model']}, measured here on {model}."
     return rows
 
 

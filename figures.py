@@ -1,7 +1,7 @@
 """The figures of analyze.py, each as PDF and PNG.
 
-draw_run draws one run, draw_comparison all that spans runs, from the structures that
-analyze.py makes; draw_all does both.
+draw_run draws one run, comparison_jobs lists what spans runs, from the structures that analyze.py makes; draw_all draws
+both.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart, and each loss has a marker of its own besides;
 every bar and cell carries its number, every error bar its name.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -272,11 +273,6 @@ def add_legend(figure, axes, bad: list[int], best_step: int | None) -> None:
 # ---- many runs ----------------------------------------------------------------------------------
 
 
-def draw_comparison(folder: Path, comparison: dict, runs: list[dict] = ()) -> None:
-    for function, *arguments in comparison_jobs(folder, comparison, runs):
-        function(*arguments)
-
-
 def comparison_jobs(folder: Path, comparison: dict, runs: list[dict]) -> list[tuple]:
     """(function, *arguments) for each figure that there are data for; what is missing is said in the notes."""
     jobs: list[tuple] = []
@@ -369,7 +365,7 @@ def draw_bars(stem: Path, rows: list[dict], look: Look, lines: list[tuple[str, f
         axis.axvline(value, color="black", linewidth=1.2, linestyle=style, label=f"{name}: {value:.{digits}f}")
     axis.grid(axis="x", alpha=0.25)
     axis.set_axisbelow(True)
-    add_bar_legend(figure, axis)
+    figure_legend(figure, [axis], ncols=1, fontsize=9)
     save_figure(figure, stem)
 
 
@@ -387,13 +383,6 @@ def bar_text(row: dict, metric: str, error: float | None, digits: int) -> str:
     seeds = "" if row["untrained"] else f"  n={row['n_seeds']}"
     lost = f", {row['n_diverged']} diverged" if row["n_diverged"] else ""
     return f"{row[metric]:.{digits}f}{spread}{seeds}{lost}"
-
-
-def add_bar_legend(figure, axis) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    once = dict(zip(labels, handles))  # one entry a label, not one a bar
-    if once:
-        figure.legend(list(once.values()), list(once), loc="outside lower center", fontsize=9, frameon=False)
 
 
 def heatmap_panels(rows: list[dict], metric: str) -> dict[tuple, list[dict]]:
@@ -465,7 +454,7 @@ def loss_style(names: Sequence, name) -> dict:
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def figure_legend(figure, axes, ncols: int = 3) -> None:
+def figure_legend(figure, axes, ncols: int = 3, fontsize: int = 8) -> None:
     """One legend below the panels, an entry a label."""
     found = {}
     for axis in axes:
@@ -473,7 +462,7 @@ def figure_legend(figure, axes, ncols: int = 3) -> None:
         found |= dict(zip(labels, handles))
     if found:
         figure.legend(
-            list(found.values()), list(found), loc="outside lower center", ncols=ncols, fontsize=8, frameon=False
+            list(found.values()), list(found), loc="outside lower center", ncols=ncols, fontsize=fontsize, frameon=False
         )
 
 
@@ -568,9 +557,7 @@ def draw_boxes(stem: Path, runs: list[dict], look: Look) -> None:
     for i, (loss, values) in enumerate(zip(losses, groups), 1):
         offsets = [i - 0.12 + 0.24 * (k % 7) / 6 for k in range(len(values))]  # spread, but the same every time
         axis.plot(offsets, values, linestyle="", alpha=0.7, markersize=5, **loss_style(losses, loss))
-        middle = (
-            sorted(values)[len(values) // 2] if len(values) % 2 else sum(sorted(values)[len(values) // 2 - 1 :][:2]) / 2
-        )
+        middle = median(values)
         axis.annotate(f"{middle:.{look.digits}f}", (i + 0.28, middle), fontsize=8, va="center")
     axis.set_xticks(
         range(1, len(losses) + 1), [f"{loss}\n({len(g)} runs)" for loss, g in zip(losses, groups)], fontsize=9

@@ -131,14 +131,19 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{path}: is a folder, expected a JSONL file") from None
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`. Raises UserError if it is missing, torn or no object."""
+def read_json_value(path: Path):
+    """The JSON value in `path`, of any kind. Raises UserError if the file is missing or torn."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError if it is missing, torn or no object."""
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -44,6 +44,7 @@ from files import (
     jsonl_line,
     pick_questions,
     read_json,
+    read_json_value,
     read_jsonl,
     read_questions,
     run_main,
@@ -244,12 +245,7 @@ def load_bench(args: argparse.Namespace) -> Bench:
 
 def read_instructions(path: Path) -> list[dict]:
     """AlpacaEval's list of {instruction, dataset}: one-turn questions, numbered from 1."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    rows = read_json_value(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of objects with 'instruction'")
     questions = []

@@ -48,7 +48,7 @@ import torch
 import gen_mtbench
 import judge
 import train_pref
-from checkpoint import EXIT_STOPPED, progress_in, running
+from checkpoint import EXIT_STOPPED, Heard, progress_in, running
 from files import (
     BASE_RUN,
     UserError,
@@ -524,7 +524,7 @@ class Job:
     leads: ExitStack | None = None  # holds the lock of the reference's computation
 
 
-class Stop:
+class Stop(Heard):
     """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal: the loop sees `signal` and has the jobs save. Ctrl-C again does
     not wait for them; the others may come more than once by themselves (Slurm's do)."""
 
@@ -532,15 +532,6 @@ class Stop:
 
     def __init__(self):
         self.signal, self.times = 0, 0  # times: 1, or 2 for those who do not want to wait
-
-    def __enter__(self):
-        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.note) for number in heard}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def note(self, number: int, _frame) -> None:
         self.times = 2 if self.signal and number == signal.SIGINT else max(self.times, 1)

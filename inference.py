@@ -25,8 +25,12 @@ SPREAD_KEYS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_
 def accuracy_values(run: dict) -> dict:
     """pair -> 0 -> whether rho > 0 at the best evaluation: a tie is one half, a pair with a non-finite log-probability
     is wrong, as in the training stage."""
-    best = run["val"].get((run["summary"] or {}).get("best_step"), {})
-    return {pair: {0: ranked_right(found)} for pair, found in best.items()}
+    return {pair: {0: ranked_right(found)} for pair, found in best_pairs(run["val"], run["summary"]).items()}
+
+
+def best_pairs(val: dict, summary: dict | None) -> dict:
+    """pair id -> (rho, delta) or None, at the best evaluation; empty for a run without one."""
+    return val.get((summary or {}).get("best_step"), {})
 
 
 def ranked_right(pair: tuple[float, float] | None) -> float:
@@ -411,11 +415,11 @@ def pair_outcomes(rows: list[dict]) -> dict[tuple, dict[int, dict[tuple, float]]
     return {key: dict(found) for key, found in outcomes.items()}
 
 
-def is_smoke_test(judge: str, rows: list[dict]) -> bool:
-    """Whether the judge is below the size from which on its judgements measure anything."""
+def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
+    """(billions of parameters if they are known, whether that is too few for the judgements to measure anything)."""
     sizes = [row["judge_params_b"] for row in rows if row["judge"] == judge and row.get("judge_params_b") is not None]
     size = min(sizes) if sizes else params_from_name(judge)
-    return size is not None and size < SMOKE_TEST_BELOW_B
+    return size, size is not None and size < SMOKE_TEST_BELOW_B
 
 
 def win_rows(cells: list[dict], draws: int) -> list[dict]:
@@ -440,7 +444,7 @@ def win_rows(cells: list[dict], draws: int) -> list[dict]:
                     "baseline": baseline, "win_rate": float(table.mean()), "low": low, "high": high,
                     "wins": outcomes.count(1), "ties": outcomes.count(0.5), "losses": outcomes.count(0),
                     "n_questions": table.shape[1], "n_seeds": len(values),
-                    "smoke_test": is_smoke_test(judge, [row for run in cell["runs"] for row in run["pairs"]]),
+                    "smoke_test": judge_size(judge, [row for run in cell["runs"] for row in run["pairs"]])[1],
                 }
             )  # fmt: skip
     return rows

@@ -276,18 +276,16 @@ def mcnemar(improvement: list[dict]) -> list[dict]:
     return [{key: row[key] for key in heads} | line for row in improvement for line in row.get("mcnemar", ())]
 
 
+def change_text(reduction: float) -> str:
+    return "none" if reduction == float("-inf") else f"{-100 * reduction:+.0f} %"
+
+
 def verdict_texts(row: dict) -> dict:
     """A verdict as a person reads it; all text or None."""
     unit = {"mt_bench": " MT-Bench", "acc_ref": " of pairs", None: " of runs"}.get(row["metric"], "")
-    percent = row["kind"] == "variance_reduction"
-    number = (lambda value: f"{100 * value:+.0f} %") if percent else (lambda value: f"{value:+.3f}")
-    if row["metric"] is None:
-        number = "{:.2f}".format
-    ends = [row["low"], row["high"]]
-    if percent:
-        unit = " variance over beta"
-        number = lambda value: "none" if value == float("-inf") else f"{-100 * value:+.0f} %"  # noqa: E731
-        ends = ends[::-1]
+    number, ends = "{:.2f}".format if row["metric"] is None else "{:+.3f}".format, [row["low"], row["high"]]
+    if row["kind"] == "variance_reduction":  # shown as what the variance does: a reduction of 0.4 is -40 %
+        unit, number, ends = " variance over beta", change_text, ends[::-1]
     test = row["test"] and f"{row['test']}: p {p_text(row['p']) or 'none'}"
     if test and row["p_holm"] is not None:
         test += f", Holm {p_text(row['p_holm'])}"

@@ -785,6 +785,11 @@ def test_tables_of_judges_that_are_gone_do_not_stay(tmp_path):
     assert "mt_bench_by_turn.csv" in tables and not any("other" in name for name in tables)
 
 
+def draw_comparison(folder, comparison):
+    for function, *arguments in figures.comparison_jobs(folder, comparison, []):
+        function(*arguments)
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures by name, not written."""
@@ -809,7 +814,7 @@ def test_learning_curve_marks_nonfinite_steps_and_the_best(tmp_path, drawn):
 
 def test_bars_say_what_the_error_bar_is(tmp_path, drawn):
     make_grid(tmp_path)
-    figures.draw_comparison(tmp_path, compared(tmp_path))
+    draw_comparison(tmp_path, compared(tmp_path))
     bars = drawn["comparison_mt_bench_bars"]
     assert [text.get_text() for text in bars.legends[0].get_texts()] == [
         "untrained model (base): 4.00",
@@ -826,7 +831,7 @@ def test_bars_say_what_the_error_bar_is(tmp_path, drawn):
 def test_smoke_test_stands_in_figure_titles(tmp_path, drawn):
     make_run(tmp_path, "a", ratings=flat_ratings(6, judge="SmolLM2-135M"))
     comparison = compared(tmp_path)
-    figures.draw_comparison(tmp_path, comparison)
+    draw_comparison(tmp_path, comparison)
     assert "SMOKE TEST" in drawn["comparison_mt_bench_bars"].get_suptitle()
     assert noted(comparison, "no heat map of MT-Bench", "no loss has two cells")
 
