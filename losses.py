@@ -3,28 +3,27 @@
     python losses.py                                   table of all losses
     python losses.py --check dpo                       self-test of a loss, with a plot
     python losses.py --check my_loss.py:my_loss        the same for a loss of your own
-    python losses.py --figure losses.png               loss and gradient of the study's losses over the margin
+    python losses.py --figure losses.png               loss and gradient of the study's losses over
+    the margin
 
-Notation, per pair: policy log-probabilities lp_c, lp_r of the chosen and rejected response given the prompt,
-ref_c, ref_r the same under the frozen reference; in nats, summed over response tokens or averaged (`logp`).
+Notation, per pair: policy log-probabilities lp_c, lp_r of the chosen and rejected response given
+the prompt, ref_c, ref_r the same under the frozen reference; in nats, summed over response tokens
+or averaged (`logp`).
 
-    a = lp_c - ref_c      b = lp_r - ref_r      rho = a - b      delta = lp_c - lp_r      z = beta * rho
-    sp(x) = softplus(x) = -log sigmoid(-x)      sigma = sigmoid      score_c = mean token score of the chosen response
-    (its negative log-likelihood, unless --score says otherwise)
+    a = lp_c - ref_c      b = lp_r - ref_r      rho = a - b      delta = lp_c - lp_r      z = beta *
+    rho sp(x) = softplus(x) = -log sigmoid(-x)      sigma = sigmoid      score_c = mean token score
+    of the chosen response (its negative log-likelihood, unless --score says otherwise)
 
-A loss takes a `PairLogps` and its own parameters by keyword, and returns `(losses, terms)`: a (B,) tensor of
-per-pair losses and a dict of (B,) tensors worth logging. It never reduces over the batch: the training loop
-divides by the number of pairs in the whole optimiser step, so that neither ranks nor accumulation change a run.
-The first line of a docstring is the formula that `python losses.py` prints.
+A loss takes a `PairLogps` and its own parameters by keyword, and returns `(losses, terms)`: a (B,)
+tensor of per-pair losses and a dict of (B,) tensors worth logging. It never reduces over the batch:
+the training loop divides by the number of pairs in the whole optimiser step, so that neither ranks
+nor accumulation change a run. The first line of a docstring is the formula that `python losses.py`
+prints.
 
-To add a loss: one function, one line in LOSSES, one test. Its keyword defaults become the command line's arguments.
+To add a loss: one function, one line in LOSSES, one test. Its keyword defaults become the command
+line's arguments.
 """
 
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,13 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Terms = dict[str, Tensor]
-
 KL_CHOICES = ("k2", "k3", "full_rev", "full_fwd", "full_sym", "none")
-FULL_KL = ("full_rev", "full_fwd", "full_sym")  # need the reference's logits, so it is run live
 
 
 class PairLogps(NamedTuple):
-    """What a loss may read, for B pairs. All tensors fp32 (B,); log-probabilities in nats, summed over tokens."""
+    """What a loss may read, for B pairs. All tensors fp32 (B,); log-probabilities in nats, summed
+    over tokens.
+    """
 
     chosen: Tensor  # policy, sum over the chosen response's tokens
     rejected: Tensor
@@ -46,16 +45,21 @@ class PairLogps(NamedTuple):
     ref_rejected: Tensor
     chosen_tokens: Tensor  # number of response tokens, >= 1
     rejected_tokens: Tensor
-    # Sum over response tokens of the token-level divergence that `--kl k3|full_*` names; None for the others.
+    # Sum over response tokens of the token-level divergence that `--kl k3|full_*` names; None for
+    # the others.
     kl_chosen: Tensor | None = None
     kl_rejected: Tensor | None = None
-    # Sum over the chosen response's tokens of the proper score that `--score` names; None for 'log'.
+    # Sum over the chosen response's tokens of the proper score that `--score` names; None for
+    # 'log'.
     score_chosen: Tensor | None = None
-    # Moving average of the mean rho of earlier optimiser steps (nats); what beta_dpo compares its batch with.
+    # Moving average of the mean rho of earlier optimiser steps (nats); what beta_dpo compares its
+    # batch with.
     running_rho: float = 0.0
 
     def mean(self) -> "PairLogps":
-        """The same pairs with every sum over tokens replaced by the mean over that response's tokens."""
+        """The same pairs with every sum over tokens replaced by the mean over that response's
+        tokens.
+        """
         c, r = self.chosen_tokens, self.rejected_tokens
         return self._replace(
             chosen=self.chosen / c,
@@ -68,7 +72,9 @@ class PairLogps(NamedTuple):
 
     @property
     def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """(a, b), the policy's log-ratio to the reference on the chosen and on the rejected response."""
+        """(a, b), the policy's log-ratio to the reference on the chosen and on the rejected
+        response.
+        """
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
     @property
@@ -82,7 +88,9 @@ class PairLogps(NamedTuple):
 
 
 def chosen_score(pairs: PairLogps) -> Tensor:
-    """score_c (B,), nats for the log score: the token mean of the chosen response's proper score. Takes sums."""
+    """score_c (B,), nats for the log score: the token mean of the chosen response's proper score.
+    Takes sums.
+    """
     total = -pairs.chosen if pairs.score_chosen is None else pairs.score_chosen
     return total / pairs.chosen_tokens
 
@@ -95,33 +103,14 @@ def reduced(pairs: PairLogps, logp: str) -> PairLogps:
 
 
 def k2(pairs: PairLogps) -> Tensor:
-    """0.5 a^2 + 0.5 b^2 (B,): Schulman's k2 estimator on the two responses, an anchor to the reference.
+    """0.5 a^2 + 0.5 b^2 (B,): Schulman's k2 estimator on the two responses, an anchor to the
+    reference.
 
-    Off-policy (the responses are the data's, not the policy's), so not an estimate of KL(p_theta || p_0).
-    Source: http://joschu.net/blog/kl-approx.html
+    Off-policy (the responses are the data's, not the policy's), so not an estimate of KL(p_theta ||
+    p_0). Source: http://joschu.net/blog/kl-approx.html
     """
     a, b = pairs.log_ratios
     return 0.5 * (a.square() + b.square())
-
-
-def token_k3(log_ratio: Tensor) -> Tensor:
-    """exp(-r) - 1 + r per token, r = log p_theta - log p_0 of that token: Schulman's k3. Any shape, >= 0."""
-    return torch.expm1(-log_ratio) + log_ratio
-
-
-def token_full_kl(logits: Tensor, ref_logits: Tensor, kl: str) -> Tensor:
-    """Divergence over the vocabulary at each token. logits, ref_logits: (N, V) fp32 -> (N,), nats, >= 0.
-
-    full_rev = KL(p_theta || p_0), full_fwd = KL(p_0 || p_theta), full_sym = half their sum.
-    """
-    log_p, log_q = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
-    difference = log_p - log_q
-    weight = {
-        "full_rev": lambda: log_p.exp(),
-        "full_fwd": lambda: -log_q.exp(),
-        "full_sym": lambda: 0.5 * (log_p.exp() - log_q.exp()),
-    }[kl]()
-    return (weight * difference).sum(-1)
 
 
 def dpo(
@@ -149,12 +138,12 @@ def td_dpo(
 ) -> tuple[Tensor, Terms]:
     """sp(-m / tau) + beta * anchor, m = delta or rho, anchor = 0.5 (a^2 + b^2) or a divergence
 
-    Temperature-decoupled DPO. m: delta for margin 'free' (as published), rho for 'ref'. tau (nats) > 0 scales the
-    margin alone. anchor: kl 'k2' = 0.5 (a^2 + b^2); 'k3' and 'full_*' = the token-level sums in `pairs.kl_*`,
-    chosen + rejected; 'none' = 0. beta >= 0 weighs it.
-    Identity: margin 'ref', kl 'none' equals dpo with beta = 1 / tau.
-    Source: the project's METHODS; the proposal writes the anchor as beta * KL and codes it as k2.
-    Fails: a large beta stalls training near the reference, and a larger tau does not help.
+    Temperature-decoupled DPO. m: delta for margin 'free' (as published), rho for 'ref'. tau (nats)
+    > 0 scales the margin alone. anchor: kl 'k2' = 0.5 (a^2 + b^2); 'k3' and 'full_*' = the
+    token-level sums in `pairs.kl_*`, chosen + rejected; 'none' = 0. beta >= 0 weighs it. Identity:
+    margin 'ref', kl 'none' equals dpo with beta = 1 / tau. Source: the project's METHODS; the
+    proposal writes the anchor as beta * KL and codes it as k2. Fails: a large beta stalls training
+    near the reference, and a larger tau does not help.
     """
     if margin not in ("free", "ref"):
         raise ValueError(f"margin must be 'free' or 'ref', not {margin!r}")
@@ -167,7 +156,9 @@ def td_dpo(
     if kl == "k2":
         anchor = k2(pairs)
     else:
-        assert pairs.kl_chosen is not None and pairs.kl_rejected is not None, f"kl {kl} needs token-level sums"
+        assert pairs.kl_chosen is not None and pairs.kl_rejected is not None, (
+            f"kl {kl} needs token-level sums"
+        )
         anchor = pairs.kl_chosen + pairs.kl_rejected
     return preference + beta * anchor, {"preference": preference, "anchor": anchor}
 
@@ -175,10 +166,9 @@ def td_dpo(
 def dpo_kl(pairs: PairLogps, *, beta: float = 0.05, logp: str = "mean") -> tuple[Tensor, Terms]:
     """sp(-delta) + beta * 0.5 (a^2 + b^2)
 
-    td_dpo at tau 1 on mean log-probabilities. Not DPO: kept because the proposal's generated code called it
-    `dpo_loss` and compared against it.
-    Source: the project's METHODS.
-    Fails: mean log-probs make the anchor small; what it lacks against DPO is the reference in the margin.
+    td_dpo at tau 1 on mean log-probabilities. Not DPO: kept because the proposal's generated code
+    called it `dpo_loss` and compared against it. Source: the project's METHODS. Fails: mean
+    log-probs make the anchor small; what it lacks against DPO is the reference in the margin.
     """
     return td_dpo(pairs, beta=beta, tau=1.0, logp=logp)
 
@@ -186,8 +176,8 @@ def dpo_kl(pairs: PairLogps, *, beta: float = 0.05, logp: str = "mean") -> tuple
 def _log_ratio_modulated(z: Tensor, mix: Tensor, form: str) -> tuple[Tensor, Terms]:
     """(1 - m) sp(-z) + m exp(-z), m = sigmoid(mix). All (B,).
 
-    form 'stable' writes m exp(-z) as exp(log sigmoid(mix) - z): the same function, without the published
-    form's inf * 0 = NaN below z of about -88.7 in fp32.
+    form 'stable' writes m exp(-z) as exp(log sigmoid(mix) - z): the same function, without the
+    published form's inf * 0 = NaN below z of about -88.7 in fp32.
     """
     if form == "published":
         modulation = torch.sigmoid(mix)
@@ -212,8 +202,8 @@ def discopop(
     DiscoPOP, also called LRML (log-ratio modulated loss).
 
     Source: Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for LLMs".
-    Fails: its gradient at rho = 0 points the wrong way (+0.784 beta), as published; discopop_form 'published'
-    overflows to NaN below z of about -88.7 (fp32), kept for the instability study.
+    Fails: its gradient at rho = 0 points the wrong way (+0.784 beta), as published; discopop_form
+    'published' overflows to NaN below z of about -88.7 (fp32), kept for the instability study.
     """
     z = beta * reduced(pairs, logp).rho
     return _log_ratio_modulated(z, z / discopop_tau, discopop_form)
@@ -229,9 +219,9 @@ def dlrml(
 ) -> tuple[Tensor, Terms]:
     """(1 - m) sp(-z) + m exp(-z), m = sigma(beta_mix rho / discopop_tau)
 
-    Decoupled LRML: the mix has a beta of its own. beta is the method's beta_kl. beta_mix = beta is discopop.
-    Source: the project's METHODS.
-    Fails: the slope for rho -> -inf is bounded only if beta_mix / (t * beta) >= 1.
+    Decoupled LRML: the mix has a beta of its own. beta is the method's beta_kl. beta_mix = beta is
+    discopop. Source: the project's METHODS. Fails: the slope for rho -> -inf is bounded only if
+    beta_mix / (t * beta) >= 1.
     """
     rho = reduced(pairs, logp).rho
     return _log_ratio_modulated(beta * rho, beta_mix * rho / discopop_tau, "stable")
@@ -245,16 +235,18 @@ def robust(pairs: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1,
     Fails: unbounded below, as z -> +inf it falls like -eps z / (1 - 2 eps).
     """
     z = beta * reduced(pairs, logp).rho
-    losses = ((1 - label_smoothing) * F.softplus(-z) - label_smoothing * F.softplus(z)) / (1 - 2 * label_smoothing)
+    losses = ((1 - label_smoothing) * F.softplus(-z) - label_smoothing * F.softplus(z)) / (
+        1 - 2 * label_smoothing
+    )
     return losses, {"preference": losses}
 
 
 def ipo(pairs: PairLogps, *, beta: float = 0.1, logp: str = "mean"):
     """(rho - 1 / (2 beta))^2
 
-    On mean log-probs as in TRL, on sums (logp 'sum') as in the paper. 1 / (2 beta) is the margin aimed at, in nats.
-    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17; TRL `ipo`.
-    Fails: the quadratic pulls back a pair that is ranked right by more than the margin aimed at.
+    On mean log-probs as in TRL, on sums (logp 'sum') as in the paper. 1 / (2 beta) is the margin
+    aimed at, in nats. Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17; TRL `ipo`. Fails: the
+    quadratic pulls back a pair that is ranked right by more than the margin aimed at.
     """
     losses = (reduced(pairs, logp).rho - 1 / (2 * beta)).square()
     return losses, {"preference": losses}
@@ -263,8 +255,8 @@ def ipo(pairs: PairLogps, *, beta: float = 0.1, logp: str = "mean"):
 def hinge(pairs: PairLogps, *, beta: float = 0.05, logp: str = "sum"):
     """relu(1 - z)
 
-    Source: Zhao et al. 2023 (arXiv:2305.10425) in its reference form, Liu et al. 2023 (arXiv:2309.06657); TRL `hinge`.
-    Fails: no gradient beyond z = 1.
+    Source: Zhao et al. 2023 (arXiv:2305.10425) in its reference form, Liu et al. 2023
+    (arXiv:2309.06657); TRL `hinge`. Fails: no gradient beyond z = 1.
     """
     losses = torch.relu(1 - beta * reduced(pairs, logp).rho)
     return losses, {"preference": losses}
@@ -278,7 +270,10 @@ def slic(pairs: PairLogps, *, slic_delta: float = 1.0, sft_coef: float = 0.1, lo
     Fails: delta of summed log-probs mixes quality with length.
     """
     preference = torch.relu(slic_delta - reduced(pairs, logp).delta)
-    return preference + sft_coef * chosen_score(pairs), {"preference": preference, "score": chosen_score(pairs)}
+    return preference + sft_coef * chosen_score(pairs), {
+        "preference": preference,
+        "score": chosen_score(pairs),
+    }
 
 
 def simpo(pairs: PairLogps, *, beta: float = 2.0, gamma: float = 1.0, logp: str = "mean"):
@@ -298,9 +293,12 @@ def log1mexp(x: Tensor) -> Tensor:
     Source: Maechler 2012, "Accurately computing log(1 - exp(-|a|))".
     """
     near = x > -0.6931471805599453
-    # Each branch is fed only values it is right for, so that neither sends a NaN back through `where`.
+    # Each branch is fed only values it is right for, so that neither sends a NaN back through
+    # `where`.
     return torch.where(
-        near, torch.log(-torch.expm1(torch.where(near, x, -1.0))), torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
     )
 
 
@@ -314,7 +312,10 @@ def orpo(pairs: PairLogps, *, orpo_lambda: float = 0.1, logp: str = "mean"):
     means = reduced(pairs, logp)
     chosen, rejected = means.chosen.clamp(max=-1e-6), means.rejected.clamp(max=-1e-6)
     preference = F.softplus(-((chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))))
-    return chosen_score(pairs) + orpo_lambda * preference, {"preference": preference, "score": chosen_score(pairs)}
+    return chosen_score(pairs) + orpo_lambda * preference, {
+        "preference": preference,
+        "score": chosen_score(pairs),
+    }
 
 
 def cpo(pairs: PairLogps, *, beta: float = 0.1, sft_coef: float = 1.0, logp: str = "sum"):
@@ -325,10 +326,15 @@ def cpo(pairs: PairLogps, *, beta: float = 0.1, sft_coef: float = 1.0, logp: str
     Fails: delta of summed log-probs mixes quality with length.
     """
     preference = F.softplus(-beta * reduced(pairs, logp).delta)
-    return preference + sft_coef * chosen_score(pairs), {"preference": preference, "score": chosen_score(pairs)}
+    return preference + sft_coef * chosen_score(pairs), {
+        "preference": preference,
+        "score": chosen_score(pairs),
+    }
 
 
-def exo_pair(pairs: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3, logp: str = "sum"):
+def exo_pair(
+    pairs: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3, logp: str = "sum"
+):
     """sigma(z) [log sigma(z) - log(1 - eps)] + sigma(-z) [log sigma(-z) - log eps]
 
     The reverse KL between the policy's preference and the label's; eps = label_smoothing > 0.
@@ -346,7 +352,8 @@ def nca_pair(pairs: PairLogps, *, beta: float = 0.01, logp: str = "sum"):
     """sp(-beta a) + 0.5 sp(beta a) + 0.5 sp(beta b)
 
     Source: Chen et al. 2024 (arXiv:2402.05369), for two responses; TRL `nca_pair`.
-    Fails: a is pulled to 1.1 / beta at most: sp(beta a) resists raising the chosen response further.
+    Fails: a is pulled to 1.1 / beta at most: sp(beta a) resists raising the chosen response
+    further.
     """
     a, b = (beta * x for x in reduced(pairs, logp).log_ratios)
     losses = F.softplus(-a) + 0.5 * F.softplus(a) + 0.5 * F.softplus(b)
@@ -376,7 +383,9 @@ def sppo_hard(pairs: PairLogps, *, beta: float = 0.001, logp: str = "sum"):
     return losses, {"preference": losses}
 
 
-def _sorted_margin(better: Tensor, worse: Tensor, beta: float, label_smoothing: float) -> tuple[Tensor, Terms]:
+def _sorted_margin(
+    better: Tensor, worse: Tensor, beta: float, label_smoothing: float
+) -> tuple[Tensor, Terms]:
     z = beta * (better.sort().values - worse.sort().values)
     losses = (1 - label_smoothing) * F.softplus(-z) + label_smoothing * F.softplus(z)
     return losses, {"preference": losses}
@@ -385,15 +394,17 @@ def _sorted_margin(better: Tensor, worse: Tensor, beta: float, label_smoothing: 
 def aot(pairs: PairLogps, *, beta: float = 0.01, label_smoothing: float = 0.0, logp: str = "sum"):
     """dpo on beta * [sort(delta) - sort(delta_ref)]
 
-    The quantiles of the policy's margins against those of the reference's; row i is quantile i, not pair i.
-    Source: Melnyk et al. 2024 (arXiv:2406.05882), paired; TRL `aot`.
-    Fails: couples the batch; with one pair it is dpo.
+    The quantiles of the policy's margins against those of the reference's; row i is quantile i, not
+    pair i. Source: Melnyk et al. 2024 (arXiv:2406.05882), paired; TRL `aot`. Fails: couples the
+    batch; with one pair it is dpo.
     """
     pairs = reduced(pairs, logp)
     return _sorted_margin(pairs.delta, pairs.ref_chosen - pairs.ref_rejected, beta, label_smoothing)
 
 
-def aot_unpaired(pairs: PairLogps, *, beta: float = 0.01, label_smoothing: float = 0.0, logp: str = "sum"):
+def aot_unpaired(
+    pairs: PairLogps, *, beta: float = 0.01, label_smoothing: float = 0.0, logp: str = "sum"
+):
     """dpo on beta * [sort(a) - sort(b)]
 
     Source: Melnyk et al. 2024 (arXiv:2406.05882), unpaired; TRL `aot_unpaired`.
@@ -427,12 +438,13 @@ def apo_down(pairs: PairLogps, *, beta: float = 0.1, logp: str = "sum"):
 
 
 def kto_pair(pairs: PairLogps, *, beta: float = 0.1, logp: str = "sum"):
-    """[1 - sigma(beta (a - KL_r)) + 1 - sigma(beta (KL_c - b))] / 2, KL_c = mean a, KL_r = mean b, each >= 0
+    """[1 - sigma(beta (a - KL_r)) + 1 - sigma(beta (KL_c - b))] / 2, KL_c = mean a, KL_r = mean b,
+    each >= 0
 
     The means are over the batch and carry no gradient.
-    Source: Ethayarajh et al. 2024 (arXiv:2402.01306) on pairs, as in TRL's former `kto_pair` and the DiscoPOP
-    repository, which lets gradients through the means; KTO's text and its own code do not.
-    Fails: couples the batch; saturates.
+    Source: Ethayarajh et al. 2024 (arXiv:2402.01306) on pairs, as in TRL's former `kto_pair` and
+    the DiscoPOP repository, which lets gradients through the means; KTO's text and its own code do
+    not. Fails: couples the batch; saturates.
     """
     a, b = reduced(pairs, logp).log_ratios
     kl_c, kl_r = (x.detach().mean().clamp(min=0) for x in (a, b))
@@ -440,14 +452,24 @@ def kto_pair(pairs: PairLogps, *, beta: float = 0.1, logp: str = "sum"):
     return losses, {"preference": losses}
 
 
-def rpo(pairs: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0, sft_coef: float = 1.0, logp: str = "sum"):
+def rpo(
+    pairs: PairLogps,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    sft_coef: float = 1.0,
+    logp: str = "sum",
+):
     """dpo + sft_coef * score_c
 
     Source: Pang et al. 2024 (arXiv:2404.19733), eq. 1; TRL's `rpo_alpha`.
     Fails: as dpo.
     """
     preference, _ = dpo(pairs, beta=beta, label_smoothing=label_smoothing, logp=logp)
-    return preference + sft_coef * chosen_score(pairs), {"preference": preference, "score": chosen_score(pairs)}
+    return preference + sft_coef * chosen_score(pairs), {
+        "preference": preference,
+        "score": chosen_score(pairs),
+    }
 
 
 def dpop(pairs: PairLogps, *, beta: float = 0.1, dpop_lambda: float = 50.0, logp: str = "sum"):
@@ -463,11 +485,12 @@ def dpop(pairs: PairLogps, *, beta: float = 0.1, dpop_lambda: float = 50.0, logp
 
 
 def beta_dpo(pairs: PairLogps, *, beta: float = 0.1, beta_dpo_alpha: float = 0.6):
-    """dpo with beta' = max(beta (1 + beta_dpo_alpha (mean rho - M)), 1e-3), M = moving average of mean rho
+    """dpo with beta' = max(beta (1 + beta_dpo_alpha (mean rho - M)), 1e-3), M = moving average of
+    mean rho
 
     M (momentum 0.9 over optimiser steps, from 0) is `pairs.running_rho`; beta' carries no gradient.
-    Source: Wu et al. 2024 (arXiv:2407.08639), batch-level beta. Its filter of 20 % of the pairs is left out.
-    Fails: couples the batch; a batch far below the average falls to the floor of 1e-3.
+    Source: Wu et al. 2024 (arXiv:2407.08639), batch-level beta. Its filter of 20 % of the pairs is
+    left out. Fails: couples the batch; a batch far below the average falls to the floor of 1e-3.
     """
     rho = pairs.rho
     scale = 1 + beta_dpo_alpha * (rho.detach().mean() - pairs.running_rho)
@@ -477,10 +500,14 @@ def beta_dpo(pairs: PairLogps, *, beta: float = 0.1, beta_dpo_alpha: float = 0.6
 
 
 def _scaled(pairs: PairLogps, beta: float, logp: str, name: str) -> tuple[Tensor, Tensor]:
-    """(z, u): u = z / 0.05, the scale at which the discovered losses take their statistics. Refuses one pair."""
+    """(z, u): u = z / 0.05, the scale at which the discovered losses take their statistics. Refuses
+    one pair.
+    """
     z = beta * reduced(pairs, logp).rho
     if name and len(z) < 2:
-        raise ValueError(f"{name} needs at least 2 pairs a micro-batch: it is made of the batch's statistics")
+        raise ValueError(
+            f"{name} needs at least 2 pairs a micro-batch: it is made of the batch's statistics"
+        )
     return z, z / 0.05
 
 
@@ -502,7 +529,8 @@ def _logistic_and_hinge(z: Tensor, weight: Tensor) -> tuple[Tensor, Terms]:
 
 
 def aql(pairs: PairLogps, *, beta: float = 0.05, logp: str = "sum"):
-    """w sp(-z) + (1 - w) relu(1 - z), w = sigma(q - u), q = 0.5 + 0.01 (sigma(mean u) - 0.5), u = z / 0.05
+    """w sp(-z) + (1 - w) relu(1 - z), w = sigma(q - u), q = 0.5 + 0.01 (sigma(mean u) - 0.5), u = z
+    / 0.05
 
     Source: Lu et al. 2024 (arXiv:2406.08414), appendix E, and its repository.
     Fails: couples the batch; refused for one pair, as its authors' statistics are the batch's.
@@ -513,7 +541,8 @@ def aql(pairs: PairLogps, *, beta: float = 0.05, logp: str = "sum"):
 
 
 def aqfl(pairs: PairLogps, *, beta: float = 0.05, logp: str = "sum"):
-    """w sp(-z) + (1 - w) relu(1 - z), w = sigma(0.1 |u - q|), q = 0.95 std(u) mean sigma(-u) + 0.05 sigma(mean u)
+    """w sp(-z) + (1 - w) relu(1 - z), w = sigma(0.1 |u - q|), q = 0.95 std(u) mean sigma(-u) + 0.05
+    sigma(mean u)
 
     Source: Lu et al. 2024 (arXiv:2406.08414), appendix E, and its repository.
     Fails: couples the batch, undefined for one pair.
@@ -550,7 +579,8 @@ def pfl(pairs: PairLogps, *, beta: float = 0.05, logp: str = "sum"):
     """sp(-z) / 2 where delta > 0, else 2 relu(1 - z)
 
     Source: Lu et al. 2024 (arXiv:2406.08414), appendix E, and its repository.
-    Fails: jumps where the policy alone changes its mind (delta = 0), which the reference does not see.
+    Fails: jumps where the policy alone changes its mind (delta = 0), which the reference does not
+    see.
     """
     pairs = reduced(pairs, logp)
     z = beta * pairs.rho
@@ -561,85 +591,67 @@ def pfl(pairs: PairLogps, *, beta: float = 0.05, logp: str = "sum"):
 def sft(pairs: PairLogps):
     """score_c
 
-    Supervised fine-tuning on the chosen response with a proper scoring rule (--score); the rejected one is ignored.
-    Source: Shao et al. 2024 (arXiv:2405.18906) for scores other than log.
-    Fails: rules other than log hardly train a model that is far off (its token probabilities are near 0).
+    Supervised fine-tuning on the chosen response with a proper scoring rule (--score); the rejected
+    one is ignored. Source: Shao et al. 2024 (arXiv:2405.18906) for scores other than log. Fails:
+    rules other than log hardly train a model that is far off (its token probabilities are near 0).
     """
     score = chosen_score(pairs)
     return score, {"preference": score, "score": score}
 
 
-# ---- proper scoring rules, per token ------------------------------------------------------------
-
-SCORES = ("log", "brier", "spherical", "alpha_power", "pseudo_spherical")
-
-
-def token_score(
-    logits: Tensor,
-    targets: Tensor,
-    score: str = "log",
-    score_alpha: float = 2.0,
-    score_smoothing: float = 0.0,
-    score_masked_log: float = 0.0,
-) -> Tensor:
-    """Proper score of each token's forecast, as a loss. logits (N, V) fp32, targets (N,) -> (N,).
-
-    With ly = log p(y), l_k = log sum_v p_v^k, A = (1 - eps) p(y)^(alpha-1) + eps/V sum_v p_v^(alpha-1):
-      log               -(1 - eps) ly - eps mean_v log p_v
-      alpha_power       -[alpha A - (alpha - 1) sum_v p_v^alpha]         brier is alpha 2
-      pseudo_spherical  -A exp(-(alpha - 1) / alpha * l_alpha)           spherical is alpha 2
-    eps = score_smoothing in [0, 1): the score against the label smoothed over the vocabulary. score_masked_log = m
-    adds - m mean_v(log p_v [log p_v < log(m / V)]), which keeps a gradient where the others have lost it.
-    Source: Shao et al. 2024, "Language Generation with Strictly Proper Scoring Rules" (arXiv:2405.18906).
-    Fails: a rule other than log has a vanishing gradient where p(y) is near 0.
-    """
-    lse = torch.logsumexp(logits, -1)
-    log_y = logits.gather(1, targets[:, None])[:, 0] - lse
-    eps, vocabulary = score_smoothing, logits.shape[1]
-    if score == "log":
-        value = -(1 - eps) * log_y
-        if eps:
-            value = value - eps * (logits.mean(-1) - lse)
-    elif score in SCORES:
-        alpha = 2.0 if score in ("brier", "spherical") else score_alpha
-        weight = (1 - eps) * torch.exp((alpha - 1) * log_y)
-        if eps:
-            weight = weight + eps / vocabulary * torch.exp(log_power_sum(logits, lse, alpha - 1))
-        power = log_power_sum(logits, lse, alpha)
-        if score in ("brier", "alpha_power"):
-            value = (alpha - 1) * torch.exp(power) - alpha * weight
-        else:
-            value = -weight * torch.exp(-(alpha - 1) / alpha * power)
-    else:
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
-    if score_masked_log:
-        log_p = logits - lse[:, None]
-        low = log_p < torch.log(torch.tensor(score_masked_log / vocabulary))
-        value = value - score_masked_log * (log_p * low).mean(-1)
-    return value
-
-
-def log_power_sum(logits: Tensor, lse: Tensor, power: float) -> Tensor:
-    """log sum_v p_v^power (N,), without leaving log space."""
-    return torch.logsumexp(power * logits, -1) - power * lse
-
-
-# ---- the losses by name -------------------------------------------------------------------------
-
 LOSSES = {
-    "td_dpo": td_dpo, "dpo": dpo, "dpo_kl": dpo_kl, "robust": robust, "discopop": discopop, "dlrml": dlrml,
-    "ipo": ipo, "hinge": hinge, "slic": slic, "simpo": simpo, "orpo": orpo, "cpo": cpo, "exo_pair": exo_pair,
-    "nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "aot": aot, "aot_unpaired": aot_unpaired,
-    "apo_zero": apo_zero, "apo_down": apo_down, "kto_pair": kto_pair, "rpo": rpo, "dpop": dpop, "beta_dpo": beta_dpo,
-    "dbaql": dbaql, "aql": aql, "aqfl": aqfl, "padll": padll, "cell": cell, "pfl": pfl, "sft": sft,
-}  # fmt: skip
+    "td_dpo": td_dpo,
+    "dpo": dpo,
+    "dpo_kl": dpo_kl,
+    "robust": robust,
+    "discopop": discopop,
+    "dlrml": dlrml,
+    "ipo": ipo,
+    "hinge": hinge,
+    "slic": slic,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "kto_pair": kto_pair,
+    "rpo": rpo,
+    "dpop": dpop,
+    "beta_dpo": beta_dpo,
+    "dbaql": dbaql,
+    "aql": aql,
+    "aqfl": aqfl,
+    "padll": padll,
+    "cell": cell,
+    "pfl": pfl,
+    "sft": sft,
+}
 NO_REFERENCE = ("slic", "simpo", "orpo", "cpo", "sft")  # td_dpo with margin free and kl none, too
-COUPLES_BATCH = ("aot", "aot_unpaired", "kto_pair", "beta_dpo", "dbaql", "aql", "aqfl")  # over the micro-batch
+COUPLES_BATCH = (
+    "aot",
+    "aot_unpaired",
+    "kto_pair",
+    "beta_dpo",
+    "dbaql",
+    "aql",
+    "aqfl",
+)  # over the micro-batch
 NEEDS_TWO_PAIRS = ("dbaql", "aql", "aqfl")
-# An SFT term on the chosen response that any loss can have; slic, rpo and cpo have sft_coef of their own.
+# An SFT term on the chosen response that any loss can have; slic, rpo and cpo have sft_coef of
+# their own.
 SFT_TERM = {
-    "sft_coef": 0.0, "score": "log", "score_alpha": 2.0, "score_smoothing": 0.0, "score_masked_log": 0.0,
-}  # fmt: skip
+    "sft_coef": 0.0,
+    "score": "log",
+    "score_alpha": 2.0,
+    "score_smoothing": 0.0,
+    "score_masked_log": 0.0,
+}
 # What the command line says of a parameter: its help, and its choices where it is a word.
 PARAMETER_HELP = {
     "beta": "weight of the reference; for dlrml this is beta_kl",
@@ -662,131 +674,9 @@ PARAMETER_HELP = {
     "score_smoothing": "label smoothing of the score over the vocabulary",
     "score_masked_log": "weight and threshold of the masked log term (0.1 in its paper; 0: none)",
 }
-PARAMETER_CHOICES = {
-    "margin": ("free", "ref"),
-    "kl": KL_CHOICES,
-    "logp": ("sum", "mean"),
-    "discopop_form": ("stable", "published"),
-    "score": SCORES,
-}
-
-
-def own_defaults(loss: Callable) -> dict:
-    """The parameters of a loss function and their defaults, read off its signature."""
-    parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def loss_defaults(name: str) -> dict:
-    """Parameters of loss `name` and their defaults: its own, then those of the SFT term."""
-    defaults = {**SFT_TERM, **own_defaults(LOSSES[name])}
-    if name == "sft":  # the score is the loss
-        del defaults["sft_coef"]
-    return defaults
-
-
-def bind(name: str, parameters: dict) -> Callable[[PairLogps], tuple[Tensor, Terms]]:
-    """Loss `name` with its parameters, and with the SFT term where the loss itself has none."""
-    own = own_defaults(LOSSES[name])
-    mine = {key: parameters[key] for key in own if key in parameters}
-    coefficient = 0.0 if "sft_coef" in own else parameters.get("sft_coef", 0.0)
-
-    def loss(pairs: PairLogps) -> tuple[Tensor, Terms]:
-        losses, terms = LOSSES[name](pairs, **mine)
-        if not coefficient:
-            return losses, terms
-        score = chosen_score(pairs)
-        return losses + coefficient * score, {**terms, "score": score}
-
-    return loss
-
-
-def check_parameters(name: str, parameters: dict) -> None:
-    """Raise ValueError, naming the parameter, if `parameters` are outside what loss `name` is defined for."""
-
-    def need(key: str, right: Callable, words: str) -> None:
-        if key in parameters and not right(parameters[key]):
-            raise ValueError(f"--{key} {parameters[key]}: must be {words}")
-
-    finite = float("inf")
-    for key in ("tau", "discopop_tau"):
-        need(key, lambda x: 0 < x < finite, "above 0 (the margin is divided by it)")
-    for key in ("beta", "beta_mix", "orpo_lambda", "dpop_lambda", "sft_coef", "score_masked_log"):
-        need(key, lambda x: 0 <= x < finite, "a finite number, 0 or above")
-    for key in ("gamma", "slic_delta", "beta_dpo_alpha"):
-        need(key, lambda x: -finite < x < finite, "a finite number")
-    need("label_smoothing", lambda x: 0 <= x < 0.5, "in [0, 0.5)")
-    need("score_smoothing", lambda x: 0 <= x < 1, "in [0, 1)")
-    need("score_alpha", lambda x: 1 < x < finite, "above 1 (at 1 the score is constant)")
-    if name == "exo_pair":
-        need("label_smoothing", lambda x: x > 0, "above 0 (its logarithm is taken)")
-    if name not in ("td_dpo", "dpo_kl") and parameters.get("beta") == 0:
-        raise ValueError(f"--beta 0: {name} has no gradient at beta 0")
-
-
-FROM_FILES: set[str] = set()  # losses that --loss_file added
-
-
-def load_loss_file(spec: str) -> str:
-    """Add the loss of 'FILE.py:NAME' to LOSSES and return its name. Runs the file: it is the user's own code.
-
-    Raises ValueError if the file or function is not there, cannot be a loss, or has a built-in loss's name.
-    """
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"{spec}: write it as FILE.py:FUNCTION")
-    if name in LOSSES and name not in FROM_FILES:
-        raise ValueError(f"{spec}: {name} is a loss of losses.py; give yours another name")
-    loader = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(loader)
-    try:
-        loader.loader.exec_module(module)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (SyntaxError, ImportError, NameError) as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    loss = getattr(module, name, None)
-    if not inspect.isfunction(loss):
-        raise ValueError(f"{path}: has no function {name}")
-    first, *others = inspect.signature(loss).parameters.values() or [None]
-    if first is None or any(p.kind is not p.KEYWORD_ONLY for p in others):
-        raise ValueError(f"{path}: write {name} as def {name}(pairs, *, beta: float = 0.1, ...)")
-    check_own_parameters(path, name, loss)
-    LOSSES[name] = loss
-    FROM_FILES.add(name)
-    return name
-
-
-def check_own_parameters(path: str, name: str, loss: Callable) -> None:
-    """Raise ValueError for a parameter that cannot be an argument, or that another loss means otherwise."""
-    known = {key: default for other in LOSSES if other != name for key, default in loss_defaults(other).items()}
-    for key, default in own_defaults(loss).items():
-        if type(default) not in (float, int, str):
-            raise ValueError(f"{path}: parameter {key} of {name} needs a number or text as its default")
-        if key in known and type(default) is not type(known[key]):
-            raise ValueError(f"{path}: parameter {key} of {name} means something else in other losses; rename it")
-
-
-def print_table() -> None:
-    """Name, formula, parameters with defaults, whether a reference is needed, whether the batch is coupled."""
-    for name, loss in LOSSES.items():
-        own = ", ".join(f"{key} {value}" for key, value in own_defaults(loss).items())
-        notes = ["no reference" if name in NO_REFERENCE else "reference"]
-        notes += ["couples the micro-batch"] if name in COUPLES_BATCH else []
-        print(f"{name:<13}{inspect.getdoc(loss).splitlines()[0]}")
-        print(f"{'':<15}{own or 'no parameters of its own'}; {', '.join(notes)}")
-    term = ", ".join(f"{key} {value}" for key, value in SFT_TERM.items())
-    print(f"\nevery loss    + sft_coef * score_c, where it has no such term of its own\n{'':<13}  {term}")
-
-
-def main() -> int:
-    import check_loss  # the self-test and the plots need no place among the equations
-
-    return check_loss.main(print_table)
 
 
 if __name__ == "__main__":
-    from files import run_main
+    import runpy  # the table, the self-test and the plots are not part of the equations
 
-    sys.modules.setdefault("losses", sys.modules["__main__"])  # check_loss imports this very module
-    run_main(main)
+    runpy.run_module("pref.training.loss_check", run_name="__main__")

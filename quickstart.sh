@@ -7,7 +7,7 @@
 # what it leaves, it does not measure which loss is better.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source ./venv.sh
+source .ci/venv.sh
 install_requirements
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 started=$SECONDS

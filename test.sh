@@ -2,7 +2,7 @@
 # Style checks and the whole test suite, from a bare clone: bash test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-source ./venv.sh
+source .ci/venv.sh
 install_requirements
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .

@@ -1,8 +1,10 @@
-"""What a grid of runs costs against as many runs on their own, which each compute the reference log-probs anew.
+"""What a grid of runs costs against as many runs on their own, which each compute the reference
+log-probs anew.
 
     python bench/grid_cost.py --model MODEL --data data/NAME [--train_args "--max_steps 3 ..."]
 
-The same runs twice, in turn: on one data folder, whose reference/ the first run fills, and each on a copy without it.
+The same runs twice, in turn: on one data folder, whose reference/ the first run fills, and each on
+a copy without it.
 """
 
 import argparse
@@ -15,25 +17,42 @@ import time
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_pref.py"
-POINTS = ("--loss dpo --beta 0.1", "--loss dpo --beta 0.5", "--loss td_dpo --beta 0.5", "--loss discopop --beta 0.5")
+POINTS = (
+    "--loss dpo --beta 0.1",
+    "--loss dpo --beta 0.5",
+    "--loss td_dpo --beta 0.5",
+    "--loss discopop --beta 0.5",
+)
 
 
 def train(point: str, data: Path, results: Path, args: argparse.Namespace) -> float:
     """Seconds of one run, start-up included."""
-    command = [sys.executable, SCRIPT, "--model", args.model, "--data", data, "--results_dir", results,
-               *shlex.split(f"{point} {args.train_args}")]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--model",
+        args.model,
+        "--data",
+        data,
+        "--results_dir",
+        results,
+        *shlex.split(f"{point} {args.train_args}"),
+    ]
     begun = time.monotonic()
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
     return time.monotonic() - begun
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=len(POINTS))
     parser.add_argument(
-        "--train_args", default="--epochs 1 --global_batch 8 --max_length 512 --lora_r 16 --compile off"
+        "--train_args",
+        default="--epochs 1 --global_batch 8 --max_length 512 --lora_r 16 --compile off",
     )
     args = parser.parse_args()
     grid, single = [], []
@@ -46,7 +65,9 @@ def main() -> None:
             grid.append(train(point, folder / "shared", folder / "grid", args))
             single.append(train(point, own, folder / "single", args))
             print(f"{point}: in the grid {grid[-1]:.1f} s, alone {single[-1]:.1f} s", flush=True)
-    print(f"{len(grid)} runs: grid {sum(grid):.0f} s, alone {sum(single):.0f} s, ratio {sum(grid) / sum(single):.2f}")
+    print(
+        f"{len(grid)} runs: grid {sum(grid):.0f} s, alone {sum(single):.0f} s, ratio {sum(grid) / sum(single):.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""judge.py under load: how near its rate is to concurrency / latency, and whether memory and files hold.
+"""judge.py under load: how near its rate is to concurrency / latency, and whether memory and files
+hold.
 
     python bench/judge_load.py [--calls 5000] [--latency_ms 100] [--concurrency 64]
 
-A server on loopback, in a process of its own, answers every call after the given time. The rate is calls over the
-seconds of judge.py's asking, measured inside it; the ideal is concurrency / latency. The last line is one JSON object.
+A server on loopback, in a process of its own, answers every call after the given time. The rate is
+calls over the seconds of judge.py's asking, measured inside it; the ideal is concurrency / latency.
+The last line is one JSON object.
 """
 
 import argparse
@@ -23,16 +25,31 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d
 
 
 def serve(latency: float) -> None:
-    """A server that reads requests with a Content-Length and answers each after `latency` seconds. Prints its port."""
-    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": "load-70b", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Good. " * 60 + "[[7]]"}}],
-        "usage": {"prompt_tokens": 900, "completion_tokens": 150, "total_tokens": 1050}}  # fmt: skip
+    """A server that reads requests with a Content-Length and answers each after `latency` seconds.
+    Prints its port.
+    """
+    reply = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "load-70b",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "Good. " * 60 + "[[7]]"},
+            }
+        ],
+        "usage": {"prompt_tokens": 900, "completion_tokens": 150, "total_tokens": 1050},
+    }
     body = json.dumps(reply).encode()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
             lines = head.decode("latin-1").lower().split("\r\n")
-            length = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
+            length = next(
+                (int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0
+            )
             await reader.readexactly(length)
             await asyncio.sleep(latency if length else 0)
             writer.write(HEAD % (len(body), body))
@@ -55,7 +72,7 @@ def serve(latency: float) -> None:
 def make_runs(folder: Path, calls: int) -> None:
     """Runs with 80 answers of about 2 kB a turn, all different: 160 calls each."""
     import prep_data
-    from files import read_questions
+    from pref.files.mt_bench import read_questions
 
     prep_data.main(["--mt_bench", "flexeval", "--out", str(folder / "mt")])
     questions = read_questions(folder / "mt" / "question.jsonl")
@@ -67,11 +84,15 @@ def make_runs(folder: Path, calls: int) -> None:
         for key in (question["question_id"] for question in questions):
             turns = [f"{number} {key} {turn} " + "word " * 400 for turn in (1, 2)]
             rows.append({"question_id": key, "choices": [{"index": 0, "turns": turns}]})
-        (run / "mt_bench" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "mt_bench" / "answers.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--calls", type=int, default=5000)
     parser.add_argument("--latency_ms", type=float, default=100)
     parser.add_argument("--concurrency", type=int, default=64)
@@ -80,11 +101,12 @@ def main() -> None:
     if args.serve is not None:
         serve(args.serve)
     import judge
-    from files import read_judgements
+    from pref.files.judgements import read_judgements
+    from pref.judging import calls
 
     os.environ["OPENAI_API_KEY"] = "none"
     seconds, memory = [], []
-    original = judge.judge_pending
+    original = calls.judge_pending
 
     def timed(judge_, pending, *more):
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
@@ -94,7 +116,7 @@ def main() -> None:
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         return result
 
-    judge.judge_pending = timed
+    calls.judge_pending = timed
     server = subprocess.Popen(
         [sys.executable, __file__, "--serve", str(args.latency_ms / 1000)], stdout=subprocess.PIPE
     )
@@ -104,17 +126,45 @@ def main() -> None:
             folder = Path(temporary)
             make_runs(folder, args.calls)
             url = f"http://127.0.0.1:{port}/v1"
-            code = judge.main([str(folder / "results"), "--mt_bench", str(folder / "mt"), "--judge", "load-70b",
-                               "--base_url", url, "--concurrency", str(args.concurrency)])  # fmt: skip
-            tables = [read_judgements(path) for path in (folder / "results").glob("*/mt_bench/judgements.csv")]
+            code = judge.main(
+                [
+                    str(folder / "results"),
+                    "--mt_bench",
+                    str(folder / "mt"),
+                    "--judge",
+                    "load-70b",
+                    "--base_url",
+                    url,
+                    "--concurrency",
+                    str(args.concurrency),
+                ]
+            )
+            tables = [
+                read_judgements(path)
+                for path in (folder / "results").glob("*/mt_bench/judgements.csv")
+            ]
     finally:
         server.kill()
     rows = [row for table in tables for row in table]
     calls, ideal = len(rows), args.concurrency / args.latency_ms * 1000
-    intact = code == 0 and all(row["score"] == 7 for row in rows) and len({r["request_sha256"] for r in rows}) == calls
-    print(json.dumps({"calls": calls, "seconds": seconds[0], "rate": calls / seconds[0], "ideal": ideal,
-                      "share_of_ideal": calls / seconds[0] / ideal, "csv_intact": intact,
-                      "mib_before_and_after": memory}))  # fmt: skip
+    intact = (
+        code == 0
+        and all(row["score"] == 7 for row in rows)
+        and len({r["request_sha256"] for r in rows}) == calls
+    )
+    print(
+        json.dumps(
+            {
+                "calls": calls,
+                "seconds": seconds[0],
+                "rate": calls / seconds[0],
+                "ideal": ideal,
+                "share_of_ideal": calls / seconds[0] / ideal,
+                "csv_intact": intact,
+                "mib_before_and_after": memory,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""kill -9 gen_mtbench.py at random moments, start it again each time, and compare with answers that nothing disturbed.
+"""kill -9 gen_mtbench.py at random moments, start it again each time, and compare with answers that
+nothing disturbed.
 
     python bench/kill_generate.py --model MODEL --mt_bench DIR [--kills 5]
 
@@ -29,7 +30,9 @@ def answers_of(results: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--mt_bench", required=True)
     parser.add_argument("--adapters", type=int, default=3)
@@ -44,28 +47,51 @@ def main() -> int:
         make_adapters(args.model, args.adapters, 16, whole)
 
         def command(results: Path) -> list[str]:
-            return [sys.executable, str(ROOT / "gen_mtbench.py"), str(results), "--mt_bench", args.mt_bench, "--dtype",
-                    "float32", "--num_questions", str(args.questions), "--max_new_tokens", str(args.max_new_tokens),
-                    "--batch_size", "8"]  # fmt: skip
+            return [
+                sys.executable,
+                str(ROOT / "gen_mtbench.py"),
+                str(results),
+                "--mt_bench",
+                args.mt_bench,
+                "--dtype",
+                "float32",
+                "--num_questions",
+                str(args.questions),
+                "--max_new_tokens",
+                str(args.max_new_tokens),
+                "--batch_size",
+                "8",
+            ]
 
         begun = time.monotonic()
         said = run_until(command(whole), log)
         seconds = time.monotonic() - begun
         print(f"undisturbed: {said}, {seconds:.0f} s", flush=True)
         one, kills, ended, same = answers_of(whole), 0, 0, True
-        while kills < args.kills or said.startswith("killed"):  # what has ended makes room for another start
+        while kills < args.kills or said.startswith(
+            "killed"
+        ):  # what has ended makes room for another start
             results = cut / str(ended)
             if not results.exists():
                 shutil.copytree(whole, results, ignore=shutil.ignore_patterns("mt_bench"))
-            said = run_until(command(results), log, seconds=dice.uniform(0, seconds) if kills < args.kills else None)
+            said = run_until(
+                command(results),
+                log,
+                seconds=dice.uniform(0, seconds) if kills < args.kills else None,
+            )
             if said.startswith("killed"):
                 kills += 1
-                turns = sum(path.read_bytes().count(b"\n") for path in results.glob("*/mt_bench/turns.*.jsonl"))
+                turns = sum(
+                    path.read_bytes().count(b"\n")
+                    for path in results.glob("*/mt_bench/turns.*.jsonl")
+                )
                 print(f"kill {kills}: {said}; {turns} turns on disk", flush=True)
             else:
                 ended += 1
                 two = answers_of(results)
-                print(f"ended: {said}; {len(two)} of {len(one)} questions answered once each; equal: {one == two}")
+                print(
+                    f"ended: {said}; {len(two)} of {len(one)} questions answered once each; equal: {one == two}"
+                )
                 same = same and one == two and len(one) == args.adapters * args.questions
     return 0 if same else 1
 

@@ -1,11 +1,13 @@
-"""kill -9 a sweep, and single runs of it, at random moments, start it again each time; compare with one undisturbed.
+"""kill -9 a sweep, and single runs of it, at random moments, start it again each time; compare with
+one undisturbed.
 
     python bench/kill_sweep.py --out OUT [--kills 10]
 
-The grid `quick`, two runs at a time, on a random two-layer model with a judge on loopback that counts what it is asked.
-Half of the kills hit sweep.sh's process alone, the others one training run. At the end adapters, validation pairs,
-metrics, summaries (wall times aside), answers, judgements and tables must be equal, and nothing done twice: each run is
-finished once, what had been answered or judged at a kill keeps its time stamp, the judge was asked once a row.
+The grid `quick`, two runs at a time, on a random two-layer model with a judge on loopback that
+counts what it is asked. Half of the kills hit sweep.sh's process alone, the others one training
+run. At the end adapters, validation pairs, metrics, summaries (wall times aside), answers,
+judgements and tables must be equal, and nothing done twice: each run is finished once, what had
+been answered or judged at a kill keeps its time stamp, the judge was asked once a row.
 """
 
 import argparse
@@ -29,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT))
 from doubles import Server, completion  # noqa: E402
 
-from judge import PROBE  # noqa: E402
+from pref.judging.server_judge import PROBE  # noqa: E402
 
 TIMES = re.compile(r"wall|tok_per_s|peak|save_s|tstamp|results_dir|path", re.I)
 TRAIN = (
@@ -50,25 +52,48 @@ def make_inputs(out: Path) -> None:
         subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
 
     pairs = out / "pairs"
-    call(ROOT / "prep_data.py", "--dataset", ROOT / "examples" / "preferences.jsonl", "--limit", 64, "--out", pairs)
+    call(
+        ROOT / "prep_data.py",
+        "--dataset",
+        ROOT / "examples" / "preferences.jsonl",
+        "--limit",
+        64,
+        "--out",
+        pairs,
+    )
     call(ROOT / "prep_data.py", "--mt_bench", "flexeval", "--out", out / "mt_bench")
     shape = ("--vocabulary", 600, "--layers", 2, "--hidden", 64, "--heads", 4, "--intermediate", 96)
-    call(ROOT / "bench" / "random_llama.py", "--pairs", pairs / "train.jsonl", *shape, out / "model")
+    call(
+        ROOT / "bench" / "random_llama.py", "--pairs", pairs / "train.jsonl", *shape, out / "model"
+    )
 
 
 def environment(out: Path, results: Path, url: str) -> dict:
     return os.environ | {
-        "MODEL": str(out / "model"), "DATA": str(out / "pairs"), "MT_BENCH": str(out / "mt_bench"),
-        "RESULTS": str(results), "JUDGE": "counting-judge-7b", "BASE_URL": url, "OPENAI_API_KEY": "x", "JOBS": "2",
-        "LRS": "2e-2", "TRAIN_ARGS": TRAIN, "GEN_ARGS": "--num_questions 16 --max_new_tokens 24 --dtype float32",
-        "JUDGE_ARGS": "--concurrency 4", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
-    }  # fmt: skip
+        "MODEL": str(out / "model"),
+        "DATA": str(out / "pairs"),
+        "MT_BENCH": str(out / "mt_bench"),
+        "RESULTS": str(results),
+        "JUDGE": "counting-judge-7b",
+        "BASE_URL": url,
+        "OPENAI_API_KEY": "x",
+        "JOBS": "2",
+        "LRS": "2e-2",
+        "TRAIN_ARGS": TRAIN,
+        "GEN_ARGS": "--num_questions 16 --max_new_tokens 24 --dtype float32",
+        "JUDGE_ARGS": "--concurrency 4",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+    }
 
 
 def start(out: Path, results: Path, url: str) -> subprocess.Popen:
     command = ["bash", str(ROOT / "sweep.sh"), "quick", "--yes"]
     with open(results.with_suffix(".log"), "a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=environment(out, results, url))
+        return subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment(out, results, url)
+        )
 
 
 def processes(sweep: subprocess.Popen, script: str = "train_pref.py") -> list[int]:
@@ -87,8 +112,9 @@ def processes(sweep: subprocess.Popen, script: str = "train_pref.py") -> list[in
 def disturb(
     sweep: subprocess.Popen, seconds: float, single: bool, dice: random.Random, stage: str | None
 ) -> str | None:
-    """Wait so long, from the start of `stage` on if that is given, then kill the sweep or one of its runs. None if it
-    ended before."""
+    """Wait so long, from the start of `stage` on if that is given, then kill the sweep or one of
+    its runs. None if it ended before.
+    """
     begun = time.monotonic()
     while sweep.poll() is None:
         if stage and not processes(sweep, stage):
@@ -135,7 +161,9 @@ def all_of(results: Path) -> dict:
         found |= {f"{run.name}/{name}": value for name, value in content_of(run).items()}
     for path in sorted(results.glob("*/mt_bench/judgements.csv")):
         with open(path, newline="") as file:
-            found[f"{path.parent.parent.name}/judgements"] = [untimed(row) for row in csv.DictReader(file)]
+            found[f"{path.parent.parent.name}/judgements"] = [
+                untimed(row) for row in csv.DictReader(file)
+            ]
     for path in sorted(results.glob("*/metrics.json")):
         found[f"{path.parent.name}/metrics.json"] = untimed(json.loads(path.read_text()))
     for path in sorted((results / "comparison" / "tables").glob("*.csv")):
@@ -159,17 +187,29 @@ def steps_made(results: Path) -> tuple[int, int]:
     """Steps over all starts, and those that a whole study has."""
     logs = (log.read_text() for log in (results / "logs").glob("*_s42*.log"))
     made = sum(len(re.findall(r"^step \d+/", text, re.M)) for text in logs)
-    return made, sum(json.loads(path.read_text())["steps"] for path in results.glob("*/summary.json"))
+    return made, sum(
+        json.loads(path.read_text())["steps"] for path in results.glob("*/summary.json")
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--moments", type=float, nargs=2, default=[0.04, 0.35], metavar=("FROM", "TO"),
-                        help="seconds to a kill, as shares of what the undisturbed sweep takes")  # fmt: skip
-    parser.add_argument("--stage", metavar="SCRIPT", help="kill the sweep alone, and while this script runs")
+    parser.add_argument(
+        "--moments",
+        type=float,
+        nargs=2,
+        default=[0.04, 0.35],
+        metavar=("FROM", "TO"),
+        help="seconds to a kill, as shares of what the undisturbed sweep takes",
+    )
+    parser.add_argument(
+        "--stage", metavar="SCRIPT", help="kill the sweep alone, and while this script runs"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     make_inputs(args.out)
@@ -186,22 +226,33 @@ def main() -> int:
         while code != 0:
             sweep = start(args.out, results, server.url)
             while kills < args.kills and sweep.poll() is None:
-                single, wait = kills % 2 == 1 and not args.stage, dice.uniform(*args.moments) * seconds
+                single, wait = (
+                    kills % 2 == 1 and not args.stage,
+                    dice.uniform(*args.moments) * seconds,
+                )
                 said = disturb(sweep, wait, single, dice, args.stage)
                 if said:
                     kills += 1
                     before |= stamps_of(results)
-                    print(f"kill {kills}: {said}; {finished_runs(results)} runs had ended, {len(before)} answers and "
-                          f"judgements were there", flush=True)  # fmt: skip
+                    print(
+                        f"kill {kills}: {said}; {finished_runs(results)} runs had ended, {len(before)} answers and "
+                        f"judgements were there",
+                        flush=True,
+                    )
                     time.sleep(0.2)  # or a process that is killed may still look alive
             code = sweep.wait()
             print(f"  exit code {code}", flush=True)
         found = all_of(results)
-        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        different = sorted(
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        )
         twice = done_twice(results, before, len(server.paid(PROBE)) - asked)
         made, needed = steps_made(results)
-        print(f"{results.name} ended: {len(found)} things compared, different: {different or 'none'}; done twice: "
-              f"{twice or 'nothing'}; {made} steps made where {needed} are needed", flush=True)  # fmt: skip
+        print(
+            f"{results.name} ended: {len(found)} things compared, different: {different or 'none'}; done twice: "
+            f"{twice or 'nothing'}; {made} steps made where {needed} are needed",
+            flush=True,
+        )
         same = same and not different and not twice
     return 0 if same else 1
 

@@ -1,10 +1,12 @@
-"""kill -9 a training run at random moments, continue it each time, and compare it with one that nothing disturbed.
+"""kill -9 a training run at random moments, continue it each time, and compare it with one that
+nothing disturbed.
 
     python bench/kill_train.py --model MODEL --data data/NAME --out OUT
 
-On one rank and on two (`--ranks`), `--kills` times each: half of the moments are random in time, the others while a
-checkpoint is being written. Adapter and validation pairs must be equal to the byte, metrics and summary but for wall
-times and memory. Then what saving costs, from the undisturbed run: seconds a save against seconds a step.
+On one rank and on two (`--ranks`), `--kills` times each: half of the moments are random in time,
+the others while a checkpoint is being written. Adapter and validation pairs must be equal to the
+byte, metrics and summary but for wall times and memory. Then what saving costs, from the
+undisturbed run: seconds a save against seconds a step.
 """
 
 import argparse
@@ -24,7 +26,9 @@ TIMES = {"tok_per_s", "peak_gib", "wall_s", "save_s"}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the runs")
@@ -40,9 +44,25 @@ def parse_args() -> argparse.Namespace:
 
 
 def command_of(args: argparse.Namespace, ranks: int, results: Path) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *launcher, str(ROOT / "train_pref.py"), "--model", args.model, "--data", args.data,
-            "--results_dir", str(results), "--run_id", "run", *shlex.split(args.train_args)]  # fmt: skip
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    return [
+        sys.executable,
+        *launcher,
+        str(ROOT / "train_pref.py"),
+        "--model",
+        args.model,
+        "--data",
+        args.data,
+        "--results_dir",
+        str(results),
+        "--run_id",
+        "run",
+        *shlex.split(args.train_args),
+    ]
 
 
 def family(pid: int) -> list[int]:
@@ -68,9 +88,15 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def run_until(
-    command: list[str], log: Path, seconds: float | None = None, saving: Path | None = None, which: int = 1
+    command: list[str],
+    log: Path,
+    seconds: float | None = None,
+    saving: Path | None = None,
+    which: int = 1,
 ) -> str:
-    """Start `command` and kill it after `seconds`, or while it writes its `which`-th checkpoint into `saving`."""
+    """Start `command` and kill it after `seconds`, or while it writes its `which`-th checkpoint
+    into `saving`.
+    """
     seen = set()
     with open(log, "a") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -90,7 +116,10 @@ def run_until(
 
 
 def content_of(run: Path) -> dict:
-    found = {path.name: path.read_bytes() for path in [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]}
+    found = {
+        path.name: path.read_bytes()
+        for path in [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]
+    }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found["metrics.jsonl"] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     summary = json.loads((run / "summary.json").read_text())
@@ -104,7 +133,9 @@ def where(run: Path) -> str:
 
 def differences(one: Path, two: Path) -> list[str]:
     mine, theirs = content_of(one), content_of(two)
-    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    return sorted(
+        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    )
 
 
 def main() -> int:
@@ -114,16 +145,23 @@ def main() -> int:
     for ranks in args.ranks:
         whole, name, kills, ended, said = args.out / f"whole{ranks}", f"{ranks} rank(s)", 0, 0, ""
         begun = time.monotonic()
-        print(f"{name}, undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}", end="")
+        print(
+            f"{name}, undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}",
+            end="",
+        )
         seconds = time.monotonic() - begun
         print(f", {seconds:.0f} s", flush=True)
-        while kills < args.kills or said != "exit code 0":  # a run that has ended makes room for another
+        while (
+            kills < args.kills or said != "exit code 0"
+        ):  # a run that has ended makes room for another
             cut = args.out / f"cut{ranks}_{ended}"
             moment = {"seconds": dice.uniform(0, seconds)}
             if kills % 2:
                 moment = {"saving": cut / "run" / "checkpoint", "which": dice.randint(1, 3)}
             said = run_until(
-                command_of(args, ranks, cut), args.out / "cut.log", **(moment if kills < args.kills else {})
+                command_of(args, ranks, cut),
+                args.out / "cut.log",
+                **(moment if kills < args.kills else {}),
             )
             if said.startswith("killed"):
                 kills += 1
@@ -140,8 +178,13 @@ def main() -> int:
                 print(f"{name}: {said}, see {args.out / 'cut.log'}")
                 return 1
         summary = json.loads((whole / "run" / "summary.json").read_text())
-        steps = [json.loads(line) for line in (whole / "run" / "metrics.jsonl").read_text().splitlines()]
-        step = sum(line["tokens"] / line["tok_per_s"] for line in steps if "lr" in line) / summary["steps"]
+        steps = [
+            json.loads(line) for line in (whole / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
+        step = (
+            sum(line["tokens"] / line["tok_per_s"] for line in steps if "lr" in line)
+            / summary["steps"]
+        )
         print(f"{name}: {summary['save_s'] / summary['steps']:.2f} s a save, {step:.1f} s a step")
     return 0 if same else 1
 

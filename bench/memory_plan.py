@@ -2,7 +2,8 @@
 
     python bench/memory_plan.py --model DIR --data data/NAME [--steps 3]
 
-Each row is a run of its own (train_pref.py, dpo, LoRA r 16, 8 pairs a step); the last column is planned / measured.
+Each row is a run of its own (train_pref.py, dpo, LoRA r 16, 8 pairs a step); the last column is
+planned / measured.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from train_vs_trl import ROOT, run
 
-from files import read_json
+from pref.files.disk import read_json
 
 SETTINGS = (
     "--max_length 512 --compile off",
@@ -31,16 +32,43 @@ SETTINGS = (
 def measure(setting: str, args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """(planned, measured) GiB of rank 0."""
     words, _, ranks = setting.partition("@")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks else []
-    command = [sys.executable, *launch, ROOT / "train_pref.py", *words.split(), "--model", args.model,
-               "--data", args.data, "--results_dir", folder, "--run_id", "x", "--loss", "dpo", "--lora_r", "16",
-               "--global_batch", "8", "--max_steps", str(args.steps), "--eval_steps", "1000"]  # fmt: skip
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks else []
+    )
+    command = [
+        sys.executable,
+        *launch,
+        ROOT / "train_pref.py",
+        *words.split(),
+        "--model",
+        args.model,
+        "--data",
+        args.data,
+        "--results_dir",
+        folder,
+        "--run_id",
+        "x",
+        "--loss",
+        "dpo",
+        "--lora_r",
+        "16",
+        "--global_batch",
+        "8",
+        "--max_steps",
+        str(args.steps),
+        "--eval_steps",
+        "1000",
+    ]
     run([str(part) for part in command])
-    return read_json(folder / "x" / "args.json")["planned_gib"], read_json(folder / "x" / "summary.json")["peak_gib"]
+    return read_json(folder / "x" / "args.json")["planned_gib"], read_json(
+        folder / "x" / "summary.json"
+    )["peak_gib"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3)
@@ -50,7 +78,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             planned, measured = measure(setting, args, Path(folder))
         words = setting.replace("@2", "(2 ranks)")
-        print(f"| `{words}` | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True)
+        print(
+            f"| `{words}` | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True
+        )
 
 
 if __name__ == "__main__":

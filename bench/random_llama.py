@@ -1,7 +1,9 @@
-"""A Llama of random weights and a tokenizer trained on the pairs themselves: what a speed test needs without a hub.
+"""A Llama of random weights and a tokenizer trained on the pairs themselves: what a speed test
+needs without a hub.
 
-python bench/random_llama.py --pairs PAIRS.jsonl DIR            # Llama-2-7B's shape, 13.5 GB in bf16
-python bench/random_llama.py --pairs PAIRS.jsonl --layers 2 --hidden 64 --heads 4 --intermediate 128 DIR
+python bench/random_llama.py --pairs PAIRS.jsonl DIR            # Llama-2-7B's shape, 13.5 GB in
+bf16 python bench/random_llama.py --pairs PAIRS.jsonl --layers 2 --hidden 64 --heads 4
+--intermediate 128 DIR
 """
 
 import argparse
@@ -19,7 +21,9 @@ TEMPLATE = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=Path, required=True, help="train.jsonl of prep_data.py")
     parser.add_argument("--vocabulary", type=int, default=32000)
@@ -29,29 +33,51 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     args = parser.parse_args()
 
-    temporary = args.folder.with_name(f"{args.folder.name}.tmp")  # what stands under its own name is complete
+    temporary = args.folder.with_name(
+        f"{args.folder.name}.tmp"
+    )  # what stands under its own name is complete
     rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
-    texts = [message["content"] for row in rows for key in ("prompt", "chosen", "rejected") for message in row[key]]
+    texts = [
+        message["content"]
+        for row in rows
+        for key in ("prompt", "chosen", "rejected")
+        for message in row[key]
+    ]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=args.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=args.vocabulary,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=special[1], pad_token=special[1], additional_special_tokens=special[:1]
+        tokenizer_object=bpe,
+        eos_token=special[1],
+        pad_token=special[1],
+        additional_special_tokens=special[:1],
     )
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(temporary)
     config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers, num_attention_heads=args.heads, max_position_embeddings=4096,
-        bos_token_id=None, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.set_default_dtype(torch.bfloat16)

@@ -1,9 +1,11 @@
-"""Peak memory of the chunked log-probs and scores: 4,096 response tokens x 49,152 vocabulary, forward and backward.
+"""Peak memory of the chunked log-probs and scores: 4,096 response tokens x 49,152 vocabulary,
+forward and backward.
 
     python bench/score_memory.py
 
-Prints, for log-probs alone, each scoring rule and the vocabulary KL, the peak resident memory above that before the
-pass, in a process of its own each. A plain fp32 [tokens, vocabulary] tensor would be 0.75 GiB; autograd keeps several.
+Prints, for log-probs alone, each scoring rule and the vocabulary KL, the peak resident memory above
+that before the pass, in a process of its own each. A plain fp32 [tokens, vocabulary] tensor would
+be 0.75 GiB; autograd keeps several.
 """
 
 import resource
@@ -13,7 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TOKENS, VOCABULARY, HIDDEN = 4096, 49152, 576
-CASES = ("log-probs", "log", "brier", "spherical", "alpha_power", "pseudo_spherical", "masked_log", "full_sym")
+CASES = (
+    "log-probs",
+    "log",
+    "brier",
+    "spherical",
+    "alpha_power",
+    "pseudo_spherical",
+    "masked_log",
+    "full_sym",
+)
 
 
 def measure(case: str) -> float:
@@ -21,20 +32,42 @@ def measure(case: str) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from modeling import Batch, ResponseLogps
+    from pref.model.logps import ResponseLogps
+    from pref.model.packing import Batch
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=9
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=9,
     )
     policy = ResponseLogps(LlamaForCausalLM(config).requires_grad_(False).train())
     hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     policy.hidden = lambda batch: hidden  # the body of the model is not what is measured
     index = torch.arange(TOKENS)
     ids = torch.zeros(1, 8, dtype=torch.long)
-    batch = Batch(ids, None, ids, index, index * 7, torch.zeros_like(index), torch.tensor([TOKENS]), TOKENS, TOKENS)
-    scores = {"masked_log": {"score": "brier", "score_masked_log": 0.1, "score_smoothing": 0.1}, "log-probs": None}
+    batch = Batch(
+        ids,
+        None,
+        ids,
+        index,
+        index * 7,
+        torch.zeros_like(index),
+        torch.tensor([TOKENS]),
+        TOKENS,
+        TOKENS,
+    )
+    scores = {
+        "masked_log": {"score": "brier", "score_masked_log": 0.1, "score_smoothing": 0.1},
+        "log-probs": None,
+    }
     kl = case if case.startswith("full") else None
-    score = None if kl else scores.get(case, {"score": case, "score_alpha": 1.5, "score_smoothing": 0.1})
+    score = (
+        None
+        if kl
+        else scores.get(case, {"score": case, "score_alpha": 1.5, "score_smoothing": 0.1})
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     logps, divergence, values = policy(batch, kl, score)
     sum(x.sum() for x in (logps, divergence, values) if x is not None).backward()
@@ -47,5 +80,7 @@ if __name__ == "__main__":
         print(measure(sys.argv[1]))
     else:
         for case in CASES:
-            done = subprocess.run([sys.executable, __file__, case], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, case], capture_output=True, text=True, check=True
+            )
             print(f"{case:<18}{float(done.stdout.splitlines()[-1]):.2f} GiB")

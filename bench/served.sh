@@ -39,5 +39,5 @@ for seconds in ${KILL_AFTER:-25 20 30}; do
 done
 "${judge[@]}" 2> /dev/null | tail -n 12 || true
 echo "completions asked for in all: $(($(asked) - before)); rows in judgements.csv:" \
-  "$("$python" -c "import sys; from pathlib import Path; from files import read_judgements as r; \
+  "$("$python" -c "import sys; from pathlib import Path; from pref.files.judgements import read_judgements as r; \
 print(len(r(Path(sys.argv[1]))))" "$out/results/base/mt_bench/judgements.csv")"

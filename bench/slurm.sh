@@ -95,4 +95,4 @@ for task in 0 1 2 3 4 5; do
 done
 cat "$out/results/sweep.log"
 grep -h -o "saved after step [0-9]*\|going on after step [0-9]*" "$out"/results/logs/*.log || true
-"$python" grid.py quick --stages train --status
+"$python" -m pref.sweeping quick --stages train --status

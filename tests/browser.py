@@ -1,4 +1,6 @@
-"""A small WebDriver client: one headless Chromium through chromedriver's HTTP protocol, without a package for it."""
+"""A small WebDriver client: one headless Chromium through chromedriver's HTTP protocol, without a
+package for it.
+"""
 
 import json
 import os
@@ -12,9 +14,16 @@ from pathlib import Path
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key under which WebDriver hands elements over
 ARGUMENTS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 def missing_browser() -> str | None:
@@ -28,11 +37,17 @@ class Browser:
     """One session; `folder` takes its profile. Close it, whatever happens."""
 
     def __init__(self, folder: Path):
-        self.open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # loopback: never by a proxy
+        self.open_url = urllib.request.build_opener(
+            urllib.request.ProxyHandler({})
+        ).open  # loopback: never by a proxy
         self.driver = subprocess.Popen(
-            ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env={**os.environ, "HOME": str(folder)},
-        )  # fmt: skip
+            ["chromedriver", "--port=0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "HOME": str(folder)},
+        )
         self.session = None
         try:
             self.address = f"http://127.0.0.1:{self.read_port()}/session"
@@ -40,8 +55,13 @@ class Browser:
                 "binary": shutil.which("chromium") or shutil.which("google-chrome"),
                 "args": [*ARGUMENTS, f"--user-data-dir={folder / 'profile'}"],
             }
-            wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
-            self.session = self.call("POST", "", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+            wanted = {
+                "goog:chromeOptions": options,
+                "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+            }
+            self.session = self.call("POST", "", {"capabilities": {"alwaysMatch": wanted}})[
+                "sessionId"
+            ]
         except BaseException:
             self.close()
             raise
@@ -53,11 +73,15 @@ class Browser:
         raise RuntimeError("chromedriver ended before it listened")
 
     def call(self, method: str, path: str, body: dict | None = None):
-        """One command; its value. Raises RuntimeError with WebDriver's name of the error (an open alert is one)."""
+        """One command; its value. Raises RuntimeError with WebDriver's name of the error (an open
+        alert is one).
+        """
         url = self.address + (f"/{self.session}" if self.session else "") + path
         data = json.dumps(body or {}).encode() if method == "POST" else None
         try:
-            with self.open_url(urllib.request.Request(url, data, method=method), timeout=30) as reply:
+            with self.open_url(
+                urllib.request.Request(url, data, method=method), timeout=30
+            ) as reply:
                 return json.load(reply)["value"]
         except urllib.error.HTTPError as error:
             value = json.load(error)["value"]
@@ -67,11 +91,15 @@ class Browser:
         self.call("POST", "/url", {"url": url})
 
     def run(self, script: str, *args):
-        """The value of a function body run in the page, where `arguments` are `args`; awaited if it is a promise."""
+        """The value of a function body run in the page, where `arguments` are `args`; awaited if it
+        is a promise.
+        """
         return self.call("POST", "/execute/sync", {"script": script, "args": args})
 
     def click(self, selector: str) -> None:
-        self.run("const e = arguments[0]; e.scrollIntoView({block: 'center'})", self.element(selector))
+        self.run(
+            "const e = arguments[0]; e.scrollIntoView({block: 'center'})", self.element(selector)
+        )
         self.call("POST", f"/element/{self.element(selector)[ELEMENT]}/click")
 
     def element(self, selector: str) -> dict:
@@ -80,10 +108,14 @@ class Browser:
     def press(self, *keys: str) -> None:
         """Keys one after the other, to what has the focus."""
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
+        self.call(
+            "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
+        )
 
     def log(self, kind: str) -> list[dict]:
-        """What came since the last call, of the browser's console ('browser') or of its network ('performance')."""
+        """What came since the last call, of the browser's console ('browser') or of its network
+        ('performance').
+        """
         return self.call("POST", "/se/log", {"type": kind})
 
     def devtools(self, command: str, **params):

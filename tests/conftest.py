@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Tests never reach for a hub. One thread: the models are tiny, and threads waiting for each other cost more than they
-# compute, above all beside the subprocesses that tests start.
+# Tests never reach for a hub. One thread: the models are tiny, and threads waiting for each other
+# cost more than they compute, above all beside the subprocesses that tests start.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,7 +23,9 @@ CHATML = (
 
 def example_rows(count: int) -> list[dict]:
     """Pairs in prep_data.py's format from examples/preferences.jsonl."""
-    lines = (ROOT / "examples" / "preferences.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    lines = (
+        (ROOT / "examples" / "preferences.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    )
     rows = [json.loads(line) for line in lines]
     message = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     return [
@@ -53,7 +55,10 @@ def tiny_model(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -61,15 +66,26 @@ def tiny_model(tmp_path_factory) -> Path:
     )
     bpe.train_from_iterator([row["chosen"][0]["content"] for row in example_rows(200)], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>", additional_special_tokens=special[1:2]
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=special[1:2],
     )
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=600, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -86,7 +102,9 @@ def pairs_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_group_left_open():
-    """A run that ends with an error in this process leaves its process group to the process's end."""
+    """A run that ends with an error in this process leaves its process group to the process's
+    end.
+    """
     yield
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_initialized():
@@ -118,7 +136,19 @@ def run_script(name: str, *args, torchrun: int = 0, **environment) -> subprocess
     """Run a stage as a user would, in a process of its own; torchrun: number of ranks."""
     command = [sys.executable, str(ROOT / name)]
     if torchrun:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(torchrun),
-                   "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(ROOT / name)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(torchrun),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "127.0.0.1:0",
+            str(ROOT / name),
+        ]
     env = {**os.environ, **environment}
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, env=env, timeout=240)
+    return subprocess.run(
+        [*command, *map(str, args)], capture_output=True, text=True, env=env, timeout=240
+    )

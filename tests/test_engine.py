@@ -1,4 +1,6 @@
-"""The training engine: every layout, kernel, rank count and accumulation gives the numbers of the plain path."""
+"""The training engine: every layout, kernel, rank count and accumulation gives the numbers of the
+plain path.
+"""
 
 import json
 import math
@@ -15,14 +17,16 @@ from test_train import ONE, metrics_of, tiny_policy, train_args, val_pairs
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, Gemma2Config, MistralConfig
 
-import modeling
 import train_pref
-from chat import TokenPair
-from files import UserError
-from modeling import ResponseLogps, TargetLogps, logps_of, slopes_of, sum_by_row
-from packing import Packing, block_mask, branch_attention, fill_bins, make_batch, needs_own_attention, share_out
-from plan import load_of, saved_bytes, shapes_of
-from reference import reference_key
+from pref.files.console import UserError
+from pref.model import logps
+from pref.model.attention import block_mask, branch_attention, needs_own_attention
+from pref.model.chat import TokenPair
+from pref.model.logps import ResponseLogps, TargetLogps, logps_of, slopes_of, sum_by_row
+from pref.model.packing import Packing, fill_bins, make_batch, share_out
+from pref.training import arguments, schedule
+from pref.training.plan import load_of, saved_bytes, shapes_of
+from pref.training.reference import reference_key
 
 LAYOUTS = {
     "shared, packed": Packing(2),
@@ -48,12 +52,16 @@ def policy_of(model) -> ResponseLogps:
 
 
 def logps_and_gradients(policy, pairs, packing) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Per token and per response log-probs, and the gradient of a sum of margins, weighted by pair."""
+    """Per token and per response log-probs, and the gradient of a sum of margins, weighted by
+    pair.
+    """
     batch = make_batch(pairs, packing, ONE.device)
     logps = policy(batch)[0]
     chosen, rejected = sum_by_row(logps, batch).chunk(2)
     policy.zero_grad()
-    ((chosen - rejected) * torch.linspace(1, 2, len(pairs))).sum().backward()  # not a sigmoid: it would be saturated
+    (
+        (chosen - rejected) * torch.linspace(1, 2, len(pairs))
+    ).sum().backward()  # not a sigmoid: it would be saturated
     grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
     return logps.detach(), torch.stack([chosen, rejected]).detach(), grads
 
@@ -72,18 +80,28 @@ def assert_equal(one: tuple, other: tuple, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
 def test_every_layout_has_the_plain_batchs_logps_and_gradients(tiny_model, val_pairs, layout):
     policy = policy_of(tiny_model)
-    assert_equal(*(logps_and_gradients(policy, val_pairs, LAYOUTS[name]) for name in ("plain", layout)))
+    assert_equal(
+        *(logps_and_gradients(policy, val_pairs, LAYOUTS[name]) for name in ("plain", layout))
+    )
 
 
 def test_plain_path_is_the_models_own_forward(tiny_model, val_pairs):
     policy, batch = policy_of(tiny_model), make_batch(val_pairs, LAYOUTS["plain"], ONE.device)
-    assert torch.allclose(policy(batch)[0], policy(batch, own_forward=True)[0], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        policy(batch)[0], policy(batch, own_forward=True)[0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
-    """Changing one response changes no other log-prob in the micro-batch: not its pair's, not its neighbours'."""
+    """Changing one response changes no other log-prob in the micro-batch: not its pair's, not its
+    neighbours'.
+    """
     policy = policy_of(tiny_model)
-    changed = [val_pairs[0], val_pairs[1]._replace(rejected=[7] * 9 + val_pairs[1].rejected), val_pairs[2]]
+    changed = [
+        val_pairs[0],
+        val_pairs[1]._replace(rejected=[7] * 9 + val_pairs[1].rejected),
+        val_pairs[2],
+    ]
     sums = []
     for pairs in (val_pairs[:3], changed):
         batch = make_batch(pairs, LAYOUTS["shared, packed"], ONE.device)
@@ -93,11 +111,15 @@ def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
 
 
 def test_compiled_layers_equal_eager_ones(tiny_model, val_pairs):
-    """Also for another number of tokens and of pairs than was compiled first, and for a micro-batch of one."""
+    """Also for another number of tokens and of pairs than was compiled first, and for a micro-batch
+    of one.
+    """
     eager, compiled = policy_of(tiny_model), policy_of(tiny_model)
     compiled.prepare_layers(compiled=True, checkpointed=False)
     for pairs in (val_pairs[:4], val_pairs, val_pairs[2:3]):
-        assert_equal(*(logps_and_gradients(p, pairs, LAYOUTS["shared, packed"]) for p in (eager, compiled)))
+        assert_equal(
+            *(logps_and_gradients(p, pairs, LAYOUTS["shared, packed"]) for p in (eager, compiled))
+        )
 
 
 def kept_bytes(policy, batch) -> int:
@@ -117,7 +139,12 @@ def kept_bytes(policy, batch) -> int:
 def test_checkpointing_keeps_less_and_changes_nothing(tiny_model, val_pairs):
     plain, checkpointed = policy_of(tiny_model), policy_of(tiny_model)
     checkpointed.prepare_layers(compiled=False, checkpointed=True)
-    assert_equal(*(logps_and_gradients(p, val_pairs, LAYOUTS["shared, packed"]) for p in (plain, checkpointed)))
+    assert_equal(
+        *(
+            logps_and_gradients(p, val_pairs, LAYOUTS["shared, packed"])
+            for p in (plain, checkpointed)
+        )
+    )
     batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
     assert kept_bytes(checkpointed, batch) < kept_bytes(plain, batch) / 4
 
@@ -127,9 +154,10 @@ def test_meta_device_counts_what_a_step_keeps(tiny_model, val_pairs):
     policy = policy_of(tiny_model)
     batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
     weights = sum(
-        p.untyped_storage().nbytes() for p in {p.untyped_storage()._cdata: p for p in policy.parameters()}.values()
+        p.untyped_storage().nbytes()
+        for p in {p.untyped_storage()._cdata: p for p in policy.parameters()}.values()
     )
-    args = train_pref.parse_args(
+    args = arguments.parse_args(
         ["--model", str(tiny_model), "--dtype", "float32", "--lora_r", "4", "--lora_dropout", "0"]
     )
     measured = (kept_bytes(policy, batch) - weights) / batch.tokens
@@ -162,7 +190,9 @@ def test_branch_attention_against_masked_attention(kv_heads):
     results = []
     for attention in (
         lambda: branch_attention(q, k, v, ROWS, 0.3)[0],
-        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=visible(), scale=0.3, enable_gqa=True),
+        lambda: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible(), scale=0.3, enable_gqa=True
+        ),
     ):
         output = attention()
         results.append([output, *torch.autograd.grad(output, (q, k, v), upstream)])
@@ -171,7 +201,10 @@ def test_branch_attention_against_masked_attention(kv_heads):
 
 
 def test_branch_attention_is_a_proper_operator():
-    q, k = (torch.randn(1, heads, TOKENS, 16).transpose(1, 2).contiguous().transpose(1, 2) for heads in (4, 2))
+    q, k = (
+        torch.randn(1, heads, TOKENS, 16).transpose(1, 2).contiguous().transpose(1, 2)
+        for heads in (4, 2)
+    )
     torch.library.opcheck(branch_attention, (q.requires_grad_(), k, k, ROWS, 0.3))
 
 
@@ -208,7 +241,9 @@ def test_head_in_chunks_against_cross_entropy(softcap, chunk):
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = -F.cross_entropy(logits, targets, reduction="none")
     assert torch.allclose(logps, expected, atol=1e-5)
-    mine, theirs = (torch.autograd.grad(values, hidden, upstream)[0] for values in (logps, expected))
+    mine, theirs = (
+        torch.autograd.grad(values, hidden, upstream)[0] for values in (logps, expected)
+    )
     assert torch.allclose(mine, theirs, atol=1e-5)
 
 
@@ -221,7 +256,7 @@ def test_frozen_weights_get_no_gradient_and_prompts_no_logits(tiny_model, val_pa
             rows.append(len(x))
         return linear(x, weight, *more)
 
-    monkeypatch.setattr(modeling.F, "linear", count)
+    monkeypatch.setattr(logps.F, "linear", count)
     batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
     policy(batch)[0].sum().backward()
     assert sum(rows) == sum(len(p.chosen) + len(p.rejected) for p in val_pairs) < batch.tokens
@@ -256,13 +291,17 @@ def test_ranks_share_a_step_without_overlap(packing, count):
     pairs, members = random_pairs(20), list(range(2, 2 + count))
     for world in (1, 2, 4):
         shares = [share_out(members, pairs, packing, rank, world) for rank in range(world)]
-        assert len({len(share) for share in shares}) == 1  # FSDP's collectives need every rank as often
+        assert (
+            len({len(share) for share in shares}) == 1
+        )  # FSDP's collectives need every rank as often
         assert sorted(i for share in shares for micro in share for i in micro) == members
 
 
 def test_batches_follow_from_the_seed_alone():
     """Paired studies: neither loss nor ranks is an argument. Another seed gives another order."""
-    epochs = [[train_pref.pairs_of_step(step, 30, 8, seed) for step in range(8)] for seed in (1, 1, 2)]
+    epochs = [
+        [schedule.pairs_of_step(step, 30, 8, seed) for step in range(8)] for seed in (1, 1, 2)
+    ]
     assert epochs[0] == epochs[1] != epochs[2]
     for epoch in (epochs[0][:4], epochs[0][4:]):
         assert sorted(i for step in epoch for i in step) == list(range(30))
@@ -274,9 +313,25 @@ def test_batches_follow_from_the_seed_alone():
 SETTINGS = {
     "1 rank, 4 micro-batches": (0, "--tokens_per_microbatch", "800"),
     "1 rank, checkpointing": (0, "--checkpointing", "on"),
-    "1 rank, plain path": (0, "--packing", "off", "--prefix_sharing", "off", "--per_device_batch", "3"),
+    "1 rank, plain path": (
+        0,
+        "--packing",
+        "off",
+        "--prefix_sharing",
+        "off",
+        "--per_device_batch",
+        "3",
+    ),
     "2 ranks": (2, "--tokens_per_microbatch", "800"),
-    "2 ranks, base sharded": (2, "--tokens_per_microbatch", "800", "--shard", "full", "--checkpointing", "on"),
+    "2 ranks, base sharded": (
+        2,
+        "--tokens_per_microbatch",
+        "800",
+        "--shard",
+        "full",
+        "--checkpointing",
+        "on",
+    ),
     "4 ranks": (4,),
 }
 
@@ -304,27 +359,40 @@ def five_steps(model, data, results, run_id, *more):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_ranks_accumulation_and_layout_do_not_change_the_run(one_rank, tiny_model, pairs_folder, setting):
+def test_ranks_accumulation_and_layout_do_not_change_the_run(
+    one_rank, tiny_model, pairs_folder, setting
+):
     ranks, *more = SETTINGS[setting]
     run = one_rank.parent / setting.replace(" ", "").replace(",", "_")
     train(five_steps(tiny_model, pairs_folder, run.parent, run.name, *more), ranks)
     for expected, line in zip(metrics_of(one_rank), metrics_of(run), strict=True):
         assert expected.keys() == line.keys()
         differ = {"tok_per_s", "peak_gib"}
-        if "plain" in setting:  # two prompts a pair; and while the policy is the reference, which was read from a
-            differ.add("tokens")  # packed run's file, rounding alone decides which pairs count as ranked right
+        if (
+            "plain" in setting
+        ):  # two prompts a pair; and while the policy is the reference, which was read from a
+            differ.add(
+                "tokens"
+            )  # packed run's file, rounding alone decides which pairs count as ranked right
             differ |= {key for key in expected if "acc" in key and expected["step"] < 2}
         for key in set(expected) - differ:
-            # Sums of hundreds of nats in fp32 differ in the last digits; what is small beside them does too.
-            tolerance = 1e-5 if key.endswith(("loss", "preference", "grad_norm", "lr", "epoch")) else 5e-4
+            # Sums of hundreds of nats in fp32 differ in the last digits; what is small beside them
+            # does too.
+            tolerance = (
+                1e-5 if key.endswith(("loss", "preference", "grad_norm", "lr", "epoch")) else 5e-4
+            )
             assert line[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), key
-    one, other = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one_rank, run))
+    one, other = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one_rank, run)
+    )
     for name in one:
         assert torch.allclose(one[name], other[name], atol=2e-5), name
 
 
 def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
-    """Hits: whatever leaves model and pairs alone. Misses: the quantisation, the dtype, the template, the pairs."""
+    """Hits: whatever leaves model and pairs alone. Misses: the quantisation, the dtype, the
+    template, the pairs.
+    """
     data = tmp_path / "data"
     shutil.copytree(pairs_folder, data)
     rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
@@ -336,7 +404,10 @@ def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_pat
 
     assert cached() == 2
     assert cached("--loss", "dpo", "--beta", "2.5", "--seed", "3", "--logp", "mean") == 2
-    assert cached("--tau", "4", "--lora_r", "8", "--learning_rate", "1e-4", "--lora_targets", "q_proj") == 2
+    assert (
+        cached("--tau", "4", "--lora_r", "8", "--learning_rate", "1e-4", "--lora_targets", "q_proj")
+        == 2
+    )
     assert cached("--quant", "nf4") == 0
     assert cached("--dtype", "bfloat16") == 0
     other = tmp_path / "model"
@@ -358,7 +429,9 @@ def test_reference_key_follows_weights_and_tokens(val_pairs):
 # ---- the plan -----------------------------------------------------------------------------------
 
 
-def test_dry_run_counts_what_the_run_does_and_loads_nothing(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
+def test_dry_run_counts_what_the_run_does_and_loads_nothing(
+    one_rank, tiny_model, pairs_folder, tmp_path, capsys
+):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("*.safetensors"))
     train(five_steps(model, pairs_folder, tmp_path / "r", "x", "--dry_run"))
@@ -368,15 +441,23 @@ def test_dry_run_counts_what_the_run_does_and_loads_nothing(one_rank, tiny_model
     steps = [line for line in metrics_of(one_rank) if "lr" in line]
     assert f"tokens: {sum(line['tokens'] for line in steps):,} in all steps" in said
     assert [line["step"] for line in metrics_of(one_rank) if "eval/loss" in line] == [0, 2, 4, 5]
-    assert all(part in said for part in ("weights", "adapter", "optimiser", "activations", "logits", "total"))
+    assert all(
+        part in said
+        for part in ("weights", "adapter", "optimiser", "activations", "logits", "total")
+    )
     assert not (tmp_path / "r").exists()
     train(five_steps(model, pairs_folder, tmp_path / "r", "x", "--dry_run", "4"))
     assert "4 rank(s)" in capsys.readouterr().out
 
 
 def test_padding_is_counted(val_pairs):
-    steps, count = [list(range(len(val_pairs)))], partial(load_of, val_pairs, world=1, on_cuda=False)
-    packed, padded = (count(steps=steps, packing=Packing(0, pairs=8, padded=p)) for p in (False, True))
+    steps, count = (
+        [list(range(len(val_pairs)))],
+        partial(load_of, val_pairs, world=1, on_cuda=False),
+    )
+    packed, padded = (
+        count(steps=steps, packing=Packing(0, pairs=8, padded=p)) for p in (False, True)
+    )
     assert packed.computed == packed.tokens == padded.tokens < padded.computed
     batch = make_batch(val_pairs, Packing(0, padded=True), ONE.device)
     assert padded.computed == batch.input_ids.numel() and padded.tokens == batch.tokens
@@ -387,10 +468,13 @@ def test_shapes_without_weights(tiny_model):
     whole, cut = shapes_of(str(tiny_model)), shapes_of(str(tiny_model), layers=1)
     assert all(p.is_meta for p in whole.parameters())
     layer = sum(p.numel() for p in whole.model.layers[0].parameters())
-    assert sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in cut.parameters()) == layer
+    assert (
+        sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in cut.parameters())
+        == layer
+    )
     assert AutoConfig.from_pretrained(tiny_model).num_hidden_layers == 2
 
 
 def test_sharded_nf4_is_refused():
     with pytest.raises(UserError, match="not verified"):
-        train_pref.check_args(train_pref.parse_args(["--shard", "full", "--quant", "nf4"]), world=1)
+        arguments.check_args(arguments.parse_args(["--shard", "full", "--quant", "nf4"]), world=1)

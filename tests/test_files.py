@@ -2,30 +2,41 @@
 
 import pytest
 
-from files import (
+from pref.files.console import UserError, run_main
+from pref.files.disk import finite_or_null, read_json, read_jsonl, write_text
+from pref.files.judgements import (
     JUDGEMENT_COLUMNS,
-    UserError,
-    check_pair,
-    check_run_id,
-    finite_or_null,
     params_from_name,
-    read_json,
-    read_jsonl,
     read_judgements,
-    run_main,
     write_judgements,
-    write_text,
 )
+from pref.files.pairs import check_pair
+from pref.files.run_folders import check_run_id
 
 
 def judgement(**values):
     row = dict.fromkeys(JUDGEMENT_COLUMNS)
-    return row | {"question_id": 81, "turn": 1, "choice": 0, "grading": "single", "status": "ok", "score": 7.5} | values
+    return (
+        row
+        | {
+            "question_id": 81,
+            "turn": 1,
+            "choice": 0,
+            "grading": "single",
+            "status": "ok",
+            "score": 7.5,
+        }
+        | values
+    )
 
 
-@pytest.mark.parametrize("text", ["a\rb [[7]]", 'quotes " and\nlines', "<script>", "été 漢字", "x" * 200_000])
+@pytest.mark.parametrize(
+    "text", ["a\rb [[7]]", 'quotes " and\nlines', "<script>", "été 漢字", "x" * 200_000]
+)
 def test_judgements_come_back_as_they_were(tmp_path, text):
-    write_judgements(tmp_path / "j.csv", [judgement(judgement=text), judgement(turn=2, cost_usd=0.01)])
+    write_judgements(
+        tmp_path / "j.csv", [judgement(judgement=text), judgement(turn=2, cost_usd=0.01)]
+    )
     rows = read_judgements(tmp_path / "j.csv")
     assert [row["judgement"] for row in rows] == [text, None]
     assert rows[0]["question_id"] == 81 and rows[0]["score"] == 7.5 and rows[1]["cost_usd"] == 0.01
@@ -74,7 +85,10 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_non_finite_numbers_become_null():
-    assert finite_or_null({"a": [1.0, float("nan")], "b": float("inf")}) == {"a": [1.0, None], "b": None}
+    assert finite_or_null({"a": [1.0, float("nan")], "b": float("inf")}) == {
+        "a": [1.0, None],
+        "b": None,
+    }
 
 
 @pytest.mark.parametrize("run_id", ["dpo_b0.1_s42", "base", "td_dpo_b2.5_t2_s42_lr2e-05", "x+y"])
@@ -82,7 +96,9 @@ def test_good_run_ids(run_id):
     assert check_run_id(run_id) == run_id
 
 
-@pytest.mark.parametrize("run_id", ["", "../x", "a/b", ".hidden", "a..b", "<b>", "a b", "x" * 129, "a\n"])
+@pytest.mark.parametrize(
+    "run_id", ["", "../x", "a/b", ".hidden", "a..b", "<b>", "a b", "x" * 129, "a\n"]
+)
 def test_bad_run_ids(run_id):
     with pytest.raises(UserError):
         check_run_id(run_id)
@@ -90,9 +106,15 @@ def test_bad_run_ids(run_id):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("SmolLM2-135M-Instruct", 0.135), ("meta-llama/Llama-2-7b-chat-hf", 7), ("Mixtral-8x7B", 56), ("Qwen-1.5B", 1.5),
-     ("gpt-5-mini", None), ("model-v2", None)],
-)  # fmt: skip
+    [
+        ("SmolLM2-135M-Instruct", 0.135),
+        ("meta-llama/Llama-2-7b-chat-hf", 7),
+        ("Mixtral-8x7B", 56),
+        ("Qwen-1.5B", 1.5),
+        ("gpt-5-mini", None),
+        ("model-v2", None),
+    ],
+)
 def test_size_in_a_models_name(name, billions):
     assert params_from_name(name) == billions
 
@@ -104,7 +126,10 @@ def test_pair_reasons():
     assert check_pair(pair | {"rejected": [answer]}) == "chosen == rejected"
     assert check_pair(pair | {"chosen": [answer | {"content": " "}]}) == "empty chosen"
     assert check_pair(pair | {"prompt": [user, user]}) == "roles do not alternate"
-    assert check_pair(pair | {"prompt": [user, {"role": "system", "content": "s"}]}) == "roles do not alternate"
+    assert (
+        check_pair(pair | {"prompt": [user, {"role": "system", "content": "s"}]})
+        == "roles do not alternate"
+    )
     assert check_pair(pair | {"chosen": [user]}) == "last message not the assistant's"
     assert check_pair(pair | {"prompt": "q"}) == "prompt is not a list of messages"
 

@@ -1,4 +1,6 @@
-"""gen_mtbench.py on a tiny random model: equal to plain PEFT generation, seeded, resumable, errors."""
+"""gen_mtbench.py on a tiny random model: equal to plain PEFT generation, seeded, resumable,
+errors.
+"""
 
 import json
 import os
@@ -14,13 +16,22 @@ from conftest import ROOT, run_script, write_jsonl
 from doubles import completion, load_fastchat
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import gen_mtbench
 import train_pref
-from chat import load_tokenizer, prompt_ids
-from files import CATEGORIES, UserError, read_answers
-from generation import GREEDY_BELOW, Engine, Request
+from pref.answering.generation import GREEDY_BELOW, Engine, Request
+from pref.answering.turns import Store
+from pref.files import mt_bench
+from pref.files.console import UserError
+from pref.files.mt_bench import CATEGORIES, read_answers
+from pref.model.chat import load_tokenizer, prompt_ids
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +55,43 @@ def results(tiny_model, pairs_folder, tmp_path_factory):
     """Two runs whose adapters have moved away from the base."""
     folder = tmp_path_factory.mktemp("gen") / "results"
     for loss in ("dpo", "td_dpo"):
-        arguments = ("--model", tiny_model, "--data", pairs_folder, "--results_dir", folder, "--dtype", "float32",
-                     "--lora_r", "4", "--global_batch", "8", "--learning_rate", "0.05", "--max_steps", "3",
-                     "--run_id", loss, "--loss", loss)  # fmt: skip
+        arguments = (
+            "--model",
+            tiny_model,
+            "--data",
+            pairs_folder,
+            "--results_dir",
+            folder,
+            "--dtype",
+            "float32",
+            "--lora_r",
+            "4",
+            "--global_batch",
+            "8",
+            "--learning_rate",
+            "0.05",
+            "--max_steps",
+            "3",
+            "--run_id",
+            loss,
+            "--loss",
+            loss,
+        )
         train_pref.main([str(a) for a in arguments])
     return folder
 
 
 def answer(results, bench, *more):
-    arguments = (results, "--mt_bench", bench, "--max_new_tokens", "12", "--dtype", "float32", *more)
+    arguments = (
+        results,
+        "--mt_bench",
+        bench,
+        "--max_new_tokens",
+        "12",
+        "--dtype",
+        "float32",
+        *more,
+    )
     return gen_mtbench.main([str(a) for a in arguments])
 
 
@@ -67,23 +106,42 @@ def test_answers_of_every_run_and_of_the_base(results, bench, tiny_model):
     assert all(sorted(turns) == list(range(81, 97)) for turns in answers.values())
     assert answers["dpo"] != answers["base"] != answers["td_dpo"] != answers["dpo"]
     row = json.loads((results / "dpo" / "mt_bench" / "answers.jsonl").read_text().splitlines()[0])
-    assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= row.keys()  # what FastChat reads
-    assert row["model_id"] == "dpo" and row["settings"]["max_new_tokens"] == 12 and len(row["adapter_sha256"]) == 64
+    assert {
+        "question_id",
+        "answer_id",
+        "model_id",
+        "choices",
+        "tstamp",
+    } <= row.keys()  # what FastChat reads
+    assert (
+        row["model_id"] == "dpo"
+        and row["settings"]["max_new_tokens"] == 12
+        and len(row["adapter_sha256"]) == 64
+    )
 
 
 def plain_generate(model, ids: list[int], count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens by transformers' `generate`, and at each the distance of the two best logits."""
+    """Greedy tokens by transformers' `generate`, and at each the distance of the two best
+    logits.
+    """
     given = torch.tensor([ids])
-    output = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False,
-                            output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    output = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        max_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     best = [step[0].float().topk(2).values for step in output.logits]
     return output.sequences[0, len(ids) :].tolist(), [(pair[0] - pair[1]).item() for pair in best]
 
 
 @pytest.mark.parametrize("run", ["dpo", "td_dpo"])
 def test_greedy_answers_equal_one_by_one_peft_generate(results, bench, tiny_model, tmp_path, run):
-    """Sixteen questions, both turns, two adapters and the base in one batch. A difference is allowed where the two
-    best logits are closer than 1e-4."""
+    """Sixteen questions, both turns, two adapters and the base in one batch. A difference is
+    allowed where the two best logits are closer than 1e-4.
+    """
     for name in ("dpo", "td_dpo"):
         shutil.copytree(results / name, tmp_path / name, ignore=shutil.ignore_patterns("mt_bench"))
     answer(tmp_path, bench, "--base", "--temperature", "0", "--batch_size", "7")
@@ -108,26 +166,44 @@ def test_greedy_answers_equal_one_by_one_peft_generate(results, bench, tiny_mode
 
 @pytest.mark.parametrize("kind", ["gemma2", "mistral"])
 def test_soft_caps_and_sliding_windows(tiny_model, kind):
-    """Architectures whose attention is not plain, prompts longer than the window, rows that leave and join."""
+    """Architectures whose attention is not plain, prompts longer than the window, rows that leave
+    and join.
+    """
     torch.manual_seed(0)
-    sizes = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
-             "pad_token_id": 2, "eos_token_id": 2}  # fmt: skip
+    sizes = {
+        "vocab_size": 600,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "pad_token_id": 2,
+        "eos_token_id": 2,
+    }
     if kind == "gemma2":
-        model = Gemma2ForCausalLM(Gemma2Config(**sizes, sliding_window=8, attn_logit_softcapping=1.0,
-                                               final_logit_softcapping=2.0))  # fmt: skip
+        model = Gemma2ForCausalLM(
+            Gemma2Config(
+                **sizes, sliding_window=8, attn_logit_softcapping=1.0, final_logit_softcapping=2.0
+            )
+        )
     else:
         model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
     prompts = [torch.randint(3, 600, (length,)).tolist() for length in (5, 30, 17, 40)]
     expected = [plain_generate(model.eval(), prompt, 10)[0] for prompt in prompts]
     engine, found = Engine(model, {}, rows=2, length=64, ends=[2]), {}
-    requests = (Request(prompt, None, 0.0, 0, 10, tag=number) for number, prompt in enumerate(prompts))
+    requests = (
+        Request(prompt, None, 0.0, 0, 10, tag=number) for number, prompt in enumerate(prompts)
+    )
     engine.run(requests, lambda request: found.update({request.tag: request.tokens}))
     assert [found[number] for number in range(4)] == expected
 
 
 def test_follow_ups_keep_their_keys_and_values(tiny_model):
-    """Turn 2 begins with turn 1: only what is new goes through the model, and the answer is that of a fresh row."""
+    """Turn 2 begins with turn 1: only what is new goes through the model, and the answer is that of
+    a fresh row.
+    """
     models = [AutoModelForCausalLM.from_pretrained(tiny_model).eval() for _ in range(2)]
     engine, passed, found = Engine(models[0], {}, rows=1, length=128, ends=[2]), [], []
     original = engine.forward
@@ -167,7 +243,9 @@ def test_the_models_own_generation_config_is_set_aside(results, bench, tiny_mode
     """A repetition penalty in the model folder is not MT-Bench's protocol."""
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    (model / "generation_config.json").write_text('{"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}')
+    (model / "generation_config.json").write_text(
+        '{"repetition_penalty": 5.0, "no_repeat_ngram_size": 1}'
+    )
     answer(tmp_path / "r", bench, "--base", "--model", model)
     answer(results, bench, "--base")
     assert turns_of(tmp_path / "r", "base") == turns_of(results, "base")
@@ -179,28 +257,42 @@ def test_unfinished_runs_are_left_out(results, bench, tmp_path, capsys):
     (tmp_path / "dpo" / "summary.json").unlink()
     answer(tmp_path, bench)
     assert "dpo: training has not finished" in capsys.readouterr().out
-    assert not (tmp_path / "dpo" / "mt_bench").exists() and (tmp_path / "td_dpo" / "mt_bench").exists()
+    assert (
+        not (tmp_path / "dpo" / "mt_bench").exists() and (tmp_path / "td_dpo" / "mt_bench").exists()
+    )
 
 
-def test_adapters_that_do_not_fit_are_refused_before_anything_is_answered(results, bench, tmp_path, tiny_model):
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_answered(
+    results, bench, tmp_path, tiny_model
+):
     def adapter(name):
-        shutil.copytree(results / "dpo", tmp_path / name / "dpo", ignore=shutil.ignore_patterns("mt_bench"))
+        shutil.copytree(
+            results / "dpo", tmp_path / name / "dpo", ignore=shutil.ignore_patterns("mt_bench")
+        )
         return tmp_path / name / "dpo" / "adapter" / "adapter_model.safetensors"
 
     path = adapter("layers")
     weights = load_file(path)
     save_file({name: value for name, value in weights.items() if "layers.1" not in name}, path)
-    with pytest.raises(UserError, match=r"does not fit this base model \(nothing for model.layers.1"):
+    with pytest.raises(
+        UserError, match=r"does not fit this base model \(nothing for model.layers.1"
+    ):
         answer(tmp_path / "layers", bench)
     path = adapter("shapes")
     save_file(
-        {name: value[:, :32].contiguous() if "lora_A" in name else value for name, value in weights.items()}, path
+        {
+            name: value[:, :32].contiguous() if "lora_A" in name else value
+            for name, value in weights.items()
+        },
+        path,
     )
     with pytest.raises(UserError, match="it was trained on another"):
         answer(tmp_path / "shapes", bench)
     adapter("weights")
     record = json.loads((tmp_path / "weights" / "dpo" / "args.json").read_text())
-    (tmp_path / "weights" / "dpo" / "args.json").write_text(json.dumps(record | {"base_sha256": "0" * 64}))
+    (tmp_path / "weights" / "dpo" / "args.json").write_text(
+        json.dumps(record | {"base_sha256": "0" * 64})
+    )
     with pytest.raises(UserError, match="trained on other weights"):
         answer(tmp_path / "weights", bench)
     assert not list(tmp_path.glob("*/*/mt_bench/*"))
@@ -220,11 +312,18 @@ def test_sampling_follows_the_softmax(tiny_model):
 def test_a_retrained_adapter_is_answered_anew(results, bench, capsys):
     answer(results, bench)
     path = results / "td_dpo" / "mt_bench" / "answers.jsonl"
-    path.write_text("".join(line.replace('"adapter_sha256": "', '"adapter_sha256": "old') for line in
-                            path.read_text().splitlines(keepends=True)))  # fmt: skip
+    path.write_text(
+        "".join(
+            line.replace('"adapter_sha256": "', '"adapter_sha256": "old')
+            for line in path.read_text().splitlines(keepends=True)
+        )
+    )
     answer(results, bench)
     assert "older adapter" in capsys.readouterr().out
-    assert len(turns_of(results, "td_dpo")) == 16 and "old" not in path.read_text().split("adapter_sha256")[1][:8]
+    assert (
+        len(turns_of(results, "td_dpo")) == 16
+        and "old" not in path.read_text().split("adapter_sha256")[1][:8]
+    )
 
 
 def test_other_settings_are_refused(results, bench):
@@ -249,7 +348,7 @@ def test_context_overflow_is_marked(results, bench, tmp_path):
 
 
 def test_num_questions_spread_over_the_categories(bench):
-    questions = gen_mtbench.pick_questions(gen_mtbench.read_questions(bench / "question.jsonl"), 8)
+    questions = mt_bench.pick_questions(mt_bench.read_questions(bench / "question.jsonl"), 8)
     assert [q["question_id"] for q in questions] == list(range(81, 97, 2))
 
 
@@ -257,8 +356,14 @@ def test_num_questions_spread_over_the_categories(bench):
     ("break_it", "said"),
     [
         (lambda run: (run / "adapter" / "adapter_config.json").unlink(), "no adapter there"),
-        (lambda run: (run / "adapter" / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
-        (lambda run: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"torn"), "cannot be read"),
+        (
+            lambda run: (run / "adapter" / "adapter_config.json").write_text("{"),
+            "adapter_config.json cannot be read",
+        ),
+        (
+            lambda run: (run / "adapter" / "adapter_model.safetensors").write_bytes(b"torn"),
+            "cannot be read",
+        ),
         (lambda run: (run / "args.json").write_text("{"), "not valid JSON"),
     ],
 )
@@ -283,7 +388,10 @@ def test_results_without_adapters(tmp_path, bench):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"question_id": 81, "category": "cooking", "turns": ["a", "b"]}, "unknown category 'cooking'"),
+        (
+            {"question_id": 81, "category": "cooking", "turns": ["a", "b"]},
+            "unknown category 'cooking'",
+        ),
         ({"question_id": 81, "category": "math", "turns": ["a"]}, "two non-empty strings"),
         ({"question_id": "x", "category": "math", "turns": ["a", "b"]}, "whole number"),
     ],
@@ -299,20 +407,38 @@ def test_bad_questions_are_named_with_their_line(results, tmp_path, row, said):
 
 
 def test_alpaca_evals_instructions_and_its_outputs(results, tmp_path):
-    shutil.copytree(results / "dpo", tmp_path / "r" / "dpo", ignore=shutil.ignore_patterns("mt_bench"))
+    shutil.copytree(
+        results / "dpo", tmp_path / "r" / "dpo", ignore=shutil.ignore_patterns("mt_bench")
+    )
     file = tmp_path / "alpaca_eval.json"
     rows = [
-        {"instruction": f"Say {i}.", "output": "x", "generator": "text_davinci_003", "dataset": "koala"}
+        {
+            "instruction": f"Say {i}.",
+            "output": "x",
+            "generator": "text_davinci_003",
+            "dataset": "koala",
+        }
         for i in range(5)
     ]
     file.write_text(json.dumps(rows))
     with pytest.raises(UserError, match="give --temperature"):
         answer(tmp_path / "r", tmp_path, "--questions", file)
-    answer(tmp_path / "r", tmp_path, "--questions", file, "--temperature", "0.7", "--export", "alpaca_eval")
+    answer(
+        tmp_path / "r",
+        tmp_path,
+        "--questions",
+        file,
+        "--temperature",
+        "0.7",
+        "--export",
+        "alpaca_eval",
+    )
     folder = tmp_path / "r" / "dpo" / "alpaca_eval"
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     outputs = json.loads((folder / "model_outputs.json").read_text())
-    assert [row.keys() for row in outputs] == [{"dataset": 0, "instruction": 0, "output": 0, "generator": 0}.keys()] * 5
+    assert [row.keys() for row in outputs] == [
+        {"dataset": 0, "instruction": 0, "output": 0, "generator": 0}.keys()
+    ] * 5
     assert [row["instruction"] for row in outputs] == [row["instruction"] for row in rows]
     assert [row["output"] for row in outputs] == [row["choices"][0]["turns"][0] for row in answers]
     assert {(row["generator"], row["dataset"]) for row in outputs} == {("dpo", "koala")}
@@ -338,21 +464,30 @@ def test_bad_lines_of_other_questions_are_named(results, tmp_path, lines, said):
 
 
 def test_questions_of_three_turns(results, tmp_path):
-    shutil.copytree(results / "dpo", tmp_path / "r" / "dpo", ignore=shutil.ignore_patterns("mt_bench"))
+    shutil.copytree(
+        results / "dpo", tmp_path / "r" / "dpo", ignore=shutil.ignore_patterns("mt_bench")
+    )
     path = write_jsonl(
-        tmp_path / "mine.jsonl", [{"question_id": 3, "category": "math", "turns": ["One.", "Two.", "Three."]}]
+        tmp_path / "mine.jsonl",
+        [{"question_id": 3, "category": "math", "turns": ["One.", "Two.", "Three."]}],
     )
     answer(tmp_path / "r", tmp_path, "--questions", path)
     row = json.loads((tmp_path / "r" / "dpo" / "mine" / "answers.jsonl").read_text())
     assert len(row["choices"][0]["turns"]) == 3 and row["temperature"] == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FastChat's regular expressions are not raw strings
-def test_choices_have_seeds_of_their_own_and_load_in_fastchat(results, bench, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # FastChat's regular expressions are not raw strings
+def test_choices_have_seeds_of_their_own_and_load_in_fastchat(
+    results, bench, tmp_path, monkeypatch
+):
     shutil.copytree(results / "dpo", tmp_path / "dpo", ignore=shutil.ignore_patterns("mt_bench"))
     answer(tmp_path, bench, "--num_choices", "2", "--temperature", "1")
     (tmp_path / "answers").mkdir()
-    shutil.copyfile(tmp_path / "dpo" / "mt_bench" / "answers.jsonl", tmp_path / "answers" / "dpo.jsonl")
+    shutil.copyfile(
+        tmp_path / "dpo" / "mt_bench" / "answers.jsonl", tmp_path / "answers" / "dpo.jsonl"
+    )
     loaded = load_fastchat(monkeypatch).load_model_answers(str(tmp_path / "answers"))["dpo"]
     assert sorted(loaded) == list(range(81, 97))
     for row in loaded.values():
@@ -373,12 +508,17 @@ def test_log_probabilities_of_the_answers(results, bench, tiny_model, tmp_path):
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "dpo" / "adapter"
     ).eval()
-    questions = {q["question_id"]: q for q in map(json.loads, (bench / "question.jsonl").read_text().splitlines())}
+    questions = {
+        q["question_id"]: q
+        for q in map(json.loads, (bench / "question.jsonl").read_text().splitlines())
+    }
     for line in (tmp_path / "dpo" / "mt_bench" / "answers.jsonl").read_text().splitlines():
         row = json.loads(line)
         (choice,), conversation = row["choices"], []
         for turn, text in enumerate(choice["turns"]):
-            conversation.append({"role": "user", "content": questions[row["question_id"]]["turns"][turn]})
+            conversation.append(
+                {"role": "user", "content": questions[row["question_id"]]["turns"][turn]}
+            )
             prompt = prompt_ids(tokenizer, conversation)
             ids = [*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"]]
             ids += [] if choice["truncated"][turn] else [tokenizer.eos_token_id]
@@ -386,7 +526,11 @@ def test_log_probabilities_of_the_answers(results, bench, tiny_model, tmp_path):
             given = torch.tensor([ids])
             with torch.no_grad():
                 tuned = (
-                    model(given).logits[0, :-1].log_softmax(-1).gather(1, given[0, 1:, None])[len(prompt) - 1 :].sum()
+                    model(given)
+                    .logits[0, :-1]
+                    .log_softmax(-1)
+                    .gather(1, given[0, 1:, None])[len(prompt) - 1 :]
+                    .sum()
                 )
                 with model.disable_adapter():
                     base = (
@@ -409,10 +553,23 @@ def test_log_probabilities_of_the_answers(results, bench, tiny_model, tmp_path):
 
 def test_killed_in_the_middle_nothing_is_lost_or_doubled(results, bench, tmp_path):
     for name in ("dpo", "td_dpo"):
-        shutil.copytree(results / name, tmp_path / "r" / name, ignore=shutil.ignore_patterns("mt_bench"))
+        shutil.copytree(
+            results / name, tmp_path / "r" / name, ignore=shutil.ignore_patterns("mt_bench")
+        )
     script = str(ROOT / "gen_mtbench.py")
-    command = [sys.executable, script, tmp_path / "r", "--mt_bench", bench, "--max_new_tokens", "12", "--dtype",
-               "float32", "--batch_size", "3"]  # fmt: skip
+    command = [
+        sys.executable,
+        script,
+        tmp_path / "r",
+        "--mt_bench",
+        bench,
+        "--max_new_tokens",
+        "12",
+        "--dtype",
+        "float32",
+        "--batch_size",
+        "3",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     turns = tmp_path / "r" / "dpo" / "mt_bench" / "turns.0.jsonl"
     until = time.monotonic() + 60
@@ -424,12 +581,15 @@ def test_killed_in_the_middle_nothing_is_lost_or_doubled(results, bench, tmp_pat
         file.write(b'{"question_id": 81, "cho')  # torn
     answered = turns.read_bytes().count(b"\n")
     assert answered >= 5 and not (tmp_path / "r" / "dpo" / "mt_bench" / "answers.jsonl").exists()
-    added, original = [], gen_mtbench.Store.add
+    added, original = [], Store.add
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gen_mtbench.Store, "add", lambda store, *a, **k: added.append(a) or original(store, *a, **k))
+        patch.setattr(
+            Store, "add", lambda store, *a, **k: added.append(a) or original(store, *a, **k)
+        )
         answer(tmp_path / "r", bench)
     assert len(added) == 2 * 16 * 2 - answered - sum(
-        path.read_bytes().count(b"\n") for path in (tmp_path / "r" / "td_dpo").glob("mt_bench/turns*")
+        path.read_bytes().count(b"\n")
+        for path in (tmp_path / "r" / "td_dpo").glob("mt_bench/turns*")
     )
     assert not turns.exists()
     answer(results, bench)
@@ -457,20 +617,27 @@ def test_two_processes_share_the_work(results, bench, tmp_path):
     answer(results, bench)
     for run in ("dpo", "td_dpo"):
         assert turns_of(tmp_path, run) == turns_of(results, run)
-        rows = [json.loads(line) for line in (tmp_path / run / "mt_bench" / "answers.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / run / "mt_bench" / "answers.jsonl").read_text().splitlines()
+        ]
         assert all("logp" in choice for row in rows for choice in row["choices"])
         assert os.listdir(tmp_path / run / "mt_bench") == ["answers.jsonl"]
 
 
 def test_many_adapters_take_turns_in_memory(tiny_model, bench, tmp_path):
     """Never more than MOST_ADAPTERS are loaded, though 20 are answered for."""
-    import generation
+    from pref.answering import generation
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=2, target_modules=["q_proj"])
+    )
     folders = {f"run{number:02}": tmp_path / f"run{number:02}" for number in range(20)}
     for folder in folders.values():
         model.save_pretrained(folder)
-    engine = Engine(AutoModelForCausalLM.from_pretrained(tiny_model), folders, rows=16, length=32, ends=[2])
+    engine = Engine(
+        AutoModelForCausalLM.from_pretrained(tiny_model), folders, rows=16, length=32, ends=[2]
+    )
     most, original = [], engine.adapters.use
 
     def use(names):
@@ -486,8 +653,20 @@ def test_answers_through_a_server(results, bench, tmp_path, server, monkeypatch)
     """The same files; a request that fails is not lost, one that is answered is not sent again."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
     shutil.copytree(results / "dpo", tmp_path / "dpo", ignore=shutil.ignore_patterns("mt_bench"))
-    server.answer = lambda body: completion(f"{body['model']}: {body['messages'][-1]['content']}", finish="length")
-    answer(tmp_path, bench, "--base_url", server.url, "--base", "--served_base", "base-7b", "--num_questions", "8")
+    server.answer = lambda body: completion(
+        f"{body['model']}: {body['messages'][-1]['content']}", finish="length"
+    )
+    answer(
+        tmp_path,
+        bench,
+        "--base_url",
+        server.url,
+        "--base",
+        "--served_base",
+        "base-7b",
+        "--num_questions",
+        "8",
+    )
     assert len(server.requests) == 2 * 8 * 2
     first = next(body for body in server.requests if body["model"] == "dpo")
     assert first["max_tokens"] == 12 and {"temperature", "seed", "messages"} <= first.keys()
@@ -495,8 +674,20 @@ def test_answers_through_a_server(results, bench, tmp_path, server, monkeypatch)
     assert turns[81] == ["dpo: Explain thing 0.", "dpo: Shorter."] and len(turns) == 8
     assert turns_of(tmp_path, "base")[81][0].startswith("base-7b: ")
     row = json.loads((tmp_path / "dpo" / "mt_bench" / "answers.jsonl").read_text().splitlines()[0])
-    assert row["choices"][0]["truncated"] == [True, True] and row["settings"]["server"].startswith("http://127.0.0.1")
-    answer(tmp_path, bench, "--base_url", server.url, "--base", "--served_base", "base-7b", "--num_questions", "8")
+    assert row["choices"][0]["truncated"] == [True, True] and row["settings"]["server"].startswith(
+        "http://127.0.0.1"
+    )
+    answer(
+        tmp_path,
+        bench,
+        "--base_url",
+        server.url,
+        "--base",
+        "--served_base",
+        "base-7b",
+        "--num_questions",
+        "8",
+    )
     assert len(server.requests) == 2 * 8 * 2
     (tmp_path / "dpo" / "mt_bench" / "answers.jsonl").unlink()
     server.answer = lambda body: (

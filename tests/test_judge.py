@@ -1,4 +1,6 @@
-"""judge.py: what is sent (FastChat's messages), what is read, what is paid for, and what survives a fault."""
+"""judge.py: what is sent (FastChat's messages), what is read, what is paid for, and what survives a
+fault.
+"""
 
 import json
 import math
@@ -17,7 +19,10 @@ from doubles import HANG_UP, Server, completion, load_fastchat
 
 import judge
 import prep_data
-from files import UserError, locked, read_judgements, sha256_json
+from pref.files.console import UserError
+from pref.files.disk import locked, sha256_json
+from pref.files.judgements import read_judgements
+from pref.judging import calls, costs, local_judge, protocol, server_judge, store
 
 KEY = "sk-test-0123456789"
 PROMPTS = [
@@ -44,7 +49,11 @@ PROMPTS = [
 ]
 PROMPTS = [{**prompt, "type": "single", "output_format": "[[rating]]"} for prompt in PROMPTS]
 QUESTIONS = [
-    {"question_id": 81, "category": "writing", "turns": ["Write {a} poem.", "Shorten it: {answer}"]},
+    {
+        "question_id": 81,
+        "category": "writing",
+        "turns": ["Write {a} poem.", "Shorten it: {answer}"],
+    },
     {"question_id": 111, "category": "math", "turns": ["What is 2 + 2?", "And {0} times two?"]},
     {"question_id": 121, "category": "coding", "turns": ["Print {x!r}.", "Now in C: %s"]},
 ]
@@ -62,12 +71,16 @@ ANSWERS = {
 def our_messages(question: dict, turn: int) -> list[dict]:
     prompts = {prompt["name"]: prompt for prompt in PROMPTS}
     question_id = question["question_id"]
-    return judge.judge_messages(prompts, question, ANSWERS[question_id], turn, REFERENCES.get(question_id, []))
+    return protocol.judge_messages(
+        prompts, question, ANSWERS[question_id], turn, REFERENCES.get(question_id, [])
+    )
 
 
 @pytest.mark.parametrize(
     ("index", "turn", "sha256"),
-    [  # of the messages that FastChat 0.2.36's own run_judge_single sends (test_messages_by_fastchats_own_code)
+    # Of the messages that FastChat 0.2.36's own run_judge_single sends
+    # (test_messages_by_fastchats_own_code)
+    [
         (0, 1, "fb46821e0bb6f1ca84b851f5464a71ac2043624089cb246dfe7399b20c60fc05"),
         (0, 2, "098f82ca94248f984282db4da84d451f1e6efd8470e74943a46d33a07948d543"),
         (1, 1, "a47bb5d7b3b5057d5627689b7425b231fbb53f23e50858dc0658eaec4b3271b8"),
@@ -80,7 +93,9 @@ def test_messages_are_fastchats(index, turn, sha256):
     assert sha256_json(our_messages(QUESTIONS[index], turn)) == sha256
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # FastChat's regular expressions are not raw strings
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # FastChat's regular expressions are not raw strings
 def test_messages_by_fastchats_own_code(monkeypatch):
     fastchat = load_fastchat(monkeypatch)
     sent = []
@@ -89,10 +104,15 @@ def test_messages_by_fastchats_own_code(monkeypatch):
     )
     prompts = {prompt["name"]: prompt for prompt in PROMPTS}
     for question in QUESTIONS:
-        question_id, math_like = question["question_id"], question["category"] in fastchat.NEED_REF_CATS
+        question_id, math_like = (
+            question["question_id"],
+            question["category"] in fastchat.NEED_REF_CATS,
+        )
         reference = {"choices": [{"turns": REFERENCES[question_id]}]} if math_like else None
         for turn in (1, 2):
-            name = ("single-math-v1" if math_like else "single-v1") + ("-multi-turn" if turn == 2 else "")
+            name = ("single-math-v1" if math_like else "single-v1") + (
+                "-multi-turn" if turn == 2 else ""
+            )
             fastchat.run_judge_single(
                 question,
                 {"choices": [{"turns": ANSWERS[question_id]}]},
@@ -102,7 +122,10 @@ def test_messages_by_fastchats_own_code(monkeypatch):
             )
             messages, parameters = sent.pop()
             assert messages == our_messages(question, turn)
-            assert parameters == {"temperature": judge.TEMPERATURE, "max_tokens": judge.MAX_TOKENS}
+            assert parameters == {
+                "temperature": protocol.TEMPERATURE,
+                "max_tokens": protocol.MAX_TOKENS,
+            }
     for text in [text for text, _ in RATINGS]:
         fastchat.chat_completion_openai = lambda *args, text=text, **kwargs: text
         theirs = fastchat.run_judge_single(
@@ -111,7 +134,7 @@ def test_messages_by_fastchats_own_code(monkeypatch):
             fastchat.Judge("the-judge", prompts["single-v1"]),
             None,
         )[0]
-        assert judge.read_rating(text) == (theirs if 1 <= theirs <= 10 else None), text
+        assert protocol.read_rating(text) == (theirs if 1 <= theirs <= 10 else None), text
 
 
 # ---- what is read -------------------------------------------------------------------------------
@@ -143,11 +166,11 @@ RATINGS = [
 
 @pytest.mark.parametrize(("text", "rating"), RATINGS)
 def test_rating(text, rating):
-    assert judge.read_rating(text) == rating
+    assert protocol.read_rating(text) == rating
 
 
 def test_huge_rating_is_none():
-    assert judge.read_rating(f"[[{'9' * 400}]]") is None  # inf as a float
+    assert protocol.read_rating(f"[[{'9' * 400}]]") is None  # inf as a float
 
 
 # ---- a server double: faults and counting -------------------------------------------------------
@@ -175,7 +198,13 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def write_answers(path: Path, answers: dict[int, list[str]]) -> None:
-    write_lines(path, [{"question_id": q, "choices": [{"index": 0, "turns": turns}]} for q, turns in answers.items()])
+    write_lines(
+        path,
+        [
+            {"question_id": q, "choices": [{"index": 0, "turns": turns}]}
+            for q, turns in answers.items()
+        ],
+    )
 
 
 def make_run(folder: Path, name: str, answers: dict[int, list[str]]) -> Path:
@@ -186,7 +215,15 @@ def make_run(folder: Path, name: str, answers: dict[int, list[str]]) -> Path:
 
 
 def run_judge(folder: Path, server: Server, *more: str, model: str = "big-70b") -> int:
-    arguments = [str(folder / "results"), "--mt_bench", str(folder / "mt"), "--judge", model, "--base_url", server.url]
+    arguments = [
+        str(folder / "results"),
+        "--mt_bench",
+        str(folder / "mt"),
+        "--judge",
+        model,
+        "--base_url",
+        server.url,
+    ]
     return judge.main([*arguments, "--allow_incomplete", *more])  # one of the answers is empty
 
 
@@ -197,18 +234,38 @@ def rows_of(folder: Path, name: str = "base") -> list[dict]:
 def test_judges_every_turn_once(workplace, server, capsys):
     assert run_judge(workplace, server) == 0
     rows = rows_of(workplace)
-    assert [(row["question_id"], row["turn"]) for row in rows] == [(q, t) for q in (81, 111, 121) for t in (1, 2)]
-    assert {key: rows[0][key] for key in ("score", "status", "model_id", "category", "grading", "judge")} == {
-        "score": 7, "status": "ok", "model_id": "base", "category": "writing", "grading": "single", "judge": "big-70b",
-    }  # fmt: skip
-    assert {key: rows[0][key] for key in ("order", "baseline", "winner", "cost_usd", "choice", "repeat", "refs")} == {
-        "order": None, "baseline": None, "winner": None, "cost_usd": None, "choice": 0, "repeat": 0, "refs": "original",
-    }  # fmt: skip
+    assert [(row["question_id"], row["turn"]) for row in rows] == [
+        (q, t) for q in (81, 111, 121) for t in (1, 2)
+    ]
+    assert {
+        key: rows[0][key] for key in ("score", "status", "model_id", "category", "grading", "judge")
+    } == {
+        "score": 7,
+        "status": "ok",
+        "model_id": "base",
+        "category": "writing",
+        "grading": "single",
+        "judge": "big-70b",
+    }
+    assert {
+        key: rows[0][key]
+        for key in ("order", "baseline", "winner", "cost_usd", "choice", "repeat", "refs")
+    } == {
+        "order": None,
+        "baseline": None,
+        "winner": None,
+        "cost_usd": None,
+        "choice": 0,
+        "repeat": 0,
+        "refs": "original",
+    }
     assert (rows[0]["served_model"], rows[0]["system_fingerprint"]) == ("served-7b", "fp_1")
     assert (rows[0]["prompt_tokens"], rows[0]["completion_tokens"]) == (11, 3)
     assert (rows[0]["judge_params_b"], rows[0]["prompts"]) == (70, "own")
-    assert all(set(body) == {"model", "messages", "temperature", "max_tokens"} for body in server.requests)
-    assert (len(server.paid(judge.PROBE)), len(server.requests)) == (6, 7)
+    assert all(
+        set(body) == {"model", "messages", "temperature", "max_tokens"} for body in server.requests
+    )
+    assert (len(server.paid(server_judge.PROBE)), len(server.requests)) == (6, 7)
     out = capsys.readouterr().out
     assert "1 empty turns" in out
     assert "smoke test" not in out
@@ -228,22 +285,31 @@ def test_key_is_the_hash_of_the_stored_request(workplace, server):
 
 def test_identical_answers_are_judged_once(workplace, server):
     make_run(workplace, "td_dpo", {**ANSWERS, 81: ["Other.", "Red."]})
-    assert run_judge(workplace, server, "--concurrency", "1") == 0  # one at a time: the order of arrival is looked at
-    assert len(server.paid(judge.PROBE)) == 6 + 2
+    assert (
+        run_judge(workplace, server, "--concurrency", "1") == 0
+    )  # one at a time: the order of arrival is looked at
+    assert len(server.paid(server_judge.PROBE)) == 6 + 2
     assert len(rows_of(workplace, "td_dpo")) == 6
-    order = [body["messages"][-1]["content"] for body in server.paid(judge.PROBE)]
+    order = [body["messages"][-1]["content"] for body in server.paid(server_judge.PROBE)]
     last_poem = max(index for index, text in enumerate(order) if "poem" in text)
     assert last_poem < 4, "question 81 of both runs comes before the last questions"
 
 
 def test_one_run_folder_uses_its_results_folders_store(workplace, server):
     make_run(workplace, "td_dpo", ANSWERS)
-    arguments = ["--mt_bench", str(workplace / "mt"), "--judge", "big-70b", "--base_url", server.url,
-                 "--allow_incomplete"]  # fmt: skip
+    arguments = [
+        "--mt_bench",
+        str(workplace / "mt"),
+        "--judge",
+        "big-70b",
+        "--base_url",
+        server.url,
+        "--allow_incomplete",
+    ]
     assert judge.main([str(workplace / "results/td_dpo"), *arguments]) == 0
     assert not (workplace / "results/base/mt_bench/judgements.csv").exists()
     assert run_judge(workplace, server) == 0
-    assert len(server.paid(judge.PROBE)) == 6
+    assert len(server.paid(server_judge.PROBE)) == 6
 
 
 def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
@@ -251,9 +317,11 @@ def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
     run_judge(workplace, server, model="other-8b")
     assert Counter(row["judge"] for row in rows_of(workplace)) == {"big-70b": 6, "other-8b": 6}
     make_run(workplace, "base", {**ANSWERS, 81: [ANSWERS[81][0], "New."]})
-    before = len(server.paid(judge.PROBE))
+    before = len(server.paid(server_judge.PROBE))
     run_judge(workplace, server)
-    assert len(server.paid(judge.PROBE)) == before + 1, "only turn 2 of question 81 is another request"
+    assert len(server.paid(server_judge.PROBE)) == before + 1, (
+        "only turn 2 of question 81 is another request"
+    )
     assert Counter(row["judge"] for row in rows_of(workplace)) == {"big-70b": 6, "other-8b": 5}
 
 
@@ -273,7 +341,10 @@ def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
         ((200, {"error": {"message": "provider down"}, "choices": None}), "not_openai"),
         ((200, {"choices": []}), "not_openai"),
         ((200, "<html>hello</html>"), "not_openai"),
-        ((200, '{"choices": [{"message": {"content": "[[7]]"'), "not_openai"),  # torn, and called text/html
+        (
+            (200, '{"choices": [{"message": {"content": "[[7]]"'),
+            "not_openai",
+        ),  # torn, and called text/html
         (refusal(503, "overloaded"), "http_503"),
         ((HANG_UP, None), "connection"),
         (completion("so long " * 1_300_000), "parse"),  # 10 MB
@@ -281,7 +352,9 @@ def test_two_judges_stand_side_by_side_and_stale_answers_go(workplace, server):
     ],
 )
 def test_failures_are_kept_with_a_reason_and_retried(workplace, server, capsys, reply, status):
-    server.answer = lambda body: completion("[[7]]") if "poem" not in body["messages"][-1]["content"] else reply
+    server.answer = lambda body: (
+        completion("[[7]]") if "poem" not in body["messages"][-1]["content"] else reply
+    )
     assert run_judge(workplace, server, "--max_retries", "0") == 1
     rows = {(row["question_id"], row["turn"]): row for row in rows_of(workplace)}
     assert (rows[81, 1]["status"], rows[81, 1]["score"]) == (status, None)
@@ -289,33 +362,43 @@ def test_failures_are_kept_with_a_reason_and_retried(workplace, server, capsys, 
     assert (rows[111, 1]["status"], rows[111, 1]["score"]) == ("ok", 7)
 
     server.answer = lambda body: completion("Rating: [[8]]")
-    before = len(server.paid(judge.PROBE))
+    before = len(server.paid(server_judge.PROBE))
     assert run_judge(workplace, server) == 1
-    assert len(server.paid(judge.PROBE)) == before, "what failed is not paid for again unasked"
+    assert len(server.paid(server_judge.PROBE)) == before, (
+        "what failed is not paid for again unasked"
+    )
     assert run_judge(workplace, server, "--retry_failed") == 0
-    assert len(server.paid(judge.PROBE)) == before + 2, "the two failed ones alone"
+    assert len(server.paid(server_judge.PROBE)) == before + 2, "the two failed ones alone"
     assert sorted(row["score"] for row in rows_of(workplace)) == [7, 7, 7, 7, 8, 8]
 
 
 def test_nothing_of_an_earlier_failure_stays(workplace, server):
     server.answer = lambda body: completion("No rating.")
     run_judge(workplace, server)
-    server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else refusal(500, "oops")
+    server.answer = lambda body: (
+        completion("OK") if body["messages"] == server_judge.PROBE else refusal(500, "oops")
+    )
     assert run_judge(workplace, server, "--max_retries", "0", "--retry_failed") == 1
     for row in rows_of(workplace):
-        assert (row["status"], row["served_model"], row["prompt_tokens"]) == ("http_500", None, None)
+        assert (row["status"], row["served_model"], row["prompt_tokens"]) == (
+            "http_500",
+            None,
+            None,
+        )
         assert "oops" in row["judgement"]
 
 
 def test_the_csv_is_written_during_the_run_too(workplace, server, monkeypatch):
-    monkeypatch.setattr(judge, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(judge, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(calls, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(calls, "LOOK_EVERY_S", 0.01)
     path = workplace / "results/base/mt_bench/judgements.csv"
 
     def answer(body):
         if len(server.requests) == 5:  # the fourth paid call waits until the second's row is there
             until = time.monotonic() + 30
-            while (not path.exists() or len(read_judgements(path)) < 2) and time.monotonic() < until:
+            while (
+                not path.exists() or len(read_judgements(path)) < 2
+            ) and time.monotonic() < until:
                 time.sleep(0.01)
             seen.append(len(read_judgements(path)))
         return completion("[[7]]")
@@ -347,18 +430,22 @@ def test_no_credit_stops_at_once(workplace, server):
     paid = []
 
     def answer(body):
-        if body["messages"] == judge.PROBE:
+        if body["messages"] == server_judge.PROBE:
             return completion("OK")
         paid.append(body)
         if len(paid) > 2:
-            return refusal(429, "You exceeded your quota", code="insufficient_quota", type="insufficient_quota")
+            return refusal(
+                429, "You exceeded your quota", code="insufficient_quota", type="insufficient_quota"
+            )
         return completion("[[7]]")
 
     server.answer = answer
     with pytest.raises(UserError, match="no credit left"):
         run_judge(workplace, server, "--concurrency", "1")
     assert len(paid) == 3, "no retry, no further request"
-    assert [row["status"] for row in rows_of(workplace)] == ["ok", "ok"], "what was paid for is kept"
+    assert [row["status"] for row in rows_of(workplace)] == ["ok", "ok"], (
+        "what was paid for is kept"
+    )
 
 
 @pytest.mark.parametrize(
@@ -377,14 +464,16 @@ def test_probe_names_the_remedy_before_anything_is_paid(workplace, server, reply
         run_judge(workplace, server, "--max_retries", "0")
     assert "--judge" in str(error.value)
     assert KEY not in str(error.value)
-    assert server.paid(judge.PROBE) == []
+    assert server.paid(server_judge.PROBE) == []
 
 
 def test_a_key_withdrawn_halfway_stops_the_run(workplace, server):
-    server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else refusal(401, "revoked")
+    server.answer = lambda body: (
+        completion("OK") if body["messages"] == server_judge.PROBE else refusal(401, "revoked")
+    )
     with pytest.raises(UserError, match="refuses the key"):
         run_judge(workplace, server, "--concurrency", "1")
-    assert len(server.paid(judge.PROBE)) == 1
+    assert len(server.paid(server_judge.PROBE)) == 1
 
 
 def test_server_down(workplace, server):
@@ -395,7 +484,9 @@ def test_server_down(workplace, server):
 
 def test_timeout(workplace, server):
     release = threading.Event()
-    server.answer = lambda body: completion("OK") if body["messages"] == judge.PROBE else (release.wait(5), None)
+    server.answer = lambda body: (
+        completion("OK") if body["messages"] == server_judge.PROBE else (release.wait(5), None)
+    )
     try:
         assert run_judge(workplace, server, "--max_retries", "0", "--timeout_s", "0.2") == 1
     finally:
@@ -404,9 +495,13 @@ def test_timeout(workplace, server):
 
 
 def test_server_gone_halfway_is_noticed(workplace, server, monkeypatch):
-    monkeypatch.setattr(judge, "GIVE_UP_AFTER", 2)
+    monkeypatch.setattr(calls, "GIVE_UP_AFTER", 2)
     asked = []
-    monkeypatch.setattr(judge, "ask_server", lambda client, request: asked.append(1) or {"status": "connection"})
+    monkeypatch.setattr(
+        server_judge,
+        "ask_server",
+        lambda client, request: asked.append(1) or {"status": "connection"},
+    )
     with pytest.raises(UserError, match="server is gone"):
         run_judge(workplace, server, "--concurrency", "1")
     assert len(asked) == 2
@@ -417,7 +512,11 @@ def test_refused_parameters_are_learned_once(workplace, server, capsys):
         if "temperature" in body:
             return refusal(400, "Unsupported value: 'temperature'", param="temperature")
         if "max_tokens" in body:
-            return refusal(400, "'max_tokens' is not supported. Use 'max_completion_tokens'.", param="max_tokens")
+            return refusal(
+                400,
+                "'max_tokens' is not supported. Use 'max_completion_tokens'.",
+                param="max_tokens",
+            )
         return completion("[[7]]")
 
     server.answer = answer
@@ -431,9 +530,11 @@ def test_refused_parameters_are_learned_once(workplace, server, capsys):
 
 def test_the_key_stands_in_no_file(workplace, server, capsys):
     def answer(body):
-        if body["messages"] == judge.PROBE:
+        if body["messages"] == server_judge.PROBE:
             return completion("OK")
-        return completion(f"your key {KEY}") if "poem" in str(body) else refusal(400, f"bad key {KEY}")
+        return (
+            completion(f"your key {KEY}") if "poem" in str(body) else refusal(400, f"bad key {KEY}")
+        )
 
     server.answer = answer
     assert run_judge(workplace, server) == 1
@@ -459,20 +560,46 @@ def test_scores_without_wrong_references(workplace, server, capsys):
     server.answer = lambda body: completion("[[9]]" if "poem" in str(body) else "[[3]]")
     run_judge(workplace, server)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base "))
-    assert line.split() == ["base", "5.00", "5.00", "5.00", "6/6", "6.00", "(n=4)", "-", "-"]  # 111 is a wrong one
+    assert line.split() == [
+        "base",
+        "5.00",
+        "5.00",
+        "5.00",
+        "6/6",
+        "6.00",
+        "(n=4)",
+        "-",
+        "-",
+    ]  # 111 is a wrong one
 
 
 @pytest.mark.parametrize("signals", [1, 9])
 def test_interrupted_and_continued(workplace, server, signals):
-    """Ctrl-C keeps what is in flight and exits 130; kill -9 keeps what had come back. Both go on where they stopped."""
-    code = "import judge; from files import run_main; run_main(judge.main)"
-    command = [sys.executable, "-c", code, str(workplace / "results"), "--mt_bench", str(workplace / "mt"),
-               "--judge", "big-70b", "--base_url", server.url, "--concurrency", "1",
-               "--allow_incomplete"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=Path(judge.__file__).parent, stdout=subprocess.PIPE, text=True)
+    """Ctrl-C keeps what is in flight and exits 130; kill -9 keeps what had come back. Both go on
+    where they stopped.
+    """
+    code = "import judge; from pref.files.console import run_main; run_main(judge.main)"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(workplace / "results"),
+        "--mt_bench",
+        str(workplace / "mt"),
+        "--judge",
+        "big-70b",
+        "--base_url",
+        server.url,
+        "--concurrency",
+        "1",
+        "--allow_incomplete",
+    ]
+    process = subprocess.Popen(
+        command, cwd=Path(judge.__file__).parent, stdout=subprocess.PIPE, text=True
+    )
 
     def answer(body):
-        if len(server.paid(judge.PROBE)) == 3:  # the third paid call is in flight
+        if len(server.paid(server_judge.PROBE)) == 3:  # the third paid call is in flight
             process.send_signal(2 if signals == 1 else 9)
         return completion("[[7]]")
 
@@ -483,10 +610,10 @@ def test_interrupted_and_continued(workplace, server, signals):
         assert process.returncode == 130
         assert "run the same command again" in out
         assert len(rows_of(workplace)) == 3
-    assert len(server.paid(judge.PROBE)) == 3
+    assert len(server.paid(server_judge.PROBE)) == 3
     server.answer = lambda body: completion("[[7]]")
     assert run_judge(workplace, server) == 0
-    assert len(server.paid(judge.PROBE)) == 3 + (6 - kept)
+    assert len(server.paid(server_judge.PROBE)) == 3 + (6 - kept)
 
 
 # ---- pairs, repeats, other references -----------------------------------------------------------
@@ -495,7 +622,9 @@ OTHER = {q: [f"{text} (other)" for text in turns] for q, turns in ANSWERS.items(
 
 
 def own_prompts() -> dict:
-    lines = (Path(judge.__file__).parent / "examples" / "judge_prompts.jsonl").read_text().splitlines()
+    lines = (
+        (Path(judge.__file__).parent / "examples" / "judge_prompts.jsonl").read_text().splitlines()
+    )
     return {row["name"]: row for row in map(json.loads, lines)}
 
 
@@ -511,7 +640,10 @@ def pairs(workplace):
 def test_pairs_by_fastchats_own_code(monkeypatch):
     """Messages of both orders and turns, parameters, and who wins."""
     fastchat, sent, prompts = load_fastchat(monkeypatch), [], own_prompts()
-    answers = [{"choices": [{"turns": side}]} for side in (ANSWERS[111], ['{0} [[9]] \u4f60\t"q"', "\u0434\u0430\n"])]
+    answers = [
+        {"choices": [{"turns": side}]}
+        for side in (ANSWERS[111], ['{0} [[9]] \u4f60\t"q"', "\u0434\u0430\n"])
+    ]
     texts = iter(["so [[A]]", "[[B]]", "[[C]] tie", "[[B]] or [[A]]", "[A]", "none"] * 4)
     said = []
 
@@ -523,39 +655,60 @@ def test_pairs_by_fastchats_own_code(monkeypatch):
     fastchat.chat_completion_openai = complete
     for question in QUESTIONS:
         math_like = question["category"] in fastchat.NEED_REF_CATS
-        reference = {"choices": [{"turns": REFERENCES[question["question_id"]]}]} if math_like else None
+        reference = (
+            {"choices": [{"turns": REFERENCES[question["question_id"]]}]} if math_like else None
+        )
         for turn in (1, 2):
-            name = ("pair-math-v1" if math_like else "pair-v2") + ("-multi-turn" if turn == 2 else "")
+            name = ("pair-math-v1" if math_like else "pair-v2") + (
+                "-multi-turn" if turn == 2 else ""
+            )
             match = fastchat.MatchPair(
-                question, "run", "base", *answers, fastchat.Judge("the-judge", prompts[name], multi_turn=turn == 2),
-                reference, turn == 2,
-            )  # fmt: skip
+                question,
+                "run",
+                "base",
+                *answers,
+                fastchat.Judge("the-judge", prompts[name], multi_turn=turn == 2),
+                reference,
+                turn == 2,
+            )
             theirs = fastchat.play_a_match_pair(match, None)
-            for order, key in zip(judge.ORDERS, ("g1_winner", "g2_winner")):
+            for order, key in zip(protocol.ORDERS, ("g1_winner", "g2_winner")):
                 messages, parameters = sent.pop(0)
                 sides = [answer["choices"][0]["turns"] for answer in answers]
                 sides = sides if order == "1" else sides[::-1]
                 refs = REFERENCES.get(question["question_id"], [])
-                assert messages == judge.pair_messages(prompts, question, *sides, turn, refs)
-                assert parameters == {"temperature": judge.TEMPERATURE, "max_tokens": judge.MAX_TOKENS}
-                verdict = judge.read_verdict(said.pop(0))
-                winner = judge.winner_of(order, verdict, "model_1", "model_2")
+                assert messages == protocol.pair_messages(prompts, question, *sides, turn, refs)
+                assert parameters == {
+                    "temperature": protocol.TEMPERATURE,
+                    "max_tokens": protocol.MAX_TOKENS,
+                }
+                verdict = protocol.read_verdict(said.pop(0))
+                winner = store.winner_of(order, verdict, "model_1", "model_2")
                 assert winner == (None if theirs[key] == "error" else theirs[key])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_all_eighty_questions_by_fastchats_own_code(monkeypatch, tmp_path):
-    """MT-Bench's own questions and references, every turn, single and pair, answers with all that could go wrong. With
-    the toolkit's judge prompts, or those in the folder that the environment's MT_BENCH names."""
+    """MT-Bench's own questions and references, every turn, single and pair, answers with all that
+    could go wrong. With the toolkit's judge prompts, or those in the folder that the environment's
+    MT_BENCH names.
+    """
     folder = Path(os.environ.get("MT_BENCH", tmp_path))
     if folder == tmp_path:
         assert prep_data.main(["--mt_bench", "flexeval", "--out", str(tmp_path)]) in (0, None)
     fastchat, sent = load_fastchat(monkeypatch), []
-    fastchat.chat_completion_openai = lambda model, conv, **_: sent.append(conv.to_openai_api_messages()) or "[[C]]"
-    awkward = ["{x} {{y}} {0} [[9]] \"q\" 's'\t\u4f60\u597d \u0430\r\n", "%s {question} \\n [[A]] \U0001f600 </s>\n"]
+    fastchat.chat_completion_openai = lambda model, conv, **_: (
+        sent.append(conv.to_openai_api_messages()) or "[[C]]"
+    )
+    awkward = [
+        "{x} {{y}} {0} [[9]] \"q\" 's'\t\u4f60\u597d \u0430\r\n",
+        "%s {question} \\n [[A]] \U0001f600 </s>\n",
+    ]
     sides = [awkward, [text[::-1] for text in awkward]]
     answers = [{"choices": [{"turns": side}]} for side in sides]
-    benches = {grading: judge.read_bench(folder, grading, "original") for grading in ("single", "pair")}
+    benches = {
+        grading: protocol.read_bench(folder, grading, "original") for grading in ("single", "pair")
+    }
     questions = benches["single"]["questions"]
     assert len(questions) == 80
     for question in questions:
@@ -565,14 +718,24 @@ def test_all_eighty_questions_by_fastchats_own_code(monkeypatch, tmp_path):
         for turn in (1, 2):
             for grading, kind in (("single", "single"), ("pair", "pair")):
                 prompts = benches[grading]["prompts"]
-                name = f"{kind}-math-v1" if math_like else {"single": "single-v1", "pair": "pair-v2"}[kind]
-                theirs = fastchat.Judge("the-judge", prompts[name + ("-multi-turn" if turn == 2 else "")])
+                name = (
+                    f"{kind}-math-v1"
+                    if math_like
+                    else {"single": "single-v1", "pair": "pair-v2"}[kind]
+                )
+                theirs = fastchat.Judge(
+                    "the-judge", prompts[name + ("-multi-turn" if turn == 2 else "")]
+                )
                 if grading == "single":
-                    fastchat.run_judge_single(question, answers[0], theirs, reference, multi_turn=turn == 2)
-                    mine = judge.judge_messages(prompts, question, sides[0], turn, turns)
+                    fastchat.run_judge_single(
+                        question, answers[0], theirs, reference, multi_turn=turn == 2
+                    )
+                    mine = protocol.judge_messages(prompts, question, sides[0], turn, turns)
                 else:
-                    fastchat.run_judge_pair(question, *answers, theirs, reference, multi_turn=turn == 2)
-                    mine = judge.pair_messages(prompts, question, *sides, turn, turns)
+                    fastchat.run_judge_pair(
+                        question, *answers, theirs, reference, multi_turn=turn == 2
+                    )
+                    mine = protocol.pair_messages(prompts, question, *sides, turn, turns)
                 assert mine == sent.pop(), (question["question_id"], turn, grading)
 
 
@@ -581,10 +744,14 @@ def test_pairs_are_judged_in_both_orders(pairs, server, capsys):
     server.answer = lambda body: completion("[[A]]")
     assert run_judge(pairs, server, "--grading", "pair", "--baseline", "base") == 0
     rows = rows_of(pairs, "dpo")
-    assert len(rows) == 12 and not (pairs / "results/base/mt_bench/judgements.csv").read_text().splitlines()[1:]
+    assert (
+        len(rows) == 12
+        and not (pairs / "results/base/mt_bench/judgements.csv").read_text().splitlines()[1:]
+    )
     assert {(r["order"], r["winner"], r["baseline"], r["grading"], r["score"]) for r in rows} == {
-        ("1", "dpo", "base", "pair", None), ("2", "base", "base", "pair", None),
-    }  # fmt: skip
+        ("1", "dpo", "base", "pair", None),
+        ("2", "base", "base", "pair", None),
+    }
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dpo "))
     assert line.split() == ["dpo", "0", "6", "0", "0.500", "6/6", "6", "-", "-"]
 
@@ -593,13 +760,15 @@ def test_pairs_are_judged_in_both_orders(pairs, server, capsys):
     assert Counter(row["grading"] for row in rows_of(pairs, "dpo")) == {"single": 6, "pair": 12}
     make_run(pairs, "base", {**ANSWERS, 81: ["New.", "Newer."]})
     assert run_judge(pairs, server) == 0
-    assert Counter(row["grading"] for row in rows_of(pairs, "dpo")) == {"single": 6, "pair": 8}, "81's are stale"
+    assert Counter(row["grading"] for row in rows_of(pairs, "dpo")) == {"single": 6, "pair": 8}, (
+        "81's are stale"
+    )
 
 
 def test_a_better_answer_wins_in_both_orders(pairs, server, capsys):
     def answer(body):
         text = body["messages"][-1]["content"]
-        if body["messages"] == judge.PROBE:
+        if body["messages"] == server_judge.PROBE:
             return completion("OK")
         b = text[text.index("## B") :] if "## B" in text else text[text.rindex("B") :]
         return completion("[[B]]" if "(other)" in b else "[[A]]")
@@ -612,18 +781,20 @@ def test_a_better_answer_wins_in_both_orders(pairs, server, capsys):
 
 def test_repeats_are_judgements_of_their_own(workplace, server):
     assert run_judge(workplace, server, "--repeats", "3", "--judge_seed", "5") == 0
-    assert len(server.paid(judge.PROBE)) == 18
-    assert Counter(body["seed"] for body in server.paid(judge.PROBE)) == {5: 6, 6: 6, 7: 6}
+    assert len(server.paid(server_judge.PROBE)) == 18
+    assert Counter(body["seed"] for body in server.paid(server_judge.PROBE)) == {5: 6, 6: 6, 7: 6}
     assert Counter(row["repeat"] for row in rows_of(workplace)) == {0: 6, 1: 6, 2: 6}
     assert run_judge(workplace, server, "--repeats", "4", "--judge_seed", "5") == 0
-    assert len(server.paid(judge.PROBE)) == 24
+    assert len(server.paid(server_judge.PROBE)) == 24
 
 
 def test_corrected_references_are_other_judgements(workplace, server):
     run_judge(workplace, server)
     write_answers(workplace / "right.jsonl", {111: ["5", "9"]})
     assert run_judge(workplace, server, "--refs", f"corrected:{workplace / 'right.jsonl'}") == 0
-    assert len(server.paid(judge.PROBE)) == 6 + 2, "the other questions' requests are the same"
+    assert len(server.paid(server_judge.PROBE)) == 6 + 2, (
+        "the other questions' requests are the same"
+    )
     refs = Counter((row["refs"].split(":")[0], row["question_id"]) for row in rows_of(workplace))
     assert refs["corrected", 111] == refs["original", 111] == 2
     write_answers(workplace / "wrong.jsonl", {999: ["5", "9"]})
@@ -653,17 +824,24 @@ def test_a_failures_cost_is_kept(workplace, server):
 
 @pytest.mark.parametrize("trial", range(20))
 def test_the_cap_is_never_passed(workplace, server, trial):
-    """Random answers, random token counts, 32 calls in flight; what the server bills is what counts."""
+    """Random answers, random token counts, 32 calls in flight; what the server bills is what
+    counts.
+    """
     dice = random.Random(trial)
     for number in range(6):
         make_run(
-            workplace, f"run{number}", {q: [f"{number} {text} x" for text in turns] for q, turns in ANSWERS.items()}
+            workplace,
+            f"run{number}",
+            {q: [f"{number} {text} x" for text in turns] for q, turns in ANSWERS.items()},
         )
     billed, lock = [], threading.Lock()
 
     def answer(body):
-        prompt, used = sum(len(m["content"]) for m in body["messages"]) // 3, dice.randint(1, body["max_tokens"])
-        if body["messages"] != judge.PROBE:
+        prompt, used = (
+            sum(len(m["content"]) for m in body["messages"]) // 3,
+            dice.randint(1, body["max_tokens"]),
+        )
+        if body["messages"] != server_judge.PROBE:
             with lock:
                 billed.append((prompt * 1 + used * 10) / 1e6)
         status, reply = completion("[[7]]")
@@ -701,22 +879,38 @@ def test_the_cap_is_never_passed(workplace, server, trial):
 def test_a_reply_without_counts_is_booked_at_the_most_it_can_have_cost(workplace, server):
     status, reply = completion("[[7]]")
     server.answer = lambda body: (status, {k: v for k, v in reply.items() if k != "usage"})
-    more = ("--price_in", "1", "--price_out", "10", "--max_retries", "0", "--max_usd", "0.05", "--concurrency", "1")
+    more = (
+        "--price_in",
+        "1",
+        "--price_out",
+        "10",
+        "--max_retries",
+        "0",
+        "--max_usd",
+        "0.05",
+        "--concurrency",
+        "1",
+    )
     with pytest.raises(UserError, match="could pass the cap; 4 requests wait"):
         run_judge(workplace, server, *more)
-    assert all(0.02 < row["cost_usd"] < 0.03 for row in rows_of(workplace)) and len(rows_of(workplace)) == 2
+    assert (
+        all(0.02 < row["cost_usd"] < 0.03 for row in rows_of(workplace))
+        and len(rows_of(workplace)) == 2
+    )
     with pytest.raises(UserError, match="could pass the cap; 4 requests wait"):
         run_judge(workplace, server, *more)  # what is lost is remembered
 
 
 def test_a_cap_wants_calls_of_limited_length(workplace, server):
     with pytest.raises(UserError, match="must limit the tokens of a call"):
-        run_judge(workplace, server, *PRICED, "--max_usd", "1", "--parameters", '{"temperature": 0}')
+        run_judge(
+            workplace, server, *PRICED, "--max_usd", "1", "--parameters", '{"temperature": 0}'
+        )
 
 
 def test_prices_are_of_exact_names_and_of_openai_alone(monkeypatch):
     def prices(*more):
-        return judge.prices_of(judge.parse_args(["results", *more]))
+        return costs.prices_of(judge.parse_args(["results", *more]))
 
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert prices("--judge", "gpt-4o") == (2.5, 10)
@@ -734,10 +928,14 @@ def test_a_dry_run_leaves_the_books_alone(workplace, server):
 
 
 def test_parameters_of_an_experiment_are_not_inherited(workplace, server, capsys):
-    run_judge(workplace, server, "--parameters", '{"temperature": 1, "top_p": 0.5, "max_tokens": 100}')
+    run_judge(
+        workplace, server, "--parameters", '{"temperature": 1, "top_p": 0.5, "max_tokens": 100}'
+    )
     assert {body["temperature"] for body in server.requests} == {1}
     assert run_judge(workplace, server) == 0
-    assert {(body["temperature"], body["max_tokens"]) for body in server.requests[-6:]} == {(0, 2048)}
+    assert {(body["temperature"], body["max_tokens"]) for body in server.requests[-6:]} == {
+        (0, 2048)
+    }
     assert 'asked with {"temperature": 0, "max_tokens": 2048}' in capsys.readouterr().out
 
 
@@ -754,8 +952,19 @@ def test_a_store_that_cannot_be_written_stops_the_run(workplace, server, monkeyp
     def full(*_):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(judge, "save_reply", full)
-    more = ("--price_in", "1", "--price_out", "10", "--max_retries", "0", "--max_usd", "0.03", "--concurrency", "4")
+    monkeypatch.setattr(store, "save_reply", full)
+    more = (
+        "--price_in",
+        "1",
+        "--price_out",
+        "10",
+        "--max_retries",
+        "0",
+        "--max_usd",
+        "0.03",
+        "--concurrency",
+        "4",
+    )
     with pytest.raises(UserError, match="cannot be written.*disk is full"):
         run_judge(workplace, server, *more)
 
@@ -763,7 +972,9 @@ def test_a_store_that_cannot_be_written_stops_the_run(workplace, server, monkeyp
 def test_answers_of_an_older_adapter_are_refused(workplace, server):
     run = make_run(workplace, "dpo", OTHER)
     path = run / "mt_bench/answers.jsonl"
-    rows = [json.loads(line) | {"adapter_sha256": "0" * 64} for line in path.read_text().splitlines()]
+    rows = [
+        json.loads(line) | {"adapter_sha256": "0" * 64} for line in path.read_text().splitlines()
+    ]
     write_lines(path, rows)
     (run / "adapter").mkdir()
     (run / "adapter/adapter_model.safetensors").write_bytes(b"retrained")
@@ -782,14 +993,21 @@ def test_dry_run_asks_nothing_and_a_batch_comes_back(workplace, server, capsys, 
     assert run_judge(workplace, server, *PRICED, "--dry_run", "--requests", str(batch)) == 0
     assert server.requests == [] and "estimate: 6 calls" in capsys.readouterr().out
     lines = [json.loads(line) for line in batch.read_text().splitlines()]
-    assert [line["custom_id"].split("-")[:2] for line in lines] == [[q, t] for q in ("81", "111", "121") for t in "12"]
+    assert [line["custom_id"].split("-")[:2] for line in lines] == [
+        [q, t] for q in ("81", "111", "121") for t in "12"
+    ]
     assert all((line["method"], line["url"]) == ("POST", "/v1/chat/completions") for line in lines)
     assert all(len(line["custom_id"]) <= 64 for line in lines)
 
     output = workplace / "output.jsonl"
     bodies = [completion(f"[[{number}]]")[1] for number in range(1, 7)]
     results = [
-        {"id": "b", "custom_id": line["custom_id"], "error": None, "response": {"status_code": 200, "body": body}}
+        {
+            "id": "b",
+            "custom_id": line["custom_id"],
+            "error": None,
+            "response": {"status_code": 200, "body": body},
+        }
         for line, body in zip(lines, bodies)
     ]
     results[3] |= {"response": {"status_code": 400, "body": {"error": {"message": "too long"}}}}
@@ -802,7 +1020,7 @@ def test_dry_run_asks_nothing_and_a_batch_comes_back(workplace, server, capsys, 
     assert rows[0]["cost_usd"] == pytest.approx(0.017 / 2)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert run_judge(workplace, server, "--retry_failed") == 0
-    sent = {json.dumps(body["messages"]) for body in server.paid(judge.PROBE)}
+    sent = {json.dumps(body["messages"]) for body in server.paid(server_judge.PROBE)}
     assert sent == {json.dumps(lines[i]["body"]["messages"]) for i in (3, 4)}
     with pytest.raises(UserError, match="none of its 1 lines belongs"):
         write_lines(output, [{"custom_id": "strange"}])
@@ -818,7 +1036,15 @@ def test_a_pairs_batch_names_the_order(pairs, server):
 
 
 def test_the_models_end_is_warned_of(workplace, server, capsys):
-    server.models = [{"id": "big-70b", "object": "model", "created": 1, "owned_by": "x", "shutdown_date": "2027-01-14"}]
+    server.models = [
+        {
+            "id": "big-70b",
+            "object": "model",
+            "created": 1,
+            "owned_by": "x",
+            "shutdown_date": "2027-01-14",
+        }
+    ]
     run_judge(workplace, server)
     assert "will be shut down on 2027-01-14" in capsys.readouterr().err
 
@@ -826,14 +1052,22 @@ def test_the_models_end_is_warned_of(workplace, server, capsys):
 def test_calls_a_minute(workplace, server):
     begun = time.monotonic()
     assert run_judge(workplace, server, "--rpm", "600") == 0
-    assert time.monotonic() - begun >= 5 * 0.1  # six calls, a tenth of a second apart: a floor, no ceiling
+    assert (
+        time.monotonic() - begun >= 5 * 0.1
+    )  # six calls, a tenth of a second apart: a floor, no ceiling
 
 
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        ({81: ["a", "b"], 111: ["a", "b"]}, "run dpo: 1 of 3 answers are missing that other runs have"),
-        ({81: ["a", "b"], 111: ["a", ""], 121: ["a", "b"]}, "run dpo: 1 of 3 answers have an empty turn"),
+        (
+            {81: ["a", "b"], 111: ["a", "b"]},
+            "run dpo: 1 of 3 answers are missing that other runs have",
+        ),
+        (
+            {81: ["a", "b"], 111: ["a", ""], 121: ["a", "b"]},
+            "run dpo: 1 of 3 answers have an empty turn",
+        ),
     ],
 )
 def test_incomplete_answers_are_refused_before_anything_is_paid(workplace, server, answers, said):
@@ -946,13 +1180,23 @@ def tiny(tmp_path_factory) -> Path:
         special_tokens=["</s>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    core.train_from_iterator(["Rating: [[5]] or [[7]] of the answer", "the question and the answer"] * 50, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=TEMPLATE)
+    core.train_from_iterator(
+        ["Rating: [[5]] or [[7]] of the answer", "the question and the answer"] * 50, trainer
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", chat_template=TEMPLATE
+    )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+    )
     folder = tmp_path_factory.mktemp("tiny")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -963,7 +1207,9 @@ def naive_score(model, tokenizer, messages: list[dict]) -> tuple[float, list[flo
     """Ten whole sequences, a full forward each; probabilities multiplied token by token."""
     import torch
 
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     probabilities = []
     for rating in range(1, 11):
         string = tokenizer(f"[[{rating}]]", add_special_tokens=False)["input_ids"]
@@ -975,10 +1221,10 @@ def naive_score(model, tokenizer, messages: list[dict]) -> tuple[float, list[flo
 
 
 def test_local_score_equals_the_naive_one(tiny):
-    model, tokenizer = judge.load_judge(str(tiny), "float32")
+    model, tokenizer = local_judge.load_judge(str(tiny), "float32")
     for question in QUESTIONS:
         messages = our_messages(question, 2)
-        reply = judge.ask_local(model, tokenizer, {"messages": messages})
+        reply = local_judge.ask_local(model, tokenizer, {"messages": messages})
         score, probabilities = naive_score(model, tokenizer, messages)
         assert reply["status"] == "ok"
         assert reply["score"] == pytest.approx(score, rel=1e-5)
@@ -988,24 +1234,30 @@ def test_local_score_equals_the_naive_one(tiny):
 
 
 def test_rating_strings_have_different_lengths(tiny):
-    _, tokenizer = judge.load_judge(str(tiny), "float32")
-    ids, ratings = judge.encode_ratings(tokenizer, "<|assistant|>\n")
+    _, tokenizer = local_judge.load_judge(str(tiny), "float32")
+    ids, ratings = local_judge.encode_ratings(tokenizer, "<|assistant|>\n")
     assert len(set(map(len, ratings))) > 1, "or padding is not tested"
     assert tokenizer.decode(ids + ratings[9]) == "<|assistant|>\n[[10]]"
 
 
 def test_a_string_that_merges_with_the_prompt_is_encoded_alone(tiny):
-    _, tokenizer = judge.load_judge(str(tiny), "float32")
+    _, tokenizer = local_judge.load_judge(str(tiny), "float32")
     prompt = "of the ["  # "[[" is one token after it was trained, so the boundary falls inside it
-    ids, ratings = judge.encode_ratings(tokenizer, prompt)
+    ids, ratings = local_judge.encode_ratings(tokenizer, prompt)
     assert ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert ratings[0] == tokenizer("[[1]]", add_special_tokens=False)["input_ids"]
 
 
 def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}",
-               "--allow_incomplete"]  # fmt: skip
+    command = [
+        str(workplace / "results"),
+        "--mt_bench",
+        str(workplace / "mt"),
+        "--judge",
+        f"hf:{tiny}",
+        "--allow_incomplete",
+    ]
     assert judge.main([*command, "--dtype", "float32"]) == 0
     rows = rows_of(workplace)
     assert all(row["status"] == "ok" and 1 < row["score"] < 10 for row in rows)
@@ -1014,7 +1266,7 @@ def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
     assert "smoke test" in capsys.readouterr().out
 
     asked = []
-    monkeypatch.setattr(judge, "ask_local", lambda *args: asked.append(1))
+    monkeypatch.setattr(local_judge, "ask_local", lambda *args: asked.append(1))
     assert judge.main([*command, "--dtype", "float32"]) == 0
     assert not asked
     assert rows_of(workplace) == rows
@@ -1022,8 +1274,14 @@ def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
 
 def test_a_prompt_beyond_the_context_has_no_score(workplace, tiny):
     make_run(workplace, "base", {**ANSWERS, 81: ["word " * 600, "x"]})
-    command = [str(workplace / "results"), "--mt_bench", str(workplace / "mt"), "--judge", f"hf:{tiny}",
-               "--allow_incomplete"]  # fmt: skip
+    command = [
+        str(workplace / "results"),
+        "--mt_bench",
+        str(workplace / "mt"),
+        "--judge",
+        f"hf:{tiny}",
+        "--allow_incomplete",
+    ]
     assert judge.main(command) == 1
     rows = {(row["question_id"], row["turn"]): row for row in rows_of(workplace)}
     assert (rows[81, 1]["status"], rows[81, 1]["score"]) == ("context", None)
@@ -1033,11 +1291,11 @@ def test_a_prompt_beyond_the_context_has_no_score(workplace, tiny):
 def test_other_weights_at_the_same_path_are_another_judge(tiny):
     import torch
 
-    from modeling import fingerprint
+    from pref.model.loading import fingerprint
 
-    model, _ = judge.load_judge(str(tiny), "float32")
+    model, _ = local_judge.load_judge(str(tiny), "float32")
     before = fingerprint(model)
-    assert fingerprint(judge.load_judge(str(tiny), "float32")[0]) == before
+    assert fingerprint(local_judge.load_judge(str(tiny), "float32")[0]) == before
     with torch.no_grad():
         model.lm_head.weight.mul_(1.01)
     assert fingerprint(model) != before
@@ -1045,4 +1303,4 @@ def test_other_weights_at_the_same_path_are_another_judge(tiny):
 
 def test_a_path_that_is_no_model(workplace, tmp_path):
     with pytest.raises(UserError, match="--judge hf:"):
-        judge.load_judge(str(tmp_path), "float32")
+        local_judge.load_judge(str(tmp_path), "float32")

@@ -9,22 +9,34 @@ from pathlib import Path
 import pytest
 import torch
 
-import check_loss
 import losses
-from losses import LOSSES, PairLogps, check_parameters, loss_defaults, token_full_kl, token_k3
+from losses import LOSSES, PairLogps
+from pref.model import token_scores
+from pref.model.token_scores import token_full_kl, token_k3
+from pref.training import loss_check, loss_options
+from pref.training.loss_options import check_parameters, loss_defaults
 
 
-def pairs_of(chosen, rejected, ref_chosen, ref_rejected, tokens=(4, 5), dtype=torch.float64, **more):
+def pairs_of(
+    chosen, rejected, ref_chosen, ref_rejected, tokens=(4, 5), dtype=torch.float64, **more
+):
     tensor = lambda x: torch.as_tensor(x, dtype=dtype).reshape(-1)  # noqa: E731
     n = tensor(chosen).numel()
     return PairLogps(
-        tensor(chosen), tensor(rejected), tensor(ref_chosen), tensor(ref_rejected),
-        torch.full((n,), tokens[0], dtype=dtype), torch.full((n,), tokens[1], dtype=dtype), **more,
-    )  # fmt: skip
+        tensor(chosen),
+        tensor(rejected),
+        tensor(ref_chosen),
+        tensor(ref_rejected),
+        torch.full((n,), tokens[0], dtype=dtype),
+        torch.full((n,), tokens[1], dtype=dtype),
+        **more,
+    )
 
 
 def random_pairs(n=64, seed=0, scale=20.0):
-    values = -scale * torch.rand(4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    values = -scale * torch.rand(
+        4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return pairs_of(*values)
 
 
@@ -32,7 +44,9 @@ def sp(x):
     return math.log1p(math.exp(-abs(x))) + max(x, 0)
 
 
-HAND = pairs_of(-10.0, -14.0, -12.0, -11.0)  # a = 2, b = -3, rho = 5, delta = 4; means: delta -2.5 + 2.8 = 0.3
+HAND = pairs_of(
+    -10.0, -14.0, -12.0, -11.0
+)  # a = 2, b = -3, rho = 5, delta = 4; means: delta -2.5 + 2.8 = 0.3
 
 
 @pytest.mark.parametrize(
@@ -46,10 +60,18 @@ HAND = pairs_of(-10.0, -14.0, -12.0, -11.0)  # a = 2, b = -3, rho = 5, delta = 4
         ("td_dpo", {"beta": 2.5, "tau": 0.5, "kl": "none"}, sp(-8.0)),
         ("td_dpo", {"beta": 2.0, "tau": 1.0, "logp": "mean"}, sp(-0.3) + 2.0 * 0.5 * (0.25 + 0.36)),
         ("dpo_kl", {"beta": 2.0}, sp(-0.3) + 2.0 * 0.5 * (0.25 + 0.36)),
-        ("discopop", {"beta": 0.05}, sp(-0.25) / (1 + math.exp(5)) + math.exp(-0.25) / (1 + math.exp(-5))),
-        ("dlrml", {"beta_mix": 0.2}, sp(-0.25) / (1 + math.exp(20)) + math.exp(-0.25) / (1 + math.exp(-20))),
+        (
+            "discopop",
+            {"beta": 0.05},
+            sp(-0.25) / (1 + math.exp(5)) + math.exp(-0.25) / (1 + math.exp(-5)),
+        ),
+        (
+            "dlrml",
+            {"beta_mix": 0.2},
+            sp(-0.25) / (1 + math.exp(20)) + math.exp(-0.25) / (1 + math.exp(-20)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_hand_worked_values(name, parameters, expected):
     values, terms = LOSSES[name](HAND, **parameters)
     assert values.shape == (1,)
@@ -58,7 +80,9 @@ def test_hand_worked_values(name, parameters, expected):
 
 
 def test_token_level_anchors_are_used_and_averaged():
-    pairs = HAND._replace(kl_chosen=torch.tensor([2.0]).double(), kl_rejected=torch.tensor([5.0]).double())
+    pairs = HAND._replace(
+        kl_chosen=torch.tensor([2.0]).double(), kl_rejected=torch.tensor([5.0]).double()
+    )
     summed, terms = losses.td_dpo(pairs, beta=0.5, kl="k3")
     assert summed.item() == pytest.approx(sp(-4) + 0.5 * 7)
     assert terms["anchor"].item() == 7
@@ -75,7 +99,9 @@ def test_td_dpo_on_the_reference_margin_is_dpo(tau):
 
 def test_dpo_kl_is_td_dpo_at_tau_one_on_means():
     pairs = random_pairs()
-    assert torch.equal(losses.dpo_kl(pairs, beta=0.3)[0], losses.td_dpo(pairs, beta=0.3, tau=1.0, logp="mean")[0])
+    assert torch.equal(
+        losses.dpo_kl(pairs, beta=0.3)[0], losses.td_dpo(pairs, beta=0.3, tau=1.0, logp="mean")[0]
+    )
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.05, 0.5, 2.5])
@@ -88,7 +114,9 @@ def test_dlrml_with_equal_betas_is_discopop(beta):
 @pytest.mark.parametrize("beta", [0.01, 0.05, 0.5, 2.5])
 def test_discopop_forms_agree_wherever_the_published_one_is_finite(beta):
     pairs = random_pairs(seed=3, scale=60)
-    stable, published = (losses.discopop(pairs, beta=beta, discopop_form=f)[0] for f in ("stable", "published"))
+    stable, published = (
+        losses.discopop(pairs, beta=beta, discopop_form=f)[0] for f in ("stable", "published")
+    )
     finite = published.isfinite()
     assert finite.sum() > 10
     assert torch.allclose(stable[finite], published[finite], rtol=1e-9)
@@ -121,10 +149,15 @@ def test_k3_and_full_divergences_against_torch_distributions():
     generator = torch.Generator().manual_seed(1)
     p, q = (torch.randn(6, 11, dtype=torch.float64, generator=generator) for _ in range(2))
     kl = torch.distributions.kl_divergence
-    policy, reference = torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    policy, reference = (
+        torch.distributions.Categorical(logits=p),
+        torch.distributions.Categorical(logits=q),
+    )
     assert torch.allclose(token_full_kl(p, q, "full_rev"), kl(policy, reference))
     assert torch.allclose(token_full_kl(p, q, "full_fwd"), kl(reference, policy))
-    assert torch.allclose(token_full_kl(p, q, "full_sym"), (kl(policy, reference) + kl(reference, policy)) / 2)
+    assert torch.allclose(
+        token_full_kl(p, q, "full_sym"), (kl(policy, reference) + kl(reference, policy)) / 2
+    )
     # k3 is unbiased on-policy: its expectation under p_theta is KL(p_theta || p_0)
     expectation = (policy.probs * token_k3(policy.logits - reference.logits)).sum(-1)
     assert torch.allclose(expectation, kl(policy, reference))
@@ -135,7 +168,9 @@ TRL = json.loads((Path(__file__).parent / "trl_losses.json").read_text())
 TRL_TO_OURS = {"sigmoid": ("dpo", {}), "sigmoid_norm": ("dpo", {"logp": "mean"})}
 
 
-@pytest.mark.parametrize("case", TRL["cases"], ids=lambda c: f"{c['loss']}-{c['beta']}-{c.get('label_smoothing', 0)}")
+@pytest.mark.parametrize(
+    "case", TRL["cases"], ids=lambda c: f"{c['loss']}-{c['beta']}-{c.get('label_smoothing', 0)}"
+)
 def test_equal_to_trl(case):
     """Values that TRL 1.16's own code returned (bench/trl_losses.py), wherever they are finite."""
     name, parameters = TRL_TO_OURS.get(case["loss"], (case["loss"], {}))
@@ -152,8 +187,21 @@ def test_equal_to_trl(case):
 
 def test_every_type_that_trl_has_too_is_compared():
     compared = {TRL_TO_OURS.get(case["loss"], (case["loss"], {}))[0] for case in TRL["cases"]}
-    assert compared == {"dpo", "discopop", "hinge", "ipo", "bco_pair", "nca_pair", "apo_zero", "apo_down", "sppo_hard",
-                        "aot", "aot_unpaired", "robust", "exo_pair"}  # fmt: skip
+    assert compared == {
+        "dpo",
+        "discopop",
+        "hinge",
+        "ipo",
+        "bco_pair",
+        "nca_pair",
+        "apo_zero",
+        "apo_down",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "robust",
+        "exo_pair",
+    }
 
 
 # ---- every loss against scalar arithmetic written out by hand, with its gradient ----------------
@@ -164,7 +212,9 @@ def sigma(x):
 
 
 def exo(z):
-    return sigma(z) * (math.log(sigma(z)) - math.log(0.999)) + sigma(-z) * (math.log(sigma(-z)) - math.log(1e-3))
+    return sigma(z) * (math.log(sigma(z)) - math.log(0.999)) + sigma(-z) * (
+        math.log(sigma(-z)) - math.log(1e-3)
+    )
 
 
 C, R = 4, 5  # response lengths of the pairs below
@@ -172,7 +222,9 @@ MEAN = statistics.fmean
 
 
 def by_hand(name, pairs):
-    """Losses of `pairs`, a list of (lp_c, lp_r, ref_c, ref_r), at the loss's defaults, with the math module alone."""
+    """Losses of `pairs`, a list of (lp_c, lp_r, ref_c, ref_r), at the loss's defaults, with the
+    math module alone.
+    """
     lc, lr, rc, rr = zip(*pairs)
     a, b = [x - y for x, y in zip(lc, rc)], [x - y for x, y in zip(lr, rr)]
     rho, delta = [x - y for x, y in zip(a, b)], [x - y for x, y in zip(lc, lr)]
@@ -214,11 +266,19 @@ def by_hand(name, pairs):
         "td_dpo": lambda: each(lambda d, a, b: sp(-d) + 0.05 * 0.5 * (a * a + b * b), delta, a, b),
         "dpo": lambda: each(lambda r: sp(-0.1 * r), rho),
         "dpo_kl": lambda: each(
-            lambda p, q, a, b: sp(q - p) + 0.025 * ((a / C) ** 2 + (b / R) ** 2), mean_c, mean_r, a, b
+            lambda p, q, a, b: sp(q - p) + 0.025 * ((a / C) ** 2 + (b / R) ** 2),
+            mean_c,
+            mean_r,
+            a,
+            b,
         ),
         "robust": lambda: each(lambda r: (0.9 * sp(-0.1 * r) - 0.1 * sp(0.1 * r)) / 0.8, rho),
-        "discopop": lambda: each(lambda r: sigma(-r) * sp(-0.05 * r) + sigma(r) * math.exp(-0.05 * r), rho),
-        "dlrml": lambda: each(lambda r: sigma(-4 * r) * sp(-0.05 * r) + sigma(4 * r) * math.exp(-0.05 * r), rho),
+        "discopop": lambda: each(
+            lambda r: sigma(-r) * sp(-0.05 * r) + sigma(r) * math.exp(-0.05 * r), rho
+        ),
+        "dlrml": lambda: each(
+            lambda r: sigma(-4 * r) * sp(-0.05 * r) + sigma(4 * r) * math.exp(-0.05 * r), rho
+        ),
         "ipo": lambda: each(lambda r: (r - 5) ** 2, mean_rho),
         "hinge": lambda: each(lambda r: max(0, 1 - 0.05 * r), rho),
         "slic": lambda: each(lambda d, n: max(0, 1 - d) + 0.1 * n, delta, nll),
@@ -226,7 +286,9 @@ def by_hand(name, pairs):
         "orpo": lambda: each(lambda n, p, q: n + 0.1 * sp(-log_odds(p, q)), nll, mean_c, mean_r),
         "cpo": lambda: each(lambda d, n: sp(-0.1 * d) + n, delta, nll),
         "exo_pair": lambda: each(lambda r: exo(0.1 * r), rho),
-        "nca_pair": lambda: each(lambda a, b: sp(-0.01 * a) + 0.5 * sp(0.01 * a) + 0.5 * sp(0.01 * b), a, b),
+        "nca_pair": lambda: each(
+            lambda a, b: sp(-0.01 * a) + 0.5 * sp(0.01 * a) + 0.5 * sp(0.01 * b), a, b
+        ),
         "bco_pair": lambda: each(lambda a, b: sp(-0.1 * a) + sp(0.1 * b), a, b),
         "sppo_hard": lambda: each(lambda a, b: (a - 500) ** 2 + (b + 500) ** 2, a, b),
         "apo_zero": lambda: each(lambda a, b: 1 - sigma(0.1 * a) + sigma(0.1 * b), a, b),
@@ -237,7 +299,12 @@ def by_hand(name, pairs):
     }[name]()
 
 
-FOUR = [(-10.0, -14.0, -12.0, -11.0), (-9.0, -8.5, -8.7, -9.5), (-3.0, -6.0, -3.5, -6.9), (-20.0, -12.0, -19.0, -13.5)]
+FOUR = [
+    (-10.0, -14.0, -12.0, -11.0),
+    (-9.0, -8.5, -8.7, -9.5),
+    (-3.0, -6.0, -3.5, -6.9),
+    (-20.0, -12.0, -19.0, -13.5),
+]
 KTO_MEANS = BETA_MEAN = None  # frozen while differences are taken: those means carry no gradient
 
 
@@ -258,17 +325,23 @@ def test_value_and_gradient_of_every_loss_by_hand(name, monkeypatch):
             shifted[0][row][side] += step
             shifted[1][row][side] -= step
             slope = (sum(by_hand(name, shifted[0])) - sum(by_hand(name, shifted[1]))) / (2 * step)
-            assert leaves.grad[side, row].item() == pytest.approx(slope, rel=1e-5, abs=1e-8), (row, side)
+            assert leaves.grad[side, row].item() == pytest.approx(slope, rel=1e-5, abs=1e-8), (
+                row,
+                side,
+            )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_passes_its_self_test(name):
-    report = check_loss.check(name)
+    report = loss_check.check(name)
     assert report.failures == []
 
 
 def test_self_test_says_where_exponential_branches_and_the_published_form_leave_fp32():
-    notes = {name: " ".join(check_loss.check(name).notes) for name in ("cell", "dbaql", "discopop", "dpo")}
+    notes = {
+        name: " ".join(loss_check.check(name).notes)
+        for name in ("cell", "dbaql", "discopop", "dpo")
+    }
     assert "beta 1: leaves float32 beyond rho -89.4" in notes["cell"]
     assert "leaves float32" in notes["dbaql"] and "leaves float32" not in notes["dpo"]
     assert "published is nan in float32 beyond z -88.7" in notes["discopop"]
@@ -276,10 +349,16 @@ def test_self_test_says_where_exponential_branches_and_the_published_form_leave_
 
 
 BAD_LOSSES = {
-    "wrong_shape": ("return pairs.rho.mean(), {}", "has shape () for 1 pairs: return one value per pair"),
+    "wrong_shape": (
+        "return pairs.rho.mean(), {}",
+        "has shape () for 1 pairs: return one value per pair",
+    ),
     "no_dict": ("return -beta * pairs.rho", "must return (losses, terms)"),
     "a_number": ("return -beta * pairs.rho, {'b': beta}", "b is a float"),
-    "overflows": ("return torch.exp(pairs.rho) / torch.exp(pairs.rho) - pairs.rho, {}", "not finite"),
+    "overflows": (
+        "return torch.exp(pairs.rho) / torch.exp(pairs.rho) - pairs.rho, {}",
+        "not finite",
+    ),
     "no_gradient": ("return torch.relu(pairs.rho.detach()) + 0 * pairs.rho, {}", "no gradient"),
     "raises": ("return pairs.nothing, {}", "raises AttributeError"),
     "imprecise": ("return (pairs.rho + 1e6) - 1e6, {}", "float32"),
@@ -289,21 +368,30 @@ BAD_LOSSES = {
 @pytest.mark.parametrize("kind", BAD_LOSSES)
 def test_self_test_finds_what_is_wrong(tmp_path, kind):
     body, said = BAD_LOSSES[kind]
-    (tmp_path / "mine.py").write_text(f"import torch\n\ndef {kind}(pairs, *, beta: float = 0.1):\n    {body}\n")
-    losses.load_loss_file(f"{tmp_path}/mine.py:{kind}")
+    (tmp_path / "mine.py").write_text(
+        f"import torch\n\ndef {kind}(pairs, *, beta: float = 0.1):\n    {body}\n"
+    )
+    loss_options.load_loss_file(f"{tmp_path}/mine.py:{kind}")
     try:
-        assert any(said in failure for failure in check_loss.check(kind).failures)
+        assert any(said in failure for failure in loss_check.check(kind).failures)
     finally:
         del LOSSES[kind]
-        losses.FROM_FILES.discard(kind)
+        loss_options.FROM_FILES.discard(kind)
 
 
 @pytest.mark.parametrize(
     ("spec", "said"),
-    [("mine.py", "write it as"), ("none.py:f", "no such file"), ("bad.py:f", "SyntaxError"), ("ok.py:g", "no function"),
-     ("ok.py:plain", "write plain as def"), ("ok.py:clash", "means something else"),
-     ("ok.py:dpo", "give yours another name"), ("ok.py:odd", "needs a number or text")],
-)  # fmt: skip
+    [
+        ("mine.py", "write it as"),
+        ("none.py:f", "no such file"),
+        ("bad.py:f", "SyntaxError"),
+        ("ok.py:g", "no function"),
+        ("ok.py:plain", "write plain as def"),
+        ("ok.py:clash", "means something else"),
+        ("ok.py:dpo", "give yours another name"),
+        ("ok.py:odd", "needs a number or text"),
+    ],
+)
 def test_loss_files_that_cannot_be_used_are_named(tmp_path, spec, said):
     (tmp_path / "bad.py").write_text("def f(:")
     (tmp_path / "ok.py").write_text(
@@ -311,7 +399,7 @@ def test_loss_files_that_cannot_be_used_are_named(tmp_path, spec, said):
         "def plain(pairs, beta=0.1): pass\ndef clash(pairs, *, margin=1.0): pass\n"
     )
     with pytest.raises(ValueError, match=said):
-        losses.load_loss_file(f"{tmp_path}/{spec}")
+        loss_options.load_loss_file(f"{tmp_path}/{spec}")
 
 
 # ---- identities ---------------------------------------------------------------------------------
@@ -326,17 +414,21 @@ def test_rpo_without_sft_is_dpo():
 def test_simpo_without_gamma_is_td_dpo_on_means_without_anchor(beta):
     pairs = random_pairs()
     mine, _ = losses.simpo(pairs, beta=beta, gamma=0.0)
-    assert torch.allclose(mine, losses.td_dpo(pairs, tau=1 / beta, kl="none", logp="mean")[0], rtol=1e-12)
+    assert torch.allclose(
+        mine, losses.td_dpo(pairs, tau=1 / beta, kl="none", logp="mean")[0], rtol=1e-12
+    )
 
 
 def test_sft_term_is_added_to_any_loss():
     pairs = random_pairs()
     parameters = {**loss_defaults("dpo"), "sft_coef": 0.3}
-    mine, terms = losses.bind("dpo", parameters)(pairs)
+    mine, terms = loss_options.bind("dpo", parameters)(pairs)
     assert torch.allclose(mine, losses.dpo(pairs)[0] - 0.3 * pairs.chosen / 4)
     assert torch.allclose(terms["score"], -pairs.chosen / 4)
     scored = pairs._replace(score_chosen=torch.full((64,), 8.0, dtype=torch.float64))
-    assert torch.allclose(losses.bind("dpo", parameters)(scored)[0], losses.dpo(pairs)[0] + 0.3 * 2.0)
+    assert torch.allclose(
+        loss_options.bind("dpo", parameters)(scored)[0], losses.dpo(pairs)[0] + 0.3 * 2.0
+    )
 
 
 def test_beta_dpo_follows_the_batch():
@@ -364,9 +456,10 @@ def test_scores_against_probabilities_written_out(rule, alpha, smoothing):
         "brier": -2 * p + p.square().sum(-1, keepdim=True),
         "spherical": -p / p.norm(dim=-1, keepdim=True),
         "alpha_power": -alpha * p ** (alpha - 1) + (alpha - 1) * (p**alpha).sum(-1, keepdim=True),
-        "pseudo_spherical": -(p ** (alpha - 1)) / (p**alpha).sum(-1, keepdim=True) ** ((alpha - 1) / alpha),
+        "pseudo_spherical": -(p ** (alpha - 1))
+        / (p**alpha).sum(-1, keepdim=True) ** ((alpha - 1) / alpha),
     }[rule]
-    mine = losses.token_score(logits, targets, rule, alpha, smoothing)
+    mine = token_scores.token_score(logits, targets, rule, alpha, smoothing)
     assert torch.allclose(mine, (label * per_outcome).sum(-1), rtol=1e-10)
 
 
@@ -377,11 +470,15 @@ def test_honest_forecasts_win(rule, alpha):
     truth = torch.randn(6, dtype=torch.float64, generator=generator)
     forecasts = (
         truth
-        + torch.randn(10_000, 6, dtype=torch.float64, generator=generator) * torch.logspace(-2, 1, 10_000)[:, None]
+        + torch.randn(10_000, 6, dtype=torch.float64, generator=generator)
+        * torch.logspace(-2, 1, 10_000)[:, None]
     )
 
     def expected(logits):
-        scores = [losses.token_score(logits, torch.full((len(logits),), y), rule, alpha) for y in range(6)]
+        scores = [
+            token_scores.token_score(logits, torch.full((len(logits),), y), rule, alpha)
+            for y in range(6)
+        ]
         return (truth.softmax(-1) * torch.stack(scores, -1)).sum(-1)
 
     assert (expected(forecasts) > expected(truth[None])).all()
@@ -389,22 +486,27 @@ def test_honest_forecasts_win(rule, alpha):
 
 def test_alpha_two_is_brier_and_spherical():
     logits, targets = torch.randn(9, 40).double(), torch.arange(9)
-    score = losses.token_score
+    score = token_scores.token_score
     assert torch.equal(score(logits, targets, "alpha_power", 2.0), score(logits, targets, "brier"))
-    assert torch.equal(score(logits, targets, "pseudo_spherical", 2.0), score(logits, targets, "spherical"))
+    assert torch.equal(
+        score(logits, targets, "pseudo_spherical", 2.0), score(logits, targets, "spherical")
+    )
 
 
 def test_masked_log_term_keeps_a_gradient_where_brier_has_none():
     logits = torch.zeros(1, 5, dtype=torch.float64)
     logits[0, 0] = 60.0
     leaf = logits.clone().requires_grad_()
-    losses.token_score(leaf, torch.tensor([3]), "brier").sum().backward()
+    token_scores.token_score(leaf, torch.tensor([3]), "brier").sum().backward()
     masked = logits.clone().requires_grad_()
-    value = losses.token_score(masked, torch.tensor([3]), "brier", score_masked_log=0.1)
+    value = token_scores.token_score(masked, torch.tensor([3]), "brier", score_masked_log=0.1)
     value.sum().backward()
     assert leaf.grad[0, 3].abs() < 1e-20 and masked.grad[0, 3] < -0.01
-    # by hand: log p is about -60 for four of five tokens, below log(0.1 / 5): - 0.1 * mean = 0.1 * 4 * 60 / 5
-    assert value.item() - losses.token_score(logits, torch.tensor([3]), "brier").item() == pytest.approx(4.8)
+    # by hand: log p is about -60 for four of five tokens, below log(0.1 / 5): - 0.1 * mean = 0.1 *
+    # 4 * 60 / 5
+    assert value.item() - token_scores.token_score(
+        logits, torch.tensor([3]), "brier"
+    ).item() == pytest.approx(4.8)
 
 
 def test_scores_are_finite_over_extreme_logits_in_fp32():
@@ -412,14 +514,14 @@ def test_scores_are_finite_over_extreme_logits_in_fp32():
     for rule, alpha in RULES:
         for targets in ([0, 1, 2], [1, 2, 0]):
             leaf = logits.clone().requires_grad_()
-            value = losses.token_score(leaf, torch.tensor(targets), rule, alpha, 0.1, 0.1)
+            value = token_scores.token_score(leaf, torch.tensor(targets), rule, alpha, 0.1, 0.1)
             value.sum().backward()
             assert value.isfinite().all() and leaf.grad.isfinite().all(), (rule, alpha)
 
 
 def test_defaults_come_from_the_signature():
     own = {"beta": 0.05, "tau": 1.0, "margin": "free", "kl": "k2", "logp": "sum"}
-    assert losses.own_defaults(losses.td_dpo) == own
+    assert loss_options.own_defaults(losses.td_dpo) == own
     assert loss_defaults("td_dpo") == {**losses.SFT_TERM, **own}
     assert "sft_coef" not in loss_defaults("sft") and loss_defaults("cpo")["sft_coef"] == 1.0
 

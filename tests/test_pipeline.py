@@ -1,4 +1,6 @@
-"""The stages talk through files: raw pairs in, table of judged results out, on a tiny random model."""
+"""The stages talk through files: raw pairs in, table of judged results out, on a tiny random
+model.
+"""
 
 import csv
 import json
@@ -11,6 +13,8 @@ import gen_mtbench
 import judge
 import prep_data
 import train_pref
+from pref.analysis import results_folder
+from pref.training.arguments import loss_arguments
 
 
 def call(stage, *args) -> int:
@@ -21,17 +25,78 @@ def call(stage, *args) -> int:
 def study(tiny_model, tmp_path_factory):
     """A study of two losses with every stage run once, in a folder whose name has a space."""
     folder = tmp_path_factory.mktemp("a study")
-    pairs, bench, results = folder / "data" / "preferences", folder / "data" / "mt_bench", folder / "results"
-    assert call(prep_data, "--dataset", ROOT / "examples" / "preferences.jsonl", "--limit", 24, "--out", pairs) == 0
+    pairs, bench, results = (
+        folder / "data" / "preferences",
+        folder / "data" / "mt_bench",
+        folder / "results",
+    )
+    assert (
+        call(
+            prep_data,
+            "--dataset",
+            ROOT / "examples" / "preferences.jsonl",
+            "--limit",
+            24,
+            "--out",
+            pairs,
+        )
+        == 0
+    )
     assert call(prep_data, "--mt_bench", "flexeval", "--out", bench) == 0
     for loss in ("dpo", "td_dpo"):
-        assert call(train_pref, "--model", tiny_model, "--data", pairs, "--results_dir", results, "--loss", loss,
-                    "--dtype", "float32", "--lora_r", 4, "--global_batch", 12, "--epochs", 1,
-                    "--learning_rate", 0.02, "--max_length", 256) == 0  # fmt: skip
-    assert call(gen_mtbench, results, "--base", "--mt_bench", bench, "--num_questions", 8, "--max_new_tokens", 6,
-                "--dtype", "float32") == 0  # fmt: skip
-    code = call(judge, results, "--judge", f"hf:{tiny_model}", "--mt_bench", bench, "--dtype", "float32",
-                "--allow_incomplete")  # fmt: skip
+        assert (
+            call(
+                train_pref,
+                "--model",
+                tiny_model,
+                "--data",
+                pairs,
+                "--results_dir",
+                results,
+                "--loss",
+                loss,
+                "--dtype",
+                "float32",
+                "--lora_r",
+                4,
+                "--global_batch",
+                12,
+                "--epochs",
+                1,
+                "--learning_rate",
+                0.02,
+                "--max_length",
+                256,
+            )
+            == 0
+        )
+    assert (
+        call(
+            gen_mtbench,
+            results,
+            "--base",
+            "--mt_bench",
+            bench,
+            "--num_questions",
+            8,
+            "--max_new_tokens",
+            6,
+            "--dtype",
+            "float32",
+        )
+        == 0
+    )
+    code = call(
+        judge,
+        results,
+        "--judge",
+        f"hf:{tiny_model}",
+        "--mt_bench",
+        bench,
+        "--dtype",
+        "float32",
+        "--allow_incomplete",
+    )
     assert call(analyze, results) == 0
     return results, code
 
@@ -45,26 +110,38 @@ def test_every_run_is_judged_and_stands_in_the_table(study):
         with open(results / run / "mt_bench" / "judgements.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 16
-        assert {row["status"] for row in rows} <= {"ok", "context"} and {row["prompts"] for row in rows} == {"own"}
+        assert {row["status"] for row in rows} <= {"ok", "context"} and {
+            row["prompts"] for row in rows
+        } == {"own"}
         assert all(1 <= float(row["score"]) <= 10 for row in rows if row["status"] == "ok")
         assert json.loads((results / run / "metrics.json").read_text())
     comparison = results / "comparison"
     assert json.loads((comparison / "aggregated_metrics.json").read_text())
-    assert list((comparison / "tables").glob("*.csv")) and list((comparison / "figures").glob("comparison_*.pdf"))
+    assert list((comparison / "tables").glob("*.csv")) and list(
+        (comparison / "figures").glob("comparison_*.pdf")
+    )
 
 
 def test_runs_of_one_study_differ_in_their_loss_alone(study):
-    """Whatever train_pref.py comes to write into args.json must not make another cell of every run."""
+    """Whatever train_pref.py comes to write into args.json must not make another cell of every
+    run.
+    """
     results, _ = study
-    records = [json.loads((run / "args.json").read_text()) for run in sorted(results.glob("*dpo_b*"))]
-    one, two = ({key: r[key] for key in r if analyze.is_setting(key, r[key], r)} for r in records)
+    records = [
+        json.loads((run / "args.json").read_text()) for run in sorted(results.glob("*dpo_b*"))
+    ]
+    one, two = (
+        {key: r[key] for key in r if results_folder.is_setting(key, r[key], r)} for r in records
+    )
     different = {key for key in one.keys() & two.keys() if one[key] != two[key]}
-    assert different <= train_pref.loss_arguments().keys()
+    assert different <= loss_arguments().keys()
 
 
 def test_a_tiny_judge_is_marked_as_smoke_test(study):
     results, _ = study
-    text = "".join(path.read_text() for path in (results / "comparison" / "tables").glob("*mt_bench*.csv"))
+    text = "".join(
+        path.read_text() for path in (results / "comparison" / "tables").glob("*mt_bench*.csv")
+    )
     assert "smoke" in text
 
 
@@ -72,9 +149,28 @@ def test_rerunning_every_stage_does_nothing_twice(study, tiny_model, capsys):
     results, code = study
     before = {p: p.read_bytes() for p in results.glob("*/mt_bench/*")}
     bench = results.parent / "data" / "mt_bench"
-    call(gen_mtbench, results, "--base", "--mt_bench", bench, "--num_questions", 8, "--max_new_tokens", 6,
-         "--dtype", "float32")  # fmt: skip
-    given = ("--judge", f"hf:{tiny_model}", "--mt_bench", bench, "--dtype", "float32", "--allow_incomplete")
+    call(
+        gen_mtbench,
+        results,
+        "--base",
+        "--mt_bench",
+        bench,
+        "--num_questions",
+        8,
+        "--max_new_tokens",
+        6,
+        "--dtype",
+        "float32",
+    )
+    given = (
+        "--judge",
+        f"hf:{tiny_model}",
+        "--mt_bench",
+        bench,
+        "--dtype",
+        "float32",
+        "--allow_incomplete",
+    )
     assert call(judge, results, *given) == code
     assert {p: p.read_bytes() for p in results.glob("*/mt_bench/*")} == before
 
@@ -95,4 +191,6 @@ def test_rerunning_every_stage_does_nothing_twice(study, tiny_model, capsys):
 def test_missing_input_is_one_clear_error(tmp_path, stage, arguments, said):
     done = run_script(stage, *arguments, OPENAI_API_KEY="x")
     assert done.returncode == 2
-    assert said in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert (
+        said in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    )

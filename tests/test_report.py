@@ -1,4 +1,6 @@
-"""report.py: one file that opens alone, shows what it was given, and runs nothing that it was given."""
+"""report.py: one file that opens alone, shows what it was given, and runs nothing that it was
+given.
+"""
 
 import base64
 import copy
@@ -15,8 +17,8 @@ from pathlib import Path
 import pytest
 from browser import Browser, missing_browser
 
-from files import UserError
-from report import decimals, escape, fill, shown, write_report
+from pref.analysis.report import decimals, escape, fill, shown, write_report
+from pref.files.console import UserError
 
 HOSTILE = (
     "<script>window.hacked = 1; alert(1)</script>",
@@ -39,22 +41,36 @@ def tiny_png(width: int = 3, height: int = 2) -> bytes:
         (b"IDAT", zlib.compress(rows)),
         (b"IEND", b""),
     ]
-    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    body = b"".join(
+        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
 def judgement(run: str, question: int, turn: int, score: float | None, **others) -> dict:
     row = {
-        "run_id": run, "question_id": question, "turn": turn, "choice": 0, "repeat": 0, "judge": "judge-1",
-        "grading": "single", "score": score, "winner": None, "baseline": None, "order": None,
-        "status": "ok" if score is not None else "no rating", "judgement": f"Words on {run} {question}.{turn}",
-    }  # fmt: skip
+        "run_id": run,
+        "question_id": question,
+        "turn": turn,
+        "choice": 0,
+        "repeat": 0,
+        "judge": "judge-1",
+        "grading": "single",
+        "score": score,
+        "winner": None,
+        "baseline": None,
+        "order": None,
+        "status": "ok" if score is not None else "no rating",
+        "judgement": f"Words on {run} {question}.{turn}",
+    }
     return row | others
 
 
 def example_page(folder: Path) -> dict:
-    """Three runs, five questions. Scores of judge-1, A = base, B = dpo: question 1: 5 and 8, 2: 8 and 5, 3: 6 and 6,
-    4: turn 2 of dpo has no score and the others are 7 and 7.5, 5: dpo's first answer is empty and 9 and 1."""
+    """Three runs, five questions. Scores of judge-1, A = base, B = dpo: question 1: 5 and 8, 2: 8
+    and 5, 3: 6 and 6, 4: turn 2 of dpo has no score and the others are 7 and 7.5, 5: dpo's first
+    answer is empty and 9 and 1.
+    """
     (folder / "figure.png").write_bytes(tiny_png())
     runs = ["base", "dpo", "td_dpo"]
     scores = {1: (5, 8), 2: (8, 5), 3: (6, 6), 4: (7, 7.5), 5: (9, 1)}
@@ -68,40 +84,79 @@ def example_page(folder: Path) -> dict:
     judged.append(judgement("dpo", 1, 1, None, winner="dpo", order="2", **pair))
     judged.append(judgement("dpo", 1, 1, 4.0, judge="judge-2", repeat=1))
     answers = [
-        {"run_id": run, "question_id": q, "choice": choice, "turns": [f"{run} {q}.1 choice {choice}", f"{run} {q}.2"]}
-        for run in runs for q in scores for choice in ((0, 1) if run == "td_dpo" else (0,))
-    ]  # fmt: skip
-    next(row for row in answers if (row["run_id"], row["question_id"]) == ("dpo", 5))["turns"][0] = "  "
-    verdict = {"judge": None, "estimate": "+0.4", "interval": "0.1 to 0.7", "test": "p = 0.01", "why": "Because."}
+        {
+            "run_id": run,
+            "question_id": q,
+            "choice": choice,
+            "turns": [f"{run} {q}.1 choice {choice}", f"{run} {q}.2"],
+        }
+        for run in runs
+        for q in scores
+        for choice in ((0, 1) if run == "td_dpo" else (0,))
+    ]
+    next(row for row in answers if (row["run_id"], row["question_id"]) == ("dpo", 5))["turns"][
+        0
+    ] = "  "
+    verdict = {
+        "judge": None,
+        "estimate": "+0.4",
+        "interval": "0.1 to 0.7",
+        "test": "p = 0.01",
+        "why": "Because.",
+    }
     return {
         "title": "Three runs",
         "facts": [["model", "tiny"], ["runs", 3], ["share", 0.25]],
         "verdicts": [
             {"id": name, "claim": f"Claim {name}", "verdict": word, **verdict}
-            for name, word in zip("abcd", ("supported", "contradicted", "undecided", "not measured"))
+            for name, word in zip(
+                "abcd", ("supported", "contradicted", "undecided", "not measured")
+            )
         ],
         "notes": ["a note"],
         "missing": ["something"],
         "tables": [
-            {"id": "t", "title": "Numbers", "note": "A note.", "headers": ["cell", "value", "mixed", "count"],
-             "rows": [["x10", 9.5, "7.10 ±0.2", 2], ["x9", 10.25, "-", 10], ["x1", None, "12 ±1", 1],
-                      ["x2", -0.001, "-3", 100]]},
+            {
+                "id": "t",
+                "title": "Numbers",
+                "note": "A note.",
+                "headers": ["cell", "value", "mixed", "count"],
+                "rows": [
+                    ["x10", 9.5, "7.10 ±0.2", 2],
+                    ["x9", 10.25, "-", 10],
+                    ["x1", None, "12 ±1", 1],
+                    ["x2", -0.001, "-3", 100],
+                ],
+            },
         ],
         "figures": [{"title": "A figure", "png": folder / "figure.png", "alt": "white"}],
         "runs": [
-            {"run_id": run, "status": "finished", "numbers": {"score": 6.5 + i, "acc": None},
-             "arguments": {"loss": run, "lr": 5e-7, "layers": ["q", "v"], "versions": {"torch": f"2.{i}"}}}
+            {
+                "run_id": run,
+                "status": "finished",
+                "numbers": {"score": 6.5 + i, "acc": None},
+                "arguments": {
+                    "loss": run,
+                    "lr": 5e-7,
+                    "layers": ["q", "v"],
+                    "versions": {"torch": f"2.{i}"},
+                },
+            }
             for i, run in enumerate(runs)
         ],
-        "questions": {q: {"category": "math" if q < 4 else "writing", "turns": [f"Ask {q}.1", f"Ask {q}.2"]}
-                      for q in scores},
+        "questions": {
+            q: {"category": "math" if q < 4 else "writing", "turns": [f"Ask {q}.1", f"Ask {q}.2"]}
+            for q in scores
+        },
         "answers": answers,
         "judgements": judged,
-    }  # fmt: skip
+    }
 
 
 def hostile_page(folder: Path) -> dict:
-    """The example with hostile text in every field that holds text; the names of its fields stay."""
+    """The example with hostile text in every field that holds text; the names of its fields
+    stay.
+    """
     page = example_page(folder)
 
     def spoil(value):
@@ -114,13 +169,19 @@ def hostile_page(folder: Path) -> dict:
     spoiled = spoil(page)
     for row in spoiled["judgements"]:
         row["grading"] = row["grading"].split()[0]
-    spoiled["runs"][0]["arguments"] |= {EVERYTHING: EVERYTHING, "__proto__": EVERYTHING, "constructor": "one"}
+    spoiled["runs"][0]["arguments"] |= {
+        EVERYTHING: EVERYTHING,
+        "__proto__": EVERYTHING,
+        "constructor": "one",
+    }
     spoiled["runs"][0]["numbers"] |= {EVERYTHING: 1.0}
     return spoiled
 
 
 class Reader(HTMLParser):
-    """All elements of a page with their attributes; fails where a tag is not closed or closes another."""
+    """All elements of a page with their attributes; fails where a tag is not closed or closes
+    another.
+    """
 
     def __init__(self, text: str):
         super().__init__()
@@ -166,10 +227,15 @@ def test_the_file_is_whole_and_asks_for_nothing(tmp_path, make_page):
     ids = [attrs["id"] for _, attrs in reader.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
     for tag, attrs in reader.elements:
-        assert "style" not in attrs and not any(name.startswith("on") for name in attrs), (tag, attrs)
+        assert "style" not in attrs and not any(name.startswith("on") for name in attrs), (
+            tag,
+            attrs,
+        )
         for name in ("src", "href", "srcset", "action", "data"):
             assert (attrs.get(name) or "#").startswith(("#", "data:")), (tag, attrs)
-    assert {tag for tag, _ in reader.elements}.isdisjoint({"iframe", "object", "embed", "base", "form"})
+    assert {tag for tag, _ in reader.elements}.isdisjoint(
+        {"iframe", "object", "embed", "base", "form"}
+    )
 
 
 @pytest.mark.parametrize("make_page", [example_page, hostile_page])
@@ -190,9 +256,24 @@ def test_policy_allows_the_template_s_script_and_style_alone(tmp_path, make_page
 
 
 def test_the_script_never_makes_html_or_code_of_text():
-    template = (Path(__file__).parent.parent / "report_template.html").read_text(encoding="utf-8")
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", ".style.",
-                 "DOMParser", "createContextualFragment", "srcdoc", "setTimeout(\"", "http:", "https:"):  # fmt: skip
+    template = (
+        Path(__file__).parent.parent / "pref" / "analysis" / "report_template.html"
+    ).read_text(encoding="utf-8")
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "new Function",
+        ".style.",
+        "DOMParser",
+        "createContextualFragment",
+        "srcdoc",
+        'setTimeout("',
+        "http:",
+        "https:",
+    ):
         assert word not in template, word
 
 
@@ -204,7 +285,17 @@ def test_hostile_text_is_escaped_and_whole(tmp_path):
             assert part not in text
     everything = EVERYTHING.replace("\ud800", "?")
     shown_texts = "".join(data for _, data in Reader(text).texts)
-    for part in ("Three runs", "tiny", "Claim a", "+0.4", "Because.", "a note", "something", "Numbers", "A figure"):
+    for part in (
+        "Three runs",
+        "tiny",
+        "Claim a",
+        "+0.4",
+        "Because.",
+        "a note",
+        "something",
+        "Numbers",
+        "A figure",
+    ):
         assert f"{part} {everything}" in shown_texts, part
     data = packed(text)
     assert data["answers"][0] == page["answers"][0]  # the lone surrogate too
@@ -219,15 +310,24 @@ def test_a_placeholder_in_the_data_stays_text():
 def test_same_page_same_bytes(tmp_path, monkeypatch):
     page = example_page(tmp_path)
     first = written(tmp_path, copy.deepcopy(page))
-    page["questions"] = dict(reversed(page["questions"].items()))  # the order of a dict means nothing
+    page["questions"] = dict(
+        reversed(page["questions"].items())
+    )  # the order of a dict means nothing
     monkeypatch.setattr(time, "time", lambda: 2e9)  # gzip's header has a place for it
     assert written(tmp_path, page) == first
 
 
 def test_an_empty_page_says_what_there_is_none_of(tmp_path):
     text = written(tmp_path, {})
-    for sentence in ("There are no verdicts", "There are no notes", "Nothing is missing", "There are no figures",
-                     "There are no tables", "There are no runs", "No facts"):  # fmt: skip
+    for sentence in (
+        "There are no verdicts",
+        "There are no notes",
+        "Nothing is missing",
+        "There are no figures",
+        "There are no tables",
+        "There are no runs",
+        "No facts",
+    ):
         assert sentence in text
     empty = {key: type(value)() for key, value in example_page(tmp_path).items()}
     assert written(tmp_path, empty) == text
@@ -271,7 +371,11 @@ def test_numbers_travel_whole_for_sorting(tmp_path):
 
 def test_figures_are_inside_and_a_missing_one_is_named(tmp_path):
     page = example_page(tmp_path)
-    (image,) = [attrs for tag, attrs in Reader(written(tmp_path, page)).elements if tag == "img" and "src" in attrs]
+    (image,) = [
+        attrs
+        for tag, attrs in Reader(written(tmp_path, page)).elements
+        if tag == "img" and "src" in attrs
+    ]
     assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == tiny_png()
     assert (image["width"], image["height"], image["alt"]) == ("3", "2", "white")
     (tmp_path / "figure.png").write_text("<svg>")
@@ -295,11 +399,23 @@ def test_a_large_study_is_written_in_seconds(tmp_path):
     runs = [f"run{i}" for i in range(60)]
     text = lambda i, n: words[i % 997 : i % 997 + n] + str(i)  # noqa: E731
     page = {
-        "answers": [{"run_id": r, "question_id": q, "choice": 0, "turns": [text(q, 1500), text(q * 7, 1500)]}
-                    for r in runs for q in range(80)],
-        "judgements": [judgement(r, q, t, 5.0, judgement=text(q * 13 + t, 1000)) for r in runs for q in range(80)
-                       for t in (1, 2)],
-    }  # fmt: skip
+        "answers": [
+            {
+                "run_id": r,
+                "question_id": q,
+                "choice": 0,
+                "turns": [text(q, 1500), text(q * 7, 1500)],
+            }
+            for r in runs
+            for q in range(80)
+        ],
+        "judgements": [
+            judgement(r, q, t, 5.0, judgement=text(q * 13 + t, 1000))
+            for r in runs
+            for q in range(80)
+            for t in (1, 2)
+        ],
+    }
     start = time.monotonic()
     write_report(tmp_path / "report.html", page)
     assert time.monotonic() - start < 10
@@ -329,8 +445,11 @@ def open_page(browser: Browser, path: Path, page: dict, state: str = "") -> None
     browser.go("about:blank")  # the same address with another state would not load anew
     browser.log("browser"), browser.log("performance")
     browser.go(path.as_uri() + state)
-    wait_for(browser, "return document.getElementById('answers-state').textContent !== 'The texts are being unpacked.'"
-             " || !document.getElementById('browser').hidden")  # fmt: skip
+    wait_for(
+        browser,
+        "return document.getElementById('answers-state').textContent !== 'The texts are being unpacked.'"
+        " || !document.getElementById('browser').hidden",
+    )
 
 
 def wait_for(browser: Browser, script: str) -> None:
@@ -351,8 +470,9 @@ def pick(browser: Browser, name: str, value: str) -> None:
         "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
         "if (e.value !== arguments[1]) throw new Error('not offered: ' + arguments[1]);"
         "e.dispatchEvent(new Event('change', {bubbles: true}))",
-        name, value,
-    )  # fmt: skip
+        name,
+        value,
+    )
 
 
 def position(browser: Browser) -> str:
@@ -364,18 +484,30 @@ def question(browser: Browser) -> str:
 
 
 def assert_quiet(browser: Browser) -> None:
-    """Nothing on the console, nothing asked of the network but the file and data: URIs, no alert, no injected code."""
-    assert browser.run("return typeof window.hacked") == "undefined"  # an open alert is an error of this call
+    """Nothing on the console, nothing asked of the network but the file and data: URIs, no alert,
+    no injected code.
+    """
+    assert (
+        browser.run("return typeof window.hacked") == "undefined"
+    )  # an open alert is an error of this call
     assert browser.log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    asked = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
     assert any(url.endswith(".html") for url in asked)
     assert [url for url in asked if not url.startswith(("file://", "data:", "about:"))] == []
     assert len({url for url in asked if url.startswith("file://")}) == 1
 
 
 def test_opens_in_silence(browser, tmp_path):
-    for name, page in (("example", example_page(tmp_path)), ("empty", {}), ("hostile", hostile_page(tmp_path))):
+    for name, page in (
+        ("example", example_page(tmp_path)),
+        ("empty", {}),
+        ("hostile", hostile_page(tmp_path)),
+    ):
         open_page(browser, tmp_path / f"{name}.html", page)
         assert_quiet(browser)
         if name == "empty":
@@ -390,7 +522,16 @@ def test_the_policy_stops_what_the_page_did_not_bring(browser, tmp_path):
     )
     wait_for(browser, "return true")
     assert browser.run("return typeof window.hacked") == "undefined"
-    assert len([entry for entry in browser.log("browser") if "Content Security Policy" in entry["message"]]) == 2
+    assert (
+        len(
+            [
+                entry
+                for entry in browser.log("browser")
+                if "Content Security Policy" in entry["message"]
+            ]
+        )
+        == 2
+    )
 
 
 def test_tables_sort_by_number_and_back_with_mouse_and_keyboard(browser, tmp_path):
@@ -399,10 +540,16 @@ def test_tables_sort_by_number_and_back_with_mouse_and_keyboard(browser, tmp_pat
     header = "#tables th:nth-child(%d)"
     browser.click(header % 2 + " button")
     assert text_of(browser, first) == ["x2", "x10", "x9", "x1"]  # -0.001, 9.5, 10.25, none
-    assert browser.run("return document.querySelector(arguments[0]).ariaSort", header % 2) == "ascending"
+    assert (
+        browser.run("return document.querySelector(arguments[0]).ariaSort", header % 2)
+        == "ascending"
+    )
     browser.press("\ue007")  # Enter: the button has the focus
     assert text_of(browser, first) == ["x9", "x10", "x2", "x1"]  # none is last in both directions
-    assert browser.run("return document.querySelector(arguments[0]).ariaSort", header % 2) == "descending"
+    assert (
+        browser.run("return document.querySelector(arguments[0]).ariaSort", header % 2)
+        == "descending"
+    )
     browser.click(header % 3 + " button")
     assert text_of(browser, first) == ["x2", "x10", "x1", "x9"]  # "-3", "7.10 ±0.2", "12 ±1", "-"
     assert browser.run("return document.querySelectorAll('#tables [aria-sort]').length") == 1
@@ -445,14 +592,21 @@ def test_answers_of_two_runs_side_by_side(browser, tmp_path):
     open_page(browser, tmp_path / "report.html", example_page(tmp_path))
     assert position(browser) == "1 of 5"
     assert text_of(browser, ".asked") == ["Ask 1.1", "Ask 1.2"]
-    assert text_of(browser, ".side > .text") == ["base 1.1 choice 0", "dpo 1.1 choice 0", "base 1.2", "dpo 1.2"]
+    assert text_of(browser, ".side > .text") == [
+        "base 1.1 choice 0",
+        "dpo 1.1 choice 0",
+        "base 1.2",
+        "dpo 1.2",
+    ]
     assert text_of(browser, ".turn:nth-of-type(1) .b summary") == [
         "score 8 by judge-1, repeat 1",
         "wins against base by judge-1, repeat 1, shown to the judge as assistant B",
         "score 4 by judge-2, repeat 2",
     ]
     assert text_of(browser, ".a .judgement .text") == ["Words on base 1.1", "Words on base 1.2"]
-    assert text_of(browser, "#question header .note") == ["A 5, B 8, A − B = −3 (judge-1, mean over 2 turns)"]
+    assert text_of(browser, "#question header .note") == [
+        "A 5, B 8, A − B = −3 (judge-1, mean over 2 turns)"
+    ]
     pick(browser, "view-b", "td_dpo")
     pick(browser, "view-choice-b", "1")
     assert text_of(browser, ".b > .text") == ["td_dpo 1.1 choice 1", "td_dpo 1.2"]
@@ -461,8 +615,12 @@ def test_answers_of_two_runs_side_by_side(browser, tmp_path):
     assert (position(browser), question(browser)) == ("3 of 5", "Question 3, math")
     pick(browser, "view-b", "dpo")
     pick(browser, "view-question", "4")
-    assert text_of(browser, "#question header .note") == ["A 7, B 7.5, A − B = −0.5 (judge-1, turn 1 alone)"]
-    assert text_of(browser, ".judgement.failed summary") == ["no score (no rating) by judge-1, repeat 1"]
+    assert text_of(browser, "#question header .note") == [
+        "A 7, B 7.5, A − B = −0.5 (judge-1, turn 1 alone)"
+    ]
+    assert text_of(browser, ".judgement.failed summary") == [
+        "no score (no rating) by judge-1, repeat 1"
+    ]
 
 
 def test_keys_step_through_the_questions(browser, tmp_path):
@@ -475,7 +633,9 @@ def test_keys_step_through_the_questions(browser, tmp_path):
         browser.press(key)
         seen.append(position(browser)[0])
     assert "".join(seen) == "2321123455"
-    browser.run("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'k', ctrlKey: true, bubbles: true}))")
+    browser.run(
+        "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'k', ctrlKey: true, bubbles: true}))"
+    )
     assert position(browser) == "5 of 5"  # the browser's own key
     pick(browser, "view-difference", "apart")
     browser.click("#view-apart")
@@ -490,7 +650,9 @@ def test_filters(browser, tmp_path):
         browser.run("document.getElementById('clear').click()")
         for name, value in filters.items():
             pick(browser, f"view-{name}", value)
-        return browser.run("return [...document.getElementById('view-question').options].map((o) => o.value)")
+        return browser.run(
+            "return [...document.getElementById('view-question').options].map((o) => o.value)"
+        )
 
     assert passing() == ["1", "2", "3", "4", "5"]
     assert passing(category="writing") == ["4", "5"]
@@ -513,7 +675,13 @@ def test_a_link_reopens_the_view(browser, tmp_path):
     page = example_page(tmp_path)
     open_page(browser, tmp_path / "report.html", page)
     assert browser.run("return location.hash") == ""  # nothing was chosen yet
-    for name, value in (("a", "dpo"), ("b", "td_dpo"), ("choice-b", "1"), ("category", "math"), ("question", "3")):
+    for name, value in (
+        ("a", "dpo"),
+        ("b", "td_dpo"),
+        ("choice-b", "1"),
+        ("category", "math"),
+        ("question", "3"),
+    ):
         pick(browser, f"view-{name}", value)
     browser.click("#view-words")
     wait_for(browser, "return location.hash.includes('words=no')")
@@ -526,8 +694,15 @@ def test_a_link_reopens_the_view(browser, tmp_path):
     before = browser.run(state)
     open_page(browser, tmp_path / "report.html", page, link)
     assert browser.run(state) == before == ["dpo", "td_dpo", "1", "math", "3", "3 of 3", 0]
-    assert browser.run("return document.getElementById('answers').getBoundingClientRect().top < innerHeight / 2")
-    open_page(browser, tmp_path / "report.html", page, "#answers?a=nobody&q=<b>&apart=-1&difference=x&choice-a=99&q=7")
+    assert browser.run(
+        "return document.getElementById('answers').getBoundingClientRect().top < innerHeight / 2"
+    )
+    open_page(
+        browser,
+        tmp_path / "report.html",
+        page,
+        "#answers?a=nobody&q=<b>&apart=-1&difference=x&choice-a=99&q=7",
+    )
     assert browser.run(state)[:2] == ["base", "dpo"] and position(browser) == "1 of 5"
     assert_quiet(browser)
 
@@ -565,7 +740,11 @@ def test_hostile_text_is_shown_as_it_is_and_never_runs(browser, tmp_path):
     ]  # not what every object has by that name
     for width in (1200, 700, 400):
         browser.devtools(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
         )
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), width
     browser.devtools("Emulation.clearDeviceMetricsOverride")
@@ -573,7 +752,9 @@ def test_hostile_text_is_shown_as_it_is_and_never_runs(browser, tmp_path):
         browser.click(selector)
         browser.press("\ue00c")
     assert (
-        browser.run("return document.querySelectorAll('main img:not([src^=\"data:\"]):not(#enlarged-image)').length")
+        browser.run(
+            "return document.querySelectorAll('main img:not([src^=\"data:\"]):not(#enlarged-image)').length"
+        )
         == 0
     )
     assert browser.run("return document.querySelectorAll('main script, main style').length") == 0
@@ -582,7 +763,9 @@ def test_hostile_text_is_shown_as_it_is_and_never_runs(browser, tmp_path):
 
 
 def test_a_browser_without_decompression_is_told_so(browser, tmp_path):
-    remove = browser.devtools("Page.addScriptToEvaluateOnNewDocument", source="delete window.DecompressionStream")
+    remove = browser.devtools(
+        "Page.addScriptToEvaluateOnNewDocument", source="delete window.DecompressionStream"
+    )
     open_page(browser, tmp_path / "report.html", example_page(tmp_path))
     browser.devtools("Page.removeScriptToEvaluateOnNewDocument", **remove)
     assert "Safari from 16.4" in text_of(browser, "#answers-state")[0]

@@ -1,4 +1,6 @@
-"""train_pref.py stopped, killed, refused and continued: the result is that of a run which nothing disturbed."""
+"""train_pref.py stopped, killed, refused and continued: the result is that of a run which nothing
+disturbed.
+"""
 
 import fcntl
 import json
@@ -17,12 +19,17 @@ from safetensors.torch import load_file, save_file
 from test_train import metrics_of, train_args
 from transformers import AutoModelForCausalLM
 
-import checkpoint
 import train_pref
-from chat import load_tokenizer, tokenize_pairs
-from files import UserError, read_pairs
-from modeling import ResponseLogps, adapter_off, add_lora, load_base
-from packing import Packing, make_batch
+from pref.files import disk
+from pref.files.console import UserError
+from pref.files.pairs import read_pairs
+from pref.model import logps
+from pref.model.chat import load_tokenizer, tokenize_pairs
+from pref.model.loading import load_base
+from pref.model.logps import ResponseLogps
+from pref.model.lora import adapter_off, add_lora
+from pref.model.packing import Packing, make_batch
+from pref.training import checkpoint, signals
 
 TIMES = {"tok_per_s", "peak_gib", "wall_s", "save_s"}  # what two equal runs may differ in
 
@@ -37,7 +44,9 @@ def ctrl_c_is_heard():
 
 @pytest.fixture(scope="module")
 def arguments(tiny_model, pairs_folder):
-    """Eight steps of 8 pairs, the fourth and the last of them ragged (6 pairs), three micro-batches each."""
+    """Eight steps of 8 pairs, the fourth and the last of them ragged (6 pairs), three micro-batches
+    each.
+    """
 
     def build(results, *more) -> list[str]:
         steps = ("--run_id", "run", "--epochs", "2", "--eval_steps", "2", "--save_steps", "2")
@@ -59,10 +68,17 @@ def untimed(row: dict) -> dict:
 
 
 def content_of(run) -> dict:
-    """Everything that must be equal, to the byte: adapter, validation pairs, metrics and summary without times."""
-    files = {p.name: p.read_bytes() for p in [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]}
+    """Everything that must be equal, to the byte: adapter, validation pairs, metrics and summary
+    without times.
+    """
+    files = {
+        p.name: p.read_bytes() for p in [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]
+    }
     rows = [untimed(line) for line in metrics_of(run)]
-    return files | {"metrics": rows, "summary": untimed(json.loads((run / "summary.json").read_text()))}
+    return files | {
+        "metrics": rows,
+        "summary": untimed(json.loads((run / "summary.json").read_text())),
+    }
 
 
 def assert_same(run, expected) -> None:
@@ -93,8 +109,15 @@ def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
 
 # ---- stopped by a signal ------------------------------------------------------------------------
 
-# make_batch is called twice by check_logps, twice for the first evaluation, then three times a step.
-MOMENTS = {"first evaluation": 3, "first step": 6, "middle of a step": 12, "an evaluation": 18, "late": 26}
+# make_batch is called twice by check_logps, twice for the first evaluation, then three times a
+# step.
+MOMENTS = {
+    "first evaluation": 3,
+    "first step": 6,
+    "middle of a step": 12,
+    "an evaluation": 18,
+    "late": 26,
+}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +137,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert stop_at(monkeypatch, given, MOMENTS[moment], number) == code
     assert "the same command continues" in capsys.readouterr().out
     run = tmp_path / "run"
-    assert list((run / "checkpoint").glob("step-*.safetensors")) and not (run / "summary.json").exists()
+    assert (
+        list((run / "checkpoint").glob("step-*.safetensors"))
+        and not (run / "summary.json").exists()
+    )
     assert not (run / "adapter").exists()  # nothing that a later stage could take for a result
     assert train_pref.main(given) == 0
     assert_same(run, undisturbed)
@@ -123,7 +149,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    "loss", [("--loss", "beta_dpo", "--per_device_batch", "3"), ("--loss", "dlrml", "--learn_beta_mix")], ids=" ".join
+    "loss",
+    [("--loss", "beta_dpo", "--per_device_batch", "3"), ("--loss", "dlrml", "--learn_beta_mix")],
+    ids=" ".join,
 )
 def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -133,7 +161,9 @@ def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss)
     assert_same(cut / "run", whole / "run")
 
 
-def test_before_the_first_step_a_signal_ends_the_process_at_once(arguments, tmp_path, monkeypatch, capfd):
+def test_before_the_first_step_a_signal_ends_the_process_at_once(
+    arguments, tmp_path, monkeypatch, capfd
+):
     signal_at(monkeypatch, 1, signal.SIGTERM, "tokenise")
     with pytest.raises(SystemExit) as stopped:
         train_pref.main(arguments(tmp_path))
@@ -142,9 +172,9 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once(arguments, tmp_
 
 def test_handlers_are_put_back_and_what_is_ignored_stays_ignored(arguments, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    before = [signal.getsignal(number) for number in checkpoint.Stop.SIGNALS]
+    before = [signal.getsignal(number) for number in signals.Stop.SIGNALS]
     assert stop_at(monkeypatch, arguments(tmp_path, "--max_steps", "2"), 6, signal.SIGINT) == 0
-    assert [signal.getsignal(number) for number in checkpoint.Stop.SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals.Stop.SIGNALS] == before
 
 
 # ---- killed -------------------------------------------------------------------------------------
@@ -152,7 +182,9 @@ def test_handlers_are_put_back_and_what_is_ignored_stays_ignored(arguments, tmp_
 KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, train_pref
+import train_pref
+from pref.files import disk
+from pref.training import checkpoint, run_folder
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -184,12 +216,12 @@ moment = sys.argv.pop(1)
 if moment == "writing a checkpoint":
     at(checkpoint, "save_file", 2, half_a_checkpoint)
 elif moment == "writing a line of metrics":
-    at(train_pref, "jsonl_line", 3, half_a_line)
+    at(disk, "jsonl_line", 3, half_a_line)
 elif moment == "between best adapter and checkpoint":
-    at(train_pref, "save_best", 1, after)
+    at(run_folder, "save_best", 1, after)
 elif moment == "between adapter and summary":
-    original = train_pref.write_json
-    train_pref.write_json = lambda *a: no_summary(original, *a)
+    original = disk.write_json
+    disk.write_json = lambda *a: no_summary(original, *a)
 sys.exit(train_pref.main())
 """
 
@@ -197,8 +229,12 @@ sys.exit(train_pref.main())
 def test_killed_four_times_the_run_is_the_same(undisturbed, arguments, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    for moment in ("between best adapter and checkpoint", "writing a checkpoint", "writing a line of metrics",
-                   "between adapter and summary"):  # fmt: skip
+    for moment in (
+        "between best adapter and checkpoint",
+        "writing a checkpoint",
+        "writing a line of metrics",
+        "between adapter and summary",
+    ):
         command = [sys.executable, script, moment, *arguments(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
@@ -212,30 +248,52 @@ def test_killed_four_times_the_run_is_the_same(undisturbed, arguments, tmp_path)
 
 
 def test_two_ranks_stop_together_and_go_on(undisturbed, arguments, tmp_path, monkeypatch):
-    """Begun by one process, continued by two, which torchrun's own SIGTERM stops, and by two again."""
+    """Begun by one process, continued by two, which torchrun's own SIGTERM stops, and by two
+    again.
+    """
     run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
     assert stop_at(monkeypatch, given, 14) == 75
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                "127.0.0.1:0", str(ROOT / "train_pref.py")]  # fmt: skip
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        str(ROOT / "train_pref.py"),
+    ]
     lines = len(metrics_of(run))
-    process = subprocess.Popen([sys.executable, *launcher, *given], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *given], stdout=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 120
     while len(complete_lines(run)) < lines + 3 and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and "the same command continues:\n  torchrun --nproc_per_node 2" in said
+    assert (
+        process.returncode != 0
+        and "the same command continues:\n  torchrun --nproc_per_node 2" in said
+    )
     assert run_script("train_pref.py", *given, torchrun=2).returncode == 0
     starts = json.loads((run / "args.json").read_text())["starts"]
-    assert [start["world_size"] for start in starts] == [1, 2, 2] and 2 <= starts[1]["step"] < starts[2]["step"] < 24
+    assert [start["world_size"] for start in starts] == [1, 2, 2] and 2 <= starts[1][
+        "step"
+    ] < starts[2]["step"] < 24
     whole = tmp_path / "whole"
     assert train_pref.main(arguments(whole, "--lora_dropout", "0", "--epochs", "6")) == 0
     for one, two in zip(metrics_of(run), metrics_of(whole / "run"), strict=True):
         assert one.keys() == two.keys() and one["step"] == two["step"]
         if "loss" in one:
             assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-5)
-    adapters = [load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, whole / "run")]
-    assert all(torch.allclose(adapters[0][name], adapters[1][name], atol=1e-4) for name in adapters[0])
+    adapters = [
+        load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, whole / "run")
+    ]
+    assert all(
+        torch.allclose(adapters[0][name], adapters[1][name], atol=1e-4) for name in adapters[0]
+    )
 
 
 def complete_lines(run) -> list[str]:
@@ -275,14 +333,19 @@ def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
     def loss(study, inputs):
         values, terms = original(study, inputs)
         step = study.progress.step
-        seen.setdefault(step, {n: p.detach().clone() for n, p in train_pref.trainable(study.policy).items()})
+        seen.setdefault(
+            step, {n: p.detach().clone() for n, p in logps.trainable(study.policy).items()}
+        )
         return values * (float("nan") if step == 2 and values.requires_grad else 1.0), terms
 
     monkeypatch.setattr(train_pref.Study, "loss", loss)
     assert train_pref.main(arguments(tmp_path, "--max_steps", "4")) == 0
     steps = [line for line in metrics_of(tmp_path / "run") if "lr" in line]
     assert [line["nonfinite"] for line in steps] == [0, 0, 1, 1] and steps[2]["loss"] is None
-    moved = [any(not torch.equal(seen[k][n].to_local(), seen[k + 1][n].to_local()) for n in seen[k]) for k in range(3)]
+    moved = [
+        any(not torch.equal(seen[k][n].to_local(), seen[k + 1][n].to_local()) for n in seen[k])
+        for k in range(3)
+    ]
     assert moved == [True, True, False]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["nonfinite_steps"] == 1
 
@@ -294,10 +357,19 @@ def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
     ("damage", "said"),
     [
         (lambda path: os.truncate(path, path.stat().st_size - 1000), "damaged"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "damaged (its checksum is wrong)"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"),
+            "damaged (its checksum is wrong)",
+        ),
         (lambda path: path.write_bytes(b""), "damaged"),
-        (lambda path: shutil.rmtree(path.parent / "best-000004"), "damaged (best-000004 is missing)"),
-        (lambda path: spoil(path.parent / "best-000004"), "damaged (the adapter in best-000004 is not what was saved"),
+        (
+            lambda path: shutil.rmtree(path.parent / "best-000004"),
+            "damaged (best-000004 is missing)",
+        ),
+        (
+            lambda path: spoil(path.parent / "best-000004"),
+            "damaged (the adapter in best-000004 is not what was saved",
+        ),
     ],
     ids=["truncated", "one byte", "empty", "best adapter lost", "best adapter damaged"],
 )
@@ -308,7 +380,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert stop_at(monkeypatch, given, 26) == 75
     older, newest = sorted(checkpoints.glob("step-*.safetensors"))
     if "best" in said:
-        shutil.copytree(checkpoints / "best-000002", checkpoints / "best-000004", dirs_exist_ok=True)
+        shutil.copytree(
+            checkpoints / "best-000002", checkpoints / "best-000004", dirs_exist_ok=True
+        )
         rewrite(newest, best_step=4)
     damage(newest)
     capsys.readouterr()
@@ -327,12 +401,16 @@ def rewrite(path, **changes) -> None:
     """A whole checkpoint with other progress."""
     tensors, progress = load_file(path), checkpoint.progress_in(path)
     weights = path.parent / "best-000004" / "adapter" / "adapter_model.safetensors"
-    changes["best_sha256"] = checkpoint.sha256_file(weights)
+    changes["best_sha256"] = disk.sha256_file(weights)
     text = json.dumps(checkpoint.asdict(progress) | changes)
-    save_file(tensors, path, metadata={"progress": text, "sha256": checkpoint.digest(tensors, text)})
+    save_file(
+        tensors, path, metadata={"progress": text, "sha256": checkpoint.digest(tensors, text)}
+    )
 
 
-def test_without_a_whole_checkpoint_the_run_starts_over(undisturbed, arguments, tmp_path, monkeypatch, capsys):
+def test_without_a_whole_checkpoint_the_run_starts_over(
+    undisturbed, arguments, tmp_path, monkeypatch, capsys
+):
     given = arguments(tmp_path)
     assert stop_at(monkeypatch, given, 20) == 75
     for path in (tmp_path / "run" / "checkpoint").glob("step-*"):
@@ -342,7 +420,9 @@ def test_without_a_whole_checkpoint_the_run_starts_over(undisturbed, arguments, 
     assert_same(tmp_path / "run", undisturbed)
 
 
-def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(undisturbed, arguments, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
+    undisturbed, arguments, tmp_path, monkeypatch
+):
     """A limit on the size of files, as a full disk is met: the write fails half-way."""
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
     assert stop_at(monkeypatch, given, 14) == 75
@@ -352,13 +432,19 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(undisturbed, ar
     command = ["bash", "-c", limit, "bash", sys.executable, str(ROOT / "train_pref.py"), *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2, done.stderr
-    assert "not written" in done.stderr and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "not written" in done.stderr
+        and "File too large" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert list(checkpoints.glob("step-*")) == [saved] and saved.read_bytes() == before
     assert train_pref.main(given) == 0
     assert_same(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that even root cannot write to")
+@pytest.mark.skipif(
+    not os.path.isdir("/sys/kernel"), reason="needs a folder that even root cannot write to"
+)
 def test_results_that_cannot_be_written_are_said_before_the_model_is_loaded(arguments, monkeypatch):
     monkeypatch.setattr(train_pref, "build_policy", lambda *_: pytest.fail("loaded"))
     with pytest.raises(OSError, match="/sys/kernel"):
@@ -392,7 +478,9 @@ def test_other_arguments_are_refused_by_name(stopped, arguments, more, said):
     assert list((stopped / "run" / "checkpoint").glob("step-*"))
 
 
-def test_other_data_model_and_template_are_refused_by_name(stopped, arguments, tiny_model, pairs_folder, tmp_path):
+def test_other_data_model_and_template_are_refused_by_name(
+    stopped, arguments, tiny_model, pairs_folder, tmp_path
+):
     data, model = tmp_path / "data", tmp_path / "elsewhere" / tiny_model.name
     shutil.copytree(pairs_folder, data)
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
@@ -422,7 +510,9 @@ def refused(given, said) -> None:
     torch.distributed.destroy_process_group()  # the next call in the same test makes its own
 
 
-def test_coupling_losses_are_not_continued_with_other_micro_batches(arguments, tmp_path, monkeypatch):
+def test_coupling_losses_are_not_continued_with_other_micro_batches(
+    arguments, tmp_path, monkeypatch
+):
     given = arguments(tmp_path, "--loss", "aot", "--per_device_batch", "4")
     assert stop_at(monkeypatch, given, 10) == 75
     refused([*given, "--per_device_batch", "2"], "per_device_batch was 4, is 2")
@@ -431,7 +521,9 @@ def test_coupling_losses_are_not_continued_with_other_micro_batches(arguments, t
 def test_what_may_change_may_change(undisturbed, stopped, arguments, pairs_folder, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
     shutil.copytree(pairs_folder, tmp_path / "data")
-    assert train_pref.main(arguments(tmp_path, "--save_steps", "3", "--data", tmp_path / "data")) == 0
+    assert (
+        train_pref.main(arguments(tmp_path, "--save_steps", "3", "--data", tmp_path / "data")) == 0
+    )
     assert_same(tmp_path / "run", undisturbed)
 
 
@@ -443,8 +535,8 @@ def test_the_second_process_on_a_run_is_refused(arguments, tmp_path):
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         refused(arguments(tmp_path), "is being trained by process 7 on elsewhere")
-        assert checkpoint.running(tmp_path / "run") == "process 7 on elsewhere"
-    assert checkpoint.running(tmp_path / "run") is None
+        assert disk.running(tmp_path / "run") == "process 7 on elsewhere"
+    assert disk.running(tmp_path / "run") is None
     assert train_pref.main(arguments(tmp_path, "--max_steps", "1")) == 0
 
 
@@ -464,8 +556,13 @@ def test_status_says_how_to_go_on(undisturbed, stopped, tmp_path, capsys):
     assert "whole: finished after 8 steps; best acc_ref" in capsys.readouterr().out
     assert train_pref.main(["--status", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    saved = checkpoint.progress_in(sorted((tmp_path / "half" / "checkpoint").glob("step-*"))[-1]).step
-    assert f"half: stopped, saved after step {saved} of 8; continue with\n    python train_pref.py --model" in said
+    saved = checkpoint.progress_in(
+        sorted((tmp_path / "half" / "checkpoint").glob("step-*"))[-1]
+    ).step
+    assert (
+        f"half: stopped, saved after step {saved} of 8; continue with\n    python train_pref.py --model"
+        in said
+    )
     assert "1 of 2 runs have ended" in said
 
 
@@ -482,13 +579,26 @@ def own_pairs(pairs_folder, tmp_path_factory):
 def sft(tiny_model, own_pairs, tmp_path_factory):
     """The adapter of a short SFT run that moved."""
     results = tmp_path_factory.mktemp("sft")
-    more = ("--loss", "sft", "--learning_rate", "2e-2", "--run_id", "sft", "--lora_r", "8", "--lora_alpha", "8")
+    more = (
+        "--loss",
+        "sft",
+        "--learning_rate",
+        "2e-2",
+        "--run_id",
+        "sft",
+        "--lora_r",
+        "8",
+        "--lora_alpha",
+        "8",
+    )
     assert train_pref.main([str(a) for a in train_args(tiny_model, own_pairs, results, *more)]) == 0
     return results / "sft" / "adapter"
 
 
 def from_adapter(tiny_model, own_pairs, results, adapter, *more) -> list[str]:
-    given = train_args(tiny_model, own_pairs, results, "--run_id", "run", "--init_adapter", adapter, *more)
+    given = train_args(
+        tiny_model, own_pairs, results, "--run_id", "run", "--init_adapter", adapter, *more
+    )
     place = given.index("--lora_r")
     return [str(a) for a in (*given[:place], *given[place + 2 :])]
 
@@ -497,7 +607,9 @@ def test_the_reference_has_no_dropout(tiny_model, pairs_folder, sft):
     """A live reference runs inside a training step, where the policy's dropout is on."""
     base = load_base(str(tiny_model), torch.float32, "none", torch.device("cpu"))
     policy = ResponseLogps(add_lora(base, 0, 0, 0.5, "", 1, sft).train())
-    pairs = tokenize_pairs(load_tokenizer(str(tiny_model)), read_pairs(pairs_folder / "val.jsonl"), 512)[:2]
+    pairs = tokenize_pairs(
+        load_tokenizer(str(tiny_model)), read_pairs(pairs_folder / "val.jsonl"), 512
+    )[:2]
     batch = make_batch(pairs, Packing(2), torch.device("cpu"))
     with torch.no_grad():
         assert not torch.equal(policy(batch)[0], policy(batch)[0])
@@ -513,9 +625,13 @@ def test_the_reference_is_the_model_as_training_starts(tiny_model, own_pairs, tm
     first = metrics_of(run)[0]
     assert abs(first["eval/margin/rho"]) < 1e-4 and abs(first["eval/anchor"]) < 1e-6
     record = json.loads((run / "args.json").read_text())
-    assert (record["lora_r"], record["lora_alpha"]) == (8, 8) and len(record["init_adapter_sha256"]) == 64
+    assert (record["lora_r"], record["lora_alpha"]) == (8, 8) and len(
+        record["init_adapter_sha256"]
+    ) == 64
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    pairs = tokenize_pairs(load_tokenizer(str(tiny_model)), read_pairs(own_pairs / "val.jsonl"), 512)
+    pairs = tokenize_pairs(
+        load_tokenizer(str(tiny_model)), read_pairs(own_pairs / "val.jsonl"), 512
+    )
     rows = [json.loads(line) for line in (run / "val_pairs.jsonl").read_text().splitlines()]
     logps = {}
     for name, folder in (("ref", sft), ("policy", run / "adapter")):
@@ -533,20 +649,33 @@ def test_the_reference_is_the_model_as_training_starts(tiny_model, own_pairs, tm
     assert abs(logps["ref", 0] - logps["policy", 0]) > 1e-2  # it has moved on from there
 
 
-def test_the_reference_of_an_adapter_is_cached_for_itself(tiny_model, own_pairs, tmp_path, sft, capsys):
+def test_the_reference_of_an_adapter_is_cached_for_itself(
+    tiny_model, own_pairs, tmp_path, sft, capsys
+):
     """One file for the base, another for the adapter; loss and seed share it."""
     data = tmp_path / "data"
     shutil.copytree(own_pairs, data, ignore=shutil.ignore_patterns("reference"))
     for number, more in enumerate(((), ("--loss", "dpo", "--seed", "3"))):
-        given = from_adapter(tiny_model, data, tmp_path / str(number), sft, "--max_steps", "1", *more)
+        given = from_adapter(
+            tiny_model, data, tmp_path / str(number), sft, "--max_steps", "1", *more
+        )
         assert train_pref.main(given) == 0
         assert capsys.readouterr().out.count("read from") == 2 * number
-    assert train_pref.main([str(a) for a in train_args(tiny_model, data, tmp_path, "--max_steps", "1")]) == 0
+    assert (
+        train_pref.main(
+            [str(a) for a in train_args(tiny_model, data, tmp_path, "--max_steps", "1")]
+        )
+        == 0
+    )
     assert "read from" not in capsys.readouterr().out
 
 
-def test_an_interrupted_run_from_an_adapter_goes_on(tiny_model, own_pairs, tmp_path, sft, monkeypatch):
-    whole, cut = (from_adapter(tiny_model, own_pairs, tmp_path / name, sft) for name in ("whole", "cut"))
+def test_an_interrupted_run_from_an_adapter_goes_on(
+    tiny_model, own_pairs, tmp_path, sft, monkeypatch
+):
+    whole, cut = (
+        from_adapter(tiny_model, own_pairs, tmp_path / name, sft) for name in ("whole", "cut")
+    )
     assert train_pref.main(whole) == 0
     assert stop_at(monkeypatch, cut, 6) == 75
     assert train_pref.main(cut) == 0

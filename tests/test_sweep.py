@@ -1,4 +1,6 @@
-"""grid.py and sweep.sh: grids in files, the scheduler with commands in place of training runs, and what it says."""
+"""grid.py and sweep.sh: grids in files, the scheduler with commands in place of training runs, and
+what it says.
+"""
 
 import json
 import os
@@ -19,13 +21,21 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import metrics_of, train_args
 
-import grid
-import judge
 import train_pref
-from files import UserError, locked
-from grid import Point, Scheduler, State, Stop, Study, expand, settings_of
-from modeling import init_ranks
-from train_pref import pairs_of_step, parse_args, run_id_of
+from pref.files.console import UserError
+from pref.files.disk import locked
+from pref.judging import store
+from pref.model.ranks import init_ranks
+from pref.sweeping import __main__ as sweeping
+from pref.sweeping import commands, grid, preflight, status
+from pref.sweeping import scheduler as scheduler_module
+from pref.sweeping.grid import Point, Study, expand, settings_of
+from pref.sweeping.scheduler import Scheduler, Stop
+from pref.sweeping.status import State
+from pref.training import arguments
+from pref.training.arguments import parse_args
+from pref.training.run_id import run_id_of
+from pref.training.schedule import pairs_of_step
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +43,10 @@ def plain_environment(monkeypatch):
     """Neither the user's settings nor a job that the tests may run in."""
     for key in [key for key in os.environ if grid.is_setting(key) or key.startswith("SLURM_")]:
         monkeypatch.delenv(key)
-    monkeypatch.setattr(grid, "POLL_S", 0.01)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where tests run in the background
+    monkeypatch.setattr(scheduler_module, "POLL_S", 0.01)
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored, where tests run in the background
     yield
     signal.signal(signal.SIGINT, before)
 
@@ -47,26 +59,34 @@ def points_of(name: str) -> list[Point]:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("tddpo", 60), ("dlrml", 33), ("instability", 30), ("losses", 31), ("quick", 6)]
+    ("name", "count"),
+    [("tddpo", 60), ("dlrml", 33), ("instability", 30), ("losses", 31), ("quick", 6)],
 )
 def test_every_grid_is_made_of_runs_that_train_pref_takes(name, count):
     points = points_of(name)
     assert [point.index for point in points] == list(range(count))
     for point in points[:: max(1, count // 6)]:
         args = parse_args(point.arguments)
-        assert run_id_of(args, train_pref.loss_parameters(args), parse_args([])) == point.run_id
+        assert run_id_of(args, arguments.loss_parameters(args), parse_args([])) == point.run_id
 
 
 def test_the_study_is_the_one_of_the_methods():
     ids = [point.run_id for point in points_of("tddpo")]
     assert ids[0] == "dpo_b0.01_s42" and len(set(ids)) == 60
-    assert sum(name.startswith("td_dpo_") for name in ids) == 36 and sum(name.endswith("_s43") for name in ids) == 20
+    assert (
+        sum(name.startswith("td_dpo_") for name in ids) == 36
+        and sum(name.endswith("_s43") for name in ids) == 20
+    )
     assert all(name.endswith("_s42") for name in ids[:20])  # a whole seed before the next one
 
 
 def test_the_instability_grid_takes_the_published_form():
     ids = [point.run_id for point in points_of("instability")]
-    assert sum("_published" in name for name in ids) == 15 == sum(name.startswith("discopop_") for name in ids)
+    assert (
+        sum("_published" in name for name in ids)
+        == 15
+        == sum(name.startswith("discopop_") for name in ids)
+    )
 
 
 def test_the_environment_stands_above_the_file(monkeypatch):
@@ -80,10 +100,15 @@ def test_the_environment_stands_above_the_file(monkeypatch):
 
 
 def test_an_axis_is_left_out_where_a_loss_has_no_such_parameter(tmp_path):
-    (tmp_path / "mine").write_text("LOSSES orpo dpo td_dpo # three\n\nBETAS 0.1 0.2\nTAUS 1 2\nLOGP sum mean\n")
+    (tmp_path / "mine").write_text(
+        "LOSSES orpo dpo td_dpo # three\n\nBETAS 0.1 0.2\nTAUS 1 2\nLOGP sum mean\n"
+    )
     ids = [point.run_id for point in points_of(str(tmp_path / "mine"))]
     assert sum(name.startswith("orpo") for name in ids) == 2  # logp alone
-    assert sum(name.startswith("dpo") for name in ids) == 4 and sum(name.startswith("td_dpo") for name in ids) == 8
+    assert (
+        sum(name.startswith("dpo") for name in ids) == 4
+        and sum(name.startswith("td_dpo") for name in ids) == 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,11 +132,15 @@ def test_seeds_are_paired(tiny_model, pairs_folder):
     """At one seed every loss starts from the same LoRA matrices and sees the same batches."""
     starts, ranks = {}, init_ranks()
     for point in points_of("quick")[::2] + points_of("quick")[:1]:
-        args = parse_args([*point.arguments, "--model", str(tiny_model), "--dtype", "float32", "--quant", "none"])
+        args = parse_args(
+            [*point.arguments, "--model", str(tiny_model), "--dtype", "float32", "--quant", "none"]
+        )
         args.seed += args.loss == "dpo" and point.run_id in starts
         args.compile = args.checkpointing = "off"
         policy, _ = train_pref.build_policy(args, ranks)
-        lora = torch.cat([p.detach().flatten() for n, p in policy.named_parameters() if "lora_A" in n])
+        lora = torch.cat(
+            [p.detach().flatten() for n, p in policy.named_parameters() if "lora_A" in n]
+        )
         starts.setdefault(point.run_id, []).append(
             (args.seed, lora, pairs_of_step(1, 30, args.global_batch, args.seed))
         )
@@ -136,14 +165,16 @@ def study_of(tmp_path, count: int, **settings) -> Study:
 
 
 def schedule(monkeypatch, study: Study, script, cached: bool = True) -> tuple[Scheduler, Stop]:
-    """Train the study with `script(point)`, run by bash, in the place of train_pref.py; $1 is the run's folder."""
+    """Train the study with `script(point)`, run by bash, in the place of train_pref.py; $1 is the
+    run's folder.
+    """
 
     def command(study, point, devices):
         folder = study.folder(point)
         folder.mkdir(exist_ok=True)
         return ["bash", "-c", script(point), "run", str(folder)]
 
-    monkeypatch.setattr(grid, "train_command", command)
+    monkeypatch.setattr(commands, "train_command", command)
     with Stop() as stop:
         scheduler = Scheduler(study, stop)
         scheduler.cached = cached
@@ -158,7 +189,7 @@ def events(study: Study) -> list[tuple[str, str]]:
 
 def test_no_gpu_is_idle_while_runs_wait_and_none_has_two(tmp_path, monkeypatch):
     """Four simulated GPUs, sixty commands of uneven length."""
-    monkeypatch.setattr(grid, "gpus", lambda: ["0", "1", "2", "3"])
+    monkeypatch.setattr(commands, "gpus", lambda: ["0", "1", "2", "3"])
     log, study = tmp_path / "log", study_of(tmp_path, 60)
 
     def script(point):
@@ -191,15 +222,17 @@ def test_no_gpu_is_idle_while_runs_wait_and_none_has_two(tmp_path, monkeypatch):
 
 
 def test_gpus_in_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "gpus", lambda: ["4", "5", "6", "7", "9"])
-    assert grid.slots_of(study_of(tmp_path, 1, GPUS_PER_RUN="2")) == [["4", "5"], ["6", "7"]]
-    assert grid.slots_of(study_of(tmp_path, 1, JOBS="3")) == [["4"], ["5"], ["6"]]
+    monkeypatch.setattr(commands, "gpus", lambda: ["4", "5", "6", "7", "9"])
+    assert commands.slots_of(study_of(tmp_path, 1, GPUS_PER_RUN="2")) == [["4", "5"], ["6", "7"]]
+    assert commands.slots_of(study_of(tmp_path, 1, JOBS="3")) == [["4"], ["5"], ["6"]]
     with pytest.raises(UserError, match="GPUS_PER_RUN=8: this machine shows 5 GPUs"):
-        grid.slots_of(study_of(tmp_path, 1, GPUS_PER_RUN="8"))
+        commands.slots_of(study_of(tmp_path, 1, GPUS_PER_RUN="8"))
     study = study_of(tmp_path, 1, GPUS_PER_RUN="2")
-    assert "--nproc_per_node 2" in shlex.join(grid.train_command(study, study.points[0], ["4", "5"]))
-    monkeypatch.setattr(grid, "gpus", list)
-    assert grid.slots_of(study_of(tmp_path, 1, JOBS="2")) == [[], []]
+    assert "--nproc_per_node 2" in shlex.join(
+        commands.train_command(study, study.points[0], ["4", "5"])
+    )
+    monkeypatch.setattr(commands, "gpus", list)
+    assert commands.slots_of(study_of(tmp_path, 1, JOBS="2")) == [[], []]
 
 
 def test_a_crash_is_retried_once_a_mistake_is_not_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -212,25 +245,40 @@ def test_a_crash_is_retried_once_a_mistake_is_not_and_the_rest_goes_on(tmp_path,
     ]
     scheduler, _ = schedule(monkeypatch, study, lambda point: scripts[point.index])
     assert scheduler.reasons == {
-        "run01": "exit code 1: RuntimeError: out of luck", "run02": "exit code 2: error: disk full; make room"
-    }  # fmt: skip
+        "run01": "exit code 1: RuntimeError: out of luck",
+        "run02": "exit code 2: error: disk full; make room",
+    }
     said = events(study)
     assert said.count(("crashed", "run00")) == 1 and ("finished", "run00") in said
     assert said.count(("start", "run01")) == 2 and said.count(("start", "run02")) == 1
-    assert ("diverged", "run03") in said and grid.failed_runs(study) == {"run01", "run02"}
+    assert ("diverged", "run03") in said and status.failed_runs(study) == {"run01", "run02"}
 
 
 def test_the_end_says_what_is_missing_and_how_to_go_on(tmp_path, monkeypatch, capsys):
     study = study_of(tmp_path, 3)
     study = study._replace(given={"SEEDS": "1 2", "BASE_URL": "http://me:secret@host/v1"})
-    scripts = [FINISH, "echo error: no room; exit 2", FINISH.replace("finished", "diverged").replace(": 1,", ": null,")]
+    scripts = [
+        FINISH,
+        "echo error: no room; exit 2",
+        FINISH.replace("finished", "diverged").replace(": 1,", ": null,"),
+    ]
     scheduler, _ = schedule(monkeypatch, study, lambda point: scripts[point.index])
-    assert grid.report(study, scheduler) == 1
+    assert sweeping.report(study, scheduler) == 1
     out = capsys.readouterr().out
-    assert f"run00: its adapter is missing; put it back, or remove {study.results / 'run00'} to train it again" in out
+    assert (
+        f"run00: its adapter is missing; put it back, or remove {study.results / 'run00'} to train it again"
+        in out
+    )
     assert "run01: not trained: exit code 2: error: no room (log: " in out
-    assert "diverged, which is a result: run02" in out and "run02: " not in out.partition("missing:")[2]
-    assert "SEEDS='1 2' BASE_URL=\"$BASE_URL\" bash " in out and "sweep.sh quick" in out and "secret" not in out
+    assert (
+        "diverged, which is a result: run02" in out
+        and "run02: " not in out.partition("missing:")[2]
+    )
+    assert (
+        "SEEDS='1 2' BASE_URL=\"$BASE_URL\" bash " in out
+        and "sweep.sh quick" in out
+        and "secret" not in out
+    )
 
 
 def test_the_reference_is_computed_by_one_and_the_others_wait(tmp_path, monkeypatch):
@@ -253,17 +301,26 @@ def test_two_tasks_of_an_array_compute_one_reference(tmp_path, monkeypatch):
 
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
     study = study_of(tmp_path, 2)
-    holder = f"""import sys, time; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}); from files import locked
+    holder = f"""import sys, time; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}); from pref.files.disk import locked
 with locked(Path({str(study.folder(study.points[0]))!r}), ".lock", "x"):
     print("held", flush=True); time.sleep(1)"""
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         schedule(monkeypatch, study, lambda point: FINISH)
     said = events(study)
-    assert [word for word, _ in said] == ["training", "held", "start", "finished", "start", "finished"]
+    assert [word for word, _ in said] == [
+        "training",
+        "held",
+        "start",
+        "finished",
+        "start",
+        "finished",
+    ]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_has_every_run_save(tmp_path, monkeypatch, number, code):
     study = study_of(tmp_path, 5, JOBS="2")
     trap = 'trap "touch \\"$1/saved\\"; exit 75" TERM; touch "$1/up"; '
@@ -275,12 +332,20 @@ def test_a_signal_has_every_run_save(tmp_path, monkeypatch, number, code):
     _, stop = schedule(monkeypatch, study, script)
     assert stop.exit_code == code
     assert sorted(path.parent.name for path in study.results.glob("*/saved")) == ["run00", "run01"]
-    assert [name for word, name in events(study) if word == "start"] == ["run00", "run01"]  # no further one
+    assert [name for word, name in events(study) if word == "start"] == [
+        "run00",
+        "run01",
+    ]  # no further one
 
 
 def test_only_ctrl_c_again_does_not_wait():
     with Stop() as stop:
-        for number, times in ((signal.SIGTERM, 1), (signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGINT, 2)):
+        for number, times in (
+            (signal.SIGTERM, 1),
+            (signal.SIGTERM, 1),
+            (signal.SIGUSR1, 1),
+            (signal.SIGINT, 2),
+        ):
             os.kill(os.getpid(), number)
             assert (stop.signal, stop.times) == (signal.SIGTERM, times)
 
@@ -290,8 +355,10 @@ def test_runs_of_a_sweep_that_is_killed_save_and_leave(tmp_path):
     script = 'trap "touch saved; exit 75" TERM; touch up; while true; do sleep 0.02; done'
     sweep = os.fork()
     if sweep == 0:
-        before = partial(grid.in_the_child, os.getpid(), signal.SIGTERM)
-        subprocess.Popen(["bash", "-c", script], cwd=tmp_path, start_new_session=True, preexec_fn=before)
+        before = partial(scheduler_module.in_the_child, os.getpid(), signal.SIGTERM)
+        subprocess.Popen(
+            ["bash", "-c", script], cwd=tmp_path, start_new_session=True, preexec_fn=before
+        )
         time.sleep(60)
     wait_for(tmp_path / "up")
     os.kill(sweep, signal.SIGKILL)
@@ -320,39 +387,47 @@ def test_status_table(tmp_path, capsys):
     study = study_of(tmp_path, 4)
     for name in ("run00", "run01"):
         (study.results / name).mkdir()
-    (study.results / "run00" / "summary.json").write_text(SUMMARY.replace('"wall_s": 1', '"wall_s": 7200'))
+    (study.results / "run00" / "summary.json").write_text(
+        SUMMARY.replace('"wall_s": 1', '"wall_s": 7200')
+    )
     (study.results / "run00" / "adapter").mkdir()
     (study.results / "run00" / "adapter" / "adapter_model.safetensors").touch()
     (study.results / "run01" / "args.json").write_text('{"planned_steps": 8}')
     line = '{"step": 1, "tokens": 90, "tok_per_s": 0.1}\n'
     (study.results / "run01" / "metrics.jsonl").write_text(2 * line + '{"step": 3, "tok')
     Scheduler(study, Stop()).fail("run02", "exit code 2: error: no room")
-    assert grid.print_status(study) == 1
+    assert status.print_status(study) == 1
     out = capsys.readouterr().out
-    assert "run00  finished  1/1   0.5000" in out and "run02  failed" in out and "run03  waiting" in out
+    assert (
+        "run00  finished  1/1   0.5000" in out
+        and "run02  failed" in out
+        and "run03  waiting" in out
+    )
     assert "4 runs: 2 waiting, 1 finished, 1 failed" in out
     assert "about 6 h 00 min left, 1 at a time, 2 h 00 min a run (measured)" in out
 
 
 def test_time_left_is_no_less_than_the_longest_run():
     states = [State("waiting"), State("running", 3, 4), State("finished", 4, 4)]
-    assert grid.time_left(states, 1, 100) == 125 and grid.time_left(states, 8, 100) == 100
+    assert status.time_left(states, 1, 100) == 125 and status.time_left(states, 8, 100) == 100
 
 
 def test_missing_judgements_are_counted(tmp_path):
     study = study_of(tmp_path, 1, JUDGE="j")._replace(stages=["judge"])
-    store = judge.open_store(study.results / "judgements.sqlite")
-    item = dict.fromkeys(judge.ASKED_COLUMNS, "") | {"model_id": "run00", "judge": "j"}
-    judge.note_items(store, [item | {"turn": turn, "request_sha256": f"r{turn}"} for turn in (1, 2, 3)])
-    for key, status in (("r1", "ok"), ("r2", "parse")):
-        judge.save_reply(store, key, {"judge": "j"}, {"status": status}, 7.0)
-    store.close()
-    assert grid.verdicts_of(study) == {"run00": (3, 2)}
-    assert not grid.books(study.results, grid.UNREACHED)
-    store = judge.open_store(study.results / "judgements.sqlite")
-    judge.save_reply(store, "r3", {"judge": "j"}, {"status": "connection"}, 7.0)
-    store.close()
-    assert grid.books(study.results, grid.UNREACHED)
+    db = store.open_store(study.results / "judgements.sqlite")
+    item = dict.fromkeys(store.ASKED_COLUMNS, "") | {"model_id": "run00", "judge": "j"}
+    store.note_items(
+        db, [item | {"turn": turn, "request_sha256": f"r{turn}"} for turn in (1, 2, 3)]
+    )
+    for key, outcome in (("r1", "ok"), ("r2", "parse")):
+        store.save_reply(db, key, {"judge": "j"}, {"status": outcome}, 7.0)
+    db.close()
+    assert status.verdicts_of(study) == {"run00": (3, 2)}
+    assert not store.books(study.results, scheduler_module.UNREACHED)
+    db = store.open_store(study.results / "judgements.sqlite")
+    store.save_reply(db, "r3", {"judge": "j"}, {"status": "connection"}, 7.0)
+    db.close()
+    assert store.books(study.results, scheduler_module.UNREACHED)
 
 
 def test_answers_that_judge_would_refuse_are_left_out(tmp_path):
@@ -362,9 +437,15 @@ def test_answers_that_judge_would_refuse_are_left_out(tmp_path):
         folder.mkdir(parents=True)
         (folder.parent / "args.json").write_text("{}")
         rows = [
-            {"question_id": q, "choices": [{"index": 0, "turns": ["a", "" if number == 2 else "b"]}]} for q in (1, 2)
+            {
+                "question_id": q,
+                "choices": [{"index": 0, "turns": ["a", "" if number == 2 else "b"]}],
+            }
+            for q in (1, 2)
         ]
-        (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: 1 + (number != 3)]))
+        (folder / "answers.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[: 1 + (number != 3)])
+        )
     scheduler = Scheduler(study, Stop())
     assert [path.name for path in scheduler.fit_for_judging()] == ["base", "run00"]
     assert "2 of 2 answers have an empty turn" in scheduler.reasons["run01"]
@@ -375,11 +456,22 @@ def test_answers_that_judge_would_refuse_are_left_out(tmp_path):
 
 @pytest.fixture
 def ready(tmp_path, monkeypatch, tiny_model, pairs_folder, server):
-    """A study with data, model and a judge; its plan without the wait for train_pref.py --dry_run."""
-    call = [sys.executable, str(ROOT / "prep_data.py"), "--mt_bench", "flexeval", "--out", str(tmp_path / "mt_bench")]
+    """A study with data, model and a judge; its plan without the wait for train_pref.py
+    --dry_run.
+    """
+    call = [
+        sys.executable,
+        str(ROOT / "prep_data.py"),
+        "--mt_bench",
+        "flexeval",
+        "--out",
+        str(tmp_path / "mt_bench"),
+    ]
     subprocess.run(call, check=True, capture_output=True)
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    monkeypatch.setattr(grid, "plan_of", lambda study, point: grid.Plan(159, 12_000_000, 2.5, 0.6))
+    monkeypatch.setattr(
+        preflight, "plan_of", lambda study, point: preflight.Plan(159, 12_000_000, 2.5, 0.6)
+    )
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False))
     settings = {
         "MODEL": str(tiny_model),
@@ -387,26 +479,32 @@ def ready(tmp_path, monkeypatch, tiny_model, pairs_folder, server):
         "MT_BENCH": str(tmp_path / "mt_bench"),
         "JUDGE": "j",
     }
-    study = study_of(tmp_path, 4, BASE_URL=server.url, JUDGE_ARGS="--price_in 1 --price_out 4", **settings)
+    study = study_of(
+        tmp_path, 4, BASE_URL=server.url, JUDGE_ARGS="--price_in 1 --price_out 4", **settings
+    )
     return study._replace(stages=list(grid.STAGES))
 
 
 def test_preflight_says_what_it_will_take(ready, capsys, server):
-    grid.preflight(ready)
+    preflight.preflight(ready)
     out = capsys.readouterr().out
     assert "4 runs, 4 to train" in out and "memory: 1 runs at a time on the CPU, 2.5 of" in out
     assert "disk: 9.0 GiB for adapters and checkpoints" in out
     assert "a run (assumed: 12,000,000 tokens a run at 4 x" in out
-    assert "j answers; about 800 calls; about 1.44 dollars (assumed: 800 + 250 tokens a call)" in out
+    assert (
+        "j answers; about 800 calls; about 1.44 dollars (assumed: 800 + 250 tokens a call)" in out
+    )
     assert len(server.requests) == 1 and "secret-key" not in out
 
 
 def test_preflight_names_every_problem_with_its_remedy(ready, monkeypatch, server):
-    monkeypatch.setattr(grid.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
-    monkeypatch.setattr(grid, "plan_of", lambda study, point: grid.Plan(159, 12_000_000, 1e4, 0.6))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    monkeypatch.setattr(
+        preflight, "plan_of", lambda study, point: preflight.Plan(159, 12_000_000, 1e4, 0.6)
+    )
     server.answer = lambda body: (401, {"error": {"message": "no"}})
     with pytest.raises(UserError) as caught:
-        grid.preflight(ready)
+        preflight.preflight(ready)
     said = str(caught.value)
     assert "nothing was started" in said and "lower JOBS, or lower --per_device_batch" in said
     assert "1.0 free" in said and "make room" in said
@@ -427,30 +525,34 @@ def test_preflight_names_every_problem_with_its_remedy(ready, monkeypatch, serve
 )
 def test_preflight_finds(ready, change, said):
     with pytest.raises(UserError, match=said):
-        grid.preflight(ready._replace(settings=ready.settings | change))
+        preflight.preflight(ready._replace(settings=ready.settings | change))
 
 
 def test_preflight_wants_a_key(ready, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
-        grid.preflight(ready)
+        preflight.preflight(ready)
 
 
 def test_a_gpu_that_is_in_use_is_named(ready, monkeypatch):
-    monkeypatch.setattr(grid, "gpus", lambda: ["0", "1"])
-    monkeypatch.setattr(grid, "memory_of_gpu", {"0": 70.0, "1": 1.5}.get)
-    plan = grid.Plan(159, 12_000_000, 12.5, 0.6)
-    with pytest.raises(UserError, match="GPU 1 has 1.5 GiB free, a run needs 12.5; stop what runs there"):
-        grid.check_memory(ready, plan, ready.points)
+    monkeypatch.setattr(commands, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(preflight, "memory_of_gpu", {"0": 70.0, "1": 1.5}.get)
+    plan = preflight.Plan(159, 12_000_000, 12.5, 0.6)
+    with pytest.raises(
+        UserError, match="GPU 1 has 1.5 GiB free, a run needs 12.5; stop what runs there"
+    ):
+        preflight.check_memory(ready, plan, ready.points)
 
 
 def test_it_asks_before_it_starts_unless_told_not_to(ready, monkeypatch):
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr(sys, "stdin", terminal)
     monkeypatch.setattr("builtins.input", lambda text: "n")
-    grid.preflight(ready)  # --yes
+    preflight.preflight(ready)  # --yes
     with pytest.raises(UserError, match="--yes starts without asking"):
-        grid.preflight(ready._replace(args=Namespace(grid="quick", nodes=1, index=None, yes=False)))
+        preflight.preflight(
+            ready._replace(args=Namespace(grid="quick", nodes=1, index=None, yes=False))
+        )
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -464,59 +566,81 @@ def sweep(*args, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
 
 def test_dry_run_prints_every_command_in_order_from_any_folder(tmp_path):
     (tmp_path / "else where").mkdir()
-    done = sweep("--dry_run", cwd=tmp_path / "else where", JUDGE="j", MODEL="a folder/model", LOGP="sum mean")
+    done = sweep(
+        "--dry_run", cwd=tmp_path / "else where", JUDGE="j", MODEL="a folder/model", LOGP="sum mean"
+    )
     commands = [shlex.split(line)[1:] for line in done.stdout.splitlines()]
-    assert [os.path.basename(c[1]) for c in commands[120:]] == ["gen_mtbench.py", "judge.py", "analyze.py"]
+    assert [os.path.basename(c[1]) for c in commands[120:]] == [
+        "gen_mtbench.py",
+        "judge.py",
+        "analyze.py",
+    ]
     trained = [parse_args(command[2:]) for command in commands[:120]]
     assert {args.model for args in trained} == {"a folder/model"}
-    ids = {run_id_of(args, train_pref.loss_parameters(args), parse_args([])) for args in trained}
+    ids = {run_id_of(args, arguments.loss_parameters(args), parse_args([])) for args in trained}
     assert len(ids) == 120
 
 
 def test_the_commands_that_only_look(capsys, monkeypatch):
-    assert grid.main(["quick", "--list"]) == 0
+    assert sweeping.main(["quick", "--list"]) == 0
     listed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [int(number) for number, _ in listed] == list(range(6))
-    monkeypatch.setattr(grid, "sweep", lambda study: [p.run_id for p in study.points])
-    assert grid.main(["quick", "--index", "3"]) == [listed[3][1]]
+    monkeypatch.setattr(sweeping, "sweep", lambda study: [p.run_id for p in study.points])
+    assert sweeping.main(["quick", "--index", "3"]) == [listed[3][1]]
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    assert grid.main(["quick"]) == [listed[4][1]]
-    assert grid.parse_args(["quick", "--stages", "gen,judge"]).index is None
+    assert sweeping.main(["quick"]) == [listed[4][1]]
+    assert sweeping.parse_args(["quick", "--stages", "gen,judge"]).index is None
     with pytest.raises(UserError, match="--index 6: the grid has points 0 to 5"):
-        grid.main(["quick", "--index", "6"])
+        sweeping.main(["quick", "--index", "6"])
     with pytest.raises(UserError, match="JUDGE is not set"):
-        grid.main(["tddpo", "--stages", "judge", "--dry_run"])
+        sweeping.main(["tddpo", "--stages", "judge", "--dry_run"])
     with pytest.raises(UserError, match="no such grid; there are dlrml, instability"):
-        grid.main(["nothing", "--list"])
+        sweeping.main(["nothing", "--list"])
 
 
 def test_nodes_meet_by_slurms_first_machine_or_by_rdzv(tmp_path, monkeypatch):
     study = study_of(tmp_path, 1)
     study.args.nodes = 2
     with pytest.raises(UserError, match="RDZV=HOST:PORT is not set"):
-        grid.train_command(study, study.points[0], [])
+        commands.train_command(study, study.points[0], [])
     monkeypatch.setenv("RDZV", "node1:29500")
-    command = shlex.join(grid.train_command(study, study.points[0], []))
+    command = shlex.join(commands.train_command(study, study.points[0], []))
     assert "--nnodes 2 --rdzv_backend c10d --rdzv_id run00 --rdzv_endpoint node1:29500" in command
     assert not command.startswith("srun")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert grid.train_command(study, study.points[0], [])[:4] == ["srun", "--overlap", "--nodes", "2"]
+    assert commands.train_command(study, study.points[0], [])[:4] == [
+        "srun",
+        "--overlap",
+        "--nodes",
+        "2",
+    ]
 
 
 def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_folder, monkeypatch):
-    """Two machines that meet at an address of loopback: the commands that sweep.sh starts on them."""
+    """Two machines that meet at an address of loopback: the commands that sweep.sh starts on
+    them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RDZV", f"127.0.0.1:{free.getsockname()[1]}")
-    commands = []
+    started = []
     for name, nodes, ranks in (("one", 1, "2"), ("two", 2, "1")):
-        args = train_args(tiny_model, pairs_folder, tmp_path / name, "--max_steps", "2", "--run_id", "run")
+        args = train_args(
+            tiny_model, pairs_folder, tmp_path / name, "--max_steps", "2", "--run_id", "run"
+        )
         study = study_of(tmp_path, 1, NPROC=ranks)
         study.args.nodes = nodes
-        commands += [grid.train_command(study, Point(0, "run", list(map(str, args))), [])] * nodes
-    processes = [subprocess.Popen(command, env=os.environ | grid.TORCHRUN) for command in commands]
+        started += [
+            commands.train_command(study, Point(0, "run", list(map(str, args))), [])
+        ] * nodes
+    processes = [
+        subprocess.Popen(command, env=os.environ | commands.TORCHRUN) for command in started
+    ]
     assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
-    one, two = (load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors")
+        for name in ("one", "two")
+    )
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert json.loads((tmp_path / "two" / "run" / "args.json").read_text())["world_size"] == 2
 
@@ -526,12 +650,24 @@ def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_fol
 
 def test_wandb_gets_the_rows_of_metrics(tmp_path, tiny_model, pairs_folder, monkeypatch):
     rows, given = [], {}
-    double = SimpleNamespace(log=lambda values, step: rows.append(json.loads(json.dumps(values)) | {"step": step}))
+    double = SimpleNamespace(
+        log=lambda values, step: rows.append(json.loads(json.dumps(values)) | {"step": step})
+    )
     module = SimpleNamespace(
         init=lambda **kwargs: given.update(kwargs) or double, Error=RuntimeError, __spec__=object()
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
-    args = train_args(tiny_model, pairs_folder, tmp_path, "--max_steps", "2", "--run_id", "run", "--report_to", "wandb")
+    args = train_args(
+        tiny_model,
+        pairs_folder,
+        tmp_path,
+        "--max_steps",
+        "2",
+        "--run_id",
+        "run",
+        "--report_to",
+        "wandb",
+    )
     assert train_pref.main([str(a) for a in args]) == 0
     assert rows == metrics_of(tmp_path / "run") and len(rows) == 4
     assert (given["name"], given["resume"]) == ("run", "allow")
@@ -539,6 +675,6 @@ def test_wandb_gets_the_rows_of_metrics(tmp_path, tiny_model, pairs_folder, monk
 
 
 def test_wandb_that_is_not_installed_is_said(monkeypatch):
-    monkeypatch.setattr(train_pref.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install wandb"):
-        train_pref.check_args(parse_args(["--report_to", "wandb"]), world=1)
+        arguments.check_args(parse_args(["--report_to", "wandb"]), world=1)

@@ -1,0 +1,18 @@
+"""What the stages share, in rooms with one job each.
+
+files      reading, checking and writing files; errors for users. No torch.
+model      tokens in, log-probabilities out
+training   what train_pref.py stands on
+answering  what gen_mtbench.py stands on
+judging    what judge.py stands on
+analysis   what analyze.py stands on
+sweeping   what sweep.sh runs
+
+Imports run one way: files <- model <- training, answering, judging <- stages <- sweeping; files <-
+analysis.
+"""
+
+from pathlib import Path
+
+__version__ = "1.0.0"
+ROOT = Path(__file__).resolve().parent.parent  # the checkout: examples/, grids/, the stages

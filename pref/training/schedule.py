@@ -1,0 +1,60 @@
+"""steps, batches, learning rate"""
+
+import argparse
+import math
+
+import numpy as np
+import torch
+
+TRIAL_STEPS, TRIAL_VAL_PAIRS = 2, 8
+
+
+def steps_per_epoch(pairs: int, global_batch: int) -> int:
+    return math.ceil(pairs / global_batch)
+
+
+def number_of_steps(args: argparse.Namespace, pairs: int) -> int:
+    steps = math.ceil(args.epochs * steps_per_epoch(pairs, args.global_batch))
+    return min(steps, TRIAL_STEPS if args.mode == "trial" else args.max_steps or steps)
+
+
+def pairs_of_step(step: int, pairs: int, global_batch: int, seed: int) -> list[int]:
+    """Indices of the pairs of optimiser step `step` (from 0): a function of the seed and the step
+    alone, so that all losses, rank counts and resumed runs see the same batches. The last step of
+    an epoch takes what is left.
+    """
+    epoch, within = divmod(step, steps_per_epoch(pairs, global_batch))
+    order = np.random.default_rng([seed, epoch]).permutation(pairs)
+    return order[within * global_batch : (within + 1) * global_batch].tolist()
+
+
+def is_evaluated(step: int, steps: int, pairs: int, args: argparse.Namespace) -> bool:
+    """Whether an evaluation follows optimiser step `step` (from 1): every eval_steps, at epoch
+    ends, and at the end.
+    """
+    return (
+        step == steps
+        or step % args.eval_steps == 0
+        or step % steps_per_epoch(pairs, args.global_batch) == 0
+    )
+
+
+def warmup_steps(steps: int, args: argparse.Namespace) -> int:
+    return math.ceil(args.warmup_ratio * steps)
+
+
+def learning_rate_at(step: int, steps: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then cosine to 0; `step` counts from 0 and the first step already moves."""
+    warmup = warmup_steps(steps, args)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    return (
+        args.learning_rate
+        * 0.5
+        * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    )
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Dropout is a function of seed, step and rank alone, so that any step can be repeated."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
