@@ -1,5 +1,5 @@
-"""grid.py and sweep.sh: grids in files, the scheduler with commands in place of training runs, and
-what it says.
+"""sweep.sh and pref/sweeping: grid files, the scheduler with shell commands in place of training
+runs, and its messages.
 """
 
 import json
@@ -112,19 +112,19 @@ def test_an_axis_is_left_out_where_a_loss_has_no_such_parameter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("LOSSES dpo\nBETA 0.1\n", r"mine:2: BETA is no axis or setting"),
-        ("LOSSES dpo\nSEEDS 1\nSEEDS 2\n", r"mine:3: SEEDS stands there twice"),
+        ("LOSSES dpo\nBETA 0.1\n", r"mine:2: BETA is not an axis or setting"),
+        ("LOSSES dpo\nSEEDS 1\nSEEDS 2\n", r"mine:3: SEEDS is given twice"),
         ("SEEDS 1\n", "LOSSES: the grid names no loss"),
         ("LOSSES ddpo\n", "there is no loss 'ddpo'"),
         ("LOSSES td_dpo\nTAUS 0\n", "--tau 0"),
         ("LOSSES dpo\nLRS -1\n", "--learning_rate -1"),
     ],
 )
-def test_a_wrong_grid_is_named(tmp_path, text, said):
+def test_a_wrong_grid_is_named(tmp_path, text, message):
     (tmp_path / "mine").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         points_of(str(tmp_path / "mine"))
 
 
@@ -177,7 +177,7 @@ def schedule(monkeypatch, study: Study, script, cached: bool = True) -> tuple[Sc
     monkeypatch.setattr(commands, "train_command", command)
     with Stop() as stop:
         scheduler = Scheduler(study, stop)
-        scheduler.cached = cached
+        scheduler.reference_cached = cached
         scheduler.train()
     return scheduler, stop
 
@@ -225,7 +225,7 @@ def test_gpus_in_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "gpus", lambda: ["4", "5", "6", "7", "9"])
     assert commands.slots_of(study_of(tmp_path, 1, GPUS_PER_RUN="2")) == [["4", "5"], ["6", "7"]]
     assert commands.slots_of(study_of(tmp_path, 1, JOBS="3")) == [["4"], ["5"], ["6"]]
-    with pytest.raises(UserError, match="GPUS_PER_RUN=8: this machine shows 5 GPUs"):
+    with pytest.raises(UserError, match="GPUS_PER_RUN=8: this machine has 5 GPUs"):
         commands.slots_of(study_of(tmp_path, 1, GPUS_PER_RUN="8"))
     study = study_of(tmp_path, 1, GPUS_PER_RUN="2")
     assert "--nproc_per_node 2" in shlex.join(
@@ -266,7 +266,7 @@ def test_the_end_says_what_is_missing_and_how_to_go_on(tmp_path, monkeypatch, ca
     assert sweeping.report(study, scheduler) == 1
     out = capsys.readouterr().out
     assert (
-        f"run00: its adapter is missing; put it back, or remove {study.results / 'run00'} to train it again"
+        f"run00: its adapter is missing; restore it, or remove {study.results / 'run00'} to train it again"
         in out
     )
     assert "run01: not trained: exit code 2: error: no room (log: " in out
@@ -293,10 +293,10 @@ def test_two_tasks_of_an_array_compute_one_reference(tmp_path, monkeypatch):
     study = study_of(tmp_path, 1)
     scheduler = Scheduler(study, Stop())
     with locked(study.results, ".reference.lock", "x"):
-        assert scheduler.lead() is None and not scheduler.cached
-    leads = scheduler.lead()
-    assert leads is not None
-    leads.close()
+        assert scheduler.lock_reference() is None and not scheduler.reference_cached
+    lock = scheduler.lock_reference()
+    assert lock is not None
+    lock.close()
 
 
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
@@ -340,14 +340,14 @@ def test_a_signal_has_every_run_save(tmp_path, monkeypatch, number, code):
 
 def test_only_ctrl_c_again_does_not_wait():
     with Stop() as stop:
-        for number, times in (
+        for number, level in (
             (signal.SIGTERM, 1),
             (signal.SIGTERM, 1),
             (signal.SIGUSR1, 1),
             (signal.SIGINT, 2),
         ):
             os.kill(os.getpid(), number)
-            assert (stop.signal, stop.times) == (signal.SIGTERM, times)
+            assert (stop.signal, stop.level) == (signal.SIGTERM, level)
 
 
 def test_runs_of_a_sweep_that_is_killed_save_and_leave(tmp_path):
@@ -355,7 +355,7 @@ def test_runs_of_a_sweep_that_is_killed_save_and_leave(tmp_path):
     script = 'trap "touch saved; exit 75" TERM; touch up; while true; do sleep 0.02; done'
     sweep = os.fork()
     if sweep == 0:
-        before = partial(scheduler_module.in_the_child, os.getpid(), signal.SIGTERM)
+        before = partial(scheduler_module.prepare_child, os.getpid(), signal.SIGTERM)
         subprocess.Popen(
             ["bash", "-c", script], cwd=tmp_path, start_new_session=True, preexec_fn=before
         )
@@ -404,7 +404,7 @@ def test_status_table(tmp_path, capsys):
         and "run03  waiting" in out
     )
     assert "4 runs: 2 waiting, 1 finished, 1 failed" in out
-    assert "about 6 h 00 min left, 1 at a time, 2 h 00 min a run (measured)" in out
+    assert "about 6 h 00 min left, 1 at a time, 2 h 00 min per run (measured)" in out
 
 
 def test_time_left_is_no_less_than_the_longest_run():
@@ -422,7 +422,7 @@ def test_missing_judgements_are_counted(tmp_path):
     for key, outcome in (("r1", "ok"), ("r2", "parse")):
         store.save_reply(db, key, {"judge": "j"}, {"status": outcome}, 7.0)
     db.close()
-    assert status.verdicts_of(study) == {"run00": (3, 2)}
+    assert status.verdicts_of(study) == {"run00": status.Verdicts(asked=3, without=2)}
     assert not store.books(study.results, scheduler_module.UNREACHED)
     db = store.open_store(study.results / "judgements.sqlite")
     store.save_reply(db, "r3", {"judge": "j"}, {"status": "connection"}, 7.0)
@@ -447,7 +447,7 @@ def test_answers_that_judge_would_refuse_are_left_out(tmp_path):
             "".join(json.dumps(row) + "\n" for row in rows[: 1 + (number != 3)])
         )
     scheduler = Scheduler(study, Stop())
-    assert [path.name for path in scheduler.fit_for_judging()] == ["base", "run00"]
+    assert [path.name for path in scheduler.judgeable_runs()] == ["base", "run00"]
     assert "2 of 2 answers have an empty turn" in scheduler.reasons["run01"]
 
 
@@ -490,9 +490,9 @@ def test_preflight_says_what_it_will_take(ready, capsys, server):
     out = capsys.readouterr().out
     assert "4 runs, 4 to train" in out and "memory: 1 runs at a time on the CPU, 2.5 of" in out
     assert "disk: 9.0 GiB for adapters and checkpoints" in out
-    assert "a run (assumed: 12,000,000 tokens a run at 4 x" in out
+    assert "per run (assumed: 12,000,000 tokens per run at 4 x" in out
     assert (
-        "j answers; about 800 calls; about 1.44 dollars (assumed: 800 + 250 tokens a call)" in out
+        "j answers; about 800 calls; about 1.44 dollars (assumed: 800 + 250 tokens per call)" in out
     )
     assert len(server.requests) == 1 and "secret-key" not in out
 
@@ -507,7 +507,7 @@ def test_preflight_names_every_problem_with_its_remedy(ready, monkeypatch, serve
         preflight.preflight(ready)
     said = str(caught.value)
     assert "nothing was started" in said and "lower JOBS, or lower --per_device_batch" in said
-    assert "1.0 free" in said and "make room" in said
+    assert "1.0 free" in said and "free some space" in said
     assert "it refuses the key; export OPENAI_API_KEY" in said
 
 
@@ -536,7 +536,7 @@ def test_preflight_wants_a_key(ready, monkeypatch):
 
 def test_a_gpu_that_is_in_use_is_named(ready, monkeypatch):
     monkeypatch.setattr(commands, "gpus", lambda: ["0", "1"])
-    monkeypatch.setattr(preflight, "memory_of_gpu", {"0": 70.0, "1": 1.5}.get)
+    monkeypatch.setattr(preflight, "free_gib_of", {"0": 70.0, "1": 1.5}.get)
     plan = preflight.Plan(159, 12_000_000, 12.5, 0.6)
     with pytest.raises(
         UserError, match="GPU 1 has 1.5 GiB free, a run needs 12.5; stop what runs there"
@@ -594,14 +594,14 @@ def test_the_commands_that_only_look(capsys, monkeypatch):
         sweeping.main(["quick", "--index", "6"])
     with pytest.raises(UserError, match="JUDGE is not set"):
         sweeping.main(["tddpo", "--stages", "judge", "--dry_run"])
-    with pytest.raises(UserError, match="no such grid; there are dlrml, instability"):
+    with pytest.raises(UserError, match="no such grid; use one of dlrml, instability"):
         sweeping.main(["nothing", "--list"])
 
 
 def test_nodes_meet_by_slurms_first_machine_or_by_rdzv(tmp_path, monkeypatch):
     study = study_of(tmp_path, 1)
     study.args.nodes = 2
-    with pytest.raises(UserError, match="RDZV=HOST:PORT is not set"):
+    with pytest.raises(UserError, match="RDZV is not set; set RDZV=HOST:PORT"):
         commands.train_command(study, study.points[0], [])
     monkeypatch.setenv("RDZV", "node1:29500")
     command = shlex.join(commands.train_command(study, study.points[0], []))
@@ -634,7 +634,7 @@ def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_fol
             commands.train_command(study, Point(0, "run", list(map(str, args))), [])
         ] * nodes
     processes = [
-        subprocess.Popen(command, env=os.environ | commands.TORCHRUN) for command in started
+        subprocess.Popen(command, env=os.environ | commands.TORCHRUN_ENVIRONMENT) for command in started
     ]
     assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
     one, two = (

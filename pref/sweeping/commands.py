@@ -1,4 +1,4 @@
-"""the commands of a point and of a stage"""
+"""The command lines of a grid: of each run, and of each stage after training."""
 
 import argparse
 import os
@@ -14,17 +14,26 @@ from pref.files.console import UserError
 from pref.sweeping import grid
 from pref.sweeping.grid import Point, Study
 
-# What torchrun passes on to its ranks, and how long it waits for them: by default not SIGUSR1, and
-# thirty seconds, less than a large micro-batch and a checkpoint may take.
-TORCHRUN = {
+SCRIPTS = {
+    "train": "train_pref.py",
+    "gen": "gen_mtbench.py",
+    "judge": "judge.py",
+    "analyze": "analyze.py",
+}
+# torchrun does not forward SIGUSR1 by default, and it kills its ranks 30 seconds after a signal,
+# less than a large micro-batch and a checkpoint may take.
+TORCHRUN_ENVIRONMENT = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "300",
 }
 
 
+# ---- where runs can be placed -------------------------------------------------------------------
+
+
 def gpus() -> list[str]:
-    """GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them. Counting makes no context on any
-    of them.
+    """The GPUs that runs may use, named as in CUDA_VISIBLE_DEVICES. Counting them creates no CUDA
+    context.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(n) for n in range(torch.cuda.device_count())]
@@ -32,19 +41,22 @@ def gpus() -> list[str]:
 
 
 def ranks_of(settings: dict[str, str], devices: list[str]) -> int:
-    """Ranks of a run on one machine."""
+    """The number of ranks of a run on one machine."""
     return int((settings["GPUS_PER_RUN"] if devices else "") or settings["NPROC"] or 1)
 
 
 def slots_of(study: Study) -> list[list[str]]:
-    """Places for a run each: the GPUs that it gets, none on a machine without. Raises UserError for
-    too few.
+    """Places for one run each: a list of GPUs, empty on a machine without any. With GPUs 4 to 9
+    and GPUS_PER_RUN=2 the slots are [4, 5], [6, 7], [8, 9].
+
+    Raises UserError if there are fewer GPUs than one run needs.
     """
     settings, devices = study.settings, gpus()
     ranks = ranks_of(settings, devices)
     if devices and ranks > len(devices):
         raise UserError(
-            f"GPUS_PER_RUN={ranks}: this machine shows {len(devices)} GPUs; lower it, or use --nodes"
+            f"GPUS_PER_RUN={ranks}: this machine has {len(devices)} GPUs; lower it, or spread a "
+            "run over several machines (--nodes)"
         )
     if study.args.nodes > 1:
         return [devices[:ranks]]
@@ -54,83 +66,75 @@ def slots_of(study: Study) -> list[list[str]]:
     return slots[: int(settings["JOBS"] or len(slots))]
 
 
+# ---- commands -----------------------------------------------------------------------------------
+
+
 def launcher(study: Study, ranks: int, name: str) -> list[str]:
-    """What comes before the script's name."""
+    """What precedes the script in a command: python or torchrun. name: identifies the rendezvous
+    of several machines.
+    """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     nodes = study.args.nodes
-    if nodes > 1:
-        meeting = ["--rdzv_backend", "c10d", "--rdzv_id", name, "--rdzv_endpoint", meeting_point()]
-        return [*srun(nodes), *torchrun, "--nnodes", str(nodes), *meeting]
-    return [*torchrun, "--standalone"] if ranks > 1 else [sys.executable]
+    if nodes == 1:
+        return [*torchrun, "--standalone"] if ranks > 1 else [sys.executable]
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_id", name, "--rdzv_endpoint", rdzv_endpoint()]
+    return [*srun(nodes), *torchrun, "--nnodes", str(nodes), *rendezvous]
 
 
 def srun(nodes: int) -> list[str]:
-    """One agent on each machine of a Slurm job, beside the step that this is."""
+    """Within a Slurm job: starts one torchrun on each of its machines, beside this job step."""
     if "SLURM_JOB_ID" not in os.environ:
         return []
-    return [
-        "srun",
-        "--overlap",
-        "--nodes",
-        str(nodes),
-        "--ntasks",
-        str(nodes),
-        "--ntasks-per-node",
-        "1",
-    ]
+    return f"srun --overlap --nodes {nodes} --ntasks {nodes} --ntasks-per-node 1".split()
 
 
-def meeting_point() -> str:
-    """host:port where the machines of a run find each other: RDZV, or the first machine of the
-    Slurm job.
-    """
+def rdzv_endpoint() -> str:
+    """host:port where the machines of a run meet: RDZV, or the first machine of the Slurm job."""
     if given := os.environ.get("RDZV"):
         return given
     if "SLURM_JOB_NODELIST" not in os.environ:
         raise UserError(
-            "--nodes: RDZV=HOST:PORT is not set; HOST is one of the machines, the same on all of them"
+            "--nodes: RDZV is not set; set RDZV=HOST:PORT, HOST being one of the machines, to the "
+            "same value on all of them"
         )
     command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    return f"{first}:{20000 + int(os.environ['SLURM_JOB_ID']) % 10000}"
+    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return f"{hosts[0]}:{20000 + int(os.environ['SLURM_JOB_ID']) % 10000}"
 
 
 def train_command(study: Study, point: Point, devices: list[str]) -> list[str]:
     start = launcher(study, ranks_of(study.settings, devices), point.run_id)
-    return [*start, str(ROOT / "train_pref.py"), *point.arguments]
+    return [*start, str(ROOT / SCRIPTS["train"]), *point.arguments]
 
 
-def stage_command(study: Study, stage: str, targets: list[Path] | None = None) -> list[str]:
-    """Command of a stage after training. targets: run folders instead of the whole results
-    folder.
-    """
-    settings, devices = study.settings, gpus()
-    start = [sys.executable]
-    arguments = [str(path) for path in targets or [study.results]]
+def stage_command(study: Study, stage: str, runs: list[Path] | None = None) -> list[str]:
+    """The command of a stage after training. runs: run folders, instead of all results."""
+    start, devices = [sys.executable], gpus()
+    if stage == "gen" and len(devices) > 1 and "--base_url" not in study.settings["GEN_ARGS"]:
+        one_machine = study._replace(args=argparse.Namespace(nodes=1))
+        start = launcher(one_machine, len(devices), "gen")
+    return [*start, str(ROOT / SCRIPTS[stage]), *stage_arguments(study, stage, runs)]
+
+
+def stage_arguments(study: Study, stage: str, runs: list[Path] | None = None) -> list[str]:
+    """The arguments of a stage after training."""
+    settings = study.settings
+    arguments = [str(path) for path in runs or [study.results]]
     if stage == "gen":
-        if len(devices) > 1 and "--base_url" not in settings["GEN_ARGS"]:
-            start = launcher(study._replace(args=argparse.Namespace(nodes=1)), len(devices), "gen")
         arguments += ["--base", "--model", settings["MODEL"]]
     if stage == "judge":
         arguments += ["--judge", settings["JUDGE"]]
         arguments += ["--base_url", settings["BASE_URL"]] if settings["BASE_URL"] else []
-    script = ROOT / {"gen": "gen_mtbench.py"}.get(stage, f"{stage}.py")
-    arguments += [
-        "--mt_bench",
-        settings["MT_BENCH"],
-        *shlex.split(settings[f"{stage.upper()}_ARGS"]),
-    ]
-    return [*start, str(script), *arguments]
+    further = shlex.split(settings[f"{stage.upper()}_ARGS"])
+    return [*arguments, "--mt_bench", settings["MT_BENCH"], *further]
 
 
 def print_commands(study: Study) -> None:
+    """Every command of the study, in order."""
     devices = slots_of(study)[0]
-    for point in study.points if "train" in study.stages else ():
-        print(f"+ {grid.shown(train_command(study, point, devices))}")
-    for stage in study.stages[study.stages.count("train") :]:
-        print(f"+ {grid.shown(stage_command(study, stage))}")
-
-
-def stage_arguments(study: Study, stage: str) -> list[str]:
-    command = stage_command(study, stage)
-    return command[next(n for n, word in enumerate(command) if word.endswith(".py")) + 1 :]
+    for stage in study.stages:
+        if stage == "train":
+            for point in study.points:
+                print(f"+ {grid.display(train_command(study, point, devices))}")
+        else:
+            print(f"+ {grid.display(stage_command(study, stage))}")

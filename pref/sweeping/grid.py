@@ -1,4 +1,10 @@
-"""grid files and their points"""
+"""Grids: a text file names axes and settings, their combinations are the grid's points (runs).
+
+    grid file + environment -> settings -> points, each a run id and arguments of train_pref.py
+
+A line of a grid file is a name and its value, `BETAS 0.01 0.05`. An environment variable of the
+same name overrides it. `NAME_loss` applies to one loss only.
+"""
 
 import argparse
 import itertools
@@ -17,7 +23,9 @@ from pref.training.run_id import run_id_from
 
 DEFAULT_GRID = "tddpo"
 STAGES = ("train", "gen", "judge", "analyze")
-AXES = {  # by name in a grid file: the argument of train_pref.py. The first ones vary most slowly.
+# Axis -> argument of train_pref.py. Points are ordered with the first three axes varying slowest,
+# so that a whole seed is finished before the next one begins.
+AXES = {
     "SEEDS": "seed",
     "LRS": "learning_rate",
     "LOGP": "logp",
@@ -26,150 +34,41 @@ AXES = {  # by name in a grid file: the argument of train_pref.py. The first one
     "TAUS": "tau",
     "BETA_MIXES": "beta_mix",
 }
-OF_EVERY_LOSS = ("seed", "learning_rate", "loss")
-DEFAULTS = {
-    "SEEDS": "42",
-    "LRS": "default",
-    "LOGP": "default",
-    "LOSSES": "",
-    "BETAS": "default",
-    "TAUS": "default",
-    "BETA_MIXES": "default",
+SLOW_AXES = ("SEEDS", "LRS", "LOGP")
+EVERY_LOSS_HAS = ("seed", "learning_rate", "loss")
+AXIS_DEFAULTS = dict.fromkeys(AXES, "default") | {"SEEDS": "42", "LOSSES": ""}
+SETTING_DEFAULTS = {
     "MODEL": "meta-llama/Llama-2-7b-chat-hf",
     "DATA": "data/dpo-mix-7k",
     "MT_BENCH": "data/mt_bench",
     "RESULTS": "results",
+    "STAGES": " ".join(STAGES),
     "JUDGE": "",
     "BASE_URL": "",
-    "STAGES": " ".join(STAGES),
     "TRAIN_ARGS": "",
     "GEN_ARGS": "",
     "JUDGE_ARGS": "",
     "ANALYZE_ARGS": "",
-    "GPUS_PER_RUN": "",
-    "NPROC": "",
-    "JOBS": "",
 }
-PER_LOSS = (*AXES, "TRAIN_ARGS")  # NAME_loss is for that loss alone
+PLACEMENT_DEFAULTS = dict.fromkeys(("GPUS_PER_RUN", "NPROC", "JOBS"), "")
+DEFAULTS = AXIS_DEFAULTS | SETTING_DEFAULTS | PLACEMENT_DEFAULTS
+PER_LOSS = (*AXES, "TRAIN_ARGS")  # these names may carry the suffix _loss
 
 
 class Point(NamedTuple):
-    """A run of the grid. arguments: of train_pref.py."""
+    """A run of the grid."""
 
     index: int
     run_id: str
-    arguments: list[str]
-
-
-def grid_path(name: str) -> Path:
-    path = ROOT / "grids" / name if re.fullmatch(r"[\w-]+", name) else Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (ROOT / "grids").iterdir()))
-        raise UserError(f"{path}: no such grid; there are {known}, or give a file")
-    return path
-
-
-def is_setting(key: str) -> bool:
-    return key in DEFAULTS or any(key.startswith(f"{name}_") for name in PER_LOSS)
-
-
-def read_grid(path: Path) -> dict[str, str]:
-    """The lines `NAME value ...` of a grid file. Raises UserError with file and line for another
-    line.
-    """
-    settings = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        key, _, value = line.partition("#")[0].strip().partition(" ")
-        if key and not is_setting(key):
-            raise UserError(
-                f"{path}:{number}: {key} is no axis or setting; there are {', '.join(DEFAULTS)}"
-            )
-        if key in settings:
-            raise UserError(
-                f"{path}:{number}: {key} stands there twice; put its values on one line"
-            )
-        if key:
-            settings[key] = value.strip()
-    return settings
-
-
-def settings_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """All settings, and those of them that the environment gave."""
-    given = {key: value for key, value in os.environ.items() if is_setting(key) and value}
-    in_file = read_grid(path)
-    for name in PER_LOSS:  # BETAS in the environment is meant for every loss
-        if name in given:
-            in_file = {
-                key: value for key, value in in_file.items() if not key.startswith(f"{name}_")
-            }
-    return DEFAULTS | in_file | given, given
-
-
-def values_of(settings: dict[str, str], axis: str, loss: str) -> list[str]:
-    parameter = AXES[axis]
-    if parameter not in OF_EVERY_LOSS and parameter not in loss_options.loss_defaults(loss):
-        return ["default"]
-    return settings.get(f"{axis}_{loss}", settings[axis]).split() or ["default"]
-
-
-def expand(settings: dict[str, str]) -> list[Point]:
-    """Every combination of the axes, once. Raises UserError for what train_pref.py would refuse."""
-    losses = settings["LOSSES"].split()
-    if not losses:
-        raise UserError("LOSSES: the grid names no loss; `python losses.py` lists them")
-    slow = list(AXES)[:3]
-    rows = []
-    for loss in losses:
-        check_loss_name(loss, settings)
-        lists = [[loss] if axis == "LOSSES" else values_of(settings, axis, loss) for axis in AXES]
-        ranks = [{value: n for n, value in enumerate(lists[k])} for k in range(len(slow))]
-        for values in itertools.product(*lists):
-            rows.append(([ranks[k][values[k]] for k in range(len(slow))], values))
-    rows.sort(key=lambda row: row[0])
-    points: dict[str, Point] = {}
-    for _, values in rows:
-        arguments = arguments_of(settings, dict(zip(AXES.values(), values)))
-        run_id = run_id_from(arguments)
-        points.setdefault(run_id, Point(len(points), run_id, arguments))
-    return list(points.values())
-
-
-def check_loss_name(loss: str, settings: dict[str, str]) -> None:
-    load_own_loss(more_arguments(settings, loss))
-    if loss not in LOSSES:
-        raise UserError(f"LOSSES: there is no loss {loss!r}; `python losses.py` lists them")
-
-
-def more_arguments(settings: dict[str, str], loss: str) -> list[str]:
-    return [
-        word
-        for key in ("TRAIN_ARGS", f"TRAIN_ARGS_{loss}")
-        for word in shlex.split(settings.get(key, ""))
-    ]
-
-
-def arguments_of(settings: dict[str, str], values: dict[str, str]) -> list[str]:
-    """train_pref.py's arguments for one combination."""
-    arguments = [
-        "--model",
-        settings["MODEL"],
-        "--data",
-        settings["DATA"],
-        "--results_dir",
-        settings["RESULTS"],
-    ]
-    for key in ("loss", "beta", "tau", "beta_mix", "seed", "learning_rate", "logp"):
-        if values[key] != "default":
-            arguments += [f"--{key}", values[key]]
-    return arguments + more_arguments(settings, values["loss"])
+    arguments: list[str]  # of train_pref.py
 
 
 class Study(NamedTuple):
-    """What this start is to do. given: the settings that came from the environment."""
+    """What this start of sweep.sh is to do."""
 
     args: argparse.Namespace
     settings: dict[str, str]
-    given: dict[str, str]
+    given: dict[str, str]  # the settings that came from the environment
     points: list[Point]
     stages: list[str]
 
@@ -181,52 +80,176 @@ class Study(NamedTuple):
         return self.results / point.run_id
 
     def log(self, name: str) -> Path:
+        """The log file of a run or stage."""
         return self.results / "logs" / f"{name}.log"
 
-    def again(self) -> str:
-        """The command that continues, with what the environment gave it. A password in an address
-        stays out of it.
+    def resume_command(self) -> str:
+        """The command that continues this study, with the settings from the environment. A value
+        with a password in it is referred to by its name.
         """
         given = [
             f'{key}="${key}"' if "@" in value else f"{key}={shlex.quote(value)}"
             for key, value in self.given.items()
         ]
-        args = self.args
-        words = [args.grid] * (args.grid != DEFAULT_GRID)
-        words += [f"--stages {','.join(self.stages)}"] * bool(args.stages)
-        words += [f"--index {args.index}"] * (args.index is not None) + [
-            f"--nodes {args.nodes}"
-        ] * (args.nodes > 1)
-        return " ".join([*given, "bash", shlex.quote(os.path.relpath(ROOT / "sweep.sh")), *words])
+        options = []
+        if self.args.grid != DEFAULT_GRID:
+            options.append(self.args.grid)
+        if self.args.stages:
+            options.append(f"--stages {','.join(self.stages)}")
+        if self.args.index is not None:
+            options.append(f"--index {self.args.index}")
+        if self.args.nodes > 1:
+            options.append(f"--nodes {self.args.nodes}")
+        script = shlex.quote(os.path.relpath(ROOT / "sweep.sh"))
+        return " ".join([*given, "bash", script, *options])
 
 
-def shown(words: list[str]) -> str:
-    """A command line without a password that stands in an address."""
-    return re.sub(r"//[^/@\s]*@", "//", shlex.join(words))
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def grid_path(name: str) -> Path:
+    """The file of a grid: a name in grids/, or a path. Raises UserError if there is none."""
+    path = ROOT / "grids" / name if re.fullmatch(r"[\w-]+", name) else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(grid.name for grid in (ROOT / "grids").iterdir()))
+        raise UserError(f"{path}: no such grid; use one of {known}, or the path of a file")
+    return path
+
+
+def is_setting(key: str) -> bool:
+    return key in DEFAULTS or any(key.startswith(f"{name}_") for name in PER_LOSS)
+
+
+def read_grid(path: Path) -> dict[str, str]:
+    """The settings in a grid file. Raises UserError with file and line for an unknown name or one
+    that is given twice.
+    """
+    settings = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        key, _, value = line.partition("#")[0].strip().partition(" ")
+        if key and not is_setting(key):
+            known = ", ".join(DEFAULTS)
+            raise UserError(f"{path}:{number}: {key} is not an axis or setting; these are: {known}")
+        if key in settings:
+            raise UserError(f"{path}:{number}: {key} is given twice; put its values on one line")
+        if key:
+            settings[key] = value.strip()
+    return settings
+
+
+def settings_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """All settings: defaults, then the file, then the environment; and the environment's alone."""
+    given = {key: value for key, value in os.environ.items() if is_setting(key) and value}
+    in_file = read_grid(path)
+    for name in PER_LOSS:
+        if name in given:  # BETAS in the environment also replaces the file's BETAS_dlrml
+            specific = f"{name}_"
+            in_file = {k: value for k, value in in_file.items() if not k.startswith(specific)}
+    return DEFAULTS | in_file | given, given
 
 
 def load_study(args: argparse.Namespace) -> Study:
+    """Raises UserError for settings that no run can be made of."""
     settings, given = settings_of(grid_path(args.grid))
     stages = re.split(r"[\s,]+", (args.stages or settings["STAGES"]).strip())
     if unknown := [stage for stage in stages if stage not in STAGES]:
-        raise UserError(f"stage {unknown[0]!r}: there are {', '.join(STAGES)}")
-    for key in ("GPUS_PER_RUN", "NPROC", "JOBS"):
+        raise UserError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    for key in PLACEMENT_DEFAULTS:
         if settings[key] and not re.fullmatch(r"[1-9]\d*", settings[key]):
             raise UserError(f"{key}={settings[key]}: must be a whole number above 0")
     points = expand(settings)
-    study = Study(args, settings, given, points, [stage for stage in STAGES if stage in stages])
-    if args.index is not None:
-        if not 0 <= args.index < len(points):
-            raise UserError(
-                f"--index {args.index}: the grid has points 0 to {len(points) - 1} (--list)"
-            )
-        return study._replace(points=[points[args.index]], stages=["train"])
-    return study
+    study = Study(
+        args=args,
+        settings=settings,
+        given=given,
+        points=points,
+        stages=[stage for stage in STAGES if stage in stages],
+    )
+    if args.index is None:
+        return study
+    if not 0 <= args.index < len(points):
+        last = len(points) - 1
+        raise UserError(f"--index {args.index}: the grid has points 0 to {last} (--list)")
+    return study._replace(points=[points[args.index]], stages=["train"])
 
 
 def check_judge_is_named(study: Study) -> None:
     if "judge" in study.stages and not study.settings["JUDGE"]:
         raise UserError(
-            "JUDGE is not set; JUDGE=MODEL (with BASE_URL for a server of your own), JUDGE=hf:FOLDER for a local "
-            "model, or leave the stage out: --stages train,gen,analyze"
+            "JUDGE is not set; set JUDGE=MODEL (and BASE_URL for your own server) or "
+            "JUDGE=hf:FOLDER for a local model, or leave judging out: --stages train,gen,analyze"
         )
+
+
+# ---- points -------------------------------------------------------------------------------------
+
+
+def expand(settings: dict[str, str]) -> list[Point]:
+    """Every combination of the axes, once. Raises UserError for one that train_pref.py refuses.
+
+    With SEEDS "42 43", LOSSES "dpo td_dpo" and TAUS "1 2" the order is
+
+        dpo s42, td_dpo t1 s42, td_dpo t2 s42, dpo s43, td_dpo t1 s43, td_dpo t2 s43
+
+    dpo has no tau, so it appears once per seed.
+    """
+    losses = settings["LOSSES"].split()
+    if not losses:
+        raise UserError("LOSSES: the grid names no loss; `python losses.py` lists them")
+
+    # 1) All combinations, loss by loss, because a loss may have values of its own for an axis.
+    combinations = []
+    for loss in losses:
+        check_loss_name(loss, settings)
+        values = {axis: values_of(settings, axis, loss) for axis in AXES}
+        values["LOSSES"] = [loss]
+        for choice in itertools.product(*values.values()):
+            chosen = dict(zip(AXES, choice))
+            position = [values[axis].index(chosen[axis]) for axis in SLOW_AXES]
+            combinations.append((position, chosen))
+
+    # 2) Slow axes first. The sort is stable: within one position the order of step 1 remains.
+    combinations.sort(key=lambda combination: combination[0])
+
+    # 3) Different combinations can be the same run (`default` and its value); keep the first.
+    points: dict[str, Point] = {}
+    for _, chosen in combinations:
+        arguments = arguments_of(settings, chosen)
+        run_id = run_id_from(arguments)
+        points.setdefault(run_id, Point(len(points), run_id, arguments))
+    return list(points.values())
+
+
+def values_of(settings: dict[str, str], axis: str, loss: str) -> list[str]:
+    """The values of an axis for one loss; only `default` if the loss has no such parameter."""
+    parameter = AXES[axis]
+    if parameter not in EVERY_LOSS_HAS and parameter not in loss_options.loss_defaults(loss):
+        return ["default"]
+    return settings.get(f"{axis}_{loss}", settings[axis]).split() or ["default"]
+
+
+def check_loss_name(loss: str, settings: dict[str, str]) -> None:
+    load_own_loss(extra_arguments(settings, loss))  # TRAIN_ARGS may hold a --loss_file
+    if loss not in LOSSES:
+        raise UserError(f"LOSSES: there is no loss {loss!r}; `python losses.py` lists them")
+
+
+def extra_arguments(settings: dict[str, str], loss: str) -> list[str]:
+    """TRAIN_ARGS, then TRAIN_ARGS_loss, as a list of arguments."""
+    texts = (settings.get(key, "") for key in ("TRAIN_ARGS", f"TRAIN_ARGS_{loss}"))
+    return [argument for text in texts for argument in shlex.split(text)]
+
+
+def arguments_of(settings: dict[str, str], chosen: dict[str, str]) -> list[str]:
+    """train_pref.py's arguments for one combination. chosen: a value per axis."""
+    arguments = ["--model", settings["MODEL"], "--data", settings["DATA"]]
+    arguments += ["--results_dir", settings["RESULTS"]]
+    for axis in ("LOSSES", "BETAS", "TAUS", "BETA_MIXES", "SEEDS", "LRS", "LOGP"):
+        if chosen[axis] != "default":
+            arguments += [f"--{AXES[axis]}", chosen[axis]]
+    return arguments + extra_arguments(settings, chosen["LOSSES"])
+
+
+def display(command: list[str]) -> str:
+    """A command line as the user would type it, without a password in an address."""
+    return re.sub(r"//[^/@\s]*@", "//", shlex.join(command))

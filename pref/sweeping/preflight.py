@@ -1,10 +1,16 @@
-"""what can be known before an hour is spent"""
+"""What can be checked before hours or dollars are spent, and what a grid will take.
+
+Everything here is quick: it reads files, asks the judge one small question, and lets one
+`train_pref.py --dry_run` work out steps, tokens and memory.
+"""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +18,7 @@ from typing import NamedTuple
 import gen_mtbench
 import judge
 from pref import ROOT
-from pref.files import mt_bench, run_folders
+from pref.files import disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.judging import costs, protocol, server_judge
 from pref.model import server
@@ -20,68 +26,73 @@ from pref.sweeping import commands, status
 from pref.sweeping.grid import Point, Study
 from pref.training.plan import shapes_of
 
-# Rules of thumb until something of the grid has been measured.
-GPU_TFLOPS, CORE_TFLOPS = (
-    60.0,
-    0.08,
-)  # what training computes a second; the second: bench/README.md, 0.17 on two cores
-CALL_TOKENS = (800, 250)  # of a judgement of MT-Bench: prompt and completion
-CHECKPOINTS = (
-    3 * 3 + 2
-)  # adapters' sizes that a running run holds: two states and the one being written, two best
+# Assumed training speeds, until a run of the grid has been measured. A core: bench/README.md has
+# 0.17 TFLOP/s on two.
+GPU_TFLOPS, CORE_TFLOPS = 60.0, 0.08
+PROMPT_TOKENS, COMPLETION_TOKENS = 800, 250  # assumed, per judgement of MT-Bench
+# Disk space of a run in progress, in units of its adapter: three checkpoints (two and the one
+# being written) of weights and two AdamW moments each, and two best adapters.
+CHECKPOINT_ADAPTERS = 3 * 3 + 2
 
 
 class Plan(NamedTuple):
-    """Of a run, as train_pref.py --dry_run says."""
+    """What train_pref.py --dry_run says about a run."""
 
     steps: int
     tokens: int
-    gib: float  # a rank
+    gib: float  # memory per rank
     adapter_gib: float
 
 
 def preflight(study: Study) -> None:
-    """Print what the grid will take. Raises UserError with every problem found, each with its
-    remedy.
+    """Print what the grid will take, and ask whether to start if a person is there to answer.
+
+    Raises UserError with every problem found, each with its remedy.
     """
-    todo = [
-        p
-        for p in study.points
-        if "train" in study.stages and status.summary_of(study.folder(p)) is None
-    ]
+    todo = []
+    if "train" in study.stages:
+        todo = [p for p in study.points if status.summary_of(study.folder(p)) is None]
     print(
-        f"grid {study.args.grid}: {len(study.points)} runs, {len(todo)} to train; stages {', '.join(study.stages)}; "
-        f"results in {study.results}",
+        f"grid {study.args.grid}: {len(study.points)} runs, {len(todo)} to train; "
+        f"stages {', '.join(study.stages)}; results in {study.results}",
         flush=True,
     )
     problems: list[str] = []
-    with noting(problems):
+
+    # 1) Files: data, questions, models.
+    with collecting(problems):
         check_files(study)
+
+    # 2) Training: memory, disk space, hours. The dry run needs the files of step 1.
     if todo and not problems:
-        with noting(problems):
+        with collecting(problems):
             plan = plan_of(study, todo[0])
-            for check in (check_memory, check_disk, tell_hours):
-                with noting(problems):
+            for check in (check_memory, check_disk, estimate_hours):
+                with collecting(problems):
                     print(check(study, plan, todo), flush=True)
+
+    # 3) The judge: does it answer, and what will it cost?
     if "judge" in study.stages:
-        with noting(problems):
+        with collecting(problems):
             print(check_judge(study), flush=True)
+
     if problems:
         raise UserError("nothing was started:\n  " + "\n  ".join(problems))
-    if (
-        not study.args.yes
-        and sys.stdin.isatty()
-        and input("go on? [y/N] ").strip().lower() not in ("y", "yes")
-    ):
-        raise UserError("not started; --yes starts without asking")
+    if not study.args.yes and sys.stdin.isatty():
+        if input("start? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise UserError("nothing was started; --yes starts without asking")
 
 
 @contextmanager
-def noting(problems: list[str]):
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Add a UserError's message to `problems` and carry on, so that all are reported at once."""
     try:
         yield
     except UserError as error:
         problems.append(str(error))
+
+
+# ---- files --------------------------------------------------------------------------------------
 
 
 def check_files(study: Study) -> None:
@@ -102,150 +113,159 @@ def check_files(study: Study) -> None:
 
 
 def check_model(name: str, model: str) -> None:
-    """Raise UserError for a path, rather than a hub id, without a model."""
-    if not (Path(model) / "config.json").is_file() and (
-        Path(model).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)
-    ):
+    """Raise UserError for a folder without a model, or a text that cannot be a hub id."""
+    if (Path(model) / "config.json").is_file():
+        return
+    if Path(model).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(
             f"{name}={model}: no model there (config.json); correct the folder, or give a hub id"
         )
 
 
+# ---- training -----------------------------------------------------------------------------------
+
+
 def plan_of(study: Study, point: Point) -> Plan:
-    """By train_pref.py in a process of its own: this one shall hold no GPU. It reads model and
-    tokenizer, so that a hub that refuses is found here.
+    """The plan of one run, made by train_pref.py in a process of its own, so that this process
+    holds no GPU. It reads the model's configuration and tokenizer, so a hub that refuses access
+    is noticed here.
     """
     devices = commands.slots_of(study)[0]
     ranks = commands.ranks_of(study.settings, devices) * study.args.nodes
-    command = [
-        sys.executable,
-        str(ROOT / "train_pref.py"),
-        *point.arguments,
-        "--dry_run",
-        str(ranks),
-    ]
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | visible)
-    if done.returncode:
-        words = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(
-            f"train_pref.py --dry_run of {point.run_id}: {words.removeprefix('error: ')}"
-        )
-
-    def number(pattern: str) -> float:
-        return float(re.search(pattern, done.stdout, re.M)[1].replace(",", ""))
-
-    steps, tokens = int(number(r"^steps: (\d+)")), int(number(r"^tokens: ([\d,]+)"))
-    return Plan(
-        steps, tokens, number(r"^ +total +([\d.]+)"), number(r"^ +optimiser +([\d.]+)") * ranks / 3
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        command = [sys.executable, str(ROOT / "train_pref.py"), *point.arguments]
+        command += ["--dry_run", str(ranks), "--plan_json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | visible)
+        if done.returncode:
+            last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            message = last_line.removeprefix("error: ")
+            raise UserError(f"train_pref.py --dry_run of {point.run_id}: {message}")
+        plan = disk.read_json(path)
+    return Plan(plan["steps"], plan["tokens"], plan["total_gib"], plan["adapter_gib"])
 
 
 def check_memory(study: Study, plan: Plan, todo: list[Point]) -> str:
-    slots, least = commands.slots_of(study), None
+    """Raises UserError if the runs do not fit into the memory that is free."""
+    slots = commands.slots_of(study)
     remedy = "lower --per_device_batch or --max_length (TRAIN_ARGS)"
-    if slots[0]:
-        free = {device: memory_of_gpu(device) for slot in slots for device in slot}
-        known = {device: gib for device, gib in free.items() if gib is not None}
-        if known:
-            least = min(known, key=known.get)
-            if known[least] < plan.gib:
-                raise UserError(
-                    f"GPU {least} has {known[least]:.1f} GiB free, a run needs {plan.gib:.1f}; stop what "
-                    f"runs there, leave the GPU out (CUDA_VISIBLE_DEVICES), or {remedy}"
-                )
-        there = (
-            f"the fullest GPU has {known[least]:.1f} free"
-            if known
-            else "nvidia-smi does not say what is free"
+    if not slots[0]:
+        total_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        need_gib = plan.gib * commands.ranks_of(study.settings, []) * len(slots)
+        if need_gib > total_gib:
+            raise UserError(
+                f"JOBS={len(slots)} runs need {need_gib:.1f} GiB of memory, this machine has "
+                f"{total_gib:.1f}; lower JOBS, or {remedy}"
+            )
+        return (
+            f"memory: {len(slots)} runs at a time on the CPU, {need_gib:.1f} of {total_gib:.1f} GiB"
         )
-        return f"memory: {plan.gib:.1f} GiB a GPU, {there}; {len(slots)} runs at a time, {len(slots[0])} GPUs each"
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    need = plan.gib * commands.ranks_of(study.settings, []) * len(slots)
-    if need > ram:
-        raise UserError(
-            f"JOBS={len(slots)} runs need {need:.1f} GiB, there are {ram:.1f}; lower JOBS, or {remedy}"
-        )
-    return f"memory: {len(slots)} runs at a time on the CPU, {need:.1f} of {ram:.1f} GiB"
+    free_gib = {device: free_gib_of(device) for slot in slots for device in slot}
+    known = {device: gib for device, gib in free_gib.items() if gib is not None}
+    available = "nvidia-smi does not report the free memory"
+    if known:
+        fullest = min(known, key=known.get)
+        if known[fullest] < plan.gib:
+            raise UserError(
+                f"GPU {fullest} has {known[fullest]:.1f} GiB free, a run needs {plan.gib:.1f}; "
+                f"stop what runs there, exclude the GPU (CUDA_VISIBLE_DEVICES), or {remedy}"
+            )
+        available = f"the fullest GPU has {known[fullest]:.1f} free"
+    return (
+        f"memory: {plan.gib:.1f} GiB per GPU, {available}; "
+        f"{len(slots)} runs at a time, {len(slots[0])} GPUs each"
+    )
 
 
-def memory_of_gpu(device: str) -> float | None:
-    """GiB that are free, or None if nvidia-smi does not know."""
-    command = [
-        "nvidia-smi",
-        f"--id={device}",
-        "--query-gpu=memory.free",
-        "--format=csv,noheader,nounits",
-    ]
+def free_gib_of(device: str) -> float | None:
+    """Free memory of a GPU, or None if nvidia-smi does not report it."""
+    query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={device}", *query]
     try:
-        said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        mib = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return None
-    return int(said) / 1024 if said.isdigit() else None
+    return int(mib) / 1024 if mib.isdigit() else None
 
 
 def check_disk(study: Study, plan: Plan, todo: list[Point]) -> str:
-    need = plan.adapter_gib * (
-        len(todo) + CHECKPOINTS * len(commands.slots_of(study))
-    ) + 0.01 * len(todo)
+    """Raises UserError if adapters and checkpoints would not fit on the disk."""
+    at_a_time, logs_gib = len(commands.slots_of(study)), 0.01 * len(todo)
+    need = plan.adapter_gib * (len(todo) + CHECKPOINT_ADAPTERS * at_a_time) + logs_gib
     free = shutil.disk_usage(study.results).free / 2**30
-    words = f"disk: {need:.1f} GiB for adapters and checkpoints, {free:.1f} free in {study.results}"
+    text = f"disk: {need:.1f} GiB for adapters and checkpoints, {free:.1f} free in {study.results}"
     if need > free:
         raise UserError(
-            f"{words}; make room, give another RESULTS, or a smaller --lora_r (TRAIN_ARGS)"
+            f"{text}; free some space, give another RESULTS, or a smaller --lora_r (TRAIN_ARGS)"
         )
-    return words
+    return text
 
 
-def tell_hours(study: Study, plan: Plan, todo: list[Point]) -> str:
+def estimate_hours(study: Study, plan: Plan, todo: list[Point]) -> str:
+    """Hours per run and for all, measured in this grid if it has begun, else from an assumed
+    speed.
+    """
     slots = commands.slots_of(study)
-    states = [status.state_of(study, point, set()) for point in study.points]
-    seconds, how = status.seconds_of_run(states), "measured in this grid"
+    states = {p.run_id: status.state_of(study, p, set()) for p in study.points}
+    seconds, basis = status.seconds_per_run(list(states.values())), "measured in this grid"
     if seconds is None:
         weights = sum(p.numel() for p in shapes_of(study.settings["MODEL"]).parameters())
-        share = (os.cpu_count() or 1) / len(slots)
-        speed = GPU_TFLOPS * len(slots[0]) * study.args.nodes if slots[0] else CORE_TFLOPS * share
-        seconds = 4 * weights * plan.tokens / (speed * 1e12)
-        how = f"assumed: {plan.tokens:,} tokens a run at 4 x {weights / 1e9:.3g}B operations, {speed:g} TFLOP/s"
-    left = status.time_left(
-        [status.state_of(study, point, set()) for point in todo], len(slots), seconds
-    )
-    return f"hours: {status.hours_text(seconds)} a run ({how}), {status.hours_text(left)} for {len(todo)} runs; start-up not counted"
+        if slots[0]:
+            tflops = GPU_TFLOPS * len(slots[0]) * study.args.nodes
+        else:
+            tflops = CORE_TFLOPS * (os.cpu_count() or 1) / len(slots)
+        # A LoRA step takes 4 operations per base parameter and token: 2 forward, 2 backward.
+        seconds = 4 * weights * plan.tokens / (tflops * 1e12)
+        basis = (
+            f"assumed: {plan.tokens:,} tokens per run at 4 x {weights / 1e9:.3g}B operations, "
+            f"{tflops:g} TFLOP/s"
+        )
+    waiting = [states[point.run_id] for point in todo]
+    left = status.hours_text(status.time_left(waiting, len(slots), seconds))
+    each = status.hours_text(seconds)
+    return f"hours: {each} per run ({basis}), {left} for {len(todo)} runs; start-up not counted"
+
+
+# ---- the judge ----------------------------------------------------------------------------------
 
 
 def check_judge(study: Study) -> str:
-    """Raises UserError if the judge cannot be asked. One small question, unless all is judged
-    already.
+    """Ask the judge one small question, unless everything is judged already.
+
+    Raises UserError if the judge cannot be asked.
     """
-    settings = study.settings
-    given = judge.parse_args(commands.stage_arguments(study, "judge"))
-    bench = protocol.read_bench(given.mt_bench, given.grading, given.refs)
-    if given.judge.startswith("hf:"):
-        check_model("JUDGE", given.judge.removeprefix("hf:"))
-        return f"judge: {given.judge}, here, no dollars"
-    count = len(
-        mt_bench.pick_questions(
-            bench["questions"],
-            gen_mtbench.parse_args(commands.stage_arguments(study, "gen")).num_questions,
-        )
-    )
-    whole = count * 2 * given.repeats * (2 if given.grading == "pair" else 1)
-    verdicts, names = (
-        status.verdicts_of(study),
-        [run_folders.BASE_RUN, *(point.run_id for point in study.points)],
-    )
-    calls = sum(verdicts[name][1] if name in verdicts else whole for name in names)
+    args = judge.parse_args(commands.stage_arguments(study, "judge"))
+    bench = protocol.read_bench(args.mt_bench, args.grading, args.refs)
+    if args.judge.startswith("hf:"):
+        check_model("JUDGE", args.judge.removeprefix("hf:"))
+        return f"judge: {args.judge}, on this machine, no dollars"
+
+    # 1) How many calls are left? A run that was not judged yet needs all of them.
+    answers = gen_mtbench.parse_args(commands.stage_arguments(study, "gen"))
+    questions = mt_bench.pick_questions(bench["questions"], answers.num_questions)
+    orders = 2 if args.grading == "pair" else 1
+    calls_per_run = len(questions) * 2 * args.repeats * orders  # two turns
+    verdicts = status.verdicts_of(study)
+    names = [run_folders.BASE_RUN, *(point.run_id for point in study.points)]
+    calls = sum(verdicts[n].without if n in verdicts else calls_per_run for n in names)
     if not calls:
         return "judge: everything is judged"
-    client = server.open_client(f"JUDGE={settings['JUDGE']}", given.base_url, 60.0, 2)
-    server_judge.probe_server(
-        client, given.judge, given.parameters or {"temperature": 0, "max_tokens": given.max_tokens}
-    )
-    words = f"judge: {given.judge} answers; about {calls:,} calls"
-    prices = costs.prices_of(given)
+
+    # 2) Does the judge answer, with these parameters?
+    client = server.open_client(f"JUDGE={study.settings['JUDGE']}", args.base_url, 60.0, 2)
+    parameters = args.parameters or {"temperature": 0, "max_tokens": args.max_tokens}
+    server_judge.probe_server(client, args.judge, parameters)
+
+    # 3) What will they cost?
+    text = f"judge: {args.judge} answers; about {calls:,} calls"
+    prices = costs.prices_of(args)
     if prices is None:
-        return f"{words}; dollars: no price known, give JUDGE_ARGS='--price_in X --price_out Y' (per million tokens)"
-    usd = calls * sum(tokens * price for tokens, price in zip(CALL_TOKENS, prices)) / 1e6
-    cap = f", capped at {given.max_usd}" if given.max_usd is not None else ""
-    prompt, completion = CALL_TOKENS
-    return f"{words}; about {usd:.2f} dollars (assumed: {prompt} + {completion} tokens a call){cap}"
+        return (
+            f"{text}; dollars: no price known, give JUDGE_ARGS='--price_in X --price_out Y' "
+            "(per million tokens)"
+        )
+    usd = calls * (PROMPT_TOKENS * prices[0] + COMPLETION_TOKENS * prices[1]) / 1e6
+    cap = f", capped at {args.max_usd}" if args.max_usd is not None else ""
+    assumed = f"{PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens per call"
+    return f"{text}; about {usd:.2f} dollars (assumed: {assumed}){cap}"

@@ -1,4 +1,13 @@
-"""what runs where and when"""
+"""The scheduler: which run starts where and when, and what happens when it ends.
+
+Every run and every later stage is a process of its own, with a log file of its own. The scheduler
+starts them, waits for them, and passes on the signals that it receives:
+
+    waiting runs --launch_next--> jobs on slots --handle_exit--> done, failed, or waiting again
+
+The state lives in the run folders. A scheduler that is killed and started again reads it from
+there.
+"""
 
 import ctypes
 import os
@@ -12,6 +21,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import judge
 from pref.files import disk, mt_bench, run_folders
@@ -23,42 +33,66 @@ from pref.training import signals
 from pref.training.signals import Heard
 
 POLL_S = 0.1
-# Of a training run (True) and of another stage: at Ctrl-C judge.py keeps what is in flight and
-# gen_mtbench.py gathers.
-STOPS = {True: signal.SIGTERM, False: signal.SIGINT}
-# Judgements that failed because the judge was down: unlike those in a wrong form, worth another
-# call.
-UNREACHED = "SELECT 1 FROM judgements WHERE status IN ('connection', 'timeout', 'http_429') OR status LIKE 'http_5%' LIMIT 1"
-TRIES = 2  # of a run that crashes, in one start of the grid
-PR_SET_PDEATHSIG = 1
+MAX_ATTEMPTS = 2  # of a run that crashes, within one start of the grid
+# Judgements that failed because the judge was unreachable are asked for again, unlike those that
+# came back without a verdict.
+UNREACHED = (
+    "SELECT 1 FROM judgements WHERE status IN ('connection', 'timeout', 'http_429') "
+    "OR status LIKE 'http_5%' LIMIT 1"
+)
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+class Waiting(NamedTuple):
+    """A run that is still to be started."""
+
+    point: Point
+    attempt: int = 1
 
 
 @dataclass
 class Job:
-    """A process of ours. name: the run's id, or the stage's. point None: a stage after training."""
+    """A process that the scheduler started."""
 
-    name: str
-    point: Point | None
-    slot: list[str]
+    name: str  # the run's id, or the stage's
+    point: Point | None  # None: a stage after training
+    slot: list[str]  # GPUs
     process: subprocess.Popen
-    begun: float
+    started: float  # time.time()
     attempt: int = 1
-    leads: ExitStack | None = None  # holds the lock of the reference's computation
+    reference_lock: ExitStack | None = None  # while it computes the reference for all
+
+    @property
+    def stop_signal(self) -> signal.Signals:
+        return stop_signal_of(self.point)
+
+
+def stop_signal_of(point: Point | None) -> signal.Signals:
+    """The signal that makes a job save and exit. At Ctrl-C judge.py keeps the replies in flight
+    and gen_mtbench.py gathers its answers.
+    """
+    return signal.SIGINT if point is None else signal.SIGTERM
 
 
 class Stop(Heard):
-    """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal: the loop sees `signal` and has the jobs save.
-    Ctrl-C again does not wait for them; the others may come more than once by themselves (Slurm's
-    do).
+    """Notes SIGINT, SIGTERM, SIGUSR1 and SIGHUP. The scheduler polls `signal` and has its jobs
+    save.
+
+    A second Ctrl-C means: do not wait for them. The other signals may arrive more than once
+    without anyone's impatience (Slurm repeats its own), so they never mean that.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self):
-        self.signal, self.times = 0, 0  # times: 1, or 2 for those who do not want to wait
+        self.signal = 0  # the first one
+        self.level = 0  # 1: save and stop; 2: kill
 
     def note(self, number: int, _frame) -> None:
-        self.times = 2 if self.signal and number == signal.SIGINT else max(self.times, 1)
+        impatient = self.signal and number == signal.SIGINT
+        self.level = 2 if impatient else max(self.level, 1)
         self.signal = self.signal or number
 
     @property
@@ -66,37 +100,41 @@ class Stop(Heard):
         return 130 if self.signal == signal.SIGINT else signals.EXIT_STOPPED
 
 
+# Linux alone can signal a process when its parent dies. Elsewhere the jobs of a scheduler that is
+# killed outright continue, and the next start waits for them by their locks.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 
 
-def in_the_child(parent: int, stops: int) -> None:
-    """Between fork and exec: have the kernel send `stops` if the sweep is killed outright, so that
-    its jobs save and leave instead of working on unseen; and Ctrl-C as usual, which a job in a
-    script's background would ignore.
+def prepare_child(parent: int, stop_signal: int) -> None:
+    """Runs in the child between fork and exec. If the scheduler is killed outright, the kernel
+    sends the child `stop_signal`, so that it saves and exits instead of working on unseen.
     """
     if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, stops)
-        if os.getppid() != parent:
+        LIBC.prctl(PR_SET_PDEATHSIG, stop_signal)
+        if os.getppid() != parent:  # the scheduler died before prctl took effect
             os._exit(signals.EXIT_STOPPED)
+    # A background job of a script inherits an ignored SIGINT; the scheduler needs it to work.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# ---- the scheduler ------------------------------------------------------------------------------
+
+
 class Scheduler:
-    """Runs the points that are not done on the free slots, and then the stages. Everything is a
-    process of its own.
-    """
+    """Runs the points that are not done on the free slots, then the later stages."""
 
     def __init__(self, study: Study, stop: Stop):
         self.study, self.stop = study, stop
         self.jobs: list[Job] = []
-        self.told = 0  # signals that the jobs have got
-        self.reasons: dict[str, str] = {}  # what failed, and why
-        self.held: set[str] = set()  # runs that another process trains, as was said
-        self.cached = False  # the reference's log-probs are on the disk
+        self.forwarded = 0  # the stop level that the jobs have been told
+        self.reasons: dict[str, str] = {}  # why something failed, by run id or stage
+        self.reported_held: set[str] = set()  # runs whose other process was mentioned
+        self.reference_cached = False  # the reference's log-probs are on disk
 
-    def say(self, word: str, name: str, words: str = "") -> None:
-        """A line on the screen and in sweep.log. A disk that is full must not end the grid."""
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {word:<8} {name}  {words}".rstrip()
+    def log(self, event: str, name: str, details: str = "") -> None:
+        """Print a line and append it to sweep.log. A full disk must not end the grid."""
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {event:<8} {name}  {details}".rstrip()
         print(line, flush=True)
         try:
             with open(self.study.results / "sweep.log", "a", encoding="utf-8") as file:
@@ -107,50 +145,57 @@ class Scheduler:
     def start(
         self, name: str, command: list[str], slot: list[str], point: Point | None = None
     ) -> Job:
+        """Start a process that writes to its own log. Raises OSError if the log cannot be
+        written.
+        """
         log = self.study.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = commands.TORCHRUN | os.environ
-        if slot:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot)
-        elif (
-            point and int(self.study.settings["JOBS"] or 1) > 1
-        ):  # or every run would take all cores
-            share = (os.cpu_count() or 1) // (
-                int(self.study.settings["JOBS"]) * commands.ranks_of(self.study.settings, [])
-            )
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
         with open(log, "a", encoding="utf-8") as file:
-            file.write(f"+ {grid.shown(command)}\n")
+            file.write(f"+ {grid.display(command)}\n")
             file.flush()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=partial(in_the_child, os.getpid(), STOPS[point is not None]),
+                env=self.environment_of(slot, point),
+                start_new_session=True,  # Ctrl-C reaches the scheduler alone, which forwards it
+                preexec_fn=partial(prepare_child, os.getpid(), stop_signal_of(point)),
             )
-        job = Job(name, point, slot, process, time.time())
+        job = Job(name, point, slot, process, started=time.time())
         self.jobs.append(job)
         return job
 
-    def pass_on(self) -> None:
-        """Have the jobs stop, once for the first signal; kill them at the second."""
-        if self.jobs and self.told < self.stop.times:
-            self.told = self.stop.times
-            word = "saving and stopping; Ctrl-C again kills them" if self.told == 1 else "killed"
-            self.say("stopping", ", ".join(job.name for job in self.jobs), word)
-            for job in self.jobs:
-                with suppress(ProcessLookupError):
-                    if self.told == 1:
-                        job.process.send_signal(STOPS[job.point is not None])
-                    else:
-                        os.killpg(job.process.pid, signal.SIGKILL)
+    def environment_of(self, slot: list[str], point: Point | None) -> dict[str, str]:
+        environment = commands.TORCHRUN_ENVIRONMENT | os.environ
+        settings = self.study.settings
+        jobs = int(settings["JOBS"] or 1)
+        if slot:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot)
+        elif point and jobs > 1:  # otherwise every run would use all cores
+            threads = (os.cpu_count() or 1) // (jobs * commands.ranks_of(settings, []))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+        return environment
+
+    def forward_signals(self) -> None:
+        """Tell the jobs to save and stop at the first signal; kill them at the second Ctrl-C."""
+        if not self.jobs or self.forwarded >= self.stop.level:
+            return
+        self.forwarded = self.stop.level
+        kill = self.forwarded == 2
+        details = "killed" if kill else "saving and stopping; Ctrl-C again kills them"
+        self.log("stopping", ", ".join(job.name for job in self.jobs), details)
+        for job in self.jobs:
+            with suppress(ProcessLookupError):
+                if kill:
+                    os.killpg(job.process.pid, signal.SIGKILL)
+                else:
+                    job.process.send_signal(job.stop_signal)
 
     def wait_for(self, job: Job) -> int:
+        """Wait for a job, forwarding signals. Returns its exit code."""
         while job.process.poll() is None:
-            self.pass_on()
+            self.forward_signals()
             time.sleep(POLL_S)
         self.jobs.remove(job)
         return job.process.returncode
@@ -158,223 +203,230 @@ class Scheduler:
     # ---- training
 
     def train(self) -> None:
-        """All points, as many at a time as there are slots."""
+        """Train all points that have no summary yet, as many at a time as there are slots."""
         study = self.study
-        waiting = deque(
-            (point, 1) for point in study.points if status.summary_of(study.folder(point)) is None
-        )
-        free, total = commands.slots_of(study), len(waiting)
-        if len(study.points) > 1 and total:
-            self.say(
-                "training",
-                study.results.name,
-                f"{total} of {len(study.points)} runs, {len(free)} at a time",
-            )
-        while (
-            study.args.index is None
-            and any(map(self.is_held, study.points))
-            and not self.stop.signal
-        ):
-            time.sleep(POLL_S)  # who trains it may be on the GPU that would be given to another
+        todo = [p for p in study.points if status.summary_of(study.folder(p)) is None]
+        waiting, free = deque(map(Waiting, todo)), commands.slots_of(study)
+        if len(study.points) > 1 and todo:
+            count = f"{len(todo)} of {len(study.points)} runs, {len(free)} at a time"
+            self.log("training", study.results.name, count)
+
+        # 1) Runs of an earlier scheduler that was killed may still be saving, on the GPUs that
+        #    would be given out here. An array task (--index) has a GPU of its own.
+        while study.args.index is None and any(map(self.is_held, study.points)):
+            if self.stop.signal:
+                break
+            time.sleep(POLL_S)
+
         while self.jobs or (waiting and not self.stop.signal):
-            self.pass_on()
+            self.forward_signals()
+
+            # 2) Collect the jobs that have exited; a crashed run goes back to the front.
             for job in [job for job in self.jobs if job.process.poll() is not None]:
                 self.jobs.remove(job)
                 free.append(job.slot)
-                if job.leads:
-                    job.leads.close()
-                if self.ended(job) == "again":
-                    waiting.appendleft((job.point, job.attempt + 1))
-            self.release_others()
+                if job.reference_lock:
+                    job.reference_lock.close()
+                if self.handle_exit(job):
+                    waiting.appendleft(Waiting(job.point, job.attempt + 1))
+
+            # 3) The first run computes the reference; once that is on disk, all may start.
+            self.note_cached_reference()
+
+            # 4) Fill the free slots.
             while free and waiting and not self.stop.signal and self.launch_next(waiting, free):
                 pass
             time.sleep(POLL_S)
 
-    def launch_next(self, waiting: deque, free: list) -> bool:
-        """Start the first waiting run that may be started. False if none may now."""
+    def launch_next(self, waiting: deque[Waiting], free: list[list[str]]) -> bool:
+        """Start the first waiting run that may start now. Returns False if there is none."""
         for entry in list(waiting):
-            point, attempt = entry
-            if self.is_held(point):
+            if self.is_held(entry.point):
                 continue
-            if status.summary_of(self.study.folder(point)):  # by the process that held it
-                waiting.remove(entry)
+            if status.summary_of(self.study.folder(entry.point)):
+                waiting.remove(entry)  # the process that held it has finished it
                 return True
-            leads = self.lead()
-            if leads is None and not self.cached:
-                return False
+            reference_lock = self.lock_reference()
+            if reference_lock is None and not self.reference_cached:
+                return False  # another process computes the reference: all wait for it
             waiting.remove(entry)
-            slot = free.pop(0)
-            try:
-                job = self.start(
-                    point.run_id, commands.train_command(self.study, point, slot), slot, point
-                )
-            except OSError as error:  # a full disk: another run may find room later
-                free.append(slot)
-                self.fail(point.run_id, str(error))
-                return True
-            job.attempt, job.leads = attempt, leads
-            words = [f"on GPU {','.join(slot)}"] * bool(slot) + [f"try {attempt}"] * (attempt > 1)
-            words += ["computes the reference, the others wait for it"] * bool(leads)
-            self.say("start", point.run_id, "; ".join(words))
+            self.launch(entry, free, reference_lock)
             return True
         return False
 
+    def launch(
+        self, entry: Waiting, free: list[list[str]], reference_lock: ExitStack | None
+    ) -> None:
+        run_id, slot = entry.point.run_id, free.pop(0)
+        command = commands.train_command(self.study, entry.point, slot)
+        try:
+            job = self.start(run_id, command, slot, entry.point)
+        except OSError as error:  # a full disk; there may be room again for another run
+            free.append(slot)
+            if reference_lock:
+                reference_lock.close()
+            self.fail(run_id, str(error))
+            return
+        job.attempt, job.reference_lock = entry.attempt, reference_lock
+        details = [f"on GPU {','.join(slot)}"] if slot else []
+        if entry.attempt > 1:
+            details.append(f"attempt {entry.attempt}")
+        if reference_lock:
+            details.append("computes the reference log-probs, the other runs wait for them")
+        self.log("start", run_id, "; ".join(details))
+
     def is_held(self, point: Point) -> bool:
-        """Whether another process trains the run; with --nodes that is the other machine's own."""
+        """Whether another process trains the run. With --nodes the other machines do, as they
+        should.
+        """
         return self.study.args.nodes == 1 and self.is_locked(self.study.folder(point), point.run_id)
 
     def is_locked(self, folder: Path, name: str, lock: str = ".lock") -> bool:
-        """Whether another process works there: one of a sweep that was killed, which is about to
-        save and leave, or another task of an array. Said once.
+        """Whether another process works in `folder`: one whose scheduler was killed and that is
+        about to save, or another task of an array. Logged once.
         """
         holder = disk.running(folder, lock)
-        if holder and name not in self.held:
-            self.held.add(name)
-            self.say("held", name, f"by {holder}; waiting for it")
+        if holder and name not in self.reported_held:
+            self.reported_held.add(name)
+            self.log("held", name, f"by {holder}; waiting for it")
         return holder is not None
 
-    def lead(self) -> ExitStack | None:
-        """The lock of who computes the reference log-probs, if they are not there and nobody else
-        is at it.
+    # The reference log-probs are the same for all runs of a grid. One run computes them, holding
+    # results/.reference.lock; schedulers on other machines see the lock and wait as well.
+
+    def lock_reference(self) -> ExitStack | None:
+        """The lock under which a run computes the reference. None if the log-probs are on disk
+        already (see `reference_cached`), or if another process holds the lock.
         """
-        self.cached = self.cached or self.study.args.nodes > 1 or is_cached(self.study)
-        if self.cached:
+        if not self.reference_cached:
+            self.reference_cached = self.study.args.nodes > 1 or is_reference_cached(self.study)
+        if self.reference_cached:
             return None
-        stack = ExitStack()
+        stack, activity = ExitStack(), "the reference is being computed"
         try:
-            stack.enter_context(
-                disk.locked(
-                    self.study.results, ".reference.lock", "the reference is being computed"
-                )
-            )
+            stack.enter_context(disk.locked(self.study.results, ".reference.lock", activity))
         except UserError:
             return None
         return stack
 
-    def release_others(self) -> None:
-        """A run writes args.json as soon as its reference is there."""
+    def note_cached_reference(self) -> None:
+        """Release the lock once the reference is there: a run then writes its args.json."""
         for job in self.jobs:
             record = self.study.folder(job.point) / "args.json"
-            if job.leads and record.is_file() and record.stat().st_mtime >= job.begun:
-                self.cached = True
-                job.leads.close()
-                job.leads = None
+            if job.reference_lock and record.is_file() and record.stat().st_mtime >= job.started:
+                self.reference_cached = True
+                job.reference_lock.close()
+                job.reference_lock = None
 
-    def ended(self, job: Job) -> str:
-        """Note how a run ended. Returns "again" if it is to be started once more."""
-        code, seconds = job.process.returncode, time.time() - job.begun
-        summary = status.summary_of(self.study.folder(job.point))
+    def handle_exit(self, job: Job) -> bool:
+        """Log how a run ended. Returns True if it is to be started again."""
+        code, seconds = job.process.returncode, time.time() - job.started
+        folder, why = self.study.folder(job.point), f"exit code {job.process.returncode}"
+        summary = status.summary_of(folder)
         if code == 0 and summary:
-            best = (
-                ""
-                if summary["best_acc_ref"] is None
-                else f", best acc_ref {summary['best_acc_ref']:.4f}"
-            )
-            self.say(
-                summary["status"],
-                job.name,
-                f"{summary['steps']} steps, {status.hours_text(seconds)}{best}",
-            )
-            return "done"
-        why = f"exit code {code}: {last_words(self.study.log(job.name))}"
+            details = f"{summary['steps']} steps, {status.hours_text(seconds)}"
+            if summary["best_acc_ref"] is not None:
+                details += f", best acc_ref {summary['best_acc_ref']:.4f}"
+            self.log(summary["status"], job.name, details)
+            return False
         if self.stop.signal:
-            self.say("stopped", job.name, f"exit code {code}")
-        elif code == 2 and disk.running(self.study.folder(job.point)):
-            return "again"  # another process was faster; a run that is held is not started
-        elif code not in (2, 130, signals.EXIT_STOPPED) and job.attempt < TRIES:
-            self.say("crashed", job.name, f"{why}; once more, from its last checkpoint")
-            return "again"
-        else:
-            self.fail(job.name, why)
-        return "done"
+            self.log("stopped", job.name, why)
+            return False
+        if code == 2 and disk.running(folder):
+            return True  # another process took its lock first; is_held then waits for that one
+        why = f"{why}: {last_error(self.study.log(job.name))}"
+        is_crash = code not in (2, 130, signals.EXIT_STOPPED)  # not a user's mistake or a signal
+        if is_crash and job.attempt < MAX_ATTEMPTS:
+            self.log("crashed", job.name, f"{why}; once more, from its last checkpoint")
+            return True
+        self.fail(job.name, why)
+        return False
 
     def fail(self, name: str, why: str) -> None:
         self.reasons[name] = why
-        self.say("failed", name, why)
+        self.log("failed", name, why)
 
-    # ---- the other stages
+    # ---- the later stages
 
     def run_stage(self, stage: str) -> None:
-        """Answers, judgements or analysis; what it writes on its log is shown when it has ended."""
-        log, begun = self.study.log(stage), time.time()
-        written = log.stat().st_size if log.exists() else 0
-        while (
-            stage == "judge"
-            and not self.stop.signal
-            and self.is_locked(self.study.results, stage, ".judge.lock")
-        ):
-            time.sleep(POLL_S)
+        """Answers, judgements or analysis. Its log is printed when it has ended."""
+        # 1) A judge of an earlier start may still be saving its replies.
+        if stage == "judge":
+            while not self.stop.signal and self.is_locked(self.study.results, stage, ".judge.lock"):
+                time.sleep(POLL_S)
         if self.stop.signal:
             return
-        self.say("start", stage)
+
+        # 2) Run it. The log may hold the output of earlier starts.
+        self.log("start", stage)
+        log, started = self.study.log(stage), time.time()
+        earlier_bytes = log.stat().st_size if log.exists() else 0
         try:
-            targets = self.fit_for_judging() if stage == "judge" else None
-            command = commands.stage_command(self.study, stage, targets)
-            if (
-                stage == "judge"
-                and store.books(self.study.results, UNREACHED)
-                and "--retry_failed" not in command
-            ):
-                command.append("--retry_failed")
-            code = self.wait_for(self.start(stage, command, []))
+            code = self.wait_for(self.start(stage, self.command_of(stage), []))
         except (UserError, OSError) as error:
             self.fail(stage, str(error))
             return
-        with open(log, "rb") as file:
-            file.seek(written)
-            text = file.read().decode("utf-8", "replace")
-        lines = [line for line in text.split("\n")[1:] if "\r" not in line]  # progress bars have it
-        print("\n".join(lines).rstrip(), flush=True)
-        if self.stop.signal:
-            self.say("stopped", stage, f"exit code {code}")
-        elif code:
-            self.fail(stage, f"exit code {code}: {last_words(log)}")
-        else:
-            self.say("finished", stage, status.hours_text(time.time() - begun))
 
-    def fit_for_judging(self) -> list[Path] | None:
-        """Run folders whose answers judge.py would take, if it would refuse all because of some;
-        these are noted.
+        # 3) Show what it printed, without the command line and without progress bars.
+        with open(log, "rb") as file:
+            file.seek(earlier_bytes)
+            text = file.read().decode("utf-8", "replace")
+        lines = [line for line in text.split("\n")[1:] if "\r" not in line]
+        print("\n".join(lines).rstrip(), flush=True)
+
+        if self.stop.signal:
+            self.log("stopped", stage, f"exit code {code}")
+        elif code:
+            self.fail(stage, f"exit code {code}: {last_error(log)}")
+        else:
+            self.log("finished", stage, status.hours_text(time.time() - started))
+
+    def command_of(self, stage: str) -> list[str]:
+        if stage != "judge":
+            return commands.stage_command(self.study, stage)
+        command = commands.stage_command(self.study, stage, self.judgeable_runs())
+        if store.books(self.study.results, UNREACHED) and "--retry_failed" not in command:
+            command.append("--retry_failed")
+        return command
+
+    def judgeable_runs(self) -> list[Path] | None:
+        """The runs whose answers judge.py accepts, if there are others that would make it refuse
+        all; None if there are none. The reasons are noted.
         """
         if "--allow_incomplete" in self.study.settings["JUDGE_ARGS"]:
             return None
-        runs = {
-            run: run / "mt_bench" / "answers.jsonl"
-            for run in run_folders.find_runs([self.study.results])
-        }
-        answers = {run: mt_bench.read_answers(path) for run, path in runs.items() if path.is_file()}
-        every, unfit = set().union(*answers.values()), set()
-        for run, mine in answers.items():
+        answers = {}
+        for run in run_folders.find_runs([self.study.results]):
+            path = run / "mt_bench" / "answers.jsonl"
+            if path.is_file():
+                answers[run] = mt_bench.read_answers(path)
+        all_keys = set().union(*answers.values())
+        refused = set()
+        for run, of_run in answers.items():
             try:
-                judge.check_adapter(run, mine)
-                judge.check_complete({run: mine})
+                judge.check_adapter(run, of_run)
+                judge.check_complete({run: of_run})
             except UserError as error:
-                unfit.add(run)
+                refused.add(run)
                 self.reasons[run.resolve().name] = str(error)
-            if every - mine.keys():
-                unfit.add(run)
-        return [run for run in answers if run not in unfit] if unfit else None
+            if all_keys - of_run.keys():
+                refused.add(run)
+        return [run for run in answers if run not in refused] if refused else None
 
 
-def last_words(log: Path) -> str:
-    """The last error in a log, or its last line."""
-    lines = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+def last_error(log: Path) -> str:
+    """The last error that the newest process in a log reported, or its last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     start = max((n for n, line in enumerate(lines) if line.startswith("+ ")), default=0)
-    lines = lines[start + 1 :]
-    errors = [
-        line
-        for line in lines
-        if re.search(r"^(\[rank\d+\]: )?(error|[\w.]+Error)\b|have no verdict", line)
-    ]
-    return (errors or lines or ["it wrote nothing"])[-1][:300]
+    lines = lines[start + 1 :]  # each process begins with its command, "+ python ..."
+    pattern = r"^(\[rank\d+\]: )?(error|[\w.]+Error)\b|have no verdict"
+    errors = [line for line in lines if re.search(pattern, line)]
+    return (errors or lines or ["it printed nothing"])[-1][:300]
 
 
-def is_cached(study: Study) -> bool:
-    """Whether some run here has said which reference it reads, and that is there."""
+def is_reference_cached(study: Study) -> bool:
+    """Whether a run of this study has recorded its reference, and the files are there."""
     cache = Path(study.settings["DATA"]) / "reference"
     for path in study.results.glob("*/args.json"):
         keys = disk.read_json(path).get("reference")

@@ -1,4 +1,4 @@
-"""what is done, running, missing"""
+"""Where a grid stands: which runs are done, running or waiting, and what is still missing."""
 
 import json
 from collections import Counter
@@ -14,71 +14,77 @@ from pref.training import checkpoint
 
 
 class State(NamedTuple):
-    """Of a run. word: finished, diverged, running, failed, stopped or waiting."""
+    """The state of a run."""
 
-    word: str
-    step: int = 0
-    steps: int | None = None
+    name: str  # finished, diverged, running, failed, stopped or waiting
+    step: int = 0  # done so far
+    steps: int | None = None  # planned
     acc_ref: float | None = None
-    seconds: float | None = None  # that the whole run takes, as far as it can be told
+    seconds: float | None = None  # duration of the whole run, measured or extrapolated
+
+    @property
+    def has_ended(self) -> bool:
+        return self.name in ("finished", "diverged")
+
+
+# ---- one run ------------------------------------------------------------------------------------
 
 
 def summary_of(folder: Path) -> dict | None:
-    return disk.read_json(folder / "summary.json") if (folder / "summary.json").is_file() else None
+    """The content of summary.json, which a run writes last; None before."""
+    path = folder / "summary.json"
+    return disk.read_json(path) if path.is_file() else None
 
 
 def state_of(study: Study, point: Point, failed: set[str]) -> State:
+    """failed: ids of the runs that failed in their last start."""
     folder = study.folder(point)
     if summary := summary_of(folder):
         return State(
-            summary["status"],
-            summary["steps"],
-            summary["steps"],
-            summary["best_acc_ref"],
-            summary["wall_s"],
+            name=summary["status"],
+            step=summary["steps"],
+            steps=summary["steps"],
+            acc_ref=summary["best_acc_ref"],
+            seconds=summary["wall_s"],
         )
-    planned = (
-        disk.read_json(folder / "args.json").get("planned_steps")
-        if (folder / "args.json").is_file()
-        else None
-    )
-    steps = steps_of(folder / "metrics.jsonl")
-    trained = sum(line["tokens"] / line["tok_per_s"] for line in steps)
-    rest = (
-        len(steps),
-        planned,
-        None,
-        trained / len(steps) * planned if steps and planned else None,
-    )
+    record = folder / "args.json"
+    planned = disk.read_json(record).get("planned_steps") if record.is_file() else None
+    lines = step_lines(folder / "metrics.jsonl")
+    trained_s = sum(line["tokens"] / line["tok_per_s"] for line in lines)
+    seconds = trained_s / len(lines) * planned if lines and planned else None
     if disk.running(folder):
-        return State("running", *rest)
+        return State("running", step=len(lines), steps=planned, seconds=seconds)
     saved = [
-        p.step
+        progress.step
         for path in (folder / "checkpoint").glob("step-*.safetensors")
-        if (p := checkpoint.progress_in(path))
+        if (progress := checkpoint.progress_in(path))
     ]
-    word = "failed" if point.run_id in failed else "stopped" if saved else "waiting"
-    return State(word, max(saved, default=0), *rest[1:])
+    name = "failed" if point.run_id in failed else "stopped" if saved else "waiting"
+    return State(name, step=max(saved, default=0), steps=planned, seconds=seconds)
 
 
-def steps_of(path: Path) -> list[dict]:
-    """Lines of the steps; not the last one, should it be in writing."""
+def step_lines(path: Path) -> list[dict]:
+    """The optimiser steps in metrics.jsonl, without a last line that is still being written."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     return [line for line in lines if "tok_per_s" in line]
 
 
 def failed_runs(study: Study) -> set[str]:
-    """Runs whose newest line in sweep.log says that they failed."""
-    log, newest = study.results / "sweep.log", {}
+    """Ids of the runs whose last event in sweep.log is a failure."""
+    log, last_event = study.results / "sweep.log", {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        _, _, word, name = [*line.split(maxsplit=4), "", "", "", ""][:4]
-        newest[name] = word
-    return {name for name, word in newest.items() if word == "failed"}
+        # "2026-11-21 10:00:00  failed   dpo_b0.1_s42  exit code 1: ..."
+        _date, _time, event, name, *_ = [*line.split(maxsplit=4), "", "", "", ""]
+        last_event[name] = event
+    return {name for name, event in last_event.items() if event == "failed"}
 
 
-def seconds_of_run(states: list[State]) -> float | None:
-    """Mean over the runs of which something was measured."""
+# ---- time ---------------------------------------------------------------------------------------
+
+
+def seconds_per_run(states: list[State]) -> float | None:
+    """The mean over the runs that have a measured duration."""
     measured = [state.seconds for state in states if state.seconds]
     return sum(measured) / len(measured) if measured else None
 
@@ -91,39 +97,33 @@ def hours_text(seconds: float) -> str:
 
 
 def time_left(states: list[State], slots: int, seconds: float) -> float:
-    """Seconds until training is done, with `slots` runs at a time and `seconds` for a whole one."""
-    shares = [
+    """Seconds until training is done, with `slots` runs at a time that take `seconds` each."""
+    remaining = [
         1 - state.step / state.steps if state.steps else 1
         for state in states
-        if not is_ended(state)
+        if not state.has_ended
     ]
-    return seconds * max(sum(shares) / slots, max(shares, default=0))
+    return seconds * max(sum(remaining) / slots, max(remaining, default=0))
 
 
-def is_ended(state: State) -> bool:
-    return state.word in ("finished", "diverged")
+# ---- --status -----------------------------------------------------------------------------------
 
 
 def print_status(study: Study) -> int:
+    """Print the grid as a table, and what is missing. Returns 1 if anything is, else 0."""
     failed = failed_runs(study)
     states = [state_of(study, point, failed) for point in study.points]
-    rows = [["", "run", "state", "step", "acc_ref"]]
-    for point, state in zip(study.points, states):
-        step = f"{state.step}/{state.steps or '?'}" if state.step or state.steps else "-"
-        accuracy = "-" if state.acc_ref is None else f"{state.acc_ref:.4f}"
-        rows.append([str(point.index), point.run_id, state.word, step, accuracy])
-    console.print_rows(rows)
-    counts = Counter(state.word for state in states)
-    print(
-        f"\n{len(states)} runs: "
-        + ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    console.print_rows(
+        [["", "run", "state", "step", "acc_ref"], *map(row_of, study.points, states)]
     )
-    if (seconds := seconds_of_run(states)) and not all(map(is_ended, states)):
+    counts = Counter(state.name for state in states).most_common()
+    print(f"\n{len(states)} runs: " + ", ".join(f"{count} {name}" for name, count in counts))
+    seconds = seconds_per_run(states)
+    if seconds and not all(state.has_ended for state in states):
         slots = len(commands.slots_of(study))
-        print(
-            f"training: about {hours_text(time_left(states, slots, seconds))} left, {slots} at a time, "
-            f"{hours_text(seconds)} a run (measured)"
-        )
+        left = hours_text(time_left(states, slots, seconds))
+        each = hours_text(seconds)
+        print(f"training: about {left} left, {slots} at a time, {each} per run (measured)")
     for count, usd in store.books(
         study.results, "SELECT COUNT(*), COALESCE(SUM(cost_usd), 0) FROM judgements"
     ):
@@ -135,76 +135,95 @@ def print_status(study: Study) -> int:
     return 1
 
 
+def row_of(point: Point, state: State) -> list[str]:
+    step = f"{state.step}/{state.steps or '?'}" if state.step or state.steps else "-"
+    accuracy = "-" if state.acc_ref is None else f"{state.acc_ref:.4f}"
+    return [str(point.index), point.run_id, state.name, step, accuracy]
+
+
+# ---- what is missing ----------------------------------------------------------------------------
+
+
 def missing_of(study: Study, reasons: dict[str, str]) -> dict[str, str]:
-    """What each run lacks of the study's stages. reasons: why, as far as this start has seen it, by
-    run or stage.
+    """What each run still lacks of the study's stages, by run id; stages that failed, by name.
+
+    reasons: why something failed in this start, by run id or stage.
     """
-    asked = questions_of(study) if set(study.stages) & {"gen", "judge"} else []
+    questions = questions_of(study) if set(study.stages) & {"gen", "judge"} else []
     verdicts = verdicts_of(study) if "judge" in study.stages else {}
-    names = [point.run_id for point in study.points] + ([run_folders.BASE_RUN] if asked else [])
-    found = {name: lacking(study, name, asked, verdicts) for name in names}
-    missing = {
-        name: f"{words}: {reasons[name]}" if name in reasons else words
-        for name, words in found.items()
-        if words
-    }
-    return missing | {name: words for name, words in reasons.items() if name not in found}
+    names = [point.run_id for point in study.points]
+    names += [run_folders.BASE_RUN] if questions else []
+    missing = {}
+    for name in names:
+        if lacks := what_run_lacks(study, name, questions, verdicts.get(name, Verdicts(0, 0))):
+            missing[name] = f"{lacks}: {reasons[name]}" if name in reasons else lacks
+    return missing | {name: why for name, why in reasons.items() if name not in names}
 
 
-def lacking(
-    study: Study, name: str, asked: list[dict], verdicts: dict[str, tuple[int, int]]
+class Verdicts(NamedTuple):
+    """Judgements of a run."""
+
+    asked: int
+    without: int  # of these, how many have no verdict
+
+
+def what_run_lacks(
+    study: Study, name: str, questions: list[dict], verdicts: Verdicts
 ) -> str | None:
-    """What a run lacks, or None. verdicts: judgements asked for and without a verdict, by run."""
+    """The first thing that a run lacks, in the order of the stages; None if it is complete."""
     folder, summary = study.results / name, summary_of(study.results / name)
+
+    # 1) Training, which the untrained model does not need.
     if name != run_folders.BASE_RUN:
         if summary is None:
             return "not trained" if "train" in study.stages else None
         if summary["best_step"] is None:
-            return None  # it diverged before it was ever evaluated: there is nothing to answer with
+            return None  # it diverged before its first evaluation: there is no adapter to answer
         if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-            return f"its adapter is missing; put it back, or remove {folder} to train it again"
+            return f"its adapter is missing; restore it, or remove {folder} to train it again"
+
+    # 2) Answers to all questions.
     path = folder / "mt_bench" / "answers.jsonl"
-    there = {key[0] for key in mt_bench.read_answers(path)} if path.is_file() else set()
-    if count := sum(question["question_id"] not in there for question in asked):
-        return f"{count} of {len(asked)} answers are missing"
+    answered = {key[0] for key in mt_bench.read_answers(path)} if path.is_file() else set()
+    if count := sum(question["question_id"] not in answered for question in questions):
+        return f"{count} of {len(questions)} answers are missing"
+
+    # 3) A verdict on each of them.
     if "judge" not in study.stages:
         return None
-    count, without = verdicts.get(name, (0, 0))
-    return (
-        None
-        if count and not without
-        else f"{without} of {count} judgements are missing"
-        if count
-        else "not judged"
-    )
+    if not verdicts.asked:
+        return "not judged"
+    if verdicts.without:
+        return f"{verdicts.without} of {verdicts.asked} judgements are missing"
+    return None
 
 
-def verdicts_of(study: Study) -> dict[str, tuple[int, int]]:
-    """By run: judgements that this judge was to make, and how many of them have no verdict."""
+def verdicts_of(study: Study) -> dict[str, Verdicts]:
+    """By run: the judgements that this study's judge was asked for."""
     query = (
-        "SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok') FROM asked LEFT JOIN judgements USING "
-        "(request_sha256) WHERE asked.judge = ?1 OR ?1 = '' GROUP BY model_id"
+        "SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok') FROM asked "
+        "LEFT JOIN judgements USING (request_sha256) "
+        "WHERE asked.judge = ?1 OR ?1 = '' GROUP BY model_id"
     )
     return {
-        name: (count, without)
+        name: Verdicts(count, without)
         for name, count, without in store.books(study.results, query, study.settings["JUDGE"])
     }
 
 
 def questions_of(study: Study) -> list[dict]:
-    given = gen_mtbench.parse_args(commands.stage_arguments(study, "gen"))
+    """The questions that the study's runs answer; none if their file is not there yet."""
     path = Path(study.settings["MT_BENCH"]) / "question.jsonl"
-    return (
-        mt_bench.pick_questions(mt_bench.read_questions(path), given.num_questions)
-        if path.is_file()
-        else []
-    )
+    if not path.is_file():
+        return []
+    args = gen_mtbench.parse_args(commands.stage_arguments(study, "gen"))
+    return mt_bench.pick_questions(mt_bench.read_questions(path), args.num_questions)
 
 
 def print_missing(study: Study, missing: dict[str, str]) -> None:
     print("missing:")
-    for name, words in missing.items():
+    for name, lacks in missing.items():
         log = study.log(name)
-        known = log.is_file() and (name in grid.STAGES or words.startswith("not trained"))
-        print(f"  {name}: {words}" + (f" (log: {log})" if known else ""))
-    print(f"the command that continues:\n  {study.again()}", flush=True)
+        explains = log.is_file() and (name in grid.STAGES or lacks.startswith("not trained"))
+        print(f"  {name}: {lacks}" + (f" (log: {log})" if explains else ""))
+    print(f"continue with:\n  {study.resume_command()}", flush=True)
