@@ -5,6 +5,7 @@ runs, and its messages.
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -579,6 +580,20 @@ def test_dry_run_prints_every_command_in_order_from_any_folder(tmp_path):
     assert {args.model for args in trained} == {"a folder/model"}
     ids = {run_id_of(args, arguments.loss_parameters(args), parse_args([])) for args in trained}
     assert len(ids) == 120
+
+
+def test_sweep_sh_finds_the_environment_beside_it(tmp_path):
+    """Without PYTHON it takes .venv beside the script, not whatever `python` is on the PATH."""
+    shutil.copy(ROOT / "sweep.sh", tmp_path / "sweep.sh")
+    (tmp_path / "train_pref.py").touch()
+    interpreter = tmp_path / ".venv" / "bin" / "python"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.write_text('#!/bin/sh\necho "$0 $*"\n')
+    interpreter.chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHON"}
+    command = ["bash", str(tmp_path / "sweep.sh"), "quick", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"{interpreter} -m pref.sweeping quick --list"
 
 
 def test_the_commands_that_only_look(capsys, monkeypatch):
