@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Style checks and the whole test suite, from a bare clone: bash test.sh [pytest arguments]
+# Style checks and tests, from a bare clone.
+#
+#   bash test.sh                  everything: what continuous integration runs
+#   bash test.sh --fast           an answer within a minute: without the tests marked `slow`
+#   bash test.sh -k loss          further arguments are pytest's
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/venv.sh
@@ -7,4 +11,8 @@ install_requirements
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
+if [ "${1:-}" = --fast ]; then
+  shift
+  set -- -m "not slow" "$@"
+fi
 exec python -m pytest -n 2 --dist loadfile "$@"

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -132,23 +133,19 @@ def server():
     double.httpd.server_close()
 
 
-def run_script(name: str, *args, torchrun: int = 0, **environment) -> subprocess.CompletedProcess:
-    """Run a stage as a user would, in a process of its own; torchrun: number of ranks."""
-    command = [sys.executable, str(ROOT / name)]
-    if torchrun:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(torchrun),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "127.0.0.1:0",
-            str(ROOT / name),
-        ]
+def run_script(
+    name: str | Path, *args, torchrun: int = 0, launcher: bool = False, **environment
+) -> subprocess.CompletedProcess:
+    """Run a stage as a user would, in a process of its own. torchrun: number of ranks. launcher:
+    start python or torchrun itself, which takes seconds, instead of forking (see processes.py).
+    """
+    script, arguments = ROOT / name, list(map(str, args))
     env = {**os.environ, **environment}
-    return subprocess.run(
-        [*command, *map(str, args)], capture_output=True, text=True, env=env, timeout=240
-    )
+    if not launcher:
+        return run_forked(script, arguments, env, ranks=max(1, torchrun))
+    command = [sys.executable, str(script), *arguments]
+    if torchrun:
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        ranks = ["--nproc_per_node", str(torchrun), *rendezvous]
+        command[1:1] = ["-m", "torch.distributed.run", *ranks]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)

@@ -287,7 +287,7 @@ def test_an_error_on_one_rank_alone_ends_the_run_and_is_said(tiny_model, pairs_f
     """Rank 0 alone meets the results folder that cannot be made; rank 1 is left in a collective."""
     (tmp_path / "file").write_text("not a folder")
     arguments = train_args(tiny_model, pairs_folder, tmp_path / "file", "--run_id", "x")
-    done = run_script("train_pref.py", *arguments, torchrun=2)
+    done = run_script("train_pref.py", *arguments, torchrun=2, launcher=True)
     assert done.returncode != 0 and "Not a directory" in done.stderr
 
 
