@@ -535,8 +535,8 @@ def test_the_second_process_on_a_run_is_refused(arguments, tmp_path):
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         refused(arguments(tmp_path), "is being trained by process 7 on elsewhere")
-        assert disk.running(tmp_path / "run") == "process 7 on elsewhere"
-    assert disk.running(tmp_path / "run") is None
+        assert disk.lock_holder(tmp_path / "run") == "process 7 on elsewhere"
+    assert disk.lock_holder(tmp_path / "run") is None
     assert train_pref.main(arguments(tmp_path, "--max_steps", "1")) == 0
 
 

@@ -1,138 +1,42 @@
-"""The files between the stages: reading, checking, and writing them so that they are never torn.
+"""Reading and writing files so that no reader ever sees a part of one.
 
-Shared by every stage, because a row that two stages understand differently is a wrong number:
-pairs (`data/<name>/*.jsonl`), run directories (`results/<run_id>/`), the MT-Bench files,
-answers (FastChat's schema) and judgement rows. Formats are described in README.md, "Files".
+Every file that a stage leaves for the next one goes through here:
+
+- writing: `write_text`, `write_json`, `write_jsonl` replace a file in one step
+- reading: `read_jsonl`, `read_json` name the file and line of what they cannot read
+- hashes: `sha256_file`, `sha256_json`
+- locks: `locked` keeps two processes off the same work, `lock_holder` names the process at work
+- versions: `versions` records the software that a number depends on
 """
 
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import socket
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 from pref import ROOT
 from pref.files.console import UserError
 
+# Packages whose version can change a number.
+PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "scipy", "openai"]
 
-def running(run: Path, lock: str = ".lock") -> str | None:
-    """Who trains `run` now, or None. lock: of other work than training."""
-    try:
-        with open(run / lock, encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return lock_holder(file)
-            except OSError:
-                pass
-    except FileNotFoundError:
-        pass
-    return None
-
-
-# What libraries say about themselves, not about the user's work: bitsandbytes on CPU misses a
-# kernel package that this toolkit does not use; PEFT 0.21 calls an attribute that transformers has
-# renamed.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings(
-    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-)
-
-
-@contextmanager
-def locked(folder: Path, name: str, what: str) -> Iterator[None]:
-    """Hold the lock file `name` in `folder`. The lock is the kernel's and dies with its process,
-    however that dies; the file only says whose it is. Raises UserError, saying `what` is being
-    done, if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: {what} by {lock_holder(file)}; wait for it, or stop it first"
-            ) from None
-        except OSError as error:  # some cluster file systems are mounted without locks
-            print(
-                f"warning: {folder}: no locks on this file system ({error.strerror}); never start this twice at a time"
-            )
-        file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
-        file.flush()
-        yield
-
-
-def lock_holder(file) -> str:
-    file.seek(0)
-    return file.read().strip() or "another process"
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, object) of a JSONL file; blank lines are passed over.
-
-    Raises UserError with file and line for a missing file, bad UTF-8, bad JSON or a line that is no
-    object.
-    """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})"
-                    ) from None
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})"
-                    ) from None
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{path}:{number}: expected a JSON object, found {type(row).__name__}"
-                    )
-                yield number, row
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, expected a JSONL file") from None
-
-
-def read_json_value(path: Path):
-    """The JSON value in `path`, of any kind. Raises UserError if the file is missing or torn."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`. Raises UserError if it is missing, torn or no object."""
-    value = read_json_value(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a
-    part.
+    """Write `text` to a temporary file, flush it to disk and rename it to `path`.
+
+    A reader, or a crash, finds the old file or the new one, never a part. Line ends stay as given.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,25 +53,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write `value` as indented JSON. NaN and inf become null: JSON has neither, and readers choke
-    on them.
-    """
-    write_text(
-        path,
-        json.dumps(finite_or_null(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    )
+    """Write `value` as indented JSON; non-finite numbers become null (see `finite_or_null`)."""
+    text = json.dumps(finite_or_null(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object per line; non-finite numbers become null."""
     write_text(path, "".join(jsonl_line(row) for row in rows))
 
 
 def jsonl_line(row: dict) -> str:
+    """`row` as one line of JSON, with its newline."""
     return json.dumps(finite_or_null(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def finite_or_null(value):
-    """`value` with every non-finite float replaced by None, at any depth."""
+    """`value` with every NaN and infinity replaced by None, at any depth: JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -177,45 +79,159 @@ def finite_or_null(value):
     return value
 
 
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line number from 1, object) of a JSON Lines file; blank lines are skipped.
+
+    Raises UserError, with file and line, for a missing file, invalid UTF-8, invalid JSON or a line
+    that is not an object.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse_object(line, f"{path}:{number}")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a JSONL file") from None
+
+
+def parse_object(line: bytes, place: str) -> dict:
+    """The JSON object in `line`. Raises UserError, beginning with `place`, if there is none."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
+    return as_object(value, place)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError if it is missing, invalid or not an object."""
+    return as_object(read_json_value(path), str(path))
+
+
+def read_json_value(path: Path):
+    """The JSON value in `path`, of any type. Raises UserError if it is missing or invalid."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def as_object(value, place: str) -> dict:
+    """`value` if it is a JSON object. Raises UserError, beginning with `place`, if it is not."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def is_number(value) -> bool:
+    """Whether a JSON value is a number; true and false, which Python counts as such, are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# ---- hashes --------------------------------------------------------------------------------------
+
+
 def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value) -> str:
-    """Hash of a JSON value that does not depend on key order or spacing."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """Hex SHA-256 of a JSON value, independent of key order and spacing."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- locks ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path, name: str, activity: str) -> Iterator[None]:
+    """Hold the lock file `name` in `folder` while the block runs.
+
+    The operating system holds the lock and releases it when the process ends, however it ends. The
+    text in the file only says which process that is. On a file system without locks a warning is
+    printed and the block runs unprotected.
+
+    activity: completes "FOLDER: ... by process N", e.g. "is being trained". Raises UserError if
+    another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: {activity} by {read_holder(file)}; wait for it, or stop it first"
+            ) from None
+        except OSError as error:  # some cluster file systems are mounted without locks
+            print(
+                f"warning: {folder}: no locks on this file system ({error.strerror}); "
+                "make sure that only one process works on this folder at a time"
+            )
+        file.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        file.flush()
+        yield
+
+
+def lock_holder(folder: Path, name: str = ".lock") -> str | None:
+    """The process that holds the lock `name` of `folder` ("process 7 on HOST since ..."), or None.
+
+    The default is the lock of a training run.
+    """
+    try:
+        with open(folder / name, encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return read_holder(file)
+            except OSError:  # no locks on this file system: nobody can be named
+                pass
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def read_holder(file: TextIO) -> str:
+    """What the holder of a lock has written into its file."""
+    file.seek(0)
+    return file.read().strip() or "another process"
+
+
+# ---- versions ------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can change a number, and the git commit of this toolkit ('+' = uncommitted
-    changes).
+    """Version of Python and of each installed package in PACKAGES, and this checkout's git commit.
+
+    The commit ends in "+" if tracked files have uncommitted changes, and is left out where git or
+    its repository is missing.
     """
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in (
-        "torch",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "datasets",
-        "numpy",
-        "scipy",
-        "openai",
-    ):
+    installed = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     git = ["git", "-C", str(ROOT)]
+    options = {"capture_output": True, "text": True}
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        )
-    except FileNotFoundError:  # no git on this machine
-        return found
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
+    except FileNotFoundError:  # git is not installed
+        return installed
     if commit.returncode == 0:
-        found["git"] = commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-    return found
+        installed["git"] = commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    return installed

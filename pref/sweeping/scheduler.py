@@ -285,7 +285,7 @@ class Scheduler:
         """Whether another process works in `folder`: one whose scheduler was killed and that is
         about to save, or another task of an array. Logged once.
         """
-        holder = disk.running(folder, lock)
+        holder = disk.lock_holder(folder, lock)
         if holder and name not in self.reported_held:
             self.reported_held.add(name)
             self.log("held", name, f"by {holder}; waiting for it")
@@ -332,7 +332,7 @@ class Scheduler:
         if self.stop.signal:
             self.log("stopped", job.name, why)
             return False
-        if code == 2 and disk.running(folder):
+        if code == 2 and disk.lock_holder(folder):
             return True  # another process took its lock first; is_held then waits for that one
         why = f"{why}: {last_error(self.study.log(job.name))}"
         is_crash = code not in (2, 130, signals.EXIT_STOPPED)  # not a user's mistake or a signal

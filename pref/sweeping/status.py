@@ -52,7 +52,7 @@ def state_of(study: Study, point: Point, failed: set[str]) -> State:
     lines = step_lines(folder / "metrics.jsonl")
     trained_s = sum(line["tokens"] / line["tok_per_s"] for line in lines)
     seconds = trained_s / len(lines) * planned if lines and planned else None
-    if disk.running(folder):
+    if disk.lock_holder(folder):
         return State("running", step=len(lines), steps=planned, seconds=seconds)
     saved = [
         progress.step

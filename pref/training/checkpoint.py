@@ -245,7 +245,7 @@ def status_of(run: Path) -> tuple[bool, str]:
         if saved
         else "nothing saved yet"
     )
-    if process := disk.running(run):
+    if process := disk.lock_holder(run):
         return False, f"{run.name}: running ({process}), {where}"
     command = record.get("command", "the command that started it")
     return (
