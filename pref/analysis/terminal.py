@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from pref.analysis import paper_tables, run_metrics
-from pref.files import mt_bench
+from pref.files import console, mt_bench
 
 
 def show_mean(row: dict, name: str, digits: int) -> str:
@@ -18,15 +18,8 @@ def show_mean(row: dict, name: str, digits: int) -> str:
 
 
 def format_table(title: str, headers: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [headers, *rows]) for i in range(len(headers))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in [headers, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+    table = console.format_table([headers, *rows], right_from=1, underline=True, indent=2)
+    return f"{title}\n{table}"
 
 
 def accuracy_table(rows: list[dict]) -> str:

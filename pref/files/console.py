@@ -15,28 +15,31 @@ Item = TypeVar("Item")
 
 
 class UserError(Exception):
-    """A mistake of the user's that the program can name: place, fact, remedy. Printed without a
-    traceback.
+    """A mistake that the user can correct. The message names the place, the fact and the remedy,
+    e.g. "pairs.jsonl:217: empty 'rejected'; rerun prep_data.py", and is shown without a traceback.
     """
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a stage's `main`. Exit codes: 0 done, 1 incomplete, 2 user's mistake (one line on
-    stderr), 130 Ctrl-C.
+    """Run a stage's `main` and exit with its code.
+
+    0 done, 1 something is missing (`main` has named it), 2 a mistake of the user's (UserError) or
+    of the system's (OSError: permission, full disk), 130 Ctrl-C. pref/files/README.md lists them.
     """
     try:
         code = main() or 0
     except UserError as error:
-        if (rank := os.environ.get("RANK", "0")) != "0":
-            # Under torchrun most mistakes meet every rank. Rank 0 says so and torchrun ends the
-            # others meanwhile; what only this rank has met is said all the same.
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Under torchrun most mistakes reach every rank. Rank 0 reports first, and torchrun ends
+            # the other ranks within these seconds; a mistake of this rank alone is still reported.
             time.sleep(5)
         print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         code = 2
-    except BrokenPipeError:  # the reader (`| head`) went away: not a mistake
+    except BrokenPipeError:  # the reader of our output (`| head`) has left: not a mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:  # no permission, disk full, a file where a folder should be: the message names the path
+    except OSError as error:  # its message names the path
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
@@ -45,10 +48,31 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def print_rows(rows: list[list[str]]) -> None:
+def format_table(
+    rows: list[list[str]], right_from: int | None = None, underline: bool = False, indent: int = 0
+) -> str:
+    """Rows of cells as lines of aligned text; the first row is the header.
+
+    right_from: index of the first column that is aligned right (numbers); None for no column.
+    underline: a line of dashes below the header. indent: spaces before each line.
+
+        >>> print(format_table([["run", "n"], ["dpo", "80"]], right_from=1, underline=True))
+        run   n
+        ---  --
+        dpo  80
+    """
     widths = [max(map(len, column)) for column in zip(*rows)]
+    if underline:
+        header, *body = rows
+        rows = [header, ["-" * width for width in widths], *body]
+    lines = []
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        cells = [
+            cell.ljust(width) if right_from is None or i < right_from else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append((" " * indent + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
 
 
 def first_line(error: BaseException) -> str:

@@ -134,18 +134,16 @@ def print_table(
             "failures",
             "usd",
         ]
-        console.print_rows([head, *(summarise_pairs(mine, results) for mine in by_run.values())])
+        rows = [summarise_pairs(mine, results) for mine in by_run.values()]
+        print(console.format_table([head, *rows]))
         return
     head = ["run", "turn 1", "turn 2", "mean", "n", "no wrong refs", "failures", "usd"]
-    console.print_rows([head, *(summarise(mine, results) for mine in by_run.values())])
+    rows = [summarise(mine, results) for mine in by_run.values()]
+    print(console.format_table([head, *rows]))
     categories = list(dict.fromkeys(question["category"] for question in bench["questions"]))
     print("\nby category, both turns")
-    console.print_rows(
-        [
-            ["run", *categories],
-            *([name, *by_category(mine, results, categories)] for name, mine in by_run.items()),
-        ]
-    )
+    rows = [[name, *by_category(mine, results, categories)] for name, mine in by_run.items()]
+    print(console.format_table([["run", *categories], *rows]))
     print(
         f"no wrong refs: mean without the {len(mt_bench.WRONG_REFERENCES)} questions whose GPT-4 reference is known to be wrong"
     )

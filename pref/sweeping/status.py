@@ -113,9 +113,8 @@ def print_status(study: Study) -> int:
     """Print the grid as a table, and what is missing. Returns 1 if anything is, else 0."""
     failed = failed_runs(study)
     states = [state_of(study, point, failed) for point in study.points]
-    console.print_rows(
-        [["", "run", "state", "step", "acc_ref"], *map(row_of, study.points, states)]
-    )
+    rows = [["", "run", "state", "step", "acc_ref"], *map(row_of, study.points, states)]
+    print(console.format_table(rows))
     counts = Counter(state.name for state in states).most_common()
     print(f"\n{len(states)} runs: " + ", ".join(f"{count} {name}" for name, count in counts))
     seconds = seconds_per_run(states)
