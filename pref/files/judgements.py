@@ -1,4 +1,8 @@
-"""judgements.csv"""
+"""judgements.csv: a run's judgements as judge.py writes and analyze.py reads them.
+
+README.md in this folder says what each column holds. Also here: the size of a judge, as its name
+tells it, and the size below which its scores count as a smoke test.
+"""
 
 import csv
 import io
@@ -9,56 +13,60 @@ from pathlib import Path
 from pref.files import disk
 from pref.files.console import UserError
 
-SMOKE_TEST_BELOW_B = (
-    7.0  # judges with fewer billions of parameters test the path, they measure nothing
-)
-JUDGEMENT_COLUMNS = (
-    "question_id",
-    "turn",
-    "category",
-    "model_id",
-    "choice",
-    "grading",
-    "order",
-    "baseline",
-    "judge",
-    "judge_params_b",
-    "prompts",
-    "repeat",
-    "refs",
-    "score",
-    "winner",
-    "status",
-    "judgement",
-    "request_sha256",
-    "answer_sha256",
-    "served_model",
-    "system_fingerprint",
-    "prompt_tokens",
-    "completion_tokens",
-    "cost_usd",
-    "tstamp",
-)
+# Judges with fewer billions of parameters than this show that the pipeline works; their scores
+# measure nothing.
+SMOKE_TEST_BELOW_B = 7.0
+
+# Columns in file order, with the type of their values. An empty field is None.
+COLUMN_TYPES = {
+    "question_id": int,
+    "turn": int,
+    "category": str,
+    "model_id": str,
+    "choice": int,
+    "grading": str,
+    "order": str,
+    "baseline": str,
+    "judge": str,
+    "judge_params_b": float,
+    "prompts": str,
+    "repeat": int,
+    "refs": str,
+    "score": float,
+    "winner": str,
+    "status": str,
+    "judgement": str,
+    "request_sha256": str,
+    "answer_sha256": str,
+    "served_model": str,
+    "system_fingerprint": str,
+    "prompt_tokens": int,
+    "completion_tokens": int,
+    "cost_usd": float,
+    "tstamp": float,
+}
+JUDGEMENT_COLUMNS = tuple(COLUMN_TYPES)
+REWRITE = "rerun judge.py to write the file again"
 
 
 def write_judgements(path: Path, rows: Iterable[dict]) -> None:
-    """Write judgements.csv: JUDGEMENT_COLUMNS, empty where a value is None."""
+    """Write judgements.csv with JUDGEMENT_COLUMNS; None becomes an empty field."""
     buffer = io.StringIO()
-    # All text quoted: a lone \r in a judgement would otherwise end the row when it is read back.
+    # All text is quoted: an unquoted \r within a judgement would end its row when it is read.
     writer = csv.DictWriter(
         buffer, JUDGEMENT_COLUMNS, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
     )
     writer.writeheader()
     for row in rows:
-        writer.writerow(
-            {key: "" if row.get(key) is None else row[key] for key in JUDGEMENT_COLUMNS}
-        )
+        values = {column: row.get(column) for column in JUDGEMENT_COLUMNS}
+        writer.writerow({c: "" if value is None else value for c, value in values.items()})
     disk.write_text(path, buffer.getvalue())
 
 
 def read_judgements(path: Path) -> list[dict]:
-    """Rows of judgements.csv with numbers as numbers and empty fields as None. Raises UserError
-    with file and line.
+    """Rows of judgements.csv, each value of its column's type, None where the field is empty.
+
+    Raises UserError with file and line.
     """
     rows = []
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a judge may write
@@ -67,52 +75,46 @@ def read_judgements(path: Path) -> list[dict]:
             reader = csv.DictReader(file)
             missing = [c for c in JUDGEMENT_COLUMNS if c not in (reader.fieldnames or [])]
             if missing:
-                raise UserError(
-                    f"{path}: missing columns {', '.join(missing)}; rerun judge.py to write it again"
-                )
+                raise UserError(f"{path}: missing columns {', '.join(missing)}; {REWRITE}")
             for row in reader:
-                rows.append(_typed_judgement(row, f"{path}:{reader.line_num}"))
+                rows.append(parse_judgement(row, f"{path}:{reader.line_num}"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a UTF-8 CSV file: {error}") from None
+        raise UserError(f"{path}: not a UTF-8 CSV file: {error}; {REWRITE}") from None
     return rows
 
 
-def _typed_judgement(row: dict, place: str) -> dict:
+def parse_judgement(row: dict, place: str) -> dict:
+    """`row`, as csv reads it, with typed values. Raises UserError, beginning with `place`."""
     if None in row or None in row.values():
-        raise UserError(
-            f"{place}: wrong number of fields (a torn line?); rerun judge.py to write the file again"
-        )
-    typed = {key: value if value != "" else None for key, value in row.items()}
-    try:
-        for key in (
-            "question_id",
-            "turn",
-            "choice",
-            "repeat",
-            "prompt_tokens",
-            "completion_tokens",
-        ):
-            typed[key] = int(typed[key]) if typed[key] is not None else None
-        for key in ("score", "judge_params_b", "cost_usd", "tstamp"):
-            typed[key] = float(typed[key]) if typed[key] is not None else None
-    except ValueError as error:
-        raise UserError(f"{place}: {error}; rerun judge.py to write the file again") from None
+        raise UserError(f"{place}: wrong number of fields (an incomplete line?); {REWRITE}")
+    typed = {}
+    for column, text in row.items():
+        kind = COLUMN_TYPES.get(column, str)
+        try:
+            typed[column] = None if text == "" else kind(text)
+        except ValueError as error:
+            raise UserError(f"{place}: {column}: {error}; {REWRITE}") from None
     if typed["status"] == "ok" and typed["grading"] == "single":
         if typed["score"] is None or not 1 <= typed["score"] <= 10:
             raise UserError(
-                f"{place}: status ok but score {typed['score']} is not a rating from 1 to 10"
+                f"{place}: status ok but score {typed['score']} is not a rating from 1 to 10; "
+                f"{REWRITE}"
             )
     return typed
 
 
 def params_from_name(model: str) -> float | None:
-    """Billions of parameters as a model's name states them ('Qwen-72B' 72, 'SmolLM2-135M' 0.135,
-    '8x7B' 56).
+    """Billions of parameters in a model's name, the largest if there are several; None if none is.
+
+    'Qwen-72B' -> 72, 'SmolLM2-135M' -> 0.135, 'Mixtral-8x7B' -> 56, 'gpt-5-mini' -> None
     """
-    sizes = re.findall(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", model.lower())
-    found = [
-        int(times or 1) * float(size) / (1 if unit == "b" else 1000) for times, size, unit in sizes
+    matches = re.findall(
+        r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", model.lower()
+    )
+    sizes = [
+        int(experts or 1) * float(size) / (1 if unit == "b" else 1000)
+        for experts, size, unit in matches
     ]
-    return max(found) if found else None
+    return max(sizes, default=None)

@@ -1,4 +1,4 @@
-"""run ids and run folders"""
+"""Run ids, and the folders of runs below a results folder: `results/<run_id>/`."""
 
 import re
 from collections.abc import Iterable
@@ -10,38 +10,45 @@ BASE_RUN = "base"  # run id of the untrained model
 
 
 def check_run_id(run_id: str, path: Path | None = None) -> str:
-    """Return `run_id` if it is a plain folder name that cannot leave its results folder, else raise
-    UserError.
+    """Return `run_id` if it is a plain folder name, which cannot lead out of its results folder.
+
+    path: file that the id comes from, for the message. Raises UserError for any other id.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", run_id) or ".." in run_id:
         place = f"{path}: " if path else ""
         raise UserError(
-            f"{place}run id {run_id!r}: use letters, digits and . _ + - only (at most 128, no '..')"
+            f"{place}run id {run_id!r}: use letters, digits and . _ + - only, at most 128 of them, "
+            "a letter or digit first, and no '..'"
         )
     return run_id
 
 
 def find_runs(paths: Iterable[Path], check: bool = True) -> list[Path]:
-    """Run directories among `paths`: each is one itself (it has args.json) or is a results folder
-    full of them.
+    """Folders of runs in `paths`, each of which is a run (it has args.json) or a results folder.
 
-    Order: the base model first, then by run id. Raises UserError if nothing is found, and with
-    `check` for a folder whose name is no run id.
+    The base model comes first, then the others by run id. check: run ids too. Raises UserError for
+    a folder that does not exist or has no runs and, with `check`, for a name that is not a run id.
     """
-    runs: dict[Path, None] = {}
+    runs: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
-        found = (
-            [path]
-            if (path / "args.json").is_file()
-            else sorted(p.parent for p in path.glob("*/args.json"))
-        )
-        if not found:
+        if (path / "args.json").is_file():
+            runs.append(path)
+            continue
+        inside = sorted(file.parent for file in path.glob("*/args.json"))
+        if not inside:
             raise UserError(
-                f"{path}: no runs here (a run is a folder with args.json); train one with train_pref.py"
+                f"{path}: no runs here (a run is a folder with args.json); "
+                "train one with train_pref.py"
             )
-        runs.update(dict.fromkeys(found))
-    for run in runs if check else ():
-        check_run_id(run.resolve().name)
-    return sorted(runs, key=lambda run: (run.resolve().name != BASE_RUN, run.resolve().name))
+        runs += inside
+    if check:
+        for run in runs:
+            check_run_id(run.resolve().name)
+
+    def base_first(run: Path) -> tuple[bool, str]:
+        name = run.resolve().name
+        return name != BASE_RUN, name
+
+    return sorted(dict.fromkeys(runs), key=base_first)

@@ -1,6 +1,10 @@
-"""a file, a folder, the hub"""
+"""Rows of preference data from a file, a folder or the hub, each with the place it came from.
 
-import argparse
+`open_source` finds out which of the three a name means and returns the rows of one or two splits.
+Every row comes as (place, row); the place, e.g. "pairs.jsonl:217" or "train[5]", is what errors and
+dropped.jsonl name. Rows are streamed where the format allows it.
+"""
+
 import csv
 import gzip
 import http.client
@@ -14,45 +18,54 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from pref.files import disk
+from pref.files import console, disk
 from pref.files.console import UserError
 
 PINNED_REVISIONS = {"argilla/dpo-mix-7k": "f8869fc91bde5c71a104667292addcbbfd15985d"}
-TRAIN_SPLITS = (
-    "train_prefs",
-    "train",
-)  # first found; UltraFeedback also has train_sft and train_gen
+# The first of these that a source has. UltraFeedback's own preference splits are *_prefs; it also
+# has train_sft and train_gen.
+TRAIN_SPLITS = ("train_prefs", "train")
 VAL_SPLITS = ("test_prefs", "validation", "val", "valid", "dev", "test", "eval")
 
+Rows = Iterator[tuple[str, dict]]  # (place, row)
 
-def open_source(args: argparse.Namespace) -> tuple[dict[str, Iterator], str | None]:
-    """Return ({train split: rows, maybe validation split: rows}, revision). Raises UserError if it
-    is not there.
+
+class Source(NamedTuple):
+    splits: dict[str, Rows]  # the training split, then the validation split if there is one
+    revision: str | None  # hub commit
+
+
+def open_source(name: str, revision: str | None = None, config: str | None = None) -> Source:
+    """The rows of the file, folder or hub dataset `name`.
+
+    revision, config: of a hub dataset (config: also of a folder). Raises UserError if there is no
+    such source or it has no training split.
     """
-    path, revision = Path(args.dataset).expanduser(), None
+    path = Path(name).expanduser()
     if path.is_file():
-        return {"train": read_rows(path)}, None
+        return Source({"train": read_rows(path)}, None)
     if path.is_dir():
-        loaded = open_folder(path, args.config)
-    elif is_hub_id(args.dataset):
-        loaded, revision = open_hub(
-            args.dataset, args.revision or PINNED_REVISIONS.get(args.dataset), args.config
-        )
+        loaded, commit = open_folder(path, config), None
+    elif is_hub_id(name):
+        loaded, commit = open_hub(name, revision or PINNED_REVISIONS.get(name), config)
     else:
-        raise UserError(f"{args.dataset}: no such file or folder, and no hub id (owner/name)")
-    splits = pick_splits(list(loaded), args.dataset)
-    return {split: dataset_rows(args.dataset, split, loaded[split]) for split in splits}, revision
+        raise UserError(f"{name}: no such file or folder, and not a hub id (owner/name)")
+    splits = pick_splits(list(loaded), name)
+    return Source({split: dataset_rows(name, split, loaded[split]) for split in splits}, commit)
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether `source` can be a hub id, rather than a path that is not there."""
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)) and not file_ending(source)
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be a hub id rather than the path of a missing file."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not file_ending(name)
 
 
 def pick_splits(names: list[str], source: str) -> list[str]:
-    """[train] or [train, validation] among the source's splits; a lone split is train, whatever its
-    name.
+    """[train] or [train, validation] from the names of a source's splits.
+
+    A single split is the training split, whatever its name. Raises UserError if there are several
+    and none is a training split.
     """
     if len(names) == 1:
         return names
@@ -60,35 +73,41 @@ def pick_splits(names: list[str], source: str) -> list[str]:
     val = next((name for name in VAL_SPLITS if name in names), None)
     if not train:
         raise UserError(
-            f"{source}: no split named {' or '.join(TRAIN_SPLITS)} among {', '.join(names)}; give one file"
+            f"{source}: no split named {' or '.join(TRAIN_SPLITS)} among {', '.join(names)}; "
+            "save the split to train on as a file, and give that"
         )
     return [train, val] if val else [train]
 
 
+# ---- a file --------------------------------------------------------------------------------------
+
+
 def file_ending(name: str) -> str:
-    """'.csv' of 'x.csv' and '.csv.gz' of 'x.csv.gz'; '' if it is none that this program reads."""
-    found = re.search(r"\.(jsonl|json|parquet|csv)(\.gz)?$", name, re.IGNORECASE)
-    return found.group().lower() if found else ""
+    """'.csv' for 'x.csv', '.csv.gz' for 'x.csv.gz', '' for an ending that is not read here."""
+    match = re.search(r"\.(jsonl|json|parquet|csv)(\.gz)?$", name, re.IGNORECASE)
+    return match.group().lower() if match else ""
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield (place, row) of a .json, .jsonl, .parquet or .csv file, plain or .gz. Raises UserError
-    with the place.
+def read_rows(path: Path) -> Rows:
+    """Rows of a .json, .jsonl, .parquet or .csv file, plain or .gz. Raises UserError with the
+    place of what cannot be read.
     """
+    readers = {
+        ".json": json_rows,
+        ".jsonl": jsonl_rows,
+        ".csv": csv_rows,
+        ".parquet": parquet_rows,
+    }
     ending = file_ending(path.name)
     if not ending:
         raise UserError(f"{path}: not a .json, .jsonl, .parquet or .csv file (each may be .gz)")
     if not ending.endswith(".gz"):
-        yield from {
-            ".json": json_rows,
-            ".jsonl": jsonl_rows,
-            ".csv": csv_rows,
-            ".parquet": parquet_rows,
-        }[ending](path)
+        yield from readers[ending](path)
         return
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / path.name[:-3]
         unpack(path, plain)
+        # Places and errors name the file that the user gave, not the unpacked copy.
         try:
             for place, row in read_rows(plain):
                 yield place.replace(str(plain), str(path), 1), row
@@ -101,15 +120,15 @@ def unpack(path: Path, plain: Path) -> None:
         with gzip.open(path, "rb") as packed, open(plain, "wb") as file:
             shutil.copyfileobj(packed, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file: {error}") from None
+        raise UserError(f"{path}: not a complete gzip file: {error}") from None
 
 
-def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def jsonl_rows(path: Path) -> Rows:
     return ((f"{path}:{number}", row) for number, row in disk.read_jsonl(path))
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a JSON list; anything else is read as JSON Lines, which many .json files are."""
+def json_rows(path: Path) -> Rows:
+    """Rows of a JSON list; any other content is read as JSON Lines, which many .json files are."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if not text.lstrip().startswith("["):
@@ -123,40 +142,40 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
             f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
         ) from None
     for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}[{index}]: expected a JSON object, found {type(row).__name__}")
-        yield f"{path}[{index}]", row
+        place = f"{path}[{index}]"
+        yield place, disk.as_object(row, place)
 
 
-def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses answers above 128 KiB
-    read = 0
+def csv_rows(path: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default refuses fields above 128 KiB
+    last_line = 0  # on which the row before ends
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            read = (
-                reader.line_num if reader.fieldnames else 0
-            )  # asking for the names reads the header
+            if reader.fieldnames:  # asking for the names reads the header
+                last_line = reader.line_num
             for row in reader:
-                line = csv_line(reader.line_num, row)
+                place = f"{path}:{csv_line(reader.line_num, row)}"
                 if None in row:
-                    raise UserError(f"{path}:{line}: more fields than the header has columns")
-                read = reader.line_num
-                yield f"{path}:{line}", row
+                    raise UserError(f"{place}: more fields than the header has columns")
+                last_line = reader.line_num
+                yield place, row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except csv.Error as error:
         raise UserError(
-            f"{path}:{read + 1}: the row that starts here is not valid CSV: {error}"
+            f"{path}:{last_line + 1}: the row that starts here is not valid CSV: {error}"
         ) from None
 
 
 def csv_line(last_line: int, row: dict) -> int:
-    """The line a CSV row starts on, given the one it ends on: quoted fields hold line breaks."""
+    """The line that a CSV row starts on, from the line that it ends on: quoted fields may contain
+    line breaks.
+    """
     return last_line - sum(value.count("\n") for value in row.values() if isinstance(value, str))
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def parquet_rows(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -167,20 +186,27 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 yield f"{path}[{index}]", row
                 index += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {one_line(error)}") from None
+        reason = console.first_line(error)
+        raise UserError(f"{path}: not a readable parquet file: {reason}") from None
 
 
-def dataset_rows(source: str, split: str, dataset) -> Iterator[tuple[str, dict]]:
-    """Yield (`split[index]`, row) of a `datasets` split, index from 0 as in `dataset[index]`."""
+# ---- a folder or the hub, through `datasets` -----------------------------------------------------
+
+
+def dataset_rows(source: str, split: str, dataset) -> Rows:
+    """Rows of one split; the place is `split[index]`, with the index of `dataset[index]`."""
     try:
         for index, row in enumerate(dataset):
             yield f"{split}[{index}]", row
     except load_errors() as error:
-        raise UserError(f"{source}, split '{split}': cannot be read: {one_line(error)}") from None
+        reason = console.first_line(error)
+        raise UserError(f"{source}, split '{split}': cannot be read: {reason}") from None
 
 
 def open_folder(path: Path, config: str | None) -> dict:
-    """{split: rows} of a folder. Streamed: no second copy in the cache, and no stale one."""
+    """{split: dataset} of a folder. Streamed, so that no copy goes to the cache and none from an
+    earlier state of the folder comes out of it.
+    """
     datasets = import_datasets()
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -188,41 +214,45 @@ def open_folder(path: Path, config: str | None) -> dict:
         else:
             loaded = datasets.load_dataset(str(path.resolve()), config, streaming=True)
     except load_errors() as error:
-        raise UserError(f"{path}: `datasets` cannot read this folder: {one_line(error)}") from None
+        reason = console.first_line(error)
+        raise UserError(f"{path}: `datasets` cannot read this folder: {reason}") from None
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
 def open_hub(name: str, revision: str | None, config: str | None) -> tuple[dict, str | None]:
-    """({split: rows}, commit) of a hub dataset, from the local cache where the hub cannot be
-    reached.
+    """({split: dataset}, commit) of a hub dataset; from the local cache if the hub is out of reach.
 
-    Raises UserError if it is neither there nor cached, is gated, or the cache holds another commit
-    than `revision`.
+    Raises UserError if the dataset is in neither, is gated, or the cache holds another commit than
+    `revision`.
     """
     if not hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = (
-            "1"  # read at import: straight to the cache, without 25 s of retries
-        )
+        # `datasets` reads this when it is imported, and then goes straight to the cache instead of
+        # retrying for 25 s.
+        os.environ["HF_HUB_OFFLINE"] = "1"
     datasets = import_datasets()
     try:
         loaded = datasets.load_dataset(name, config, revision=revision)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"{name}: {one_line(error)}\nCheck the spelling (no such file or folder here either); for a gated or "
-            "private one accept its terms on the hub and run `hf auth login`."
+            f"{name}: {console.first_line(error)}; no such file or folder here either\n"
+            "Check the spelling. If the dataset is gated or private, accept its terms on the hub "
+            "and run `hf auth login`."
         ) from None
     except ConnectionError as error:
         raise UserError(
-            f"{name}: {one_line(error)}; no such file or folder here either\n"
-            "Check the network and HF_HUB_OFFLINE, or give --dataset a folder or file copied from elsewhere."
+            f"{name}: {console.first_line(error)}; no such file or folder here either\n"
+            "Check the spelling, the network and HF_HUB_OFFLINE, or copy the dataset here and give "
+            "--dataset its file or folder."
         ) from None
     except load_errors() as error:
-        raise UserError(f"{name}: `datasets` cannot load it: {one_line(error)}") from None
+        reason = console.first_line(error)
+        raise UserError(f"{name}: `datasets` cannot load it: {reason}") from None
     commit = cached_commit(loaded)
-    # `datasets` falls back to whatever is cached after any failure, a mistyped revision included
+    # After any failure, a mistyped revision included, `datasets` takes what is in the cache.
     if commit and re.fullmatch(r"[0-9a-f]{40}", revision or "") and commit != revision:
         raise UserError(
-            f"{name}: revision {revision} could not be loaded; the cache holds {commit}. Check --revision."
+            f"{name}: revision {revision} cannot be loaded; the cache holds {commit}. "
+            "Check --revision and the network."
         )
     return loaded, commit or revision
 
@@ -230,15 +260,14 @@ def open_hub(name: str, revision: str | None, config: str | None) -> tuple[dict,
 def import_datasets():
     import datasets
 
-    datasets.logging.set_verbosity(
-        datasets.logging.CRITICAL
-    )  # what it logs as errors is raised as well
+    # What it logs as an error it also raises.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
 
 
 def load_errors() -> tuple[type[Exception], ...]:
-    """What `datasets` raises for unreadable data: its own, pyarrow's (ValueError), I/O, and scripts
-    (RuntimeError).
+    """What `datasets` raises for data that it cannot read: its own errors, pyarrow's (ValueError),
+    I/O errors, and RuntimeError for datasets that need a script.
     """
     import datasets
 
@@ -246,28 +275,27 @@ def load_errors() -> tuple[type[Exception], ...]:
 
 
 def hub_answers(timeout_s: float = 10) -> bool:
-    """Whether anything answers at the hub's address; not asked when HF_HUB_OFFLINE is set."""
+    """Whether a server answers at the hub's address. False without asking if HF_HUB_OFFLINE is
+    set.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        urllib.request.urlopen(
-            urllib.request.Request(url, method="HEAD"), timeout=timeout_s
-        ).close()
-    # it answered; or HF_ENDPOINT is odd, and `datasets` will say so
-    except (urllib.error.HTTPError, http.client.HTTPException, ValueError):
+        request = urllib.request.Request(url, method="HEAD")
+        urllib.request.urlopen(request, timeout=timeout_s).close()
+    except (urllib.error.HTTPError, http.client.HTTPException):  # an answer, if an unhappy one
         return True
-    except OSError as error:  # certificates: the hub client brings its own, this call does not
+    except ValueError:  # HF_ENDPOINT is not a URL: `datasets` will say so
+        return True
+    except OSError as error:
+        # A certificate that this call does not know: the hub's client brings its own.
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
     return True
 
 
 def cached_commit(loaded: dict) -> str | None:
-    """The hub commit that `loaded` came from: `datasets` names the cache folder after it."""
+    """The hub commit of a loaded dataset, after which `datasets` names its cache folder."""
     files = [file["filename"] for dataset in loaded.values() for file in dataset.cache_files]
-    found = re.search(r"[/\\]([0-9a-f]{40})[/\\]", files[0]) if files else None
-    return found.group(1) if found else None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    match = re.search(r"[/\\]([0-9a-f]{40})[/\\]", files[0]) if files else None
+    return match.group(1) if match else None

@@ -170,7 +170,7 @@ def label_prompts(folder: Path) -> str:
     """
     differing = [
         name
-        for name, sha256 in mt_bench.MT_BENCH_FILES.items()
+        for name, sha256 in mt_bench.OFFICIAL_SHA256.items()
         if disk.sha256_file(folder / name) != sha256
     ]
     if not (folder / "manifest.json").is_file():
