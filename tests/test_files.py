@@ -1,8 +1,11 @@
-"""files.py: what is read is what was written, and what cannot be read is named."""
+"""pref/files: what is read is what was written, and what cannot be read is named."""
+
+import subprocess
 
 import pytest
 
-from pref.files.console import UserError, run_main
+from pref import ROOT
+from pref.files.console import UserError, format_table, run_main
 from pref.files.disk import finite_or_null, read_json, read_jsonl, write_text
 from pref.files.judgements import (
     JUDGEMENT_COLUMNS,
@@ -58,16 +61,16 @@ def test_torn_csv_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b'{"a": 1}\n{"a": \n', r":2: not valid JSON"),
         (b"\n[1]\n", r":2: expected a JSON object"),
         (b"\xff\n", r":1: not UTF-8"),
     ],
 )
-def test_bad_jsonl_is_named_with_its_line(tmp_path, content, said):
+def test_bad_jsonl_is_named_with_its_line(tmp_path, content, message):
     (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         list(read_jsonl(tmp_path / "x.jsonl"))
 
 
@@ -144,3 +147,25 @@ def test_exit_codes(error, code, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(fail)
     assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
+
+
+def test_text_tables():
+    rows = [["run", "n", ""], ["dpo", "80", "-"], ["", "1", "best"]]
+    assert format_table(rows) == "run  n\ndpo  80  -\n     1   best"
+    table = format_table(rows, right_from=1, underline=True, indent=2)
+    assert table == "  run   n\n  ---  --  ----\n  dpo  80     -\n        1  best"
+
+
+def test_the_users_python_is_taken_or_refused(tmp_path):
+    def find_python(python):
+        command = ["bash", "-c", "set -euo pipefail; source .ci/venv.sh; find_python"]
+        env = {"PATH": "/usr/bin:/bin", "PYTHON": python}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    good = tmp_path / "a python"
+    good.write_text("#!/bin/sh\nexit 0\n")
+    good.chmod(0o755)
+    assert find_python(str(good)).stdout == f"{good}\n"
+    refused = find_python("/no/python")
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert "error: PYTHON=/no/python is not a Python 3.11 or later" in refused.stderr

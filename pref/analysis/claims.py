@@ -69,7 +69,7 @@ def find_problem(claim: dict) -> str | None:
     if extra := sorted(set(claim) - {*NEEDS[kind], "id", "claim", "kind", "model"}):
         return f"kind {kind} has no {', '.join(extra)}"
     for key in ("at_least", "margin", "bound"):
-        if key in claim and not is_number(claim[key]):
+        if key in claim and not is_finite_number(claim[key]):
             return f"{key!r} must be a number"
     rate = claim.get("bound", claim.get("at_least"))
     if "event" in NEEDS[kind] and not 0 < rate < 1:
@@ -91,14 +91,14 @@ def find_selector_problem(side: str, selector) -> str | None:
         return f"{side} cannot choose by {', '.join(varying)}: a cell is all its seeds"
     for key, wanted in selector.items():
         if isinstance(wanted, dict) and not (
-            set(wanted) == {"at_least"} and is_number(wanted["at_least"])
+            set(wanted) == {"at_least"} and is_finite_number(wanted["at_least"])
         ):
             return f'{side}: {key} must be a value, a list, "best" or {{"at_least": number}}'
     return None
 
 
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite_number(value) -> bool:
+    return disk.is_number(value) and math.isfinite(value)
 
 
 def select_cells(cells: list[dict], selector: dict) -> list[dict]:

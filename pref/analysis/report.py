@@ -261,13 +261,9 @@ def table_html(headers: list[str], rows: list[list], title: str, cut: int | None
     )
 
 
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def is_number_column(column: list) -> bool:
     given = [value for value in column if value is not None]
-    return bool(given) and all(map(is_number, given))
+    return bool(given) and all(map(disk.is_number, given))
 
 
 def decimals(column: list) -> int:
@@ -304,7 +300,7 @@ def column_html(column: list, style: str, cut: int | None) -> list[str]:
     cells = []
     for value in column:
         text = escape(shown(value, digits))
-        if is_number(value) and math.isfinite(value):
+        if disk.is_number(value) and math.isfinite(value):
             cells.append(f'<td{style} data-value="{float(value)!r}">{text}</td>')
         elif cut and len(str(value)) > cut:
             cells.append(f'<td class="cut" title="{text}">{escape(str(value)[:cut])}…</td>')

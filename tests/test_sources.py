@@ -1,0 +1,230 @@
+"""sources.py: files of every format, folders and hub datasets, and what cannot be read."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+from preference_rows import (
+    TEXT_ROWS,
+    as_parquet,
+    lists,
+    make_folder,
+    prepare,
+    rows_of,
+    run,
+    user,
+    write_rows,
+)
+
+from pref.files import sources
+from pref.files.console import UserError
+from pref.files.disk import read_json, sha256_file
+
+# ---- which splits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train", "test"], ["train", "test"]),
+        (["test", "train", "validation"], ["train", "validation"]),
+        (["train", "dev"], ["train", "dev"]),
+        (["train", "valid"], ["train", "valid"]),
+        (["train", "eval"], ["train", "eval"]),
+        (
+            ["train_sft", "test_sft", "train_gen", "test_gen", "train_prefs", "test_prefs"],
+            ["train_prefs", "test_prefs"],
+        ),
+        (["train", "extra"], ["train"]),
+        (["eval"], ["eval"]),
+    ],
+)
+def test_pick_splits(names, expected):
+    assert sources.pick_splits(names, "x") == expected
+
+
+def test_pick_splits_without_train():
+    with pytest.raises(UserError, match="no split named train_prefs or train among left, right"):
+        sources.pick_splits(["left", "right"], "x")
+
+
+# ---- a file --------------------------------------------------------------------------------------
+
+
+def as_csv(rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+FORMATS = {
+    "jsonl": lambda rows: "\n".join(json.dumps(row) for row in rows).encode(),
+    "json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "csv": as_csv,
+    "parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ending", FORMATS)
+def test_file_formats(tmp_path, ending, packed):
+    data = FORMATS[ending](
+        [*TEXT_ROWS, {"prompt": "two\nlines", "chosen": "same", "rejected": "same"}]
+    )
+    path = tmp_path / (f"pairs.v1.{ending}" + (".gz" if packed else ""))
+    path.write_bytes(gzip.compress(data) if packed else data)
+    train, val, dropped, manifest = prepare(path, tmp_path / "out")
+    texts = [
+        (p["prompt"][0]["content"], p["chosen"][0]["content"], p["rejected"][0]["content"])
+        for p in train + val
+    ]
+    assert sorted(texts) == sorted(tuple(row.values()) for row in TEXT_ROWS)
+    # 12 CSV rows of three lines each below the header
+    place = {"jsonl": ":13", "json": "[12]", "csv": ":38", "parquet": "[12]"}[ending]
+    assert dropped[0]["place"] == f"{path}{place}"
+    assert {p["source"] for p in train} == {"pairs.v1"}
+    assert manifest["source"] == str(path) and manifest["source_sha256"] == sha256_file(path)
+
+
+def test_json_lines_in_a_json_file(tmp_path):
+    train, val, _, _ = prepare(write_rows(tmp_path / "lines.json", TEXT_ROWS), tmp_path / "out")
+    assert len(train) + len(val) == 12
+
+
+BROKEN = {
+    "x.jsonl": (b'{"chosen": "a"\n', r"x\.jsonl:1: not valid JSON"),
+    "x.json": (b'[\n{"prompt": "q"},\n{"prompt": }\n]', r"x\.json:3: not valid JSON"),
+    "y.json": (
+        b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, 3]',
+        r"y\.json\[1\]: expected a JSON object",
+    ),
+    "z.json": (b'["\xff"]', r"z\.json: not UTF-8"),
+    "x.csv": (
+        b"prompt,chosen,rejected\nq,a,b\n\nq,a,b,c\n",
+        r"x\.csv:4: more fields than the header",
+    ),
+    "y.csv": (
+        b'prompt,chosen,rejected\nq,a,"b"c\nr,a,b\n',
+        r"y\.csv:2: the row that starts here is not valid CSV",
+    ),
+    "z.csv": (
+        b'prompt,chosen,rejected\nq,a,b\nq,a,"b\nr,a,b\n',
+        r"z\.csv:3: the row that starts here is not valid CSV",
+    ),
+    "x.parquet": (b"no parquet at all", r"x\.parquet: not a readable parquet file"),
+    "x.jsonl.gz": (b'{"prompt": "no gzip"}', r"x\.jsonl\.gz: not a complete gzip file"),
+    "y.jsonl.gz": (gzip.compress(b"{}" * 500)[:-9], r"y\.jsonl\.gz: not a complete gzip file"),
+    "z.jsonl.gz": (gzip.compress(b"{}\n{"), r"z\.jsonl\.gz:2: not valid JSON"),
+    "x.txt": (b"text", r"x\.txt: not a \.json, \.jsonl, \.parquet or \.csv file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_named_with_the_line(tmp_path, name):
+    data, message = BROKEN[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as error:
+        list(sources.read_rows(tmp_path / name))
+    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+def prompts_of(pairs):
+    return {json.dumps(pair["prompt"]) for pair in pairs}
+
+
+def test_folder_keeps_its_own_split(tmp_path):
+    train, val, dropped, manifest = prepare(make_folder(tmp_path / "dpo-mix.7k"), tmp_path / "out")
+    assert [p["prompt"] for p in train] == [[user(f"Question {i}?")] for i in range(5)]
+    assert [p["prompt"] for p in val] == [[user(f"Question {i}?")] for i in range(100, 103)]
+    assert {p["source"] for p in train} == {"koala"}
+    assert {(d["place"], d["reason"]) for d in dropped} == {
+        ("train[6]", "empty chosen"),
+        ("train[5]", "prompt also in validation"),
+    }
+    assert manifest["split_rule"] == "the source's own: train, test" and manifest["rows"] == {
+        "train": 7,
+        "test": 3,
+    }
+    assert not prompts_of(train) & prompts_of(val)
+
+
+def test_folder_with_nothing_left_in_its_validation_split(tmp_path):
+    folder = make_folder(tmp_path / "mix")
+    (folder / "data" / "test-00000-of-00001.parquet").write_bytes(
+        as_parquet([lists("q", "same", "same")])
+    )
+    with pytest.raises(
+        UserError,
+        match="no pairs left for validation; dropped: 1 empty chosen, 1 chosen == rejected",
+    ):
+        prepare(folder, tmp_path / "out")
+
+
+def test_folder_saved_to_disk(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(rows_of(10)).save_to_disk(tmp_path / "saved")
+    train, val, _, manifest = prepare(tmp_path / "saved", tmp_path / "out")
+    assert (len(train), len(val)) == (9, 1) and manifest["rows"] == {"train": 10}
+
+
+def test_folder_that_datasets_cannot_read(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="nothing: `datasets` cannot read this folder"):
+        prepare(tmp_path / "nothing", tmp_path / "out")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.jsonl").write_text('{"prompt": "q"}\n{bad\n')
+    with pytest.raises(UserError, match="bad, split 'train': cannot be read: .*JSON"):
+        prepare(tmp_path / "bad", tmp_path / "out")
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+def test_command_hub_not_reachable(tmp_path):
+    environment = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+    }
+    code, _, err = run("--out", tmp_path / "out", **environment)
+    assert (
+        code == 2
+        and err.startswith("error: argilla/dpo-mix-7k: Couldn't reach")
+        and err.count("\n") == 2
+    )
+    assert "give --dataset its file or folder" in err and not (tmp_path / "out").exists()
+
+
+def test_command_hub_from_the_cache_checks_the_commit(tmp_path):
+    """The hub path without a hub: a cache as `datasets` leaves it, its folder named after the
+    commit.
+    """
+    import datasets
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "cache" / "me___tiny" / "default" / "0.0.0" / commit
+    loaded = datasets.load_dataset(
+        str(make_folder(tmp_path / "tiny")), cache_dir=str(tmp_path / "first")
+    )
+    cache.parent.mkdir(parents=True)
+    Path(loaded["train"].cache_files[0]["filename"]).parent.rename(cache)
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path),
+    }
+    code, out, err = run("--dataset", "me/tiny", "--out", tmp_path / "out", **environment)
+    assert code == 0, err
+    assert "me/tiny at 0123456789ab: 7 train + 3 test rows" in out
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert manifest["revision"] == commit and manifest["pairs"] == {"train": 5, "val": 3}
+    code, _, err = run(
+        "--dataset", "me/tiny", "--revision", "f" * 40, "--out", tmp_path / "other", **environment
+    )
+    assert code == 2 and f"the cache holds {commit}" in err and not (tmp_path / "other").exists()
