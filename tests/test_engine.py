@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, write_jsonl
+from conftest import ROOT, run_script, write_jsonl
 from safetensors.torch import load_file
 from test_train import ONE, metrics_of, tiny_policy, train_args, val_pairs
 from torch.nn.attention.flex_attention import flex_attention
@@ -387,6 +387,49 @@ def test_ranks_accumulation_and_layout_do_not_change_the_run(
     )
     for name in one:
         assert torch.allclose(one[name], other[name], atol=2e-5), name
+
+
+SUMS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from pref.files import console
+from pref.model import sharding
+from pref.model.ranks import close_ranks, init_ranks
+
+def main():
+    ranks = init_ranks()
+    mesh = init_device_mesh("cpu", (ranks.world,))
+    for dtype in (torch.float32, torch.bfloat16):
+        sharding.check_gradient_sum(mesh, MixedPrecisionPolicy(dtype, torch.float32), ranks)
+    ranks.print("summed")
+    if "divided" in sys.argv:
+        sharding.sum_gradients = lambda module: (
+            module.set_force_sum_reduction_for_comms(True),
+            module.set_gradient_divide_factor(float(ranks.world)),
+        )
+        sharding.check_gradient_sum(mesh, MixedPrecisionPolicy(), ranks)
+    close_ranks()
+
+console.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_are_summed_over_ranks_and_a_division_is_an_error(tmp_path, ranks):
+    """The check at the start of a run, with FSDP as `shard` sets it up and as it must not be."""
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    done = run_script(script, *["divided"] * (ranks == 2), torchrun=ranks)
+    assert done.stdout == "summed\n", done.stderr[-2000:]
+    if ranks == 2:
+        assert done.returncode != 0
+        text = f"torch {torch.__version__} with gloo: FSDP reduced a gradient to 1.5 over 2 ranks"
+        assert f"{text} instead of 3, their sum" in done.stderr
+    else:
+        assert done.returncode == 0
 
 
 def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
