@@ -367,7 +367,7 @@ def tokenise(
     """Token ids by split, and counts of what was cut: said here and kept in args.json, truncation
     is never silent.
     """
-    bar = partial(ranks.progress, what="tokenising", unit="pair")
+    bar = partial(ranks.progress, what="tokenising", unit="pairs")
     pairs = {
         split: chat.tokenize_pairs(tokenizer, r, args.max_length, args.truncation, bar)
         for split, r in rows.items()
