@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pref.files.console import UserError
 from pref.model.chat import (
     TokenPair,
+    apply_template,
     encode,
     end_token_ids,
     prompt_ids,
@@ -194,9 +195,39 @@ def test_what_a_template_refuses_for_another_reason_than_the_system_message_is_a
     for name in ("llama2", "mistral", "gemma"):
         for system in ([], [SYSTEM]):
             with pytest.raises(
-                UserError, match="refuses a conversation: user and assistant must take turns"
+                UserError, match="rejects a conversation: user and assistant must take turns"
             ):
                 prompt_ids(small_tokenizer(TEMPLATES[name]), [*system, TURNS[0], TURNS[2]])
+
+
+THINKING = (  # as Qwen3's: no thoughts in earlier answers, an empty block before the last one
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def test_a_template_that_knows_thinking_closes_the_thoughts_in_the_prompt():
+    """For training, answering and judging alike: a response begins with the answer itself."""
+    tokenizer = small_tokenizer(THINKING)
+    pair = tokenize_pair(tokenizer, pair_row("x", TURNS, "24", "no"))
+    assert tokenizer.decode(pair.prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(pair.chosen) == "24<|im_end|>\n" and pair.merged == 0
+    assert prompt_ids(tokenizer, TURNS) == pair.prompt
+    judged = encode(tokenizer, apply_template(tokenizer, TURNS, generation_prompt=True))
+    assert judged == pair.prompt
+
+
+def test_template_options_change_nothing_where_the_template_does_not_know_them(tokenizer):
+    for row in rows_for_all():
+        if row["prompt"][0]["role"] != "system":
+            for messages, prompt in ((row["prompt"], True), (conversation(row, "chosen"), False)):
+                assert render(tokenizer, messages, prompt) == tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt
+                )
 
 
 # ---- the split ----------------------------------------------------------------------------------

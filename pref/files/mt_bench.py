@@ -7,8 +7,8 @@ import urllib.request
 from pathlib import Path
 
 from pref import ROOT
-from pref.files import disk, sources
-from pref.files.console import UserError
+from pref.files import disk
+from pref.files.console import UserError, first_line
 
 MT_BENCH_FILES = {
     "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
@@ -165,9 +165,7 @@ def fetch_mt_bench(where: str, out: Path, allow_modified: bool) -> dict[str, tup
     try:
         return {name: fetch_url(out / name, name, path) for name, path in FASTCHAT_PATHS.items()}
     except (OSError, http.client.HTTPException) as error:
-        print(
-            f"GitHub did not answer ({sources.one_line(error)}): trying the installed package flexeval"
-        )
+        print(f"GitHub did not answer ({first_line(error)}): trying the installed package flexeval")
         return fetch_flexeval()
 
 

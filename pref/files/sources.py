@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pref.files import disk
-from pref.files.console import UserError
+from pref.files.console import UserError, first_line
 
 PINNED_REVISIONS = {"argilla/dpo-mix-7k": "f8869fc91bde5c71a104667292addcbbfd15985d"}
 TRAIN_SPLITS = (
@@ -167,7 +167,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 yield f"{path}[{index}]", row
                 index += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {one_line(error)}") from None
+        raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from None
 
 
 def dataset_rows(source: str, split: str, dataset) -> Iterator[tuple[str, dict]]:
@@ -176,7 +176,7 @@ def dataset_rows(source: str, split: str, dataset) -> Iterator[tuple[str, dict]]
         for index, row in enumerate(dataset):
             yield f"{split}[{index}]", row
     except load_errors() as error:
-        raise UserError(f"{source}, split '{split}': cannot be read: {one_line(error)}") from None
+        raise UserError(f"{source}, split '{split}': cannot be read: {first_line(error)}") from None
 
 
 def open_folder(path: Path, config: str | None) -> dict:
@@ -188,7 +188,9 @@ def open_folder(path: Path, config: str | None) -> dict:
         else:
             loaded = datasets.load_dataset(str(path.resolve()), config, streaming=True)
     except load_errors() as error:
-        raise UserError(f"{path}: `datasets` cannot read this folder: {one_line(error)}") from None
+        raise UserError(
+            f"{path}: `datasets` cannot read this folder: {first_line(error)}"
+        ) from None
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
@@ -208,16 +210,16 @@ def open_hub(name: str, revision: str | None, config: str | None) -> tuple[dict,
         loaded = datasets.load_dataset(name, config, revision=revision)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
-            f"{name}: {one_line(error)}\nCheck the spelling (no such file or folder here either); for a gated or "
+            f"{name}: {first_line(error)}\nCheck the spelling (no such file or folder here either); for a gated or "
             "private one accept its terms on the hub and run `hf auth login`."
         ) from None
     except ConnectionError as error:
         raise UserError(
-            f"{name}: {one_line(error)}; no such file or folder here either\n"
+            f"{name}: {first_line(error)}; no such file or folder here either\n"
             "Check the network and HF_HUB_OFFLINE, or give --dataset a folder or file copied from elsewhere."
         ) from None
     except load_errors() as error:
-        raise UserError(f"{name}: `datasets` cannot load it: {one_line(error)}") from None
+        raise UserError(f"{name}: `datasets` cannot load it: {first_line(error)}") from None
     commit = cached_commit(loaded)
     # `datasets` falls back to whatever is cached after any failure, a mistyped revision included
     if commit and re.fullmatch(r"[0-9a-f]{40}", revision or "") and commit != revision:
@@ -267,7 +269,3 @@ def cached_commit(loaded: dict) -> str | None:
     files = [file["filename"] for dataset in loaded.values() for file in dataset.cache_files]
     found = re.search(r"[/\\]([0-9a-f]{40})[/\\]", files[0]) if files else None
     return found.group(1) if found else None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
