@@ -23,7 +23,7 @@ from pref.model import logps
 from pref.model.attention import block_mask, branch_attention, needs_own_attention
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, TargetLogps, logps_of, slopes_of, sum_by_row
-from pref.model.packing import Packing, fill_bins, make_batch, share_out
+from pref.model.packing import Packing, fill_bins, layout_rows, make_batch, share_out
 from pref.training import arguments, schedule
 from pref.training.plan import load_of, saved_bytes, shapes_of
 from pref.training.reference import reference_key
@@ -75,6 +75,20 @@ def assert_equal(one: tuple, other: tuple, tolerance: float = 1e-5) -> None:
 
 
 # ---- layouts ------------------------------------------------------------------------------------
+
+
+def test_the_layout_that_packings_docstring_shows():
+    pairs = [TokenPair([11, 12], [21, 22], [31]), TokenPair([13], [23], [32, 33])]
+    batch = make_batch(pairs, Packing(0), ONE.device)
+    assert batch.input_ids.tolist() == [[11, 12, 21, 22, 31, 13, 23, 32, 33]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
+    assert layout_rows(batch.mask) == [(0, 2, 2, 1), (5, 1, 1, 2)]
+    assert batch.targets.tolist() == [21, 22, 23, 31, 32, 33]
+    assert batch.positions.tolist() == [1, 2, 5, 1, 5, 7]
+    assert batch.segments.tolist() == [0, 0, 1, 2, 3, 3]
+    assert batch.lengths.tolist() == [2, 1, 1, 2] and batch.chosen_tokens == 3
+    sizes = [TokenPair([0] * (size - 2), [0], [0]) for size in (6, 5, 4, 3, 2)]
+    assert fill_bins([0, 1, 2, 3, 4], sizes, Packing(0, tokens=11), 1) == [[0, 3, 4], [1, 2]]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
