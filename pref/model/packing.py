@@ -71,7 +71,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # (1, T), or (2B, T) if plain
     position_ids: Tensor | None  # (1, T); None if plain
-    # Plain: (2B, T) of 0 and 1. Else the layout, on the CPU: (1, 1, rows + 1, 4), see `layout_rows`.
+    # Plain: (2B, T) of 0 and 1. Else the layout (1, 1, rows + 1, 4), on the CPU: see `layout_rows`.
     mask: Tensor
     positions: Tensor  # (N,) index into the flattened hidden states that predicts each token
     targets: Tensor  # (N,) the response tokens
