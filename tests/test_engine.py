@@ -1,5 +1,5 @@
-"""The training engine: every layout, kernel, rank count and accumulation gives the numbers of the
-plain path.
+"""The training engine: every layout, kernel, number of ranks and of micro-batches gives the numbers
+of the plain path.
 """
 
 import json
@@ -52,16 +52,13 @@ def policy_of(model) -> ResponseLogps:
 
 
 def logps_and_gradients(policy, pairs, packing) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Per token and per response log-probs, and the gradient of a sum of margins, weighted by
-    pair.
-    """
+    """Log-probs per token and per response, and the gradient of a weighted sum of margins."""
     batch = make_batch(pairs, packing, ONE.device)
     logps = policy(batch)[0]
     chosen, rejected = sum_by_row(logps, batch).chunk(2)
     policy.zero_grad()
-    (
-        (chosen - rejected) * torch.linspace(1, 2, len(pairs))
-    ).sum().backward()  # not a sigmoid: it would be saturated
+    margins = chosen - rejected  # not through a sigmoid, which would be saturated
+    (margins * torch.linspace(1, 2, len(pairs))).sum().backward()
     grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
     return logps.detach(), torch.stack([chosen, rejected]).detach(), grads
 
@@ -107,8 +104,8 @@ def test_plain_path_is_the_models_own_forward(tiny_model, val_pairs):
 
 
 def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
-    """Changing one response changes no other log-prob in the micro-batch: not its pair's, not its
-    neighbours'.
+    """Changing one response changes no other log-prob in the micro-batch, neither in its own pair
+    nor in others.
     """
     policy = policy_of(tiny_model)
     changed = [
@@ -125,9 +122,7 @@ def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
 
 
 def test_compiled_layers_equal_eager_ones(tiny_model, val_pairs):
-    """Also for another number of tokens and of pairs than was compiled first, and for a micro-batch
-    of one.
-    """
+    """Also for other numbers of tokens and pairs than compiled first, and for a single pair."""
     eager, compiled = policy_of(tiny_model), policy_of(tiny_model)
     compiled.prepare_layers(compiled=True, checkpointed=False)
     for pairs in (val_pairs[:4], val_pairs, val_pairs[2:3]):
@@ -137,7 +132,7 @@ def test_compiled_layers_equal_eager_ones(tiny_model, val_pairs):
 
 
 def kept_bytes(policy, batch) -> int:
-    """What autograd keeps of one forward pass through the layers."""
+    """Bytes that autograd saves in one forward pass through the layers."""
     sizes = {}
 
     def keep(tensor):
@@ -164,7 +159,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(tiny_model, val_pairs):
 
 
 def test_meta_device_counts_what_a_step_keeps(tiny_model, val_pairs):
-    """The plan's bytes a token, counted without weights, against a real forward pass."""
+    """The plan's bytes per token, counted without weights, against a real forward pass."""
     policy = policy_of(tiny_model)
     batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
     weights = sum(
@@ -210,8 +205,8 @@ def test_branch_attention_against_masked_attention(kv_heads):
     ):
         output = attention()
         results.append([output, *torch.autograd.grad(output, (q, k, v), upstream)])
-    for mine, theirs in zip(*results):
-        assert torch.allclose(mine, theirs, atol=2e-5)
+    for ours, expected in zip(*results):
+        assert torch.allclose(ours, expected, atol=2e-5)
 
 
 def test_branch_attention_is_a_proper_operator():
@@ -255,10 +250,10 @@ def test_head_in_chunks_against_cross_entropy(softcap, chunk):
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = -F.cross_entropy(logits, targets, reduction="none")
     assert torch.allclose(logps, expected, atol=1e-5)
-    mine, theirs = (
+    gradient, expected_gradient = (
         torch.autograd.grad(values, hidden, upstream)[0] for values in (logps, expected)
     )
-    assert torch.allclose(mine, theirs, atol=1e-5)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
 
 
 def test_frozen_weights_get_no_gradient_and_prompts_no_logits(tiny_model, val_pairs, monkeypatch):
@@ -293,7 +288,7 @@ def test_bins_hold_every_pair_once_within_the_budget(world):
     assert sorted(i for one in bins for i in one) == members and len(bins) % world == 0
     loads = [sum(packing.size(pairs[i]) for i in one) for one in bins]
     assert all(load <= 2048 or one == [61] for load, one in zip(loads, bins))
-    if world == 1:  # as few as can be, but one
+    if world == 1:  # at most one more than necessary
         assert len(bins) <= math.ceil(sum(loads) / 2048) + 1
 
 
@@ -305,14 +300,12 @@ def test_ranks_share_a_step_without_overlap(packing, count):
     pairs, members = random_pairs(20), list(range(2, 2 + count))
     for world in (1, 2, 4):
         shares = [share_out(members, pairs, packing, rank, world) for rank in range(world)]
-        assert (
-            len({len(share) for share in shares}) == 1
-        )  # FSDP's collectives need every rank as often
+        assert len({len(share) for share in shares}) == 1  # FSDP's collectives need all ranks
         assert sorted(i for share in shares for micro in share for i in micro) == members
 
 
 def test_batches_follow_from_the_seed_alone():
-    """Paired studies: neither loss nor ranks is an argument. Another seed gives another order."""
+    """Neither the loss nor the number of ranks is an argument. Another seed, another order."""
     epochs = [
         [schedule.pairs_of_step(step, 30, 8, seed) for step in range(8)] for seed in (1, 1, 2)
     ]
@@ -351,7 +344,7 @@ SETTINGS = {
 
 
 def train(arguments, ranks: int = 0) -> None:
-    """In this process, or as torchrun does it."""
+    """In this process, or with several ranks as torchrun starts them."""
     if ranks:
         done = run_script("train_pref.py", *arguments, torchrun=ranks)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -382,19 +375,16 @@ def test_ranks_accumulation_and_layout_do_not_change_the_run(
     for expected, line in zip(metrics_of(one_rank), metrics_of(run), strict=True):
         assert expected.keys() == line.keys()
         differ = {"tok_per_s", "peak_gib"}
-        if (
-            "plain" in setting
-        ):  # two prompts a pair; and while the policy is the reference, which was read from a
-            differ.add(
-                "tokens"
-            )  # packed run's file, rounding alone decides which pairs count as ranked right
+        if "plain" in setting:
+            # Two prompts per pair. And while the policy equals the reference, which was read from a
+            # packed run's file, rounding alone decides which pairs count as ranked right.
+            differ.add("tokens")
             differ |= {key for key in expected if "acc" in key and expected["step"] < 2}
         for key in set(expected) - differ:
-            # Sums of hundreds of nats in fp32 differ in the last digits; what is small beside them
-            # does too.
-            tolerance = (
-                1e-5 if key.endswith(("loss", "preference", "grad_norm", "lr", "epoch")) else 5e-4
-            )
+            # Sums of hundreds of nats in fp32 differ in their last digits, and so do their small
+            # differences.
+            exact = key.endswith(("loss", "preference", "grad_norm", "lr", "epoch"))
+            tolerance = 1e-5 if exact else 5e-4
             assert line[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), key
     one, other = (
         load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one_rank, run)
@@ -447,15 +437,15 @@ def test_gradients_are_summed_over_ranks_and_a_division_is_an_error(tmp_path, ra
 
 
 def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
-    """Hits: whatever leaves model and pairs alone. Misses: the quantisation, the dtype, the
-    template, the pairs.
+    """Read from the cache if model and pairs are the same. Not if quantisation, dtype, template or
+    pairs differ.
     """
     data = tmp_path / "data"
     shutil.copytree(pairs_folder, data)
     rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
 
     def cached(*more, model=tiny_model) -> int:
-        """How many of the two splits' references a run finds."""
+        """How many of the two splits' references a run reads from the cache."""
         train(train_args(model, data, tmp_path / "r", "--max_steps", "1", *more))
         return capsys.readouterr().out.count("read from")
 
@@ -492,14 +482,14 @@ def test_dry_run_counts_what_the_run_does_and_loads_nothing(
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("*.safetensors"))
     train(five_steps(model, pairs_folder, tmp_path / "r", "x", "--dry_run"))
-    said = capsys.readouterr().out
-    assert "30 train and 8 val pairs" in said
-    assert "steps: 5, warm-up 1, evaluated after 0, 2, 4, 5" in said
+    output = capsys.readouterr().out
+    assert "30 train and 8 val pairs" in output
+    assert "steps: 5, warm-up 1, evaluated after 0, 2, 4, 5" in output
     steps = [line for line in metrics_of(one_rank) if "lr" in line]
-    assert f"tokens: {sum(line['tokens'] for line in steps):,} in all steps" in said
+    assert f"tokens: {sum(line['tokens'] for line in steps):,} in all steps" in output
     assert [line["step"] for line in metrics_of(one_rank) if "eval/loss" in line] == [0, 2, 4, 5]
     assert all(
-        part in said
+        part in output
         for part in ("weights", "adapter", "optimiser", "activations", "logits", "total")
     )
     assert not (tmp_path / "r").exists()
@@ -521,7 +511,7 @@ def test_padding_is_counted(val_pairs):
 
 
 def test_shapes_without_weights(tiny_model):
-    """What the plan counts is the model's own size, and cutting layers leaves the rest."""
+    """The plan counts the model's own size; removing layers leaves the rest."""
     whole, cut = shapes_of(str(tiny_model)), shapes_of(str(tiny_model), layers=1)
     assert all(p.is_meta for p in whole.parameters())
     layer = sum(p.numel() for p in whole.model.layers[0].parameters())
