@@ -427,7 +427,7 @@ def test_gradients_are_summed_over_ranks_and_a_division_is_an_error(tmp_path, ra
     script = tmp_path / "sums.py"
     script.write_text(SUMS)
     done = run_script(script, *["divided"] * (ranks == 2), torchrun=ranks)
-    assert done.stdout == "summed\n", done.stderr[-2000:]
+    assert "summed" in done.stdout.splitlines(), done.stderr[-2000:]
     if ranks == 2:
         assert done.returncode != 0
         text = f"torch {torch.__version__} with gloo: FSDP reduced a gradient to 1.5 over 2 ranks"
