@@ -196,7 +196,7 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
     tokens, and the gradient norm.
     """
     args, ranks, policy = study.args, study.ranks, study.policy
-    weight = ranks.world / len(members)  # times world: FSDP averages gradients over ranks
+    weight = 1 / len(members)  # of a pair; sharding.py adds gradients over ranks, undivided
     totals = 0.0
     micro_batches = share_out(members, split.pairs, study.packing, ranks.rank, ranks.world)
     for number, micro in enumerate(micro_batches, 1):
@@ -212,7 +212,7 @@ def train_step(study: Study, split: Split, members: list[int]) -> tuple[dict, in
         )
         totals = totals + (sums if micro else torch.zeros_like(sums))
     if study.learned.log_beta_mix is not None:
-        study.learned.log_beta_mix.grad = ranks.sum(study.learned.log_beta_mix.grad) / ranks.world
+        study.learned.log_beta_mix.grad = ranks.sum(study.learned.log_beta_mix.grad)
     # Metrics and gradient norm: one collective, one wait of the host for the device.
     grads = [sharding.local(p.grad) for p in trainable(policy).values() if p.grad is not None]
     square = torch.stack(torch._foreach_norm(grads)).double().square().sum()
@@ -367,7 +367,7 @@ def tokenise(
     """Token ids by split, and counts of what was cut: said here and kept in args.json, truncation
     is never silent.
     """
-    bar = partial(ranks.progress, what="tokenising", unit="pair")
+    bar = partial(ranks.progress, what="tokenising", unit="pairs")
     pairs = {
         split: chat.tokenize_pairs(tokenizer, r, args.max_length, args.truncation, bar)
         for split, r in rows.items()

@@ -1,71 +1,53 @@
-"""A Llama of random weights and a tokenizer trained on the pairs themselves: what a speed test
-needs without a hub.
+"""A Llama of random weights, with a tokenizer trained on the pairs: for speed tests without a hub.
 
-python bench/random_llama.py --pairs PAIRS.jsonl DIR            # Llama-2-7B's shape, 13.5 GB in
-bf16 python bench/random_llama.py --pairs PAIRS.jsonl --layers 2 --hidden 64 --heads 4
---intermediate 128 DIR
+    python bench/random_llama.py --pairs PAIRS.jsonl DIR      Llama-2-7B's shape, 13.5 GB in bf16
+    python bench/random_llama.py --pairs PAIRS.jsonl --layers 2 --hidden 64 --heads 4 \\
+        --intermediate 128 DIR
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from tiny import chatml_tokenizer  # noqa: E402
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--pairs", type=Path, required=True, help="train.jsonl of prep_data.py")
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=11008)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--heads", type=int, default=32)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("folder", type=Path, help="where to write the model; must not exist")
+    add("--pairs", type=Path, required=True, help="train.jsonl of prep_data.py")
+    add("--vocabulary", type=int, default=32000, help="tokens")
+    add("--hidden", type=int, default=4096, help="size of the hidden states")
+    add("--intermediate", type=int, default=11008, help="size of the MLP")
+    add("--layers", type=int, default=32)
+    add("--heads", type=int, default=32)
+    return parser.parse_args()
 
-    temporary = args.folder.with_name(
-        f"{args.folder.name}.tmp"
-    )  # what stands under its own name is complete
-    rows = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines()]
-    texts = [
+
+def texts_of(pairs: Path) -> list[str]:
+    """All messages of a file of pairs."""
+    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    return [
         message["content"]
         for row in rows
         for key in ("prompt", "chosen", "rejected")
         for message in row[key]
     ]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special = ["<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=args.vocabulary,
-            special_tokens=special,
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=special[1],
-        pad_token=special[1],
-        additional_special_tokens=special[:1],
-    )
-    tokenizer.chat_template = TEMPLATE
+
+
+def main() -> None:
+    args = parse_args()
+    # Written under another name first: a folder called args.folder is complete.
+    temporary = args.folder.with_name(f"{args.folder.name}.tmp")
+    tokenizer = chatml_tokenizer(texts_of(args.pairs), args.vocabulary)
     tokenizer.save_pretrained(temporary)
     config = LlamaConfig(
         vocab_size=args.vocabulary,
@@ -75,8 +57,8 @@ def main() -> None:
         num_attention_heads=args.heads,
         max_position_embeddings=4096,
         bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

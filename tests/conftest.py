@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from processes import run_forked
+from tiny import chatml_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,11 +16,6 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def example_rows(count: int) -> list[dict]:
@@ -51,29 +47,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 def tiny_model(tmp_path_factory) -> Path:
     """A random two-layer Llama with a byte-level BPE tokenizer of 600 tokens, as a model folder."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([row["chosen"][0]["content"] for row in example_rows(200)], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        additional_special_tokens=special[1:2],
-    )
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
+    texts = [row["chosen"][0]["content"] for row in example_rows(200)]
+    chatml_tokenizer(texts, 600, more_special=["<|endoftext|>"]).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=600,

@@ -1,5 +1,5 @@
-"""chat.py on the chat templates of Llama-2, Mistral, Gemma and Zephyr and on TRL 1.16's token ids:
-the split, special tokens, merged boundaries, truncation.
+"""chat.py: the split, special tokens, merged boundaries and truncation, on the chat templates of
+Llama-2, Mistral, Gemma and Zephyr and on TRL 1.16's token ids.
 """
 
 import hashlib
@@ -12,13 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, ROOT, example_rows
+from conftest import ROOT, example_rows
+from tiny import CHATML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pref.files.console import UserError
 from pref.model.chat import (
     TokenPair,
+    apply_template,
     encode,
     end_token_ids,
     prompt_ids,
@@ -38,7 +40,7 @@ LLAMA2_SPACE = TEMPLATES["llama2"] + "{%- if add_generation_prompt -%}{{- ' ' -}
 NO_LIMIT = 10**9
 
 
-def said(role: str, content: str) -> dict:
+def message(role: str, content: str) -> dict:
     return {"role": role, "content": content}
 
 
@@ -46,22 +48,22 @@ def pair_row(name: str, prompt: list[dict], chosen: str, rejected: str) -> dict:
     return {
         "id": name,
         "prompt": prompt,
-        "chosen": [said("assistant", chosen)],
-        "rejected": [said("assistant", rejected)],
+        "chosen": [message("assistant", chosen)],
+        "rejected": [message("assistant", rejected)],
     }
 
 
-SYSTEM = said("system", "Answer briefly.")
-TURNS = [said("user", "Is it 4?"), said("assistant", "It is."), said("user", "And 3 × 8?")]
-# Conversations that the examples have none of; bench/trl_tokens.py shows them to TRL as well.
+SYSTEM = message("system", "Answer briefly.")
+TURNS = [message("user", "Is it 4?"), message("assistant", "It is."), message("user", "And 3 × 8?")]
+# Conversations of kinds that the examples lack. bench/trl_tokens.py gives them to TRL as well.
 HARD_ROWS = [
     pair_row("turns", TURNS, "24, or two dozen.", "The answer is 25."),
-    pair_row("system", [SYSTEM, said("user", "Is it 4?")], "It is.", "No, it is 5 😀."),
+    pair_row("system", [SYSTEM, message("user", "Is it 4?")], "It is.", "No, it is 5 😀."),
     pair_row("system and turns", [SYSTEM, *TURNS], "24", "(25)"),
     pair_row("same beginning", TURNS, "It is 24, not 25.", "It is 24, or so."),
     pair_row("one is the other's beginning", TURNS, "It is 24", "It is 24 and 25"),
     pair_row("line breaks", TURNS, "\n\n24\n\n- two dozen\n", "\tIt is\n25"),
-    pair_row("spaces", [said("user", "  two  spaces  ")], "  24", "25  "),
+    pair_row("spaces", [message("user", "  two  spaces  ")], "  24", "25  "),
 ]
 
 
@@ -142,7 +144,8 @@ def conversation(row: dict, side: str) -> list[dict]:
 
 WRITTEN = {  # of a system message, two user turns and an answer to each
     "llama2": (
-        "<s>[INST] <<SYS>>\nAnswer briefly.\n<</SYS>>\n\nIs it 4? [/INST] It is. </s><s>[INST] And 3 × 8? [/INST]",
+        "<s>[INST] <<SYS>>\nAnswer briefly.\n<</SYS>>\n\nIs it 4? [/INST] It is. </s>"
+        "<s>[INST] And 3 × 8? [/INST]",
         " 24 </s>",
     ),
     "mistral": (
@@ -156,8 +159,8 @@ WRITTEN = {  # of a system message, two user turns and an answer to each
         "24<end_of_turn>\n",
     ),
     "zephyr": (
-        "<|system|>\nAnswer briefly.</s>\n<|user|>\nIs it 4?</s>\n<|assistant|>\nIt is.</s>\n<|user|>\nAnd 3 × 8?</s>\n"
-        "<|assistant|>\n",
+        "<|system|>\nAnswer briefly.</s>\n<|user|>\nIs it 4?</s>\n<|assistant|>\nIt is.</s>\n"
+        "<|user|>\nAnd 3 × 8?</s>\n<|assistant|>\n",
         "24</s>\n",
     ),
 }
@@ -194,9 +197,39 @@ def test_what_a_template_refuses_for_another_reason_than_the_system_message_is_a
     for name in ("llama2", "mistral", "gemma"):
         for system in ([], [SYSTEM]):
             with pytest.raises(
-                UserError, match="refuses a conversation: user and assistant must take turns"
+                UserError, match="rejects a conversation: user and assistant must take turns"
             ):
                 prompt_ids(small_tokenizer(TEMPLATES[name]), [*system, TURNS[0], TURNS[2]])
+
+
+THINKING = (  # as Qwen3's: no thoughts in earlier answers, an empty block before the last one
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def test_a_template_that_knows_thinking_closes_the_thoughts_in_the_prompt():
+    """For training, answering and judging alike: a response begins with the answer itself."""
+    tokenizer = small_tokenizer(THINKING)
+    pair = tokenize_pair(tokenizer, pair_row("x", TURNS, "24", "no"))
+    assert tokenizer.decode(pair.prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(pair.chosen) == "24<|im_end|>\n" and pair.merged == 0
+    assert prompt_ids(tokenizer, TURNS) == pair.prompt
+    judged = encode(tokenizer, apply_template(tokenizer, TURNS, generation_prompt=True))
+    assert judged == pair.prompt
+
+
+def test_template_options_change_nothing_where_the_template_does_not_know_them(tokenizer):
+    for row in rows_for_all():
+        if row["prompt"][0]["role"] != "system":
+            for messages, prompt in ((row["prompt"], True), (conversation(row, "chosen"), False)):
+                assert render(tokenizer, messages, prompt) == tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt
+                )
 
 
 # ---- the split ----------------------------------------------------------------------------------
@@ -277,7 +310,10 @@ def test_a_template_whose_conversations_do_not_begin_with_its_prompts_is_refused
     """Above 1 % of the pairs, because a split there would be wrong; up to that it is counted as
     merged.
     """
-    head = "{{ bos_token }}{% if messages[-1].content.startswith('ODD') %}another head{% else %}a head{% endif %}"
+    head = (
+        "{{ bos_token }}{% if messages[-1].content.startswith('ODD') %}another head"
+        "{% else %}a head{% endif %}"
+    )
     tokenizer, rows = small_tokenizer(head + CHATML), example_rows(200)
     for i, row in enumerate(rows[:3]):
         pairs = tokenize_pairs(tokenizer, rows, NO_LIMIT)
@@ -341,8 +377,8 @@ def test_prompt_and_response_tokenised_apart_are_other_tokens():
 
 
 def test_one_merging_answer_moves_the_split_for_both():
-    """`The` joins the space, the byte pieces of the other answer cannot: the prompt stays the same
-    for both.
+    """`The` merges with the space, the byte pieces of the other answer cannot. Both get the same
+    prompt.
     """
     tokenizer = small_tokenizer(LLAMA2_SPACE)
     answers = {"The answer is 24.": "▁The", "😀": "▁"}
@@ -491,7 +527,7 @@ def test_keep_start_keeps_the_start_of_the_sequence():
             )
 
 
-def test_truncation_is_counted_and_said(capsys):
+def test_truncation_is_counted_and_printed(capsys):
     """train_pref.py's counts, which it keeps in args.json, and its line."""
     import torch
 

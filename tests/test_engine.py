@@ -1,5 +1,5 @@
-"""The training engine: every layout, kernel, rank count and accumulation gives the numbers of the
-plain path.
+"""The training engine: every layout, kernel, number of ranks and of micro-batches gives the numbers
+of the plain path.
 """
 
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, write_jsonl
+from conftest import ROOT, run_script, write_jsonl
 from safetensors.torch import load_file
 from test_train import ONE, metrics_of, tiny_policy, train_args, val_pairs
 from torch.nn.attention.flex_attention import flex_attention
@@ -23,7 +23,7 @@ from pref.model import logps
 from pref.model.attention import block_mask, branch_attention, needs_own_attention
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, TargetLogps, logps_of, slopes_of, sum_by_row
-from pref.model.packing import Packing, fill_bins, make_batch, share_out
+from pref.model.packing import Packing, fill_bins, layout_rows, make_batch, share_out
 from pref.training import arguments, schedule
 from pref.training.plan import load_of, saved_bytes, shapes_of
 from pref.training.reference import reference_key
@@ -52,16 +52,13 @@ def policy_of(model) -> ResponseLogps:
 
 
 def logps_and_gradients(policy, pairs, packing) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Per token and per response log-probs, and the gradient of a sum of margins, weighted by
-    pair.
-    """
+    """Log-probs per token and per response, and the gradient of a weighted sum of margins."""
     batch = make_batch(pairs, packing, ONE.device)
     logps = policy(batch)[0]
     chosen, rejected = sum_by_row(logps, batch).chunk(2)
     policy.zero_grad()
-    (
-        (chosen - rejected) * torch.linspace(1, 2, len(pairs))
-    ).sum().backward()  # not a sigmoid: it would be saturated
+    margins = chosen - rejected  # not through a sigmoid, which would be saturated
+    (margins * torch.linspace(1, 2, len(pairs))).sum().backward()
     grads = {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
     return logps.detach(), torch.stack([chosen, rejected]).detach(), grads
 
@@ -75,6 +72,20 @@ def assert_equal(one: tuple, other: tuple, tolerance: float = 1e-5) -> None:
 
 
 # ---- layouts ------------------------------------------------------------------------------------
+
+
+def test_the_layout_that_packings_docstring_shows():
+    pairs = [TokenPair([11, 12], [21, 22], [31]), TokenPair([13], [23], [32, 33])]
+    batch = make_batch(pairs, Packing(0), ONE.device)
+    assert batch.input_ids.tolist() == [[11, 12, 21, 22, 31, 13, 23, 32, 33]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
+    assert layout_rows(batch.mask) == [(0, 2, 2, 1), (5, 1, 1, 2)]
+    assert batch.targets.tolist() == [21, 22, 23, 31, 32, 33]
+    assert batch.positions.tolist() == [1, 2, 5, 1, 5, 7]
+    assert batch.segments.tolist() == [0, 0, 1, 2, 3, 3]
+    assert batch.lengths.tolist() == [2, 1, 1, 2] and batch.chosen_tokens == 3
+    sizes = [TokenPair([0] * (size - 2), [0], [0]) for size in (6, 5, 4, 3, 2)]
+    assert fill_bins([0, 1, 2, 3, 4], sizes, Packing(0, tokens=11), 1) == [[0, 3, 4], [1, 2]]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
@@ -93,8 +104,8 @@ def test_plain_path_is_the_models_own_forward(tiny_model, val_pairs):
 
 
 def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
-    """Changing one response changes no other log-prob in the micro-batch: not its pair's, not its
-    neighbours'.
+    """Changing one response changes no other log-prob in the micro-batch, neither in its own pair
+    nor in others.
     """
     policy = policy_of(tiny_model)
     changed = [
@@ -111,9 +122,7 @@ def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
 
 
 def test_compiled_layers_equal_eager_ones(tiny_model, val_pairs):
-    """Also for another number of tokens and of pairs than was compiled first, and for a micro-batch
-    of one.
-    """
+    """Also for other numbers of tokens and pairs than compiled first, and for a single pair."""
     eager, compiled = policy_of(tiny_model), policy_of(tiny_model)
     compiled.prepare_layers(compiled=True, checkpointed=False)
     for pairs in (val_pairs[:4], val_pairs, val_pairs[2:3]):
@@ -123,7 +132,7 @@ def test_compiled_layers_equal_eager_ones(tiny_model, val_pairs):
 
 
 def kept_bytes(policy, batch) -> int:
-    """What autograd keeps of one forward pass through the layers."""
+    """Bytes that autograd saves in one forward pass through the layers."""
     sizes = {}
 
     def keep(tensor):
@@ -150,7 +159,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(tiny_model, val_pairs):
 
 
 def test_meta_device_counts_what_a_step_keeps(tiny_model, val_pairs):
-    """The plan's bytes a token, counted without weights, against a real forward pass."""
+    """The plan's bytes per token, counted without weights, against a real forward pass."""
     policy = policy_of(tiny_model)
     batch = make_batch(val_pairs, LAYOUTS["shared, packed"], ONE.device)
     weights = sum(
@@ -196,8 +205,8 @@ def test_branch_attention_against_masked_attention(kv_heads):
     ):
         output = attention()
         results.append([output, *torch.autograd.grad(output, (q, k, v), upstream)])
-    for mine, theirs in zip(*results):
-        assert torch.allclose(mine, theirs, atol=2e-5)
+    for ours, expected in zip(*results):
+        assert torch.allclose(ours, expected, atol=2e-5)
 
 
 def test_branch_attention_is_a_proper_operator():
@@ -241,10 +250,10 @@ def test_head_in_chunks_against_cross_entropy(softcap, chunk):
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = -F.cross_entropy(logits, targets, reduction="none")
     assert torch.allclose(logps, expected, atol=1e-5)
-    mine, theirs = (
+    gradient, expected_gradient = (
         torch.autograd.grad(values, hidden, upstream)[0] for values in (logps, expected)
     )
-    assert torch.allclose(mine, theirs, atol=1e-5)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
 
 
 def test_frozen_weights_get_no_gradient_and_prompts_no_logits(tiny_model, val_pairs, monkeypatch):
@@ -279,7 +288,7 @@ def test_bins_hold_every_pair_once_within_the_budget(world):
     assert sorted(i for one in bins for i in one) == members and len(bins) % world == 0
     loads = [sum(packing.size(pairs[i]) for i in one) for one in bins]
     assert all(load <= 2048 or one == [61] for load, one in zip(loads, bins))
-    if world == 1:  # as few as can be, but one
+    if world == 1:  # at most one more than necessary
         assert len(bins) <= math.ceil(sum(loads) / 2048) + 1
 
 
@@ -291,14 +300,12 @@ def test_ranks_share_a_step_without_overlap(packing, count):
     pairs, members = random_pairs(20), list(range(2, 2 + count))
     for world in (1, 2, 4):
         shares = [share_out(members, pairs, packing, rank, world) for rank in range(world)]
-        assert (
-            len({len(share) for share in shares}) == 1
-        )  # FSDP's collectives need every rank as often
+        assert len({len(share) for share in shares}) == 1  # FSDP's collectives need all ranks
         assert sorted(i for share in shares for micro in share for i in micro) == members
 
 
 def test_batches_follow_from_the_seed_alone():
-    """Paired studies: neither loss nor ranks is an argument. Another seed gives another order."""
+    """Neither the loss nor the number of ranks is an argument. Another seed, another order."""
     epochs = [
         [schedule.pairs_of_step(step, 30, 8, seed) for step in range(8)] for seed in (1, 1, 2)
     ]
@@ -337,7 +344,7 @@ SETTINGS = {
 
 
 def train(arguments, ranks: int = 0) -> None:
-    """In this process, or as torchrun does it."""
+    """In this process, or with several ranks as torchrun starts them."""
     if ranks:
         done = run_script("train_pref.py", *arguments, torchrun=ranks)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -368,19 +375,16 @@ def test_ranks_accumulation_and_layout_do_not_change_the_run(
     for expected, line in zip(metrics_of(one_rank), metrics_of(run), strict=True):
         assert expected.keys() == line.keys()
         differ = {"tok_per_s", "peak_gib"}
-        if (
-            "plain" in setting
-        ):  # two prompts a pair; and while the policy is the reference, which was read from a
-            differ.add(
-                "tokens"
-            )  # packed run's file, rounding alone decides which pairs count as ranked right
+        if "plain" in setting:
+            # Two prompts per pair. And while the policy equals the reference, which was read from a
+            # packed run's file, rounding alone decides which pairs count as ranked right.
+            differ.add("tokens")
             differ |= {key for key in expected if "acc" in key and expected["step"] < 2}
         for key in set(expected) - differ:
-            # Sums of hundreds of nats in fp32 differ in the last digits; what is small beside them
-            # does too.
-            tolerance = (
-                1e-5 if key.endswith(("loss", "preference", "grad_norm", "lr", "epoch")) else 5e-4
-            )
+            # Sums of hundreds of nats in fp32 differ in their last digits, and so do their small
+            # differences.
+            exact = key.endswith(("loss", "preference", "grad_norm", "lr", "epoch"))
+            tolerance = 1e-5 if exact else 5e-4
             assert line[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), key
     one, other = (
         load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one_rank, run)
@@ -389,16 +393,59 @@ def test_ranks_accumulation_and_layout_do_not_change_the_run(
         assert torch.allclose(one[name], other[name], atol=2e-5), name
 
 
+SUMS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from pref.files import console
+from pref.model import sharding
+from pref.model.ranks import close_ranks, init_ranks
+
+def main():
+    ranks = init_ranks()
+    mesh = init_device_mesh("cpu", (ranks.world,))
+    for dtype in (torch.float32, torch.bfloat16):
+        sharding.check_gradient_sum(mesh, MixedPrecisionPolicy(dtype, torch.float32), ranks)
+    ranks.print("summed")
+    if "divided" in sys.argv:
+        sharding.sum_gradients = lambda module: (
+            module.set_force_sum_reduction_for_comms(True),
+            module.set_gradient_divide_factor(float(ranks.world)),
+        )
+        sharding.check_gradient_sum(mesh, MixedPrecisionPolicy(), ranks)
+    close_ranks()
+
+console.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gradients_are_summed_over_ranks_and_a_division_is_an_error(tmp_path, ranks):
+    """The check at the start of a run, with FSDP as `shard` sets it up and as it must not be."""
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS)
+    done = run_script(script, *["divided"] * (ranks == 2), torchrun=ranks)
+    assert "summed" in done.stdout.splitlines(), done.stderr[-2000:]
+    if ranks == 2:
+        assert done.returncode != 0
+        text = f"torch {torch.__version__} with gloo: FSDP reduced a gradient to 1.5 over 2 ranks"
+        assert f"{text} instead of 3, their sum" in done.stderr
+    else:
+        assert done.returncode == 0
+
+
 def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
-    """Hits: whatever leaves model and pairs alone. Misses: the quantisation, the dtype, the
-    template, the pairs.
+    """Read from the cache if model and pairs are the same. Not if quantisation, dtype, template or
+    pairs differ.
     """
     data = tmp_path / "data"
     shutil.copytree(pairs_folder, data)
     rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
 
     def cached(*more, model=tiny_model) -> int:
-        """How many of the two splits' references a run finds."""
+        """How many of the two splits' references a run reads from the cache."""
         train(train_args(model, data, tmp_path / "r", "--max_steps", "1", *more))
         return capsys.readouterr().out.count("read from")
 
@@ -435,14 +482,14 @@ def test_dry_run_counts_what_the_run_does_and_loads_nothing(
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("*.safetensors"))
     train(five_steps(model, pairs_folder, tmp_path / "r", "x", "--dry_run"))
-    said = capsys.readouterr().out
-    assert "30 train and 8 val pairs" in said
-    assert "steps: 5, warm-up 1, evaluated after 0, 2, 4, 5" in said
+    output = capsys.readouterr().out
+    assert "30 train and 8 val pairs" in output
+    assert "steps: 5, warm-up 1, evaluated after 0, 2, 4, 5" in output
     steps = [line for line in metrics_of(one_rank) if "lr" in line]
-    assert f"tokens: {sum(line['tokens'] for line in steps):,} in all steps" in said
+    assert f"tokens: {sum(line['tokens'] for line in steps):,} in all steps" in output
     assert [line["step"] for line in metrics_of(one_rank) if "eval/loss" in line] == [0, 2, 4, 5]
     assert all(
-        part in said
+        part in output
         for part in ("weights", "adapter", "optimiser", "activations", "logits", "total")
     )
     assert not (tmp_path / "r").exists()
@@ -464,7 +511,7 @@ def test_padding_is_counted(val_pairs):
 
 
 def test_shapes_without_weights(tiny_model):
-    """What the plan counts is the model's own size, and cutting layers leaves the rest."""
+    """The plan counts the model's own size; removing layers leaves the rest."""
     whole, cut = shapes_of(str(tiny_model)), shapes_of(str(tiny_model), layers=1)
     assert all(p.is_meta for p in whole.parameters())
     layer = sum(p.numel() for p in whole.model.layers[0].parameters())

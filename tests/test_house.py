@@ -1,7 +1,6 @@
 """The structure of the repository: imports run one way, files are short, nothing needs Linux."""
 
 import ast
-import os
 import subprocess
 import sys
 

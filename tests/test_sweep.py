@@ -649,7 +649,8 @@ def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_fol
             commands.train_command(study, Point(0, "run", list(map(str, args))), [])
         ] * nodes
     processes = [
-        subprocess.Popen(command, env=os.environ | commands.TORCHRUN_ENVIRONMENT) for command in started
+        subprocess.Popen(command, env=os.environ | commands.TORCHRUN_ENVIRONMENT)
+        for command in started
     ]
     assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
     one, two = (

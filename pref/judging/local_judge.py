@@ -11,19 +11,14 @@ from pref.files.console import UserError
 from pref.judging import protocol
 from pref.judging.protocol import Judge
 
-# Fixed, or a rerun on another day or with another default would be another prompt: Llama-3's
-# template writes today's date, Qwen3's leaves room for thinking, after which no rating can stand
-# directly.
-TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
-
 
 def open_local_judge(args: argparse.Namespace) -> Judge:
     """A transformers model that scores here, one request at a time, without generating or
     parsing.
     """
-    from pref.model.loading import (
-        fingerprint,
-    )  # with torch and PEFT behind it: a judge behind a server needs neither
+    # Imported here because they load torch, which a judge behind a server does not need.
+    from pref.model import chat
+    from pref.model.loading import fingerprint
 
     model, tokenizer = load_judge(args.judge.removeprefix("hf:"), args.dtype)
     return Judge(
@@ -33,7 +28,7 @@ def open_local_judge(args: argparse.Namespace) -> Judge:
             "method": "expected_rating",
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": fingerprint(model),
-            "template": disk.sha256_json([tokenizer.chat_template, TEMPLATE_OPTIONS]),
+            "template": disk.sha256_json([tokenizer.chat_template, chat.TEMPLATE_OPTIONS]),
         },
         ask=functools.partial(ask_local, model, tokenizer),
         concurrency=1,
@@ -49,6 +44,7 @@ def load_judge(path: str, dtype: str):
     import torch
     import transformers
 
+    from pref.model import chat
     from pref.model.loading import pick_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,10 +61,8 @@ def load_judge(path: str, dtype: str):
     if not tokenizer.chat_template:
         raise UserError(f"--judge hf:{path}: has no chat template; take an instruction-tuned model")
     try:
-        shown = render(
-            tokenizer,
-            [{"role": "system", "content": "<<1>>"}, {"role": "user", "content": "<<2>>"}],
-        )
+        messages = [{"role": "system", "content": "<<1>>"}, {"role": "user", "content": "<<2>>"}]
+        shown = chat.apply_template(tokenizer, messages, generation_prompt=True)
     except jinja2.TemplateError as error:
         shown = str(error)
     if "<<1>>" not in shown:
@@ -81,12 +75,6 @@ def load_judge(path: str, dtype: str):
         raise UserError(
             f"--judge hf:{path}: does not fit into this GPU's memory; serve it and give --base_url"
         ) from None
-
-
-def render(tokenizer, messages: list[dict]) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
-    )
 
 
 def encode_ratings(
@@ -153,9 +141,12 @@ def ask_local(model, tokenizer, request: dict) -> dict:
     """
     import torch
 
+    from pref.model import chat
+
     pair = request.get("grading") == "pair"
     strings = tuple(protocol.VERDICTS) if pair else protocol.RATING_STRINGS
-    prompt, ratings = encode_ratings(tokenizer, render(tokenizer, request["messages"]), strings)
+    text = chat.apply_template(tokenizer, request["messages"], generation_prompt=True)
+    prompt, ratings = encode_ratings(tokenizer, text, strings)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     counts = {"prompt_tokens": len(prompt), "completion_tokens": 0}
     if len(prompt) + max(map(len, ratings)) > limit:

@@ -1,13 +1,26 @@
-"""Micro-batches: which pairs go together, how their tokens are laid out, and the attention that
-keeps them apart.
+"""Attention over packed rows: each response sees its prompt and itself, and nothing else.
 
-A pair is one row `[prompt | chosen | rejected]` in which both responses continue the same prompt:
-positions restart after the prompt, and neither response sees the other (`--prefix_sharing off`: two
-rows with a prompt each). Rows stand one after another in a single sequence without padding, as many
-as fit a budget of tokens (`--packing off`: a fixed number of pairs, every row padded to the
-longest). With both off a micro-batch is an ordinary padded batch with the model's own attention:
-the path that the other three are compared with.
+packing.py lays rows `[prompt | first | second]` one after another. The mask, written out for a row
+of prompt 2, first 2, second 1 (query down, key across; 1 = visible):
+
+            p p f f s
+        p   1 . . . .      prompt and first response: an ordinary causal sequence ("trunk")
+        p   1 1 . . .
+        f   1 1 1 . .
+        f   1 1 1 1 .
+        s   1 1 . . 1      second response: the prompt, and itself causally
+
+Two implementations of the same mask:
+
+CUDA  FlexAttention, which skips the blocks of a BlockMask that are all zero (`block_mask`).
+CPU   three calls of flash attention per row on the dense parts of the mask, so that no work is
+      spent on zeros (`branch_attention`).
+
+transformers finds both as the attention implementation "branches" (`branches`, registered below).
+Plain padded batches go to its ordinary attention.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,63 +30,82 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pref.model.packing import Batch
+from pref.model.packing import Batch, layout_rows
 
 
 def needs_own_attention(model: str, longest: int) -> str | None:
-    """Why a model (hub id or folder) whose longest sequence has `longest` tokens cannot use
-    `branches`, or None.
+    """Why a model (hub id or folder) cannot use `branches`, or None if it can.
+
+    longest: tokens of the longest sequence it will see.
     """
     config = AutoConfig.from_pretrained(model).get_text_config()
     if getattr(config, "attn_logit_softcapping", None):
         return f"{config.model_type} caps its attention logits"
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and longest > window:
-        return f"a sequence of {longest} tokens is longer than {config.model_type}'s attention window of {window}"
+        return (
+            f"a sequence of {longest} tokens is longer than {config.model_type}'s attention window "
+            f"of {window}"
+        )
     return None
 
 
 def block_mask(batch: Batch) -> BlockMask:
-    """FlexAttention's mask of a packed batch: within a row, a token sees the prompt and its own
-    branch before it.
-    """
+    """FlexAttention's mask of a packed batch on CUDA."""
     device, length = batch.input_ids.device, batch.input_ids.shape[1]
+    # Per token: its row, and its part: 0 prompt, 1 first response, 2 second. Padding is row -1.
     row = torch.full((length,), -1, device=device)
-    branch = torch.zeros(length, dtype=torch.long, device=device)
-    for number, (start, prompt, first, second) in enumerate(batch.mask[0, 0, :-1].tolist()):
-        row[start : start + prompt + first + second] = number
-        branch[start + prompt : start + prompt + first] = 1
-        branch[start + prompt + first : start + prompt + first + second] = 2
+    part = torch.zeros(length, dtype=torch.long, device=device)
+    for number, (start, prompt, first, second) in enumerate(layout_rows(batch.mask)):
+        first_start = start + prompt
+        second_start = first_start + first
+        end = second_start + second
+        row[start:end] = number
+        part[first_start:second_start] = 1
+        part[second_start:end] = 2
 
-    def sees(_b, _h, q, k):
-        return (q >= k) & (row[q] == row[k]) & ((branch[k] == 0) | (branch[q] == branch[k]))
+    def is_visible(_batch, _head, q, k):
+        return (q >= k) & (row[q] == row[k]) & ((part[k] == 0) | (part[q] == part[k]))
 
-    return create_block_mask(sees, None, None, length, length, device=device)
+    return create_block_mask(is_visible, None, None, length, length, device=device)
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _blocks(layout: Tensor) -> list[tuple[slice, slice, bool]]:
-    """The dense blocks of the mask as (queries, keys, causal): prompt and first branch, which are
-    an ordinary causal sequence; the second branch among itself; the second branch to the prompt.
-    The last two share their queries.
+class Block(NamedTuple):
+    """A dense part of the mask: which queries see which keys, all of them or causally."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def _blocks(layout: Tensor) -> list[Block]:
+    """The dense parts of the mask, row by row.
+
+    For the row in the module's docstring: 0:4 to 0:4 causal, 4:5 to 4:5 causal, 4:5 to 0:2 full.
+    The last two share their queries, the second response. Every query's first block is a causal
+    one.
     """
     blocks = []
-    for start, prompt, first, second in layout[0, 0, :-1].tolist():
-        trunk, end = slice(start, start + prompt + first), start + prompt + first
-        blocks.append((trunk, trunk, True))
+    for start, prompt, first, second in layout_rows(layout):
+        prompt_end = start + prompt
+        trunk = slice(start, prompt_end + first)
+        blocks.append(Block(trunk, trunk, causal=True))
         if second:
-            other = slice(end, end + second)
-            blocks += [(other, other, True), (other, slice(start, start + prompt), False)]
+            response = slice(trunk.stop, trunk.stop + second)
+            blocks.append(Block(response, response, causal=True))
+            blocks.append(Block(response, slice(start, prompt_end), causal=False))
     return blocks
 
 
 def _all_heads(kv: Tensor, query: Tensor) -> Tensor:
-    """Keys or values repeated for the query heads that share them. Inside the operator: outside,
-    the repeated ones would be kept for the backward pass, and torch.compile turns their gradient's
-    sum into scalar code.
+    """Keys or values (1, groups, T, D) repeated for the query heads that share them.
+
+    Done inside the operator: outside, the repeated tensors would be kept for the backward pass, and
+    torch.compile turns the sum of their gradients into scalar code.
     """
     groups = query.shape[1] // kv.shape[1]
     return kv.repeat_interleave(groups, dim=1) if groups > 1 else kv
@@ -83,12 +115,16 @@ def _all_heads(kv: Tensor, query: Tensor) -> Tensor:
 def branch_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over packed rows on CPU, by flash attention on the mask's dense blocks alone.
+    """Attention over packed rows on the CPU, by flash attention on the mask's dense blocks.
 
-    query (1, heads, T, D); key, value (1, heads or a divisor, T, D); layout as in Batch.mask.
-    Returns the output (1, heads, T, D) and the logarithm of each query's normaliser (1, heads, T),
-    fp32. Two blocks with the same queries are joined by their normalisers, as in ring attention
-    (Liu et al. 2023).
+    query (1, heads, T, D); key, value (1, heads or a divisor of it, T, D); layout as in Batch.mask.
+    Returns the output (1, heads, T, D), and the logarithm of each query's softmax normaliser
+    (1, heads, T) in fp32, for the backward pass. Padding gets zeros.
+
+    A query with two blocks has an output o_i and a log-normaliser l_i from each. As in ring
+    attention (Liu et al. 2023), its output over both is
+
+        sum_i exp(l_i - l) o_i    with    l = log sum_i exp(l_i)
     """
     key, value = (_all_heads(t, query) for t in (key, value))
     output = torch.zeros_like(query)
@@ -97,7 +133,7 @@ def branch_attention(
         out, lse = _flash(
             query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale
         )
-        if not causal:
+        if not causal:  # the queries' second block: join it to the first
             before = normaliser[:, :, queries]
             both = torch.logaddexp(before, lse)
             old, new = (torch.exp(part - both).unsqueeze(-1) for part in (before, lse))
@@ -122,15 +158,18 @@ def branch_attention_backward(
     layout: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of branch_attention. With a query's whole output and normaliser, each block's flash
-    backward gives that block's exact share.
+    """Gradients of `branch_attention` for query, key and value.
+
+    Flash attention's backward recomputes a block's attention weights from the log-normaliser. Given
+    the output and normaliser over all of a query's blocks, it returns exactly the block's share of
+    the gradients; the shares are added.
     """
     repeated = (query, *(_all_heads(t, query) for t in (key, value)))
     gradients = tuple(torch.zeros_like(t) for t in repeated)  # zeros: padding gets none
     for queries, keys, causal in _blocks(layout):
         places = (queries, keys, keys)
         inputs = (t[:, :, place] for t, place in zip(repeated, places))
-        parts = _flash_backward(
+        shares = _flash_backward(
             grad[:, :, queries],
             *inputs,
             output[:, :, queries],
@@ -139,13 +178,14 @@ def branch_attention_backward(
             causal,
             scale=scale,
         )
-        for whole, part, place in zip(gradients, parts, places):
-            if causal:  # the first to write here
-                whole[:, :, place] = part
+        for gradient, share, place in zip(gradients, shares, places):
+            if causal:  # the first block to write to this place
+                gradient[:, :, place] = share
             else:
-                whole[:, :, place] += part
+                gradient[:, :, place] += share
     if key.shape == query.shape:
         return gradients
+    # Sum over the query heads that share a key or value head.
     by_group = (t.unflatten(1, (key.shape[1], -1)) for t in gradients[1:])
     return gradients[0], *(torch.sum(t, 2, out=torch.empty_like(key)) for t in by_group)
 
@@ -160,21 +200,20 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(query, key, value, *output, layout)
 
 
-def _gradients(ctx, grad, _):
+def _gradients(ctx, grad, _grad_of_normaliser):
     query, key, value, output, lse, layout = ctx.saved_tensors
-    return (
-        *branch_attention_backward(grad, query, key, value, output, lse, layout, ctx.scale),
-        None,
-        None,
-    )
+    gradients = branch_attention_backward(grad, query, key, value, output, lse, layout, ctx.scale)
+    return *gradients, None, None  # none for layout and scale
 
 
 branch_attention.register_autograd(_gradients, setup_context=_save)
 
 
 def branches(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """transformers' attention function by what stands in the mask's place: a BlockMask (packed,
-    CUDA), a layout (packed, CPU), or an ordinary mask. Returns (1, T, heads, D) and None.
+    """Attention as transformers calls it. The kind of mask selects the implementation.
+
+    attention_mask: a BlockMask (packed, CUDA), an int64 layout (packed, CPU), or an ordinary mask
+    or None. Returns the output (1, T, heads, D) and no attention weights.
     """
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

@@ -1,25 +1,24 @@
-"""the frozen base model"""
+"""Load the frozen base model, and identify the weights that were loaded."""
 
 import hashlib
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from pref.files.console import UserError
-from pref.model import chat
+from pref.files.console import UserError, first_line
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bf16 where the hardware computes it, else fp32."""
+    """The dtype called `name`. 'auto' is bf16 where the hardware computes in it, else fp32."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Builds of torch without oneDNN, such as those for macOS on ARM, lack the operator.
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        has_bf16 = supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def load_base(
@@ -29,10 +28,12 @@ def load_base(
     device: torch.device,
     storage: torch.dtype = torch.uint8,
 ) -> PreTrainedModel:
-    """The base model of a hub id or folder, on `device`, frozen. quant: 'nf4' (double quantisation)
-    or 'none'. On the meta device: its shapes without its weights.
+    """The base model of a hub id or folder, on `device`, frozen.
 
-    Raises UserError if it cannot be had or is no causal language model.
+    quant: 'nf4' (4 bits, double quantisation) or 'none'. storage: dtype of the tensors that hold
+    packed 4-bit weights. On the meta device the model has its shapes only; no weights are read.
+
+    Raises UserError if the model cannot be loaded or is not a causal language model.
     """
     quantisation = None
     if quant == "nf4":
@@ -52,13 +53,13 @@ def load_base(
             )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--model {model}: cannot be loaded ({chat.first_line(error)}); "
-            "give a folder, or a hub id that this machine reaches (gated models need `hf auth login`)"
+            f"--model {model}: cannot be loaded ({first_line(error)}); give a folder, or a hub id "
+            "that this machine reaches (gated models need `hf auth login`)"
         ) from None
     base.requires_grad_(False)
     base.config.use_cache = False
-    # The model stays in train mode throughout (see `dropout`), where attention dropout would reach
-    # the reference too.
+    # The model stays in train mode throughout (see lora.dropout). Attention dropout would then act
+    # on the reference too.
     for module in base.modules():
         if getattr(module, "attention_dropout", 0):
             module.attention_dropout = 0.0
@@ -66,8 +67,9 @@ def load_base(
 
 
 def fingerprint(base: PreTrainedModel) -> str:
-    """sha256 over a sample of every loaded parameter: equal only for the same weights, quantisation
-    and dtype.
+    """sha256 over a sample of every parameter as loaded, at most 8,191 values of each.
+
+    Equal only for the same weights, quantisation and dtype.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base.named_parameters()):

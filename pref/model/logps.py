@@ -1,9 +1,17 @@
-"""The model: device and ranks, loading, LoRA, FSDP2, and log-probabilities of responses.
+"""Log-probabilities of response tokens: what training, evaluation and the reference all compare.
 
-Shared because a log-probability must mean the same in training, evaluation and the reference.
+`ResponseLogps` wraps a causal language model. Its forward takes a packed `Batch` through two parts:
+
+    backbone   (1, T) token ids -> (N, H) hidden states that predict the N response tokens
+    head       (N, H) -> (N,) log-probs, a chunk of tokens at a time
+
+With vocabularies of 32k to 256k the logits, not the layers, would dominate memory. So prompts never
+reach the head, and no (N, V) tensor is ever held. There are two heads: `TargetLogps`, for
+log-probs alone, and `ResponseLogps.chunk`, which gives divergences and scores from the logits too.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +28,10 @@ LOGITS_CHUNK = 2**24  # fp32 logits held at once, 64 MiB: 524 response tokens at
 
 
 def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
-    """Per response token (the first n of N) -> (2B,) sums per row, fp32. Added in float64: the
-    order, which CUDA does not fix, then leaves no trace, and equal tokens give equal sums.
+    """Sums per response: values of the first n of N response tokens -> (2B,), fp32.
+
+    Added in float64, because CUDA does not fix the order of the additions: the wider sum hides it,
+    and equal tokens give equal sums.
     """
     zeros = values.new_zeros(len(batch.lengths), dtype=torch.float64)
     return zeros.index_add(0, batch.segments[: len(values)], values.double()).float()
@@ -30,73 +40,87 @@ def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
 class TargetLogps(torch.autograd.Function):
     """Log-probabilities of target tokens from hidden states, through a frozen output head.
 
-    d logp / d hidden = (onehot - softmax) W needs nothing from later layers, so it is computed
-    beside the log-prob, chunk by chunk, and kept as (N, H); the backward pass only scales it. The
-    logits are computed once and no chunk of them outlives its turn.
+    For a token with hidden state h (H,), logits z = W h and target y:
+
+        log p(y)    = z_y - logsumexp(z)
+        d log p / dh = (onehot(y) - softmax(z)) W     (H,)
+
+    The second line needs nothing from later layers. So the forward pass computes it beside the
+    first, from the same chunk of logits, and saves it: (N, H) instead of logits (N, V). Backward
+    only multiplies each row by the incoming gradient. The head runs once, where recomputing the
+    logits in backward would run it twice.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, softcap, chunk_tokens, logps_of, slopes_of):
-        """hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> (N,) fp32 nats."""
+        """hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> (N,) fp32, nats.
+
+        logps_of, slopes_of: the functions below, or compiled versions of them.
+        """
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
         gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[rows], weight, bias)
+            logits = F.linear(hidden[rows], weight, bias)  # (n, V)
             logps[rows], normaliser = logps_of(logits, targets[rows], softcap)
             if gradients is not None:
-                torch.mm(
-                    slopes_of(logits, targets[rows], normaliser, softcap),
-                    weight,
-                    out=gradients[rows],
-                )
+                slopes = slopes_of(logits, targets[rows], normaliser, softcap)  # (n, V)
+                torch.mm(slopes, weight, out=gradients[rows])
         ctx.save_for_backward(gradients)
         return logps
 
     @staticmethod
     def backward(ctx, grad):
+        """grad (N,) -> the gradient for `hidden` (N, H); None for the seven other arguments."""
         (gradients,) = ctx.saved_tensors
         return (grad.unsqueeze(1) * gradients).to(gradients.dtype), *[None] * 7
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """(n, V) logits in fp32, squashed where the architecture does so (Gemma 2)."""
+    """(n, V) logits in fp32, squashed to (-softcap, softcap) where the model does so (Gemma 2)."""
     logits = logits.float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def logps_of(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Log-probs of `targets` and the logarithm of the normaliser, (n,) each, fp32."""
+    """Log-probs of `targets`, and the logarithm of the softmax normaliser; (n,) each, fp32."""
     logits = capped(logits, softcap)
     normaliser = logits.logsumexp(-1)
     return logits.gather(1, targets.unsqueeze(1)).squeeze(1) - normaliser, normaliser
 
 
 def slopes_of(logits: Tensor, targets: Tensor, normaliser: Tensor, softcap: float | None) -> Tensor:
-    """d logp / d logits: onehot - softmax, (n, V) in the logits' dtype."""
+    """d log p(target) / d logits = onehot - softmax, (n, V) in the dtype of the logits."""
     squashed = capped(logits, softcap)
     slopes = -torch.exp(squashed - normaliser.unsqueeze(1))
     slopes = slopes + (torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(1))
     if softcap is not None:
-        slopes = slopes * (1 - (squashed / softcap) ** 2)
+        slopes = slopes * (1 - (squashed / softcap) ** 2)  # d c tanh(z/c) / dz = 1 - tanh(z/c)^2
     return slopes.to(logits.dtype)
 
 
-class ResponseLogps(nn.Module):
-    """A causal LM (PEFT-wrapped or plain) whose forward gives log-probabilities of response tokens.
+class TokenValues(NamedTuple):
+    """Per response token, fp32."""
 
-    Only response positions reach the output head, a chunk of LOGITS_CHUNK logits at a time, so that
-    no [tokens, vocabulary] tensor is ever held in fp32 beyond one chunk, forward or backward.
+    logps: Tensor  # (N,) nats
+    divergence: Tensor | None = None  # (N,) from the reference over the whole vocabulary, nats
+    score: Tensor | None = None  # (chosen tokens,) proper score, as a loss
+
+
+class ResponseLogps(nn.Module):
+    """A causal LM (PEFT-wrapped or plain) whose forward gives log-probs of response tokens.
+
+    Only response positions reach the output head, at most LOGITS_CHUNK logits at a time, in forward
+    and backward.
     """
 
     def __init__(self, model: PeftModel | PreTrainedModel):
         super().__init__()
         self.model = model
-        self.causal = [
-            model.get_base_model() if isinstance(model, PeftModel) else model
-        ]  # in a list: not a submodule
-        self.causal[0].set_attn_implementation("branches")  # packing.py's
-        config = self.causal[0].config.get_text_config()
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal.set_attn_implementation("branches")  # attention.py
+        self.causal = [causal]  # in a list, because it is part of `model` already
+        config = causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.chunk_tokens = max(1, LOGITS_CHUNK // config.vocab_size)
         self.head_functions = (logps_of, slopes_of)
@@ -106,15 +130,17 @@ class ResponseLogps(nn.Module):
         return getattr(self.causal[0], self.causal[0].base_model_prefix)
 
     def prepare_layers(self, compiled: bool, checkpointed: bool) -> None:
-        """torch.compile and activation checkpointing, layer by layer: one graph serves all layers,
-        and any number of tokens. Set on the layers' `forward`, not the modules, so that FSDP's
-        hooks stay outside; and not by transformers, whose checkpointing moved from `__call__` into
-        `forward` and would be compiled away.
+        """Apply torch.compile and activation checkpointing, layer by layer.
+
+        One compiled graph then serves all layers and any number of tokens. Both are set on the
+        layers' `forward`, not on the modules, so that FSDP's hooks stay outside of the graph.
+        transformers' own checkpointing is not used: it moved from `__call__` into `forward`, where
+        it would be compiled away.
         """
         for layer in decoder_layers(self):
             if compiled:
-                # not dynamic=True: under FSDP the size of a head becomes a variable too, and its
-                # code scalar
+                # Not dynamic=True: under FSDP the size of a head would become a variable too, and
+                # the code for it scalar.
                 layer.forward = torch.compile(layer.forward)
             if checkpointed:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -122,7 +148,7 @@ class ResponseLogps(nn.Module):
             self.head_functions = tuple(torch.compile(f, dynamic=True) for f in self.head_functions)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """(N, H) last hidden state at the position that predicts each response token."""
+        """(N, H) last hidden states, each at the position that predicts a response token."""
         packed = batch.position_ids is not None
         mask = attention.block_mask(batch) if packed and batch.input_ids.is_cuda else batch.mask
         output = self.backbone(
@@ -131,7 +157,7 @@ class ResponseLogps(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         )
-        return output.last_hidden_state.flatten(0, 1)[batch.positions]
+        return output.last_hidden_state.flatten(0, 1)[batch.positions]  # (1, T, H) -> (N, H)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V) fp32."""
@@ -144,22 +170,22 @@ class ResponseLogps(nn.Module):
         reference: Tensor | None,
         kl: str | None,
         score: dict | None,
-    ):
-        """Of `targets` (n,): log-probs; divergence `kl` from the `reference` hidden states; proper
-        `score`. (n,) each, None where not asked for.
+    ) -> TokenValues:
+        """Values of n response tokens whose logits (n, V) fit in memory.
+
+        hidden (n, H), targets (n,). reference: hidden states (n, H) of the reference, from which
+        the divergence `kl` is computed. score: arguments of token_scores.token_score.
         """
         logits = self.logits(hidden)
         logps = -F.cross_entropy(logits, targets, reduction="none")
-        divergence = None
+        divergence = scores = None
         if reference is not None:
             with torch.no_grad(), lora.adapter_off(self.model):  # the head may carry an adapter too
                 ref_logits = self.logits(reference)
             divergence = token_scores.token_full_kl(logits, ref_logits, kl)
-        return (
-            logps,
-            divergence,
-            None if score is None else token_scores.token_score(logits, targets, **score),
-        )
+        if score is not None:
+            scores = token_scores.token_score(logits, targets, **score)
+        return TokenValues(logps, divergence, scores)
 
     def forward(
         self,
@@ -167,30 +193,24 @@ class ResponseLogps(nn.Module):
         kl: str | None = None,
         score: dict | None = None,
         own_forward: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Per response token, fp32: log-prob (N,); for `kl` full_* its divergence from the
-        adapter-off model (N,); for `score` (arguments of losses.token_score) the score of the
-        chosen responses' tokens (the first of N). own_forward: the log-probs alone, by the
-        architecture's own forward on a plain batch, for comparison.
+    ) -> TokenValues:
+        """Log-probs (N,) of the batch's response tokens, and what else is asked for.
+
+        kl: for one of token_scores.FULL_KL also each token's divergence from the model without its
+        adapter. score: also the proper score of the chosen responses' tokens, with these arguments
+        of token_scores.token_score. own_forward: log-probs by the architecture's own forward, on a
+        plain batch, for comparison.
         """
         if own_forward:
-            output = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
-            )
-            logits = output.logits.flatten(0, 1)[batch.positions].float()
-            return -F.cross_entropy(logits, batch.targets, reduction="none"), None, None
+            return TokenValues(self.own_logps(batch))
         reference = None
         if kl in token_scores.FULL_KL:
             with torch.no_grad(), lora.adapter_off(self.model):
                 reference = self.hidden(batch)
         hidden = self.hidden(batch)
         head = self.causal[0].get_output_embeddings()
-        if (
-            reference is None
-            and score is None
-            and type(head) is nn.Linear
-            and not head.weight.requires_grad
-        ):
+        is_frozen = type(head) is nn.Linear and not head.weight.requires_grad
+        if reference is None and score is None and is_frozen:
             logps = TargetLogps.apply(
                 hidden,
                 head.weight,
@@ -200,48 +220,82 @@ class ResponseLogps(nn.Module):
                 self.chunk_tokens,
                 *self.head_functions,
             )
-            return logps, None, None
-        chosen = batch.chosen_tokens if score is not None else 0  # scored tokens, which come first
-        edges = [
-            *range(0, chosen, self.chunk_tokens),
-            *range(chosen, len(hidden), self.chunk_tokens),
-            len(hidden),
-        ]
-        pieces = []
+            return TokenValues(logps)
+        return self.values_in_chunks(hidden, batch, reference, kl, score)
+
+    def own_logps(self, batch: Batch) -> Tensor:
+        """(N,) log-probs of a plain batch, by the architecture's own forward."""
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
+        logits = output.logits.flatten(0, 1)[batch.positions].float()
+        return -F.cross_entropy(logits, batch.targets, reduction="none")
+
+    def values_in_chunks(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        reference: Tensor | None,
+        kl: str | None,
+        score: dict | None,
+    ) -> TokenValues:
+        """`chunk` over all response tokens. Each chunk is checkpointed: its logits are computed
+        again in backward.
+        """
+        # Scored tokens, those of chosen responses, come first: no chunk has both kinds.
+        scored = batch.chosen_tokens if score is not None else 0
+        size, count = self.chunk_tokens, len(hidden)
+        edges = [*range(0, scored, size), *range(scored, count, size), count]
+        chunks: list[TokenValues] = []
         for start, end in zip(edges, edges[1:]):
-            ref = None if reference is None else reference[start:end]
-            wanted = (batch.targets[start:end], ref, kl, score if start < chosen else None)
-            pieces.append(checkpoint(self.chunk, hidden[start:end], *wanted, use_reentrant=False))
-        columns = [[part for part in column if part is not None] for column in zip(*pieces)]
-        logps, divergence, scores = (torch.cat(column) if column else None for column in columns)
-        return logps, divergence, scores
+            part = slice(start, end)
+            chunks.append(
+                checkpoint(
+                    self.chunk,
+                    hidden[part],
+                    batch.targets[part],
+                    None if reference is None else reference[part],
+                    kl,
+                    score if start < scored else None,
+                    use_reentrant=False,
+                )
+            )
+        joined = {}
+        for name in TokenValues._fields:
+            values = [getattr(one, name) for one in chunks if getattr(one, name) is not None]
+            joined[name] = torch.cat(values) if values else None
+        return TokenValues(**joined)
 
 
 @torch.no_grad()
 def check_logps(policy: ResponseLogps, batch: Batch, plain: Batch, tolerance: float) -> None:
-    """Raise UserError if our path to the log-probs of `batch` disagrees with the architecture's own
-    forward on the same pairs as a `plain` padded batch.
+    """Compare our log-probs of `batch` with the architecture's own forward on the same pairs as a
+    `plain` batch.
+
+    Raises UserError if they differ by more than `tolerance` nats per token on average.
     """
     with lora.dropout(policy, active=False):
-        mine = policy(batch)[0]
+        ours = policy(batch).logps
         with torch.compiler.set_stance("force_eager"):
-            theirs = policy(plain, own_forward=True)[0]
-    difference = (mine - theirs).abs().mean().item()
+            expected = policy(plain, own_forward=True).logps
+    difference = (ours - expected).abs().mean().item()
     if not difference <= tolerance:
         raise UserError(
-            f"log-probabilities differ by {difference:.3g} nats a token from the model's own forward (tolerance "
-            f"{tolerance}): this architecture ({type(policy.causal[0]).__name__}) computes its logits in its own way"
+            f"log-probabilities differ by {difference:.3g} nats per token from the model's own "
+            f"forward (tolerance {tolerance}): {type(policy.causal[0]).__name__} computes its "
+            "logits in a way that is not supported; use another model"
         )
 
 
 def decoder_layers(policy: ResponseLogps) -> nn.ModuleList:
+    """The model's decoder layers. Raises UserError if it has none."""
     layers = getattr(policy.backbone, "layers", None)
     if layers is None:
         raise UserError(
-            f"{type(policy.causal[0]).__name__}: it has no `layers`; decoder-only models are supported"
+            f"{type(policy.causal[0]).__name__}: it has no `layers`; only decoder-only models are "
+            "supported"
         )
     return layers
 
 
-def trainable(policy: ResponseLogps) -> dict[str, torch.nn.Parameter]:
+def trainable(policy: ResponseLogps) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}

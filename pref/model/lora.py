@@ -1,4 +1,13 @@
-"""the adapter: made, loaded, switched off"""
+"""The LoRA adapter: created, loaded, computed, and switched off for the reference.
+
+A LoRA layer adds a product of two small matrices to a frozen linear layer:
+
+    y = base(x) + scaling * dropout(x) A^T B^T      A (r, in), B (out, r), scaling = alpha / r
+
+B starts at zero, so that an untrained adapter is the identity and the policy equals its reference.
+With --init_adapter training starts from another run's adapter, and that start is part of the
+reference: its A and B are kept beside the trained ones (`initial_A`, `initial_B`).
+"""
 
 import re
 from collections.abc import Iterator
@@ -16,8 +25,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pref.files.console import UserError
-from pref.model import chat
+from pref.files.console import UserError, first_line
+
+# Options of an adapter_config.json that have to be at these values: others are not plain LoRA.
+PLAIN_LORA = {
+    "use_dora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
 
 
 def add_lora(
@@ -32,8 +53,12 @@ def add_lora(
     """`base` with LoRA adapters in fp32: A random from `seed` (the same for every loss), B zero.
 
     targets: 'all-linear' (every linear layer but the output head) or module names with commas.
-    init: start from the adapter in this folder instead, which then is part of the reference too.
+    init: the folder of an adapter to start from, which then is part of the reference too; its
+    config replaces r, alpha and targets.
+
+    Raises UserError if the targets are not in the model or `init` does not fit it.
     """
+    # 1) The configuration.
     if init is not None:
         config = lora_config(init)
         config.lora_dropout, config.inference_mode = dropout, False
@@ -45,20 +70,22 @@ def add_lora(
             target_modules=targets if targets == "all-linear" else targets.split(","),
             task_type="CAUSAL_LM",
         )
+
+    # 2) PEFT's model with trainable matrices in fp32: in bf16, AdamW's steps at a learning rate of
+    # 1e-5 round to nothing.
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, config)
-    except ValueError as error:  # PEFT names the modules it did not find
-        raise UserError(f"--lora_targets {targets}: {chat.first_line(error)}") from None
+    except ValueError as error:  # PEFT names the modules that it did not find
+        raise UserError(f"--lora_targets {targets}: {first_line(error)}") from None
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = (
-                parameter.data.float()
-            )  # AdamW's steps at lr 1e-5 vanish in bf16 weights
+            parameter.data = parameter.data.float()
     if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(
-            config.target_modules
-        )  # a set, which would be written in any order
+        # A set, which would be written to adapter_config.json in any order.
+        config.target_modules = sorted(config.target_modules)
+
+    # 3) Our forward in place of PEFT's.
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             module.forward = MethodType(lora_forward, module)
@@ -69,12 +96,9 @@ def add_lora(
 
 
 def lora_config(folder: Path) -> LoraConfig:
-    """The configuration of the LoRA adapter in `folder`. Raises UserError for one that is not plain
-    LoRA.
-    """
-    if (
-        not (folder / "adapter_config.json").is_file()
-        or not (folder / "adapter_model.safetensors").is_file()
+    """The configuration of the adapter in `folder`. Raises UserError unless it is plain LoRA."""
+    if not all(
+        (folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")
     ):
         raise UserError(
             f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)"
@@ -83,108 +107,107 @@ def lora_config(folder: Path) -> LoraConfig:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{folder}: adapter_config.json cannot be read ({chat.first_line(error)})"
+            f"{folder}: adapter_config.json cannot be read ({first_line(error)})"
         ) from None
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    usual = {
-        "use_dora": False,
-        "bias": "none",
-        "modules_to_save": None,
-        "layer_replication": None,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "lora_bias": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    odd = [
-        key for key, value in usual.items() if getattr(config, key, value) not in (value, None, [])
-    ]
-    if kind != "LORA" or odd or config.init_lora_weights not in (True, False, "gaussian"):
-        what = (
-            kind
-            if kind != "LORA"
-            else odd[0]
-            if odd
-            else f"init_lora_weights {config.init_lora_weights}"
-        )
+    if feature := unsupported_feature(config):
         raise UserError(
-            f"{folder}: plain LoRA adapters only, this one has {what}; merge it into its base"
+            f"{folder}: plain LoRA adapters only, this one has {feature}; merge it into its base"
         )
     return config
 
 
+def unsupported_feature(config: PeftConfig) -> str | None:
+    """What makes an adapter other than plain LoRA, or None."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        return kind
+    for option, plain in PLAIN_LORA.items():
+        if getattr(config, option, plain) not in (plain, None, []):
+            return option
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        return f"init_lora_weights {config.init_lora_weights}"
+    return None
+
+
 def lora_layers(file) -> list[str]:
     """Names of the layers that have a LoRA matrix A in an open adapter_model.safetensors."""
-    found = (
-        re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key) for key in list(file.keys())
-    )
-    return sorted(match[1] for match in found if match)
+    pattern = r"base_model\.model\.(.+)\.lora_A\.weight"
+    matches = (re.fullmatch(pattern, key) for key in list(file.keys()))
+    return sorted(match[1] for match in matches if match)
 
 
 def start_from(model: PeftModel, folder: Path) -> None:
-    """Give `model` the adapter weights in `folder`, and keep them beside as the reference's."""
+    """Copy the adapter weights in `folder` into `model`, and keep a second copy for the reference.
+
+    Raises UserError if they cannot be read or do not fit.
+    """
     try:
         weights = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: adapter_model.safetensors cannot be read ({chat.first_line(error)})"
+            f"{folder}: adapter_model.safetensors cannot be read ({first_line(error)})"
         ) from None
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
-    wanted = {f"{name}.lora_{side}.weight" for name in layers for side in "AB"}
-    if strange := sorted(wanted ^ weights.keys()):
-        raise UserError(f"{folder}: does not fit this model ({strange[0]} is in one of them only)")
-    for name, module in layers.items():
-        if not isinstance(module.get_base_layer(), nn.Linear):
-            raise UserError(f"{folder}: adapts {name}, which is no linear layer; not supported")
+    expected = {f"{name}.lora_{side}.weight" for name in layers for side in "AB"}
+    if unmatched := sorted(expected ^ weights.keys()):
+        raise UserError(
+            f"{folder}: does not fit this model ({unmatched[0]} is in one of them only)"
+        )
+    for name, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            raise UserError(f"{folder}: adapts {name}, which is not a linear layer; not supported")
         for side in "AB":
-            parameter, start = (
-                getattr(module, f"lora_{side}")["default"].weight,
-                weights[f"{name}.lora_{side}.weight"],
-            )
+            parameter = getattr(layer, f"lora_{side}")["default"].weight
+            start = weights[f"{name}.lora_{side}.weight"]
             if parameter.shape != start.shape:
                 raise UserError(f"{folder}: does not fit this model ({name} has another shape)")
             with torch.no_grad():
                 parameter.copy_(start)
-            delattr(
-                module, f"initial_{side}"
-            )  # a buffer instead, so that it goes wherever the layer goes
-            module.register_buffer(f"initial_{side}", parameter.detach().clone(), persistent=False)
+            # A buffer instead of the attribute, so that it moves with the layer.
+            delattr(layer, f"initial_{side}")
+            layer.register_buffer(f"initial_{side}", parameter.detach().clone(), persistent=False)
 
 
 def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
-    """PEFT's LoRA layer with its one adapter, base(x) + scaling * dropout(x) A^T B^T, without
-    PEFT's casts of every activation to the adapter's dtype and with the sum inside the second
-    product.
+    """The forward of PEFT's LoRA layer with one adapter; x (..., in) -> (..., out).
+
+    The same sum as PEFT's, y = base(x) + scaling * dropout(x) A^T B^T, but the two small matrices
+    are cast to the dtype of the activations, not every activation to that of the matrices, and the
+    sum is part of the second product (`addmm`) where that saves a copy.
     """
-    rows = x.flatten(0, -2)
-    output = layer.base_layer(rows)
-    if layer._disable_adapters:
-        matrices = (layer.initial_A, layer.initial_B)
+    rows = x.flatten(0, -2)  # (T, in)
+    output = layer.base_layer(rows)  # (T, out)
+
+    # Switched off, a layer is its base alone, or with the matrices it started from; no dropout.
+    is_reference = layer._disable_adapters
+    if is_reference:
+        matrix_a, matrix_b = layer.initial_A, layer.initial_B
     else:
-        matrices = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    if matrices[0] is not None:
-        a, b = (matrix.to(x.dtype) for matrix in matrices)
-        inputs = (
-            rows if layer._disable_adapters else layer.lora_dropout["default"](rows)
-        )  # the reference has none
-        low = F.linear(inputs, a) * layer.scaling["default"]
-        if (
-            torch.compiler.is_compiling()
-        ):  # joined to what follows; in fp32 it is not taken for an addmm, which copies
-            output = (output.float() + F.linear(low, b).float()).to(output.dtype)
-        else:  # in place where the base's output is a product's own and not a view of something that backward needs
-            add = output.addmm_ if type(layer.get_base_layer()) is nn.Linear else output.addmm
-            output = add(low, b.t())
+        matrix_a, matrix_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if matrix_a is None:
+        return output.unflatten(0, x.shape[:-1])
+
+    a, b = matrix_a.to(x.dtype), matrix_b.to(x.dtype)
+    inputs = rows if is_reference else layer.lora_dropout["default"](rows)
+    low = F.linear(inputs, a) * layer.scaling["default"]  # (T, r)
+    if torch.compiler.is_compiling():
+        # The compiler fuses this sum into what follows. In fp32, because it would take a sum in
+        # bf16 for an addmm, which copies.
+        output = (output.float() + F.linear(low, b).float()).to(output.dtype)
+    elif type(layer.get_base_layer()) is nn.Linear:
+        output = output.addmm_(low, b.t())  # in place: nothing else needs the base's output
+    else:
+        # A quantised layer's output may be a view of something that its backward needs.
+        output = output.addmm(low, b.t())
     return output.unflatten(0, x.shape[:-1])
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The frozen reference: `model` with every LoRA layer passed through, or as it was in
-    --init_adapter.
+    """Within it `model` is the frozen reference: every LoRA layer is its base alone, or has the
+    weights of --init_adapter.
 
     Not PEFT's `disable_adapter`, which also switches `requires_grad` and so confuses FSDP's
     parameter groups.
@@ -201,8 +224,10 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dropout(model: nn.Module, active: bool) -> Iterator[None]:
-    """Dropout on or off. Never `model.eval()`: on CPU one eval forward of a 4-bit model repacks its
-    weights, and from then on every gradient upstream is silently zero.
+    """Within it dropout is on or off; all else stays in train mode.
+
+    Never `model.eval()`: on the CPU one eval forward of a 4-bit model repacks its weights, and from
+    then on every gradient upstream is silently zero.
     """
     modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     before = [module.training for module in modules]

@@ -1,4 +1,33 @@
-"""pairs to micro-batches"""
+"""Micro-batches: which pairs go together, and how their tokens are laid out.
+
+A pair is one row `[prompt | chosen | rejected]` (`Packing.shared`): the prompt is computed once and
+both responses continue it. Rows follow one another in a single sequence without padding, as many as
+fit a budget of tokens. Two pairs, with made-up token ids:
+
+    A: prompt 11 12, chosen 21 22, rejected 31        B: prompt 13, chosen 23, rejected 32 33
+
+                row A             | row B
+    index       0   1   2   3   4 |  5   6   7   8
+    input_ids  11  12  21  22  31 | 13  23  32  33
+    position    0   1   2   3   2 |  0   1   1   2    the rejected response restarts after the
+    part        p   p   c   c   r |  p   c   r   r    prompt, as if the chosen one were not there
+
+A token attends to the tokens up to itself within its row that are of the prompt or of its own
+response: 31 sees 11 12 31; 33 sees 13 32 33. `layout` has the row lengths, from which attention.py
+derives this: (start 0, prompt 2, first 2, second 1), (start 5, prompt 1, first 1, second 2).
+
+Only response tokens are scored. `Batch` lists them response by response, all chosen ones first:
+
+    targets     21  22 | 23 | 31 | 32  33
+    positions    1   2 |  5 |  1 |  5   7    index of the token before it, which predicts it: both
+    segments     0   0 |  1 |  2 |  3   3    responses are predicted from the prompt's last token
+    lengths      2       1    1    2
+
+Three options lead from here to an ordinary padded batch, with which the others are compared:
+`padded` fills every row up to the longest; without `shared` a pair is two rows, `[prompt | chosen]`
+and `[prompt | rejected]`; both together (`plain`) give a (2B, T) batch for the model's own
+attention.
+"""
 
 import heapq
 import math
@@ -16,10 +45,10 @@ class Packing(NamedTuple):
     """How pairs become micro-batches."""
 
     pad_id: int
-    pairs: int = 4  # pairs a micro-batch, if `tokens` is 0
-    tokens: int = 0  # budget of tokens a micro-batch; 0: a fixed number of pairs
-    padded: bool = False  # every row padded to the longest
-    shared: bool = True  # one row a pair, or two
+    pairs: int = 4  # pairs per micro-batch, if `tokens` is 0
+    tokens: int = 0  # budget of tokens per micro-batch; 0: a fixed number of pairs
+    padded: bool = False  # every row is padded to the longest
+    shared: bool = True  # one row per pair, with both responses; else two
 
     @property
     def plain(self) -> bool:
@@ -27,7 +56,7 @@ class Packing(NamedTuple):
         return self.padded and not self.shared
 
     def rows(self, pair: TokenPair) -> list[tuple[list[int], ...]]:
-        """A pair's rows, each a prompt followed by its branches."""
+        """A pair's rows, each a prompt followed by its one or two responses."""
         if self.shared:
             return [(pair.prompt, pair.chosen, pair.rejected)]
         return [(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]
@@ -38,119 +67,143 @@ class Packing(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B pairs as token rows, and where their response tokens are predicted. Response tokens come
-    chosen first.
-    """
+    """B pairs as rows of tokens, and their N response tokens, those of chosen responses first."""
 
     input_ids: Tensor  # (1, T), or (2B, T) if plain
     position_ids: Tensor | None  # (1, T); None if plain
-    # (2B, T) of 0 and 1 if plain; else the layout (1, 1, rows + 1, 4): start, prompt, branch, other
+    # Plain: (2B, T) of 0 and 1. Else the layout (1, 1, rows + 1, 4), on the CPU: see `layout_rows`.
     mask: Tensor
-    positions: (
-        Tensor  # (N,) index into the flattened hidden states that predicts each response token
-    )
+    positions: Tensor  # (N,) index into the flattened hidden states that predicts each token
     targets: Tensor  # (N,) the response tokens
-    segments: Tensor  # (N,) response, 0 .. 2B-1, of each response token
-    lengths: Tensor  # (2B,) response tokens
+    segments: Tensor  # (N,) which response each token belongs to, 0 .. 2B-1
+    lengths: Tensor  # (2B,) tokens of each response
     tokens: int  # without padding
-    chosen_tokens: int  # response tokens of the chosen responses; they stand first
+    chosen_tokens: int  # how many of the N belong to chosen responses
+
+
+class RowLayout(NamedTuple):
+    """Where a row starts in the sequence, and the lengths of its parts."""
+
+    start: int
+    prompt: int
+    first: int
+    second: int = 0  # 0: a row with one response
+
+
+class Response(NamedTuple):
+    """A response in the sequence: its tokens, and the index before and of its first one."""
+
+    tokens: list[int]
+    prompt_end: int  # the prompt's last token
+    start: int
+
+    @property
+    def positions(self) -> list[int]:
+        """Index of the token that predicts each token of the response."""
+        return [self.prompt_end, *range(self.start, self.start + len(self.tokens) - 1)]
+
+
+def layout_rows(layout: Tensor) -> list[RowLayout]:
+    """The rows that a batch's layout describes (`Batch.mask`, unless plain)."""
+    # The last one is a row of zeros: torch.compile takes a size of 1 for a constant.
+    return [RowLayout(*row) for row in layout[0, 0, :-1].tolist()]
 
 
 def make_batch(pairs: list[TokenPair], packing: Packing, device: torch.device) -> Batch:
-    """Lay `pairs` out as `packing` says."""
+    """Lay `pairs` out as `packing` says. The module's docstring has an example."""
+    # 1) Rows. In a plain batch all chosen rows come first.
     rows = [row for pair in pairs for row in packing.rows(pair)]
-    if packing.plain:  # all chosen rows, then all rejected: any order would do
-        rows = rows[::2] + rows[1::2]
-    longest = max(sum(map(len, row)) for row in rows)
-    ids, restarts, layout, starts = [], [], [], []
-    for row in rows:
-        length = sum(map(len, row))
-        prompt, *branches = map(len, row)
-        layout.append((len(ids), prompt, *branches, *[0] * (3 - len(row))))
-        starts += [
-            (len(ids) + prompt - 1, len(ids) + prompt + sum(branches[:i]))
-            for i in range(len(branches))
-        ]
-        padding = longest - length if packing.padded else 0
-        ids += [token for part in row for token in part] + [packing.pad_id] * padding
-        restarts += range(prompt)
-        for branch in branches:
-            restarts += range(prompt, prompt + branch)
-        restarts += [0] * padding
-    if not packing.plain:
-        starts = starts[::2] + starts[1::2]
-    if device.type == "cuda" and not packing.plain:
-        rest = -len(ids) % FLEX_BLOCK
-        ids, restarts = ids + [packing.pad_id] * rest, restarts + [0] * rest
-    responses = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    positions = [
-        i
-        for (last, start), r in zip(starts, responses)
-        for i in (last, *range(start, start + len(r) - 1))
-    ]
-    tensors = {
-        "positions": torch.tensor(positions),
-        "targets": torch.tensor([token for r in responses for token in r]),
-        "segments": torch.arange(len(responses)).repeat_interleave(
-            torch.tensor([len(r) for r in responses])
-        ),
-        "lengths": torch.tensor([len(r) for r in responses]),
-        "input_ids": torch.tensor(ids).reshape(len(rows) if packing.plain else 1, -1),
-        "position_ids": None if packing.plain else torch.tensor([restarts]),
-        "mask": torch.tensor(
-            [[[*layout, (0, 0, 0, 0)]]]
-        ),  # two rows at least: torch.compile makes 1 a constant
-    }
     if packing.plain:
-        lengths = torch.tensor([sum(map(len, row)) for row in rows])
-        tensors["mask"] = (torch.arange(longest) < lengths[:, None]).long()
-    on_device = {
-        name: t
-        if t is None or (name == "mask" and not packing.plain)
-        else t.to(device, non_blocking=True)
-        for name, t in tensors.items()
-    }
-    tokens = sum(sum(map(len, row)) for row in rows)
-    return Batch(**on_device, tokens=tokens, chosen_tokens=sum(len(p.chosen) for p in pairs))
+        rows = rows[::2] + rows[1::2]
+    row_lengths = [sum(map(len, row)) for row in rows]
+    width = max(row_lengths)
+
+    # 2) One row after another: its tokens, their positions, and where its responses are.
+    ids, position_ids = [], []
+    layout: list[RowLayout] = []
+    responses: list[Response] = []
+    for (prompt, *branches), length in zip(rows, row_lengths):
+        layout.append(RowLayout(len(ids), len(prompt), *map(len, branches)))
+        ids += prompt
+        position_ids += range(len(prompt))
+        prompt_end = len(ids) - 1
+        for branch in branches:
+            responses.append(Response(branch, prompt_end, start=len(ids)))
+            ids += branch
+            position_ids += range(len(prompt), len(prompt) + len(branch))
+        padding = width - length if packing.padded else 0
+        ids += [packing.pad_id] * padding
+        position_ids += [0] * padding
+    if device.type == "cuda" and not packing.plain:
+        padding = -len(ids) % FLEX_BLOCK
+        ids += [packing.pad_id] * padding
+        position_ids += [0] * padding
+
+    # 3) Responses alternate, chosen and rejected, unless plain: chosen first.
+    if not packing.plain:
+        responses = responses[::2] + responses[1::2]
+    lengths = torch.tensor([len(response.tokens) for response in responses])
+
+    # 4) Tensors on the device, except the layout, which the host reads.
+    def to_device(values: list | Tensor) -> Tensor:
+        return torch.as_tensor(values).to(device, non_blocking=True)
+
+    if packing.plain:
+        real = torch.arange(width) < torch.tensor(row_lengths)[:, None]  # (2B, T)
+        mask = to_device(real.long())
+    else:
+        mask = torch.tensor([[[*layout, RowLayout(0, 0, 0, 0)]]])
+    return Batch(
+        input_ids=to_device(torch.tensor(ids).reshape(len(rows) if packing.plain else 1, -1)),
+        position_ids=None if packing.plain else to_device([position_ids]),
+        mask=mask,
+        positions=to_device([i for response in responses for i in response.positions]),
+        targets=to_device([token for response in responses for token in response.tokens]),
+        segments=to_device(torch.arange(len(responses)).repeat_interleave(lengths)),
+        lengths=to_device(lengths),
+        tokens=sum(row_lengths),
+        chosen_tokens=sum(len(pair.chosen) for pair in pairs),
+    )
 
 
 def share_out(
     members: list[int], pairs: list[TokenPair], packing: Packing, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
-    """The micro-batches of `members` that `rank` of `world` computes. Every rank gets as many,
-    because FSDP's collectives need all ranks; where there are fewer pairs than places, some are
-    empty.
+    """The micro-batches of pairs `members` that `rank` of `world` computes, as lists of pairs.
+
+    Every rank gets the same number of them, because FSDP's collectives need all ranks. Where there
+    are too few pairs for that, some are empty.
     """
     if packing.tokens:
         return fill_bins(members, pairs, packing, world)[rank::world]
 
-    mine = sorted(members, key=lambda i: (-pairs[i].longest, i))[rank::world]
+    # Dealt out by length, so that the pairs of a micro-batch are of similar length.
+    share = sorted(members, key=lambda i: (-pairs[i].longest, i))[rank::world]
     count = math.ceil(math.ceil(len(members) / world) / packing.pairs)
-    return [mine[i * packing.pairs : (i + 1) * packing.pairs] for i in range(count)]
+    return [share[i * packing.pairs : (i + 1) * packing.pairs] for i in range(count)]
 
 
 def fill_bins(
     members: list[int], pairs: list[TokenPair], packing: Packing, world: int
 ) -> list[list[int]]:
-    """As few micro-batches as hold `members` within the budget, a multiple of `world`, about
-    equally full.
+    """Distribute `members` over about as few micro-batches as the budget allows, a multiple of
+    `world`.
 
-    Longest first, each into the emptiest: no rank waits long for another. A pair above the budget
-    stands alone.
+    Each pair, longest first, goes to the micro-batch with the fewest tokens, so that all are about
+    equally full and no rank waits long for another. Sizes 6 5 4 3 2 with a budget of 11 give
+    [6 3 2] and [5 4]. A pair above the budget is a micro-batch of its own.
     """
     sizes = {i: packing.size(pairs[i]) for i in members}
     order = sorted(members, key=lambda i: (-sizes[i], i))
     count = world * math.ceil(sum(sizes.values()) / packing.tokens / world)
     while True:
-        heap = [(0, number) for number in range(count)]
+        heap = [(0, number) for number in range(count)]  # (tokens, number of the bin)
         bins: list[list[int]] = [[] for _ in range(count)]
         for i in order:
             load, number = heapq.heappop(heap)
             bins[number].append(i)
             heapq.heappush(heap, (load + sizes[i], number))
-        if all(
-            len(members) <= 1 or sum(sizes[i] for i in members) <= packing.tokens
-            for members in bins
-        ):
+        if all(len(b) <= 1 or sum(sizes[i] for i in b) <= packing.tokens for b in bins):
             return bins
+        # Some are too full: try again with 2 % more of them, or one more per rank.
         count = world * math.ceil(max(count + 1, 1.02 * count) / world)

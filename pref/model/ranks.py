@@ -1,39 +1,42 @@
-"""torchrun's ranks"""
+"""The processes of a run: torchrun's ranks, or a single process, each with its device."""
 
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
+
+from pref.files import console
+from pref.files.console import Item
 
 
 class Ranks(NamedTuple):
-    """Where this process stands: its rank, the number of ranks, and its device."""
+    """This process's rank, the number of ranks, and this process's device."""
 
     rank: int
     world: int
     device: torch.device
-    hosts: dist.ProcessGroup | None = (
-        None  # for what ranks say to each other without waiting for their devices
-    )
+    # A gloo group beside NCCL's: its collectives do not wait for the devices. None: not needed.
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over ranks, in place."""
+        """`tensor` summed over ranks, in place (collective)."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def largest(self, number: int) -> int:
-        """The largest `number` of any rank, on every rank; the devices go on meanwhile."""
+        """The largest `number` of any rank, on every rank (collective). Work that is queued on the
+        devices continues meanwhile.
+        """
         if self.world == 1:
             return number
         tensor = torch.tensor(number)
@@ -41,47 +44,28 @@ class Ranks(NamedTuple):
         return int(tensor)
 
     def from_main(self, value: object) -> object:
-        """Rank 0's `value`, on every rank."""
+        """Rank 0's `value`, on every rank (collective)."""
         values = [value]
         dist.broadcast_object_list(values, 0)
         return values[0]
 
-    def print(self, *args) -> None:
+    def print(self, *args: object) -> None:
+        """Print on rank 0 only."""
         if self.main:
             print(*args, flush=True)
 
-    def progress(self, items: Iterable, what: str, unit: str = "batch") -> Iterable:
-        """A bar with rate and time left on rank 0's terminal; nothing in a log file."""
-        return tqdm(
-            items,
-            desc=what,
-            unit=unit,
-            disable=None if self.main else True,
-            leave=False,
-            dynamic_ncols=True,
-        )
+    def progress(self, items: Iterable[Item], what: str, unit: str = "batches") -> Iterator[Item]:
+        """`items`, with rank 0 showing how far it has come through its share."""
+        return console.progress(items, what, unit, enabled=self.main)
 
 
 def init_ranks() -> Ranks:
-    """Join torchrun's process group (nccl on CUDA, gloo on CPU), or make one of this single
-    process.
+    """Join torchrun's process group, or open one of this single process.
+
+    Collectives run over NCCL on CUDA and over gloo on the CPU.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-        if (
-            shutil.which("nvidia-smi")
-            and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-            and local_rank == 0
-        ):
-            print(
-                "warning: this machine has nvidia-smi, but torch sees no GPU (a driver older than its CUDA?); using "
-                "the CPU",
-                file=sys.stderr,
-            )
+    device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     else:
@@ -90,6 +74,24 @@ def init_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, hosts)
 
 
+def pick_device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU. Warns, once per machine, if the CPU may come as a surprise."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if local_rank == 0:
+        if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            print(
+                "warning: this machine has nvidia-smi, but torch sees no GPU (a driver older than "
+                "its CUDA?); using the CPU",
+                file=sys.stderr,
+            )
+        elif torch.backends.mps.is_available():
+            print("note: Apple's GPU (MPS) is not supported; using the CPU", file=sys.stderr)
+    return torch.device("cpu")
+
+
 def close_ranks() -> None:
+    """Leave the process group, all ranks together."""
     dist.barrier()  # without it gloo aborts at exit when one rank is slower
     dist.destroy_process_group()

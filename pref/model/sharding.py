@@ -1,31 +1,62 @@
-"""FSDP2"""
+"""FSDP2: spread a policy's weights over ranks, and sum its gradients exactly once.
+
+A training step computes, on each rank, the gradient of the loss summed over that rank's pairs and
+divided by the number of pairs of the whole step. The gradient of the step is therefore the *sum*
+over ranks. FSDP averages by default, and how it divides depends on the version of torch and on the
+backend, so `shard` switches the division off and `check_gradient_sum` tests the result.
+"""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pref.files.console import UserError
 from pref.model import logps
 from pref.model.logps import ResponseLogps
 from pref.model.ranks import Ranks
 
 
+def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Apply FSDP2 to `policy` over all ranks, layer by layer.
+
+    mode: 'adapters' shards the adapter and replicates the frozen base. 'full' shards the base too;
+    then only rank 0 has to hold the weights, and each layer is sent to the others just before it is
+    sharded. dtype: of the computation; gradients are reduced in fp32.
+
+    Raises UserError if gradients would not be summed over ranks.
+    """
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if ranks.world > 1:
+        check_gradient_sum(mesh, precision, ranks)
+    replicated = set()
+    if mode == "adapters":
+        replicated = {p for p in policy.parameters() if not p.requires_grad}
+    for part in (*logps.decoder_layers(policy), policy):
+        if mode == "full" and ranks.world > 1:
+            receive(part, ranks)
+            policy.causal[0].tie_weights()
+        fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=replicated)
+        sum_gradients(part)
+
+
 def receive(module: nn.Module, ranks: Ranks) -> None:
-    """Give `module` its values on the ranks that know only its shapes, from rank 0. What is sharded
-    already stays.
+    """Copy `module`'s tensors from rank 0 to the ranks that hold it on the meta device.
+
+    Tensors that are sharded already are left alone.
     """
     for part in module.modules():
         tensors = [*part._parameters.items(), *part._buffers.items()]
         for name, tensor in tensors:
             if tensor is None or isinstance(tensor, DTensor):
                 continue
-            values = (
-                tensor.detach().to(ranks.device)
-                if ranks.main
-                else torch.empty_like(tensor, device=ranks.device)
-            )
+            if ranks.main:
+                values = tensor.detach().to(ranks.device)
+            else:
+                values = torch.empty_like(tensor, device=ranks.device)
             dist.broadcast(values, 0)
             if isinstance(tensor, nn.Parameter):
                 part._parameters[name] = nn.Parameter(values, requires_grad=tensor.requires_grad)
@@ -33,21 +64,46 @@ def receive(module: nn.Module, ranks: Ranks) -> None:
                 part._buffers[name] = values
 
 
-def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) -> None:
-    """FSDP2 over all ranks, layer by layer. mode 'adapters': the frozen base is replicated. 'full':
-    sharded too, and only rank 0 needs to hold the weights: each layer goes out to the others right
-    before it is sharded.
+def sum_gradients(module: FSDPModule) -> None:
+    """Make FSDP add the gradients of `module`'s own parameters over ranks, without dividing them.
+
+    Both settings are needed. A divide factor of 1 alone selects a reduction that exists in NCCL
+    only; a forced sum alone still divides by the number of ranks. Without them torch 2.8 asks for
+    ReduceOp.AVG, which its gloo backend computes as a sum: not divided on the CPU, but on CUDA.
     """
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    frozen = (
-        {p for p in policy.parameters() if not p.requires_grad} if mode == "adapters" else set()
-    )
-    for part in (*logps.decoder_layers(policy), policy):
-        if mode == "full" and ranks.world > 1:
-            receive(part, ranks)
-            policy.causal[0].tie_weights()
-        fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=frozen)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+class Scale(nn.Module):
+    """y = weight * x: the gradient of sum(y) is x. Created without random numbers."""
+
+    def __init__(self, size: int, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+def check_gradient_sum(mesh: DeviceMesh, precision: MixedPrecisionPolicy, ranks: Ranks) -> None:
+    """Send a known gradient through FSDP and compare its sum over ranks (collective).
+
+    Even ranks contribute 1, odd ranks 2: exact in every dtype, and neither the average nor one
+    rank's own gradient equals the sum. Raises UserError.
+    """
+    probe = Scale(ranks.world, ranks.device)  # one element per rank
+    fully_shard(probe, mesh=mesh, mp_policy=precision)
+    sum_gradients(probe)
+    probe(torch.full((ranks.world,), 1.0 + ranks.rank % 2, device=ranks.device)).sum().backward()
+    expected, gradient = ranks.world + ranks.world // 2, whole(probe.weight.grad).tolist()
+    if gradient != [expected] * ranks.world:
+        raise UserError(
+            f"torch {torch.__version__} with {dist.get_backend()}: FSDP reduced a gradient to "
+            f"{gradient[0]:g} over {ranks.world} ranks instead of {expected}, their sum; training "
+            "would use wrong gradients. Install the torch version that requirements.txt names, or "
+            "train with one rank"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -56,7 +112,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of an FSDP shard (collective: call it on every rank), or the tensor
-    itself.
+    """The full tensor of an FSDP shard, or the tensor itself.
+
+    Collective for a shard: call it on every rank.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
