@@ -21,8 +21,8 @@ Writes  results/<run_id>/<mt_bench, or the stem of the questions' file>/answers.
         schema, plus what reproduces each answer; until all is answered, turns.<rank>.jsonl.
 
 Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category. Each
-(question, choice, turn) has its own seed, so an answer depends neither on the order of the work nor
-on restarts. Every turn is on disk as soon as it is answered: after an interruption, run the same
+(question, choice, turn) has its own seed, so neither the order of the work nor a restart changes
+what is drawn. Every turn is on disk as soon as it is answered: after an interruption, run the same
 command again. Exit code 1: some answers are missing.
 """
 
@@ -54,7 +54,7 @@ TEMPERATURES = {
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-
+# Too long for a line of the declaration.
 HELP = {
     "quant": "quantisation of the base model; auto: as in training",
     "questions": "other questions: JSONL with question_id, turns and optionally category, or a "
@@ -65,7 +65,7 @@ HELP = {
     "the KL divergence on the policy's own answers",
     "base_url": "let an OpenAI-compatible server answer; it serves each adapter under its run id",
     "served_base": "that server's name for the base model (default: --model)",
-    "export": "also write model_outputs.json, which the program alpaca_eval reads",
+    "export": "also write what another program reads; alpaca_eval: model_outputs.json",
 }
 
 
@@ -100,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--served_base", metavar="NAME", help=HELP["served_base"])
     add("--concurrency", type=int, default=32, help="conversations at a time with the server")
     add("--timeout_s", type=float, default=600, help="seconds to wait for one answer of the server")
-    add("--export", choices=["alpaca_eval"], help=HELP["export"])
+    add("--export", choices=list(EXPORTS), help=HELP["export"])
     return parser.parse_args(argv)
 
 
@@ -292,6 +292,9 @@ def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
         disk.write_text(store.folder(run) / "model_outputs.json", text)
 
 
+EXPORTS = {"alpaca_eval": export_alpaca_eval}
+
+
 # ---- the stage -----------------------------------------------------------------------------------
 
 
@@ -376,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     if not workers.is_main:
         return 0
     if args.export:
-        export_alpaca_eval(store, table)
+        EXPORTS[args.export](store, table)
     summary.print_summary(store, table)
     print(f"\nanswers: {args.results[0]}/<run_id>/{bench.name}/answers.jsonl")
     if bench.name == "mt_bench":

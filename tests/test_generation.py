@@ -1,4 +1,4 @@
-"""The engine on tiny random models: it equals transformers' `generate`, whatever the batch holds."""
+"""The engine on tiny random models: equal to `generate`, whatever shares the batch."""
 
 import pytest
 import torch
