@@ -39,6 +39,7 @@ from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading, server
 
+MT_BENCH = Path("data/mt_bench")  # where prep_data.py --mt_bench puts it
 # By category: temperature_config in FastChat's llm_judge/common.py.
 TEMPERATURES = {
     "writing": 0.7,
@@ -85,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="auto", help="auto: bf16 if the hardware computes it")
 
     add = parser.add_argument_group("questions").add_argument
-    add("--mt_bench", type=Path, default=Path("data/mt_bench"), help="folder of question.jsonl")
+    add("--mt_bench", type=Path, default=MT_BENCH, help="folder of question.jsonl")
     add("--questions", type=Path, metavar="FILE", help=HELP["questions"])
     add("--num_questions", type=int, help="this many, spread over the file (default: all)")
     add("--num_choices", type=int, default=1, help="answers to each question, with other seeds")
@@ -384,10 +385,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nanswers: {args.results[0]}/<run_id>/{bench.name}/answers.jsonl")
     if bench.name == "mt_bench":
         results = " ".join(map(str, args.results))
-        print(
-            f"next: python judge.py {results} --judge MODEL [--base_url URL], or --judge hf:FOLDER",
-            flush=True,
-        )
+        questions = "" if args.mt_bench == MT_BENCH else f" --mt_bench {args.mt_bench}"
+        command = f"python judge.py {results}{questions} --judge MODEL"
+        print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
     return 0 if summary.is_complete(store, table, args.kl) else 1
 
 
