@@ -34,7 +34,7 @@ from pathlib import Path
 
 from pref.answering import local, served, summary, work
 from pref.answering.turns import Store
-from pref.answering.work import Base, Bench, Run
+from pref.answering.work import Base, Bench, Run, Sampling
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading, server
@@ -321,6 +321,16 @@ def show_prompt(author: local.Author, bench: Bench) -> None:
     print("first prompt as the model sees it:\n" + json.dumps(text, ensure_ascii=False), flush=True)
 
 
+def print_next(args: argparse.Namespace, bench: Bench) -> None:
+    """Where the answers are, and the command that judges them."""
+    print(f"\nanswers: {args.results[0]}/<run_id>/{bench.name}/answers.jsonl")
+    if bench.name == "mt_bench":
+        results = " ".join(map(str, args.results))
+        questions = "" if args.mt_bench == MT_BENCH else f" --mt_bench {args.mt_bench}"
+        command = f"python judge.py {results}{questions} --judge MODEL"
+        print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     # 1) Everything that can be wrong without a model: arguments, runs, questions, the server's key.
     args = parse_args(argv)
@@ -331,9 +341,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.base_url:
         client = server.open_client("--base_url", args.base_url, args.timeout_s, max_retries=5)
 
-    # 2) What is answered already, by an earlier start, and what remains.
+    # 2) What an earlier start has answered already, and what is missing.
     workers = work.init_workers()
     dtype = loading.pick_dtype(args.dtype, workers.device)
+    sampling = Sampling(args.seed, args.max_new_tokens)
     settings = settings_of(args, base, local.dtype_name(dtype), client)
     store = Store(runs, bench, settings, args.batch_size or args.concurrency, workers.rank)
     items = work.all_items(runs, bench, args.num_choices)
@@ -342,25 +353,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # 3) The server answers ...
         if client is not None:
-            served.answer_all(
-                client,
-                store,
-                missing,
-                base_name=args.served_base or base.model,
-                seed=args.seed,
-                max_new_tokens=args.max_new_tokens,
-                concurrency=args.concurrency,
-            )
+            name = args.served_base or base.model
+            served.answer_all(client, store, missing, sampling, name, args.concurrency)
         # 4) ... or the engine, which also computes log-probabilities, of a server's answers too.
         if args.kl or (missing and client is None):
             author = local.load_author(
-                store,
-                base,
-                dtype,
-                workers.device,
-                batch_size=args.batch_size,
-                seed=args.seed,
-                max_new_tokens=args.max_new_tokens,
+                store, base, dtype, workers.device, sampling, batch_size=args.batch_size
             )
             if workers.is_main:
                 show_prompt(author, bench)
@@ -373,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
                 local.score_all(author, items, unscored, workers)
         work.wait_for_all()
     finally:
-        # 5) answers.jsonl from the turns, whatever happened: complete answers are usable.
+        # 5) answers.jsonl from the turns, also after an error: complete answers are usable.
         table = store.gather() if workers.is_main else {}
 
     # 6) What came out, and whether it is all there.
@@ -382,12 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         EXPORTS[args.export](store, table)
     summary.print_summary(store, table)
-    print(f"\nanswers: {args.results[0]}/<run_id>/{bench.name}/answers.jsonl")
-    if bench.name == "mt_bench":
-        results = " ".join(map(str, args.results))
-        questions = "" if args.mt_bench == MT_BENCH else f" --mt_bench {args.mt_bench}"
-        command = f"python judge.py {results}{questions} --judge MODEL"
-        print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
+    print_next(args, bench)
     return 0 if summary.is_complete(store, table, args.kl) else 1
 
 

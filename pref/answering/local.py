@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pref.answering import work
 from pref.answering.generation import Engine, Request
 from pref.answering.turns import Store
-from pref.answering.work import Base, Bench, Item, Key, Run, Workers
+from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
 from pref.files import console, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading
@@ -40,12 +40,11 @@ class Author:
         engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         store: Store,
-        seed: int,
-        max_new_tokens: int,
+        sampling: Sampling,
     ):
         self.engine, self.tokenizer, self.store = engine, tokenizer, store
-        self.seed, self.max_new_tokens = seed, max_new_tokens
-        self.room = engine.cache.length - max_new_tokens  # tokens of the prompt at most
+        self.sampling = sampling
+        self.room = engine.cache.length - sampling.max_new_tokens  # tokens of a prompt at most
 
     def request(self, item: Item) -> Request | None:
         """The next turn to answer, or None if all are answered."""
@@ -58,13 +57,8 @@ class Author:
             prompt=prompt[max(0, len(prompt) - self.room) :],
             adapter=item.run.adapter_name,
             temperature=item.question["temperature"],
-            seed=work.seed_of(
-                self.seed,
-                question_id=item.question["question_id"],
-                turn=turn,
-                choice=item.choice,
-            ),
-            max_new_tokens=self.max_new_tokens,
+            seed=work.seed_of(self.sampling.seed, item, turn),
+            max_new_tokens=self.sampling.max_new_tokens,
             tag=Tag(item, turn, overflow=len(prompt) > self.room),
         )
 
@@ -88,14 +82,14 @@ def load_author(
     base: Base,
     dtype: torch.dtype,
     device: torch.device,
+    sampling: Sampling,
     batch_size: int,
-    seed: int,
-    max_new_tokens: int,
 ) -> Author:
     """The base model with all adapters, ready to answer. Sets the store's `batch_size` to the rows
     in flight. Raises UserError if the model cannot be loaded, an adapter does not fit it, or
     `max_new_tokens` exceeds its context.
     """
+    max_new_tokens = sampling.max_new_tokens
     tokenizer = chat.load_tokenizer(base.model)
     model = loading.load_base(base.model, dtype, base.quant, device).eval()
     check_base(model, store.runs, base, dtype)
@@ -114,7 +108,7 @@ def load_author(
         length=length,
         ends=chat.end_token_ids(tokenizer, model.generation_config),
     )
-    return Author(engine, tokenizer, store, seed, max_new_tokens)
+    return Author(engine, tokenizer, store, sampling)
 
 
 def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch.dtype) -> None:

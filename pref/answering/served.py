@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pref.answering import work
 from pref.answering.turns import Store
-from pref.answering.work import Item
+from pref.answering.work import Item, Sampling
 from pref.files import console
 from pref.files.console import UserError
 from pref.model import server
@@ -43,9 +43,8 @@ def answer_all(
     client,
     store: Store,
     items: list[Item],
+    sampling: Sampling,
     base_name: str,
-    seed: int,
-    max_new_tokens: int,
     concurrency: int,
 ) -> None:
     """Answer `items`, `concurrency` conversations at a time. client: from `server.open_client`.
@@ -62,20 +61,15 @@ def answer_all(
     def answer(item: Item) -> None:
         turns = len(item.question["turns"])
         while not stop.is_set() and (turn := len(answers := store.texts(item))) < turns:
-            turn_seed = work.seed_of(
-                seed,
-                question_id=item.question["question_id"],
-                turn=turn,
-                choice=item.choice,
-            )
+            seed = work.seed_of(sampling.seed, item, turn)
             reply = ask(
                 client,
                 unsupported,
                 model=names[item.run.run_id],
                 messages=work.conversation(item.question, answers),
                 temperature=item.question["temperature"],
-                max_tokens=max_new_tokens,
-                seed=turn_seed % 2**31,  # servers take a signed 32-bit integer
+                max_tokens=sampling.max_new_tokens,
+                seed=seed % 2**31,  # servers take a signed 32-bit integer
             )
             store.add(item, turn, **reply._asdict(), overflow=False)
             meter.add(reply.tokens)

@@ -50,6 +50,13 @@ class Bench(NamedTuple):
     questions: list[dict]
 
 
+class Sampling(NamedTuple):
+    """How answers are drawn, besides each question's temperature."""
+
+    seed: int
+    max_new_tokens: int  # per turn
+
+
 class Item(NamedTuple):
     """One conversation: all turns of one choice of one question of one run."""
 
@@ -87,12 +94,14 @@ def all_items(runs: list[Run], bench: Bench, num_choices: int) -> list[Item]:
     ]
 
 
-def seed_of(seed: int, question_id: int, turn: int, choice: int) -> int:
+def seed_of(seed: int, item: Item, turn: int) -> int:
     """The seed of one turn: it depends neither on the run nor on the order of the work.
 
-    Choice 0 adds nothing to the entropy, so it has the same seed whatever --num_choices is.
+    Choice 0 adds nothing to the entropy: it has the seed that it had before there were choices.
     """
-    entropy = [seed, question_id, turn, *([choice] if choice else [])]
+    entropy = [seed, item.question["question_id"], turn]
+    if item.choice:
+        entropy.append(item.choice)
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
