@@ -97,7 +97,7 @@ def all_items(runs: list[Run], bench: Bench, num_choices: int) -> list[Item]:
 def seed_of(seed: int, item: Item, turn: int) -> int:
     """The seed of one turn: it depends neither on the run nor on the order of the work.
 
-    Choice 0 adds nothing to the entropy: it has the seed that it had before there were choices.
+    Choice 0 adds nothing to the entropy, so its seed is the same with and without more choices.
     """
     entropy = [seed, item.question["question_id"], turn]
     if item.choice:
