@@ -111,12 +111,13 @@ def ask(client, unsupported: set[str], **request) -> Reply:
         )
     except openai.APIStatusError as error:
         if error.status_code in (400, 422) and "seed" in error.message and "seed" in sent:
-            print(
-                f"{server.address(client)}: does not accept a seed, so sampled answers cannot be "
-                "reproduced; continuing without",
-                flush=True,
-            )
-            unsupported.add("seed")
+            if "seed" not in unsupported:  # else another thread has told the user
+                unsupported.add("seed")
+                print(
+                    f"{server.address(client)}: does not accept a seed, so sampled answers cannot "
+                    "be reproduced; continuing without",
+                    flush=True,
+                )
             return ask(client, unsupported, **request)
         text = server.explain(client, "model", request["model"], error)
         hint = HINTS.get(error.status_code)
