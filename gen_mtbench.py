@@ -1,57 +1,46 @@
-"""Answer MT-Bench's two-turn questions, or any others, with every trained adapter and with the
-untrained model.
+"""Answer MT-Bench, or other questions, with every trained adapter and with the untrained model.
 
     python gen_mtbench.py results/ --base
+        all runs in results/ and the base model -> results/<run_id>/mt_bench/answers.jsonl
     python gen_mtbench.py results/dpo_b0.1_s42 --num_questions 8 --max_new_tokens 64
-    torchrun --nproc_per_node 8 gen_mtbench.py results/ --kl
-    python gen_mtbench.py results/ --questions alpaca_eval.json --temperature 0.7 --export
-    alpaca_eval python gen_mtbench.py results/ --base_url http://localhost:8000/v1
+        a quick look at one run: eight questions, short answers
+    python gen_mtbench.py results/ --base --kl
+        also log-probabilities of each answer under its adapter and under the base: choices[].logp
+        and logp_base in answers.jsonl
+    torchrun --nproc_per_node 8 gen_mtbench.py results/ --base
+        the same files from eight GPUs, which take questions from one counter
+    python gen_mtbench.py results/ --questions alpaca.json --temperature 0.7 --export alpaca_eval
+        other questions -> results/<run_id>/alpaca/answers.jsonl, and model_outputs.json beside it
+        for the program alpaca_eval
+    OPENAI_API_KEY=x python gen_mtbench.py results/ --base_url http://localhost:8000/v1
+        the same files from an OpenAI-compatible server that serves each adapter under its run id
 
-Reads  results/<run_id>/{args.json, adapter/} (train_pref.py), data/mt_bench/question.jsonl
-(prep_data.py --mt_bench). Writes results/<run_id>/mt_bench/answers.jsonl, in FastChat's schema plus
-what reproduces the answer; for --questions
-       results/<run_id>/<name of that file>/answers.jsonl.
+Reads   results/<run_id>/args.json and adapter/ (from train_pref.py), and
+        data/mt_bench/question.jsonl (from prep_data.py --mt_bench) or the file of --questions.
+Writes  results/<run_id>/<mt_bench, or the stem of the questions' file>/answers.jsonl in FastChat's
+        schema, plus what reproduces each answer; until all is answered, turns.<rank>.jsonl.
 
-The base model is loaded once, answers of different adapters share batches, under torchrun the GPUs
-share the work. Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's by
-category. Each (question, choice, turn) has its own seed, so that an answer depends neither on the
-order of work nor on a restart; every turn is on disk as soon as it is answered, and the same
-command continues.
+Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category. Each
+(question, choice, turn) has its own seed, so neither the order of the work nor a restart changes
+what is drawn. Every turn is on disk as soon as it is answered: after an interruption, run the same
+command again. Exit code 1: some answers are missing.
 """
 
 import argparse
 import json
 import os
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from pref.answering import served
-from pref.answering.generation import Engine, Request
-from pref.answering.turns import Bench, Run, Store
-from pref.answering.work import (
-    Item,
-    Workers,
-    all_items,
-    conversation_of,
-    from_main,
-    init_workers,
-    progress,
-    seed_of,
-    unanswered,
-    unscored,
-    wait_for_all,
-)
+from pref.answering import local, served, summary, work
+from pref.answering.turns import Store
+from pref.answering.work import Base, Bench, Run, Sampling
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading, server
 
-# FastChat's temperature_config.
+MT_BENCH = Path("data/mt_bench")  # where prep_data.py --mt_bench puts it
+# By category: temperature_config in FastChat's llm_judge/common.py.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -62,8 +51,23 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-ROWS_ON_CPU, MOST_ROWS = 32, 128
-CACHE_SHARE = 0.8  # of the GPU memory that the weights leave, for keys and values
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+# Too long for a line of the declaration.
+HELP = {
+    "quant": "quantisation of the base model; auto: as in training",
+    "questions": "other questions: JSONL with question_id, turns and optionally category, or a "
+    "JSON list of objects with instruction (AlpacaEval)",
+    "temperature": "for all questions; 0 is greedy (default: MT-Bench's, by category)",
+    "batch_size": f"answers in flight (0: {local.ROWS_ON_CPU} on CPU, on a GPU what fits)",
+    "kl": "then compute log-probabilities of each answer under its adapter and under the base, for "
+    "the KL divergence on the policy's own answers",
+    "base_url": "let an OpenAI-compatible server answer; it serves each adapter under its run id",
+    "served_base": "that server's name for the base model (default: --model)",
+    "export": "also write what another program reads; alpaca_eval: model_outputs.json",
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,156 +77,130 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "results", type=Path, nargs="+", help="results folder, or run folders in it"
-    )
-    parser.add_argument(
-        "--base", action="store_true", help="answer with the untrained model too (run `base`)"
-    )
-    parser.add_argument("--model", help="base model (default: the one the runs were trained on)")
-    parser.add_argument(
-        "--quant",
-        choices=["auto", "nf4", "none"],
-        default="auto",
-        help="of the base; auto: as in training",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="auto: bf16 where the hardware has it",
-    )
-    group = parser.add_argument_group("questions")
-    group.add_argument(
-        "--mt_bench", type=Path, default=Path("data/mt_bench"), help="folder with question.jsonl"
-    )
-    group.add_argument(
-        "--questions",
-        type=Path,
-        metavar="FILE",
-        help="other questions: JSONL with question_id, turns and category, or AlpacaEval's JSON list of instructions",
-    )
-    group.add_argument(
-        "--num_questions", type=int, help="only so many, spread over the file (default: all)"
-    )
-    group.add_argument(
-        "--num_choices", type=int, default=1, help="answers to each question, of different seeds"
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        help="for all questions (default: MT-Bench's, by category); 0 is greedy",
-    )
-    group.add_argument(
-        "--max_new_tokens", type=int, default=1024, help="tokens a turn at most (MT-Bench: 1024)"
-    )
-    group.add_argument("--seed", type=int, default=42, help="of sampled answers")
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--batch_size",
-        type=int,
-        default=0,
-        help=f"answers in flight (0: {ROWS_ON_CPU} on CPU, what fits on a GPU)",
-    )
-    group.add_argument(
-        "--kl",
-        action="store_true",
-        help="afterwards, log-probabilities of each answer under its adapter and under the base, for on-policy KL",
-    )
-    group.add_argument(
-        "--base_url",
-        help="ask an OpenAI-compatible server instead, which serves each adapter under its run id",
-    )
-    group.add_argument(
-        "--served_base",
-        metavar="NAME",
-        help="what that server calls the base model (default: --model)",
-    )
-    group.add_argument("--concurrency", type=int, default=32, help="requests at once to the server")
-    group.add_argument(
-        "--timeout_s", type=float, default=600, help="seconds for one answer of the server"
-    )
-    group.add_argument(
-        "--export",
-        choices=["alpaca_eval"],
-        help="write model_outputs.json beside answers.jsonl, as alpaca_eval reads it",
-    )
+    dtypes = ["auto", "bfloat16", "float32"]
+    add = parser.add_argument
+    add("results", type=Path, nargs="+", help="results folder, or run folders in it")
+    add("--base", action="store_true", help="answer with the untrained model too (run id: base)")
+    add("--model", help="base model (default: the one the runs were trained on)")
+    add("--quant", choices=["auto", "nf4", "none"], default="auto", help=HELP["quant"])
+    add("--dtype", choices=dtypes, default="auto", help="auto: bf16 if the hardware computes it")
+
+    add = parser.add_argument_group("questions").add_argument
+    add("--mt_bench", type=Path, default=MT_BENCH, help="folder of question.jsonl")
+    add("--questions", type=Path, metavar="FILE", help=HELP["questions"])
+    add("--num_questions", type=int, help="this many, spread over the file (default: all)")
+    add("--num_choices", type=int, default=1, help="answers to each question, with other seeds")
+    add("--temperature", type=float, help=HELP["temperature"])
+    add("--max_new_tokens", type=int, default=1024, help="at most, per turn (MT-Bench: 1024)")
+    add("--seed", type=int, default=42, help="of sampled answers")
+
+    add = parser.add_argument_group("how they are answered").add_argument
+    add("--batch_size", type=int, default=0, help=HELP["batch_size"])
+    add("--kl", action="store_true", help=HELP["kl"])
+    add("--base_url", help=HELP["base_url"])
+    add("--served_base", metavar="NAME", help=HELP["served_base"])
+    add("--concurrency", type=int, default=32, help="conversations at a time with the server")
+    add("--timeout_s", type=float, default=600, help="seconds to wait for one answer of the server")
+    add("--export", choices=list(EXPORTS), help=HELP["export"])
     return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> None:
-    for key in ("max_new_tokens", "num_choices", "concurrency", "timeout_s"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    """Raise UserError for a value out of range."""
+    for name in ("max_new_tokens", "num_choices", "concurrency", "timeout_s"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.batch_size < 0:
-        raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
+        raise UserError(f"--batch_size {args.batch_size}: must be 0 (automatic) or more")
     if args.temperature is not None and not 0 <= args.temperature < 10:
-        raise UserError(f"--temperature {args.temperature}: must be 0 (greedy) or more")
+        raise UserError(f"--temperature {args.temperature}: must be from 0 (greedy) to below 10")
     if args.base_url and "RANK" in os.environ:
         raise UserError(
             "--base_url: the server has the GPUs; start gen_mtbench.py without torchrun"
         )
 
 
-def collect_runs(args: argparse.Namespace) -> tuple[list[Run], dict]:
-    """Runs to answer for, and what their args.json say of the base model ('model', 'quant'). Raises
-    UserError if there is nothing to answer with or the runs stand on different bases.
+# ---- who answers ---------------------------------------------------------------------------------
+
+
+def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
+    """The runs to answer for, and the base model under all of them.
+
+    Raises UserError if there is nothing to answer with, or the runs need different base models.
     """
-    runs, bases = [], set()
-    for folder in (
-        run_folders.find_runs(args.results) if any_runs(args.results) or not args.base else []
-    ):
-        record = disk.read_json(folder / "args.json")
-        if record.get("run_id") == run_folders.BASE_RUN:
-            continue
-        if (folder / "metrics.jsonl").is_file() and not (folder / "summary.json").is_file():
-            print(f"{folder}: training has not finished, left out", flush=True)
-            continue
-        weights = folder / "adapter" / "adapter_model.safetensors"
-        if not weights.is_file():
-            print(f"{folder}: no adapter (unfinished or diverged), left out", flush=True)
-            continue
-        bases.add((record.get("model"), record.get("quant")))
-        runs.append(
-            Run(folder, folder.resolve().name, weights.parent, disk.sha256_file(weights), record)
-        )
+    # 1) Trained runs that have an adapter. With --base there need not be any.
+    has_runs = any(
+        (folder / "args.json").is_file()
+        for path in args.results
+        for folder in (path, *path.glob("*"))
+    )
+    folders = run_folders.find_runs(args.results) if has_runs or not args.base else []
+    runs = [run for folder in folders if (run := read_run(folder)) is not None]
+    place = args.results[0]
     if not runs and not args.base:
         raise UserError(
-            f"{args.results[0]}: no adapters here; train with train_pref.py, or give --base --model MODEL"
+            f"{place}: no adapters here; train with train_pref.py, or give --base --model MODEL"
         )
-    if twice := [name for name, count in Counter(run.run_id for run in runs).items() if count > 1]:
+    for run_id, count in Counter(run.run_id for run in runs).items():
+        if count > 1:
+            raise UserError(
+                f"{place}: run id {run_id} is in {count} of these folders; answer for one folder "
+                "at a time"
+            )
+
+    # 2) Their base model, unless the arguments name one.
+    models = {(run.record.get("model"), run.record.get("quant")) for run in runs}
+    quants = {quant for _, quant in models}
+    if len(models) > 1 and not args.model:
         raise UserError(
-            f"run id {twice[0]} stands in several of these folders; answer them one after the other"
+            f"{place}: runs have different base models ({sorted(map(str, models))}); "
+            "answer for them separately"
         )
-    if len(bases) > 1 and not args.model:
-        raise UserError(
-            f"these runs stand on different base models ({sorted(map(str, bases))}); answer them separately"
-        )
-    quants = {quant for _, quant in bases}
     if len(quants) > 1 and args.quant == "auto":
         raise UserError(
-            f"these runs were trained on bases of quantisation {sorted(map(str, quants))}; give --quant"
+            f"{place}: runs were trained with different quantisation of the base "
+            f"({sorted(map(str, quants))}); give --quant"
         )
-    model, quant = next(iter(bases)) if bases else (args.model, "none")
-    quant = quant if args.quant == "auto" else args.quant
+    model, quant = next(iter(models)) if models else (None, "none")
+    base = Base(
+        model=args.model or model,
+        quant=quant if args.quant == "auto" else args.quant,
+    )
+
+    # 3) The untrained model as a run of its own, first.
     if args.base:
-        runs.insert(0, base_run(args, args.model or model, quant, runs))
-    return runs, {"model": args.model or model, "quant": quant}
+        if base.model is None:
+            raise UserError(f"{place}: no runs here that tell the base model; give --model")
+        results = runs[0].folder.parent if runs else place
+        runs.insert(0, base_run(results / run_folders.BASE_RUN, base))
+    return runs, base
 
 
-def any_runs(paths: list[Path]) -> bool:
-    return any(
-        (folder / "args.json").is_file() for path in paths for folder in (path, *path.glob("*"))
+def read_run(folder: Path) -> Run | None:
+    """A trained run; None, with a line to the user, for one without a finished adapter."""
+    record = disk.read_json(folder / "args.json")
+    if record.get("run_id") == run_folders.BASE_RUN:
+        return None
+    if (folder / "metrics.jsonl").is_file() and not (folder / "summary.json").is_file():
+        print(f"{folder}: training has not finished; left out", flush=True)
+        return None
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    if not weights.is_file():
+        print(f"{folder}: no adapter (unfinished or diverged); left out", flush=True)
+        return None
+    return Run(
+        folder=folder,
+        run_id=folder.resolve().name,
+        adapter=weights.parent,
+        sha256=disk.sha256_file(weights),
+        record=record,
     )
 
 
-def base_run(args: argparse.Namespace, model: str | None, quant: str, runs: list[Run]) -> Run:
-    """The run `base`, beside the others: args.json and answers, no adapter."""
-    if model is None:
-        raise UserError("--base without any run needs --model")
-    folder = (runs[0].folder.parent if runs else args.results[0]) / run_folders.BASE_RUN
+def base_run(folder: Path, base: Base) -> Run:
+    """The run `base`: a folder with args.json and answers, like the others, but no adapter."""
     record = {
         "run_id": run_folders.BASE_RUN,
         "loss": None,
@@ -230,53 +208,58 @@ def base_run(args: argparse.Namespace, model: str | None, quant: str, runs: list
         "tau": None,
         "seed": None,
         "mode": "full",
+        "model": base.model,
+        "quant": base.quant,
+        "versions": disk.versions(),
     }
-    record |= {"model": model, "quant": quant, "versions": disk.versions()}
     if (folder / "args.json").is_file():
         old = disk.read_json(folder / "args.json")
-        if (old.get("model"), old.get("quant")) != (model, quant):
+        if (old.get("model"), old.get("quant")) != base:
             raise UserError(
-                f"{folder}: holds answers of base model {old.get('model')} (quant {old.get('quant')}), not of {model} "
-                f"(quant {quant}); remove the folder"
+                f"{folder}: holds answers of base model {old.get('model')} "
+                f"(quant {old.get('quant')}), not of {base.model} (quant {base.quant}); "
+                "remove the folder"
             )
-    elif is_main():
+    elif os.environ.get("RANK", "0") == "0":
         disk.write_json(folder / "args.json", record)
-    return Run(folder, run_folders.BASE_RUN, None, None, record)
+    return Run(folder, run_folders.BASE_RUN, adapter=None, sha256=None, record=record)
+
+
+# ---- what is asked -------------------------------------------------------------------------------
 
 
 def load_bench(args: argparse.Namespace) -> Bench:
-    """Raises UserError with file and line for what is no question, or has no temperature."""
-    if args.questions is None:
-        name, path = "mt_bench", args.mt_bench / "question.jsonl"
-        questions = mt_bench.read_questions(path)
+    """The questions, each with its temperature.
+
+    Raises UserError with file and line for a malformed question, and for one without temperature.
+    """
+    path = args.questions or args.mt_bench / "question.jsonl"
+    name = run_folders.check_run_id(path.stem) if args.questions else "mt_bench"
+    if path.suffix == ".json":
+        questions = read_instructions(path)
     else:
-        name, path = run_folders.check_run_id(args.questions.stem), args.questions
-        questions = (
-            read_instructions(path)
-            if path.suffix == ".json"
-            else mt_bench.read_questions(path, mt_bench=False)
-        )
+        questions = mt_bench.read_questions(path, mt_bench=args.questions is None)
     for question in questions:
-        given = (
-            TEMPERATURES.get(question.get("category"))
-            if args.temperature is None
-            else args.temperature
-        )
-        if given is None:
+        temperature = args.temperature
+        if temperature is None:
+            temperature = TEMPERATURES.get(question.get("category"))
+        if temperature is None:
             raise UserError(
-                f"{path}: question {question['question_id']} is of category {question.get('category')!r}, for which "
-                "MT-Bench has no temperature; give --temperature"
+                f"{path}: question {question['question_id']} has category "
+                f"{question.get('category')!r}, for which MT-Bench defines no temperature; "
+                "give --temperature"
             )
-        question["temperature"] = given
+        question["temperature"] = temperature
     if args.export and any(len(question["turns"]) > 1 for question in questions):
         raise UserError(
-            f"--export {args.export}: {path} has questions of several turns, which it cannot hold"
+            f"--export {args.export}: its format holds one turn per question, but {path} has "
+            "questions with several; leave the option out"
         )
     return Bench(name, mt_bench.pick_questions(questions, args.num_questions))
 
 
 def read_instructions(path: Path) -> list[dict]:
-    """AlpacaEval's list of {instruction, dataset}: one-turn questions, numbered from 1."""
+    """AlpacaEval's list of {instruction, dataset}, as one-turn questions numbered from 1."""
     rows = disk.read_json_value(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of objects with 'instruction'")
@@ -285,190 +268,20 @@ def read_instructions(path: Path) -> list[dict]:
         text = row.get("instruction") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{path}: entry {number}: 'instruction' must be a non-empty string")
+        dataset = row.get("dataset")
         questions.append(
-            {
-                "question_id": number,
-                "category": None,
-                "turns": [text],
-                "dataset": row.get("dataset"),
-            }
+            {"question_id": number, "category": None, "turns": [text], "dataset": dataset}
         )
     return questions
 
 
-def is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-class Author:
-    """Writes answers with the engine."""
-
-    def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, store: Store, args, room: int
-    ):
-        self.engine, self.tokenizer, self.store, self.args, self.room = (
-            engine,
-            tokenizer,
-            store,
-            args,
-            room,
-        )
-
-    def request(self, item: Item) -> Request | None:
-        """The next turn to answer, or None if there is none."""
-        answers = self.store.texts(*item)
-        turn = len(answers)
-        if turn == len(item.question["turns"]):
-            return None
-        prompt = chat.prompt_ids(self.tokenizer, conversation_of(item, answers))
-        number = item.question["question_id"]
-        return Request(
-            prompt[max(0, len(prompt) - self.room) :],
-            item.run.name,
-            item.question["temperature"],
-            seed_of(self.args.seed, number, turn, item.choice),
-            self.args.max_new_tokens,
-            tag=(item, turn, len(prompt) > self.room),
-        )
-
-    def finished(self, request: Request) -> Request | None:
-        """Keep an answered turn; returns the next one of its conversation."""
-        item, turn, overflow = request.tag
-        ended = request.tokens[-1] in self.engine.ends
-        tokens = request.tokens[:-1] if ended else request.tokens
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        self.store.add(
-            *item, turn, text=text, tokens=len(tokens), truncated=not ended, overflow=overflow
-        )
-        return self.request(item)
-
-
-def answer_all(author: Author, items: list[Item], workers: Workers) -> None:
-    begun, tokens = time.monotonic(), 0
-    with progress(len(items), "answers", workers.rank) as bar:
-
-        def source() -> Iterator[Request]:
-            for number in workers.take("answers", len(items)):
-                yield author.request(items[number])
-
-        def finished(request: Request) -> Request | None:
-            nonlocal tokens
-            tokens += len(request.tokens)
-            follow_up = author.finished(request)
-            bar.set_postfix_str(
-                f"{request.adapter or run_folders.BASE_RUN} {tokens / (time.monotonic() - begun):.0f} tok/s"
-            )
-            bar.update(follow_up is None)
-            return follow_up
-
-        author.engine.run(source(), finished)
-
-
-def score_all(
-    author: Author, workers: Workers, items: list[Item], unscored: list[tuple[int, int]]
-) -> None:
-    """--kl: log-probabilities (nats) of each answered turn under its adapter and under the base,
-    tokens counted.
-
-    The answer's tokens are those that the template gives the conversation, its end token among them
-    unless the answer was cut off.
-    """
-    store, engine, tokenizer = author.store, author.engine, author.tokenizer
-    work = [(items[number], turn) for number, turn in unscored]
-    with progress(len(work), "log-probabilities", workers.rank) as bar:
-        for number in workers.take("scores", len(work)):
-            item, turn = work[number]
-            answers = store.texts(*item)
-            messages = conversation_of(item, answers[:turn])
-            asked = chat.prompt_ids(tokenizer, messages)
-            messages.append({"role": "assistant", "content": answers[turn]})
-            whole = chat.encode(
-                tokenizer, chat.render(tokenizer, messages, generation_prompt=False)
-            )
-            split = chat.common_prefix(asked, whole)
-            cut = store.turns[item.run.run_id, item.question["question_id"], item.choice, turn][
-                "truncated"
-            ]
-            end = next(
-                (i for i, token in enumerate(whole[split:], split) if token in engine.ends),
-                len(whole),
-            )
-            answer = whole[split : end if cut else end + 1][: engine.cache.shape[1] - 1]
-            kept = whole[:split][-(engine.cache.shape[1] - len(answer)) :]
-            logps = [
-                engine.score(kept, answer, name) if answer else 0.0
-                for name in (item.run.name, None)
-            ]
-            store.add(*item, turn, logp=logps[0], logp_base=logps[1], logp_tokens=len(answer))
-            bar.update()
-
-
-def cache_length(
-    tokenizer: PreTrainedTokenizerBase, bench: Bench, max_new_tokens: int, window: int
-) -> int:
-    """Tokens that a whole conversation may come to, within the model's context window."""
-    longest = 0
-    for question in bench.questions:
-        messages = conversation_of(Item(None, question, 0), ["."] * (len(question["turns"]) - 1))
-        longest = max(
-            longest,
-            len(chat.prompt_ids(tokenizer, messages)) + len(question["turns"]) * max_new_tokens,
-        )
-    return min(
-        window, longest * 9 // 8 + 32
-    )  # an answer read back may be a few tokens longer than it was written
-
-
-def rows_in_flight(model, length: int, wanted: int) -> int:
-    """--batch_size, or for 0 what suits the device."""
-    if wanted or model.device.type != "cuda":
-        return wanted or ROWS_ON_CPU
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * head
-        * length
-        * model.dtype.itemsize
-    )
-    free = torch.cuda.mem_get_info()[0]
-    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free / row)))
-
-
-def check_base(model, runs: list[Run], base: dict, dtype: str) -> None:
-    """Raise UserError if an adapter was trained on other weights of this name."""
-    weights = loading.fingerprint(model)
-    for run in runs:
-        record = run.record
-        same_kind = record.get("dtype") == dtype and record.get("quant") == base["quant"]
-        if same_kind and record.get("base_sha256", weights) != weights:
-            raise UserError(
-                f"{run.folder}: was trained on other weights than {base['model']} has now"
-            )
-
-
-def settings_of(args: argparse.Namespace, base: dict, dtype: str, client) -> dict:
-    """What an answer depends on, beside question and adapter; kept in each row."""
-    settings = {
-        "model": base["model"],
-        "quant": base["quant"],
-        "dtype": dtype,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-    }
-    if client is not None:
-        settings |= {"quant": None, "dtype": None, "server": server.server_of(client)}
-    return settings if args.num_choices == 1 else settings | {"num_choices": args.num_choices}
-
-
 def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
+    """model_outputs.json beside each run's answers.jsonl, as alpaca_eval reads it."""
     for run in store.runs:
-        rows = []
+        outputs = []
         for row in table[run.run_id]:
             question = store.questions[row["question_id"]]
-            rows.append(
+            outputs.append(
                 {
                     "dataset": question.get("dataset") or store.bench.name,
                     "instruction": question["turns"][0],
@@ -476,112 +289,99 @@ def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
                     "generator": run.run_id,
                 }
             )
-        text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(outputs, indent=1, ensure_ascii=False) + "\n"
         disk.write_text(store.folder(run) / "model_outputs.json", text)
 
 
-def print_summary(store: Store, table: dict[str, list[dict]], args: argparse.Namespace) -> bool:
-    """Returns whether every question has its answers, with --kl their log-probabilities too."""
-    complete = True
-    print(
-        f"\n{'run':<40} answers  tokens a turn       truncated  empty  overflow  KL to base, nats an answer"
-    )
-    for run_id, rows in table.items():
-        choices = [choice for row in rows for choice in row["choices"]]
-        complete = complete and len(rows) == len(store.bench.questions)
-        complete = complete and (not args.kl or all("logp" in choice for choice in choices))
-        if not choices:
-            print(f"{run_id:<40} {0:>7}")
-            continue
-        lengths = [choice["tokens"] for choice in choices if "tokens" in choice]
-        means = (
-            " ".join(f"{mean:8.1f}" for mean in np.mean(lengths, axis=0))
-            if len(set(map(len, lengths))) == 1
-            else ""
-        )
-        counts = [
-            sum(sum(choice.get(key, [])) for choice in choices) for key in ("truncated", "overflow")
-        ]
-        empty = sum(not turn for choice in choices for turn in choice["turns"])
-        kls = [sum(c["logp"]) - sum(c["logp_base"]) for c in choices if "logp" in c]
-        kl = (
-            f"{np.mean(kls):9.2f} (SE {np.std(kls, ddof=1) / len(kls) ** 0.5:.2f})"
-            if len(kls) > 1
-            else ""
-        )
-        print(
-            f"{run_id:<40} {len(rows):>7}  {means:<18}  {counts[0]:>9}  {empty:>5}  {counts[1]:>8}  {kl}"
-        )
-    results = " ".join(map(str, args.results))
-    print(f"\nanswers: {args.results[0]}/<run_id>/{store.bench.name}/answers.jsonl")
-    if store.bench.name == "mt_bench":
-        print(
-            f"next: python judge.py {results} --judge MODEL [--base_url URL], or --judge hf:FOLDER",
-            flush=True,
-        )
-    return complete
+EXPORTS = {"alpaca_eval": export_alpaca_eval}
 
 
-def show_prompt(tokenizer: PreTrainedTokenizerBase, bench: Bench) -> None:
-    text = chat.render(
-        tokenizer,
-        [{"role": "user", "content": bench.questions[0]["turns"][0]}],
-        generation_prompt=True,
-    )
+# ---- the stage -----------------------------------------------------------------------------------
+
+
+def settings_of(args: argparse.Namespace, base: Base, dtype: str, client) -> dict:
+    """What an answer depends on besides question and adapter; written to each row."""
+    settings = {
+        "model": base.model,
+        "quant": base.quant if client is None else None,
+        "dtype": dtype if client is None else None,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
+    if client is not None:
+        settings["server"] = server.address(client)
+    if args.num_choices > 1:
+        settings["num_choices"] = args.num_choices
+    return settings
+
+
+def show_prompt(author: local.Author, bench: Bench) -> None:
+    messages = work.conversation(bench.questions[0], [])
+    text = chat.render(author.tokenizer, messages, generation_prompt=True)
     print("first prompt as the model sees it:\n" + json.dumps(text, ensure_ascii=False), flush=True)
 
 
+def print_next(args: argparse.Namespace, bench: Bench) -> None:
+    """Where the answers are, and the command that judges them."""
+    print(f"\nanswers: {args.results[0]}/<run_id>/{bench.name}/answers.jsonl")
+    if bench.name == "mt_bench":
+        results = " ".join(map(str, args.results))
+        questions = "" if args.mt_bench == MT_BENCH else f" --mt_bench {args.mt_bench}"
+        command = f"python judge.py {results}{questions} --judge MODEL"
+        print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
+    # 1) Everything that can be wrong without a model: arguments, runs, questions, the server's key.
     args = parse_args(argv)
     check_args(args)
     runs, base = collect_runs(args)
     bench = load_bench(args)
-    client = (
-        server.open_client("--base_url", args.base_url, args.timeout_s, max_retries=5)
-        if args.base_url
-        else None
-    )
-    workers = init_workers()
+    client = None
+    if args.base_url:
+        client = server.open_client("--base_url", args.base_url, args.timeout_s, max_retries=5)
+
+    # 2) What an earlier start has answered already, and what is missing.
+    workers = work.init_workers()
     dtype = loading.pick_dtype(args.dtype, workers.device)
-    settings = settings_of(args, base, str(dtype).removeprefix("torch."), client)
+    sampling = Sampling(args.seed, args.max_new_tokens)
+    settings = settings_of(args, base, local.dtype_name(dtype), client)
     store = Store(runs, bench, settings, args.batch_size or args.concurrency, workers.rank)
-    everything = all_items(store, args.num_choices)
-    items = [everything[number] for number in from_main(unanswered(store, everything))]
+    items = work.all_items(runs, bench, args.num_choices)
+    missing = [items[number] for number in work.from_main(store.unanswered(items))]
+
     try:
+        # 3) The server answers ...
         if client is not None:
-            served.ask_server_all(args, client, base, store, items)
-        if args.kl or (items and client is None):
-            tokenizer = chat.load_tokenizer(base["model"])
-            model = loading.load_base(base["model"], dtype, base["quant"], workers.device).eval()
-            check_base(model, runs, base, str(dtype).removeprefix("torch."))
-            window = model.config.get_text_config().max_position_embeddings
-            if args.max_new_tokens >= window:
-                raise UserError(
-                    f"--max_new_tokens {args.max_new_tokens}: the model's context is {window} tokens"
-                )
-            length = cache_length(tokenizer, bench, args.max_new_tokens, window)
-            rows = store.batch_size = rows_in_flight(model, length, args.batch_size)
-            ends = chat.end_token_ids(tokenizer, model.generation_config)
-            engine = Engine(
-                model, {run.run_id: run.adapter for run in runs if run.adapter}, rows, length, ends
+            name = args.served_base or base.model
+            served.answer_all(client, store, missing, sampling, name, args.concurrency)
+        # 4) ... or the engine, which also computes log-probabilities, of a server's answers too.
+        if args.kl or (missing and client is None):
+            author = local.load_author(
+                store, base, dtype, workers.device, sampling, batch_size=args.batch_size
             )
-            author = Author(engine, tokenizer, store, args, length - args.max_new_tokens)
-            if workers.rank == 0:
-                show_prompt(tokenizer, bench)
+            if workers.is_main:
+                show_prompt(author, bench)
             if client is None:
-                answer_all(author, items, workers)
+                local.answer_all(author, missing, workers)
             if args.kl:
-                wait_for_all()
-                store.load()
-                score_all(author, workers, everything, from_main(unscored(store, everything)))
-        wait_for_all()
+                work.wait_for_all()
+                store.load()  # the other ranks' answers
+                unscored = work.from_main(store.unscored(items))
+                local.score_all(author, items, unscored, workers)
+        work.wait_for_all()
     finally:
-        table = store.gather() if workers.rank == 0 else {}
-    if workers.rank != 0:
+        # 5) answers.jsonl from the turns, also after an error: complete answers are usable.
+        table = store.gather() if workers.is_main else {}
+
+    # 6) What came out, and whether it is all there.
+    if not workers.is_main:
         return 0
     if args.export:
-        export_alpaca_eval(store, table)
-    return 0 if print_summary(store, table, args) else 1
+        EXPORTS[args.export](store, table)
+    summary.print_summary(store, table)
+    print_next(args, bench)
+    return 0 if summary.is_complete(store, table, args.kl) else 1
 
 
 if __name__ == "__main__":

@@ -26,10 +26,7 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gen_mtbench  # noqa: E402
-from pref.answering import (
-    turns,  # noqa: E402
-    work,  # noqa: E402
-)
+from pref.answering import local, turns, work  # noqa: E402
 from pref.answering.generation import Engine  # noqa: E402
 from pref.files import mt_bench  # noqa: E402
 from pref.files.disk import sha256_file, write_json  # noqa: E402
@@ -55,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         "--batch_adapters", type=int, default=2, help="adapters that contestant (b) answers for"
     )
     parser.add_argument(
-        "--rows", type=int, default=gen_mtbench.ROWS_ON_CPU, help="the engine's --batch_size"
+        "--rows", type=int, default=local.ROWS_ON_CPU, help="the engine's --batch_size"
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--quant", default="none", choices=["none", "nf4"])
@@ -130,9 +127,9 @@ def with_engine(
     """Everything as gen_mtbench.py does it, files included. Returns the number of tokens
     generated.
     """
-    bench = turns.Bench("mt_bench", questions)
+    bench = work.Bench("mt_bench", questions)
     runs = [
-        turns.Run(
+        work.Run(
             folder / p.parent.name,
             p.parent.name,
             p,
@@ -141,13 +138,12 @@ def with_engine(
         )
         for p in adapters
     ]
-    given = gen_mtbench.parse_args([str(folder), "--max_new_tokens", str(args.max_new_tokens)])
     store = turns.Store(runs, bench, {}, args.rows)
-    length = gen_mtbench.cache_length(tokenizer, bench, args.max_new_tokens, 2048)
+    length = local.cache_length(tokenizer, bench, args.max_new_tokens, 2048)
     ends = end_token_ids(tokenizer, model.generation_config)
     engine = Engine(model, {run.run_id: run.adapter for run in runs}, args.rows, length, ends)
-    author = gen_mtbench.Author(engine, tokenizer, store, given, length - args.max_new_tokens)
-    items, counted = work.all_items(store, 1), 0
+    author = local.Author(engine, tokenizer, store, work.Sampling(42, args.max_new_tokens))
+    items, counted = work.all_items(runs, bench, 1), 0
 
     def count(request):
         nonlocal counted

@@ -1,5 +1,5 @@
-"""What tests put in the place of others: an OpenAI-compatible server that can be told to fail,
-FastChat's own code.
+"""Stand-ins for what tests cannot use: an OpenAI-compatible server that fails on demand, and
+FastChat's own code without its dependencies.
 """
 
 import importlib.util
@@ -10,18 +10,19 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-HANG_UP = 0  # instead of an HTTP status: the connection ends without an answer
+HANG_UP = 0  # instead of an HTTP status: close the connection without a reply
 
 
 class Server:
-    """An OpenAI-compatible server on loopback whose `answer(body)` gives (HTTP status, JSON or
-    text).
+    """An OpenAI-compatible server on loopback.
+
+    `answer(body)` returns (HTTP status, JSON value or text) for each POST; a test replaces it.
     """
 
     def __init__(self):
-        self.requests: list[dict] = []
-        self.retry_after = True  # says so in every reply
-        self.models: list[str | dict] = []  # what GET /models lists
+        self.requests: list[dict] = []  # bodies of all POSTs
+        self.retry_after = True  # ask the client to retry after 1 ms, in every reply
+        self.models: list[str | dict] = []  # for GET /models
         self.answer = lambda body: completion("Fine. Rating: [[7]]")
         self.lock = threading.Lock()
         double = self
@@ -36,29 +37,21 @@ class Server:
                     status, reply = double.answer(body)
                 if status == HANG_UP:
                     self.close_connection = True
-                    return
-                payload = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+                else:
+                    self.reply(status, reply)
+
+            def do_GET(self):
+                models = [m if isinstance(m, dict) else {"id": m} for m in double.models]
+                self.reply(200, {"object": "list", "data": models})
+
+            def reply(self, status: int, value: str | dict) -> None:
+                kind = "text/html" if isinstance(value, str) else "application/json"
+                payload = (value if isinstance(value, str) else json.dumps(value)).encode()
                 self.send_response(status)
-                self.send_header(
-                    "Content-Type", "text/html" if isinstance(reply, str) else "application/json"
-                )
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(payload)))
                 if double.retry_after:
                     self.send_header("retry-after-ms", "1")
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def do_GET(self):
-                payload = json.dumps(
-                    {
-                        "object": "list",
-                        "data": [m if isinstance(m, dict) else {"id": m} for m in double.models],
-                    }
-                )
-                payload = payload.encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
 
@@ -66,33 +59,31 @@ class Server:
                 pass
 
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.httpd.handle_error = lambda request, address: (
-            None
-        )  # a client that timed out has hung up
+        # A client that timed out has closed its connection: no traceback for that.
+        self.httpd.handle_error = lambda request, address: None
         self.url = f"http://127.0.0.1:{self.httpd.server_port}/v1"
-        threading.Thread(
-            target=self.httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
+        serve = {"target": self.httpd.serve_forever, "kwargs": {"poll_interval": 0.01}}
+        threading.Thread(**serve, daemon=True).start()
 
     def paid(self, probe: list[dict]) -> list[dict]:
-        """The requests that were not probes."""
+        """The requests other than probes, which have the messages `probe`."""
         return [body for body in self.requests if body["messages"] != probe]
 
 
 def completion(text, finish="stop", **message) -> tuple[int, dict]:
+    """A chat completion, as `Server.answer` returns it. message: further fields of the message."""
+    choice = {
+        "index": 0,
+        "finish_reason": finish,
+        "message": {"role": "assistant", "content": text, **message},
+    }
     return 200, {
         "id": "x",
         "object": "chat.completion",
         "created": 1,
         "model": "served-7b",
         "system_fingerprint": "fp_1",
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": finish,
-                "message": {"role": "assistant", "content": text, **message},
-            }
-        ],
+        "choices": [choice],
         "usage": {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14},
     }
 
@@ -113,6 +104,6 @@ def load_fastchat(monkeypatch) -> types.ModuleType:
 def load_module(name: str, path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up the module of their class
     spec.loader.exec_module(module)
     return module

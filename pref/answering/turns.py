@@ -1,4 +1,10 @@
-"""answers on disk, turn by turn"""
+"""Answers on disk, one line per turn while the work runs and one row per question at the end.
+
+    Store.add    -> results/<run_id>/<bench>/turns.<rank>.jsonl   appended after every turn
+    Store.gather -> results/<run_id>/<bench>/answers.jsonl        FastChat's schema; turns.* removed
+
+`Store.load` reads both, so a restart after a kill continues with the first missing turn.
+"""
 
 import itertools
 import json
@@ -7,228 +13,245 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from pref.answering.work import Bench, Item, Key, Run
 from pref.files import disk
 from pref.files.console import UserError
 
-
-class Run(NamedTuple):
-    """A run to answer for. adapter None is the untrained model."""
-
-    folder: Path
-    run_id: str
-    adapter: Path | None
-    sha256: str | None  # of the adapter's weights
-    record: dict  # its args.json
-
-    @property
-    def name(self) -> str | None:
-        """What the engine calls its adapter."""
-        return None if self.adapter is None else self.run_id
-
-
-class Bench(NamedTuple):
-    """What is asked: questions with question_id, category, turns and temperature, and the folder of
-    the answers.
-    """
-
-    name: str
-    questions: list[dict]
+# Of one turn. In a row of answers.jsonl each choice has `turns` for the texts, and a list with one
+# value per turn for each of the others.
+TURN_FIELDS = ("text", "tokens", "truncated", "overflow", "logp", "logp_base", "logp_tokens")
+LISTS = TURN_FIELDS[1:]
 
 
 def question_sha256(question: dict) -> str:
     return disk.sha256_json([question["turns"], question["temperature"]])
 
 
-Key = tuple[str, int, int, int]  # run id, question id, choice, turn
-TURN_FIELDS = ("text", "tokens", "truncated", "overflow", "logp", "logp_base", "logp_tokens")
-
-
 class Store:
-    """Turns answered so far. Each is appended to results/<run>/<bench>/turns.<rank>.jsonl as it
-    comes; `gather` makes answers.jsonl of them.
+    """The turns answered so far, in memory and on disk.
+
+    settings: what an answer depends on besides question and adapter; written to each line, and
+    answers with other settings are refused. batch_size: written to each row of answers.jsonl,
+    because in bf16 an answer can change with the rows beside it; the engine's is set once the model
+    is loaded. rank: of this process, which writes turns.<rank>.jsonl only.
     """
 
     def __init__(
         self, runs: list[Run], bench: Bench, settings: dict, batch_size: int, rank: int = 0
     ):
-        self.runs, self.bench, self.settings, self.batch_size, self.rank = (
-            runs,
-            bench,
-            settings,
-            batch_size,
-            rank,
-        )
-        self.questions = {q["question_id"]: q for q in bench.questions}
+        self.runs, self.bench, self.settings = runs, bench, settings
+        self.batch_size, self.rank = batch_size, rank
+        self.questions = {question["question_id"]: question for question in bench.questions}
         self.lock = threading.Lock()
         self.turns: dict[Key, dict] = {}
-        self.stamps: dict[Key, float] = {}
-        self.load(say=rank == 0)
+        self.stamps: dict[Key, float] = {}  # seconds since the epoch
+        self.load(report=rank == 0)
 
     def folder(self, run: Run) -> Path:
         return run.folder / self.bench.name
 
-    def load(self, say: bool = False) -> None:
-        """Read what stands on disk. Raises UserError for answers with other settings or to other
-        questions.
+    # ---- what is answered, what is missing -------------------------------------------------------
+
+    def texts(self, item: Item) -> list[str]:
+        """The answers so far, turn by turn, up to the first missing one."""
+        keys = (Key.of(item, turn) for turn in range(len(item.question["turns"])))
+        answers = (self.turns.get(key, {}).get("text") for key in keys)
+        return list(itertools.takewhile(lambda text: text is not None, answers))
+
+    def unanswered(self, items: list[Item]) -> list[int]:
+        """Positions in `items` of those that lack a turn."""
+        return [
+            number
+            for number, item in enumerate(items)
+            if len(self.texts(item)) < len(item.question["turns"])
+        ]
+
+    def unscored(self, items: list[Item]) -> list[tuple[int, int]]:
+        """(position in `items`, turn) of each answered turn without log-probabilities."""
+        return [
+            (number, turn)
+            for number, item in enumerate(items)
+            for turn in range(len(self.texts(item)))
+            if "logp" not in self.turns[Key.of(item, turn)]
+        ]
+
+    # ---- one line per turn -----------------------------------------------------------------------
+
+    def add(self, item: Item, turn: int, **fields) -> None:
+        """Append `fields` (of TURN_FIELDS) of one turn to the disk. Several threads may call it."""
+        line = {
+            "question_id": item.question["question_id"],
+            "choice": item.choice,
+            "turn": turn,
+            **fields,
+            "tstamp": time.time(),
+            "adapter_sha256": item.run.sha256,
+            "settings": self.settings,
+            "question_sha256": question_sha256(item.question),
+        }
+        key = Key.of(item, turn)
+        with self.lock:
+            path = self.folder(item.run) / f"turns.{self.rank}.jsonl"
+            append_line(path, disk.jsonl_line(line))
+            self.turns[key] = self.turns.get(key, {}) | fields
+
+    def load(self, report: bool = False) -> None:
+        """Read all turns from disk, those of other ranks too. report: print how many turns of an
+        older adapter are ignored.
+
+        Raises UserError for answers with other settings or to other questions.
         """
         self.turns.clear()
         for run in self.runs:
             stale = 0
-            for path in (
-                self.folder(run) / "answers.jsonl",
-                *sorted(self.folder(run).glob("turns.*.jsonl")),
-            ):
+            files = sorted(self.folder(run).glob("turns.*.jsonl"))
+            for path in (self.folder(run) / "answers.jsonl", *files):
                 for line in read_turns(path):
                     if line.get("adapter_sha256") != run.sha256:
-                        stale += "text" in line
+                        stale += "text" in line  # not a line with log-probabilities only
                         continue
                     self.check(path, line)
-                    key = (run.run_id, line["question_id"], line["choice"], line["turn"])
-                    self.turns[key] = self.turns.get(key, {}) | {
-                        k: line[k] for k in TURN_FIELDS if k in line
-                    }
-                    self.stamps.setdefault(key, line["tstamp"])
-            if stale and say:
+                    self.remember(run, line)
+            if stale and report:
                 print(
-                    f"{run.run_id}: {stale} answered turns are of an older adapter; answering anew",
+                    f"{run.run_id}: {stale} answered turns are from an older adapter; "
+                    "answering them again",
                     flush=True,
                 )
 
+    def remember(self, run: Run, line: dict) -> None:
+        key = Key(
+            run_id=run.run_id,
+            question_id=line["question_id"],
+            choice=line["choice"],
+            turn=line["turn"],
+        )
+        fields = {name: line[name] for name in TURN_FIELDS if name in line}
+        self.turns[key] = self.turns.get(key, {}) | fields
+        self.stamps.setdefault(key, line["tstamp"])
+
     def check(self, path: Path, line: dict) -> None:
-        old = line.get("settings") or {}
-        if different := [
-            key for key in old.keys() | self.settings if old.get(key) != self.settings.get(key)
-        ]:
-            what = ", ".join(
-                f"{key} was {old.get(key)}, is {self.settings.get(key)}"
-                for key in sorted(different)
-            )
+        """Raise UserError unless `line` answers today's question with today's settings."""
+        old, new = line.get("settings") or {}, self.settings
+        changes = [
+            f"{name} was {old.get(name)}, is {new.get(name)}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+        if changes:
             raise UserError(
-                f"{path}: holds answers with other settings ({what}); use the same, or delete the file"
+                f"{path}: holds answers with other settings ({', '.join(changes)}); "
+                "use the same settings, or delete the file"
             )
         question = self.questions.get(line["question_id"])
-        if question and line.get("question_sha256", question_sha256(question)) != question_sha256(
-            question
-        ):
+        if question is None:  # not asked this time
+            return
+        expected = question_sha256(question)
+        if line.get("question_sha256", expected) != expected:
             raise UserError(
-                f"{path}: question {line['question_id']} was another when it was answered; delete the file, or go back "
-                "to the old questions"
+                f"{path}: question {line['question_id']} has changed since it was answered; "
+                "delete the file, or restore the old questions"
             )
 
-    def add(self, run: Run, question: dict, choice: int, turn: int, **fields) -> None:
-        key = (run.run_id, question["question_id"], choice, turn)
-        line = {
-            "question_id": question["question_id"],
-            "choice": choice,
-            "turn": turn,
-            **fields,
-            "tstamp": time.time(),
-            "adapter_sha256": run.sha256,
-            "settings": self.settings,
-            "question_sha256": question_sha256(question),
-        }
-        with self.lock:
-            path = self.folder(run) / f"turns.{self.rank}.jsonl"
-            append_line(path, disk.jsonl_line(line))
-            self.turns[key] = self.turns.get(key, {}) | fields
-
-    def texts(self, run: Run, question: dict, choice: int) -> list[str]:
-        """The answers so far, turn by turn."""
-        keys = (
-            (run.run_id, question["question_id"], choice, turn)
-            for turn in range(len(question["turns"]))
-        )
-        found = (self.turns.get(key, {}).get("text") for key in keys)
-        return list(itertools.takewhile(lambda text: text is not None, found))
+    # ---- one row per question --------------------------------------------------------------------
 
     def gather(self) -> dict[str, list[dict]]:
-        """Write each run's answers.jsonl from all that is complete. Returns the rows by run id."""
+        """Write each run's answers.jsonl from its complete conversations. Returns the rows of this
+        bench's questions by run id.
+        """
         self.load()
         table = {}
         for run in self.runs:
-            asked = {key[1] for key in self.turns if key[0] == run.run_id}
-            old = {row["question_id"]: row for row in read_rows(self.folder(run) / "answers.jsonl")}
+            # 1) The rows: rebuilt for questions that are asked now; a row of another question
+            # (--num_questions was larger) stays as it is.
+            path = self.folder(run) / "answers.jsonl"
+            old = {row["question_id"]: row for row in read_rows(path)}
+            answered = {key.question_id for key in self.turns if key.run_id == run.run_id}
             rows = []
-            for number in sorted(asked):
-                row = old.get(number)  # of a question that is not asked now: it stays
+            for number in sorted(answered):
+                row = old.get(number)
                 if number in self.questions:
                     row = self.row(run, self.questions[number], row)
-                rows += [row] if row else []
+                if row is not None:
+                    rows.append(row)
             table[run.run_id] = [row for row in rows if row["question_id"] in self.questions]
+
+            # 2) To disk, if anything is new. Rows that are all from an older adapter are renamed,
+            # so that nobody takes them for this adapter's.
             if rows and rows != list(old.values()):
-                disk.write_jsonl(self.folder(run) / "answers.jsonl", rows)
-            elif old and not rows:  # all of an older adapter: nobody shall take them for this one's
-                (self.folder(run) / "answers.jsonl").rename(self.folder(run) / "answers.old.jsonl")
-            if len(rows) == len(asked):
-                for path in self.folder(run).glob("turns.*.jsonl"):
-                    path.unlink()
+                disk.write_jsonl(path, rows)
+            elif old and not rows:
+                path.rename(path.with_name("answers.old.jsonl"))
+
+            # 3) The turns go once every conversation that was begun has its row.
+            if len(rows) == len(answered):
+                for file in self.folder(run).glob("turns.*.jsonl"):
+                    file.unlink()
         return table
 
     def row(self, run: Run, question: dict, old: dict | None) -> dict | None:
-        """A line of answers.jsonl: FastChat's fields, then what reproduces the answer. None while
-        turns are missing.
+        """A row of answers.jsonl: FastChat's fields, then what reproduces the answer. None while
+        turns are missing. old: the question's row so far.
         """
-        choices, keys = [], []
+        choices, stamps = [], []
         for choice in range(self.settings.get("num_choices", 1)):
-            mine = [
-                (run.run_id, question["question_id"], choice, turn)
-                for turn in range(len(question["turns"]))
-            ]
-            if any("text" not in self.turns.get(key, {}) for key in mine):
+            item = Item(run, question, choice)
+            keys = [Key.of(item, turn) for turn in range(len(question["turns"]))]
+            turns = [self.turns.get(key, {}) for key in keys]
+            if any("text" not in turn for turn in turns):
                 return None
-            turns = [self.turns[key] for key in mine]
             lists = {
-                f: [t[f] for t in turns] for f in TURN_FIELDS[1:] if all(f in t for t in turns)
+                name: [turn[name] for turn in turns]
+                for name in LISTS
+                if all(name in turn for turn in turns)
             }
             choices.append({"index": choice, "turns": [turn["text"] for turn in turns], **lists})
-            keys += mine
-        texts = [choice["turns"] for choice in choices]
+            stamps += [self.stamps[key] for key in keys]
+        number, texts = question["question_id"], [choice["turns"] for choice in choices]
+        identity = [number, run.run_id, texts, run.sha256, self.settings]
         return {
-            "question_id": question["question_id"],
-            "answer_id": disk.sha256_json(
-                [question["question_id"], run.run_id, texts, run.sha256, self.settings]
-            )[:22],
+            "question_id": number,
+            "answer_id": disk.sha256_json(identity)[:22],
             "model_id": run.run_id,
             "choices": choices,
-            "tstamp": max(self.stamps[key] for key in keys),
+            "tstamp": max(stamps),
             "category": question.get("category"),
             "temperature": question["temperature"],
             "adapter_sha256": run.sha256,
             "question_sha256": question_sha256(question),
             "settings": self.settings,
-            # in bf16 an answer can change with the rows beside it
             "batch_size": old["batch_size"] if old else self.batch_size,
         }
 
 
 def read_rows(path: Path) -> list[dict]:
+    """The rows of answers.jsonl; none if there is no such file."""
     return [row for _, row in disk.read_jsonl(path)] if path.is_file() else []
 
 
 def read_turns(path: Path) -> Iterator[dict]:
-    """Turns in answers.jsonl or in a file of turns, whose last line may be torn. Raises UserError
-    for another form.
+    """One dict per turn, from answers.jsonl or from a turns.<rank>.jsonl. A torn last line of the
+    latter is passed over. Raises UserError for a file of another form.
     """
     if not path.is_file():
         return
     if path.name != "answers.jsonl":
-        text = path.read_bytes()
-        lines = text[: text.rfind(b"\n") + 1].splitlines()
+        content = path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].splitlines()
         try:
             yield from (json.loads(line) for line in lines)
         except ValueError:
             raise UserError(
-                f"{path}: not valid JSON; delete the file, what it holds is answered again"
+                f"{path}: not valid JSON; delete the file, and its turns are answered again"
             ) from None
         return
     for number, row in disk.read_jsonl(path):
         try:
             for choice in row["choices"]:
                 for turn, text in enumerate(choice["turns"]):
-                    lists = {key: choice[key][turn] for key in TURN_FIELDS[1:] if key in choice}
-                    yield {**row, "choice": choice["index"], "turn": turn, "text": text, **lists}
+                    fields = {name: choice[name][turn] for name in LISTS if name in choice}
+                    yield {**row, "choice": choice["index"], "turn": turn, "text": text, **fields}
         except (KeyError, TypeError, IndexError):
             raise UserError(
                 f"{path}:{number}: not an answer row; delete the file and run the command again"
@@ -236,13 +259,13 @@ def read_turns(path: Path) -> Iterator[dict]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line, behind the last whole one."""
+    """Append one line, behind the last complete one: a kill may have left half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
-            if file.read(1) != b"\n":  # torn by a kill
+            if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line.encode())

@@ -1,123 +1,167 @@
-"""units of work and the GPUs that share them"""
+"""What is asked of whom, in units of work, and how processes share the units.
+
+    runs x questions x choices -> Items; the turns of an Item -> Keys, under which answers are kept
+
+An `Item` is one conversation: all turns of one choice of one question, answered by one run. A
+process takes whole items, because turn 2 needs the answer to turn 1.
+"""
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
-
-from pref.answering.turns import Run, Store
 
 
-def seed_of(seed: int, question_id: int, turn: int, choice: int) -> int:
-    return int(
-        np.random.SeedSequence(
-            [seed, question_id, turn, *([choice] if choice else [])]
-        ).generate_state(1)[0]
-    )
+class Run(NamedTuple):
+    """A run to answer for."""
+
+    folder: Path
+    run_id: str
+    adapter: Path | None  # folder of the adapter; None: the untrained model
+    sha256: str | None  # of the adapter's weights
+    record: dict  # content of args.json
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The engine's name for the adapter; None for the untrained model."""
+        return None if self.adapter is None else self.run_id
+
+
+class Base(NamedTuple):
+    """The base model under every adapter."""
+
+    model: str | None  # hub id or folder; None: not known
+    quant: str | None  # "nf4" or "none"
+
+
+class Bench(NamedTuple):
+    """A set of questions. `name` is also the folder of the answers in each run folder; a question
+    is a dict with question_id, category, turns and temperature.
+    """
+
+    name: str
+    questions: list[dict]
+
+
+class Sampling(NamedTuple):
+    """How answers are drawn, besides each question's temperature."""
+
+    seed: int
+    max_new_tokens: int  # per turn
 
 
 class Item(NamedTuple):
-    """Unit of work: all turns of one choice of one question of one run."""
+    """One conversation: all turns of one choice of one question of one run."""
 
     run: Run
     question: dict
     choice: int
 
 
-def all_items(store: Store, num_choices: int) -> list[Item]:
-    """Run after run, so that few adapters are in flight; short questions first."""
-    questions = sorted(store.bench.questions, key=lambda q: sum(map(len, q["turns"])))
+class Key(NamedTuple):
+    """Identifies one answered turn."""
+
+    run_id: str
+    question_id: int
+    choice: int
+    turn: int
+
+    @classmethod
+    def of(cls, item: Item, turn: int) -> "Key":
+        return cls(
+            run_id=item.run.run_id,
+            question_id=item.question["question_id"],
+            choice=item.choice,
+            turn=turn,
+        )
+
+
+def all_items(runs: list[Run], bench: Bench, num_choices: int) -> list[Item]:
+    """Run after run, so that few adapters are in flight at a time; short questions first."""
+    questions = sorted(bench.questions, key=lambda question: sum(map(len, question["turns"])))
     return [
-        Item(run, q, choice)
-        for run in store.runs
-        for q in questions
+        Item(run, question, choice)
+        for run in runs
+        for question in questions
         for choice in range(num_choices)
     ]
 
 
-def unanswered(store: Store, items: list[Item]) -> list[int]:
-    """Numbers of the items of which a turn is missing."""
-    return [
-        n for n, item in enumerate(items) if len(store.texts(*item)) < len(item.question["turns"])
-    ]
+def seed_of(seed: int, item: Item, turn: int) -> int:
+    """The seed of one turn: it depends neither on the run nor on the order of the work.
 
-
-def unscored(store: Store, items: list[Item]) -> list[tuple[int, int]]:
-    """(number of the item, turn) of each answer without log-probabilities."""
-    return [
-        (number, turn)
-        for number, item in enumerate(items)
-        for turn in range(len(store.texts(*item)))
-        if "logp"
-        not in store.turns[item.run.run_id, item.question["question_id"], item.choice, turn]
-    ]
-
-
-class Workers(NamedTuple):
-    """The processes that share the work. take(what, count) yields numbers below count, each to one
-    process.
+    Choice 0 adds nothing to the entropy, so its seed is the same with and without more choices.
     """
+    entropy = [seed, item.question["question_id"], turn]
+    if item.choice:
+        entropy.append(item.choice)
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
-    rank: int
-    device: torch.device
-    take: Callable[[str, int], Iterator[int]]
 
+def conversation(question: dict, answers: list[str]) -> list[dict]:
+    """Chat messages up to the turn that comes after `answers`.
 
-def init_workers() -> Workers:
-    """Under torchrun, a counter in its store hands out the work, so that all finish together; no
-    more is shared.
+    With turns [q1, q2] and answers [a1]: user q1, assistant a1, user q2.
     """
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else None
-    )
-    if device:
-        torch.cuda.set_device(device)
-    device = device or torch.device("cpu")
-    if "RANK" not in os.environ:
-        return Workers(0, device, lambda _, count: iter(range(count)))
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
-    counter = dist.distributed_c10d._get_default_store()
-
-    def take(what: str, count: int) -> Iterator[int]:
-        while (number := counter.add(what, 1) - 1) < count:
-            yield number
-
-    return Workers(dist.get_rank(), device, take)
-
-
-def conversation_of(item: Item, answers: list[str]) -> list[dict]:
-    """Messages up to the question that follows `answers`."""
+    asked = question["turns"][: len(answers) + 1]
     messages = []
-    for question, answer in itertools.zip_longest(
-        item.question["turns"][: len(answers) + 1], answers
-    ):
-        messages.append({"role": "user", "content": question})
+    for text, answer in itertools.zip_longest(asked, answers):
+        messages.append({"role": "user", "content": text})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def progress(total: int, what: str, rank: int) -> tqdm:
-    """A bar with rate and time left; under torchrun that of rank 0, which counts its own share."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit="question",
-        disable=None if rank == 0 else True,
-        dynamic_ncols=True,
-    )
+class Workers(NamedTuple):
+    """The processes that share the work, as seen from one of them."""
+
+    rank: int
+    size: int  # number of processes
+    device: torch.device
+    take: Callable[[str, int], Iterator[int]]  # (kind of work, n): see `init_workers`
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> int:
+        """About how much of `total` one process does; for its progress line."""
+        return math.ceil(total / self.size)
+
+
+def init_workers() -> Workers:
+    """Join the other processes of torchrun, or be the only one.
+
+    `take(kind, n)` yields numbers below n, each of them in one process only. Under torchrun they
+    come from a counter in torchrun's key-value store: a process takes the next number when it has
+    room, so that all finish at about the same time. The processes exchange nothing else while they
+    work.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Workers(rank=0, size=1, device=device, take=lambda _, count: iter(range(count)))
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    counter = dist.distributed_c10d._get_default_store()
+
+    def take(kind: str, count: int) -> Iterator[int]:
+        while (number := counter.add(kind, 1) - 1) < count:
+            yield number
+
+    return Workers(rank=dist.get_rank(), size=dist.get_world_size(), device=device, take=take)
 
 
 def from_main(value: object) -> object:
-    """Rank 0's value on every rank: they number the same work."""
+    """Rank 0's value, on every rank: all ranks must number the same list of work."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, 0)

@@ -161,7 +161,7 @@ def probe_server(client, name: str, parameters: dict) -> dict:
             )
     if read_reply(functools.partial(server.clean, client), text, {})["status"] == "not_openai":
         raise UserError(
-            f"--judge {name}: {server.server_of(client)} is no OpenAI-compatible server; does --base_url lack its /v1?"
+            f"--judge {name}: {server.address(client)} is no OpenAI-compatible server; does --base_url lack its /v1?"
         )
     return parameters
 

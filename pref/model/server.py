@@ -1,7 +1,7 @@
 """OpenAI-compatible servers: a client, and what its errors mean to the user.
 
-Answers (gen_mtbench.py --base_url) and judgements (judge.py) use the same client. The package
-openai is imported only when a server is used.
+Shared by answers (gen_mtbench.py) and judgements (judge.py). A message to the user names the place
+(which argument, which server), the fact and the remedy, and never shows the key.
 """
 
 import os
@@ -9,14 +9,14 @@ import re
 
 from pref.files.console import UserError
 
-FATAL_STATUS = (401, 403, 404)  # every later request would fail too
+FATAL_STATUS = (401, 403, 404)  # a later request would fail in the same way
 
 
 def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: int):
-    """An openai.OpenAI client, with the key from the environment variable OPENAI_API_KEY.
+    """An `openai.OpenAI` client. what: needs it, named in the error if the package is missing.
 
-    The key is not an argument of the stages, so that it is in no shell history. what: the option
-    that needs the client. base_url: None for OpenAI itself. Raises UserError.
+    The key is read from OPENAI_API_KEY only, never from an argument: arguments end up in the
+    shell's history. Raises UserError without package or key.
     """
     try:
         import openai
@@ -29,7 +29,10 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
             "any text will do)"
         )
     if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY has characters that no key has; export it again")
+        raise UserError(
+            "OPENAI_API_KEY contains control or non-ASCII characters, so it was not copied "
+            "correctly; export it again"
+        )
     http_client = openai.DefaultHttpxClient(event_hooks={"response": [stop_retries_without_credit]})
     return openai.OpenAI(
         api_key=key,
@@ -41,32 +44,32 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
 
 
 def complete(client, body: dict) -> str:
-    """The body of the reply to a chat completion, retried as the client is set up to.
+    """The raw text of a chat completion's reply; the client retries as usual.
 
-    Not by `chat.completions.create`, which spends a third of a call's time on checking the types of
-    the messages.
+    `chat.completions.create` would also validate the types of all messages, which takes a third of
+    the time of a call.
     """
     return client.post("/chat/completions", body=body, cast_to=str)
 
 
 def stop_retries_without_credit(response) -> None:
-    """Response hook: the client retries every status 429 unless this header tells it not to. An
-    account without credit stays without credit.
+    """The client retries every 429, but waiting does not restore an account's credit. This header
+    tells the client not to.
     """
     if response.status_code == 429 and b"insufficient_quota" in response.read():
         response.headers["x-should-retry"] = "false"
 
 
 def clean(client, text: str) -> str:
-    """`text` that can be written to a file, without the key, should a server echo it."""
-    # Shorter keys are the "x" or "EMPTY" given to a server without keys.
+    """`text` from the server without the key, which it may echo, and fit for a file."""
+    # Shorter ones are the "x" or "EMPTY" given to a server without keys.
     if len(client.api_key) >= 6:
         text = text.replace(client.api_key, "[key]")
     return writable(text)
 
 
 def writable(text: str) -> str:
-    """`text` without lone surrogates, which cannot be encoded as UTF-8."""
+    """`text` with lone surrogates, which cannot be encoded, replaced by '?'."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -74,45 +77,55 @@ def is_out_of_credit(error) -> bool:
     return error.status_code == 429 and "insufficient_quota" in (error.code, error.type)
 
 
-def server_of(client) -> str:
-    """The server's address, without a user and password if it has them."""
+def address(client) -> str:
+    """The server's URL, without a user name and password if it contains them."""
     return re.sub(r"//[^/@]*@", "//", str(client.base_url))
 
 
 def explain(client, option: str, name: str, error) -> str:
-    """A message for the user: what failed at the server and what to do. Never contains the key.
+    """A message for the user: what went wrong at the server and what to do.
 
-    option, name: the argument that named the model, e.g. "--judge", "gpt-5". error: an
-    openai.APIError.
+    option, name: the argument that named the model, and its value. error: an `openai.APIError`.
     """
     import openai
 
-    server = server_of(client)
+    place, url = f"{option} {name}", address(client)
     if isinstance(error, openai.APITimeoutError):
         return (
-            f"{option} {name}: {server} gave no answer within --timeout_s {client.timeout}; "
-            "raise it, or try later"
+            f"{place}: {url} did not answer within --timeout_s {client.timeout}; "
+            "raise it, or try again later"
         )
     if isinstance(error, openai.APIConnectionError):
         cause = clean(client, str(error.__cause__ or error))
-        return (
-            f"{option} {name}: no server answers at {server} ({cause}); start it, or correct "
-            "--base_url"
-        )
-    remedies = {
-        401: "it refuses the key; export OPENAI_API_KEY=... with a key of this server",
-        403: f"the key may not use this model; choose another {option}, or a key of an account "
-        "that has access",
-        404: f"no such model there; correct {option} (curl {server}models lists them) or "
-        "--base_url (ends in /v1?)",
-    }
-    remedy = remedies.get(error.status_code, f"correct {option} or --base_url")
+        return f"{place}: no server answers at {url} ({cause}); start it, or correct --base_url"
+    message = " ".join(clean(client, error.message).split())[:300]
+    fact = f"{place}: {url} answers {error.status_code}"
+    return f"{fact}: {remedy(error, option, url)}. Its message: {message}"
+
+
+def remedy(error, option: str, url: str) -> str:
+    """The meaning of an HTTP status, and what to do. error: an `openai.APIStatusError`."""
     if is_out_of_credit(error):
-        remedy = (
+        return (
             "the account has no credit left; add some, or use another key, and run the same "
             "command again"
         )
-    message = " ".join(clean(client, error.message).split())[:300]
+    if error.status_code >= 500:
+        return "the server failed; look at its log, then run the same command again"
+    remedies = {
+        401: "it refuses the key; export OPENAI_API_KEY=... with a key for this server",
+        403: f"the key may not use this model; choose another {option}, or use a key of an account "
+        "that has access",
+        404: f"it has no such model; correct the name (`curl {url}models` lists what it has) or "
+        "--base_url, which usually ends in /v1",
+        429: "too many requests; lower --concurrency, or run the same command again later",
+    }
+    return remedies.get(error.status_code, f"it refuses the request; check {option} and --base_url")
+
+
+def explain_other_api(client) -> str:
+    """A message for the user: the reply was not a chat completion."""
     return (
-        f"{option} {name}: {server} answers {error.status_code}: {remedy}. Its message: {message}"
+        f"{address(client)}: its reply is not that of an OpenAI-compatible server; correct "
+        "--base_url, which usually ends in /v1"
     )

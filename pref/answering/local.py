@@ -1,0 +1,235 @@
+"""Answers and their log-probabilities, from the engine in this process.
+
+    Item -> Author.request -> Engine -> Author.finished -> Store.add, and the next turn's Request
+
+`served.py` does the same through a server.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pref.answering import work
+from pref.answering.generation import Engine, Request
+from pref.answering.turns import Store
+from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
+from pref.files import console, run_folders
+from pref.files.console import UserError
+from pref.model import chat, loading
+
+ROWS_ON_CPU, MOST_ROWS = 32, 128
+CACHE_SHARE = 0.8  # of the GPU memory that the weights leave, for keys and values
+
+
+class Tag(NamedTuple):
+    """What a request of the engine belongs to."""
+
+    item: Item
+    turn: int
+    overflow: bool  # the start of the prompt was cut off
+
+
+class Author:
+    """Turns items into requests and answered requests into stored turns."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        store: Store,
+        sampling: Sampling,
+    ):
+        self.engine, self.tokenizer, self.store = engine, tokenizer, store
+        self.sampling = sampling
+        self.room = engine.cache.length - sampling.max_new_tokens  # tokens of a prompt at most
+
+    def request(self, item: Item) -> Request | None:
+        """The next turn to answer, or None if all are answered."""
+        answers = self.store.texts(item)
+        turn = len(answers)
+        if turn == len(item.question["turns"]):
+            return None
+        prompt = chat.prompt_ids(self.tokenizer, work.conversation(item.question, answers))
+        return Request(
+            prompt=prompt[max(0, len(prompt) - self.room) :],
+            adapter=item.run.adapter_name,
+            temperature=item.question["temperature"],
+            seed=work.seed_of(self.sampling.seed, item, turn),
+            max_new_tokens=self.sampling.max_new_tokens,
+            tag=Tag(item, turn, overflow=len(prompt) > self.room),
+        )
+
+    def finished(self, request: Request) -> Request | None:
+        """Store an answered turn. Returns the next turn of the same conversation, if any."""
+        item, turn, overflow = request.tag
+        ended = request.tokens[-1] in self.engine.ends
+        tokens = request.tokens[:-1] if ended else request.tokens
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        self.store.add(
+            item, turn, text=text, tokens=len(tokens), truncated=not ended, overflow=overflow
+        )
+        return self.request(item)
+
+
+# ---- from a base model to an author -------------------------------------------------------------
+
+
+def load_author(
+    store: Store,
+    base: Base,
+    dtype: torch.dtype,
+    device: torch.device,
+    sampling: Sampling,
+    batch_size: int,
+) -> Author:
+    """The base model with all adapters, ready to answer. Sets the store's `batch_size` to the rows
+    in flight. Raises UserError if the model cannot be loaded, an adapter does not fit it, or
+    `max_new_tokens` exceeds its context.
+    """
+    max_new_tokens = sampling.max_new_tokens
+    tokenizer = chat.load_tokenizer(base.model)
+    model = loading.load_base(base.model, dtype, base.quant, device).eval()
+    check_base(model, store.runs, base, dtype)
+    window = model.config.get_text_config().max_position_embeddings
+    if max_new_tokens >= window:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens}: the context of {base.model} is {window} tokens, "
+            "prompt included; give fewer"
+        )
+    length = cache_length(tokenizer, store.bench, max_new_tokens, window)
+    store.batch_size = rows_in_flight(model, length, batch_size)
+    engine = Engine(
+        model,
+        folders={run.run_id: run.adapter for run in store.runs if run.adapter},
+        rows=store.batch_size,
+        length=length,
+        ends=chat.end_token_ids(tokenizer, model.generation_config),
+    )
+    return Author(engine, tokenizer, store, sampling)
+
+
+def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch.dtype) -> None:
+    """Raise UserError if an adapter was trained on other weights of the same name."""
+    weights = loading.fingerprint(model)
+    for run in runs:
+        trained = run.record
+        comparable = (trained.get("dtype"), trained.get("quant")) == (dtype_name(dtype), base.quant)
+        if comparable and trained.get("base_sha256", weights) != weights:
+            raise UserError(
+                f"{run.folder}: was trained on other weights than {base.model} holds now; "
+                "give --model with the old weights, or train it again"
+            )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cache_length(
+    tokenizer: PreTrainedTokenizerBase, bench: Bench, max_new_tokens: int, window: int
+) -> int:
+    """The most tokens that a whole conversation can come to, within the model's context window."""
+    longest = 0
+    for question in bench.questions:
+        turns = len(question["turns"])
+        messages = work.conversation(question, ["."] * (turns - 1))
+        prompt = chat.prompt_ids(tokenizer, messages)
+        longest = max(longest, len(prompt) + turns * max_new_tokens)
+    # An answer read back as text may be a few tokens longer than it was written.
+    return min(window, longest * 9 // 8 + 32)
+
+
+def rows_in_flight(model: PreTrainedModel, length: int, batch_size: int) -> int:
+    """`batch_size`, or for 0 what suits the device."""
+    if batch_size or model.device.type != "cuda":
+        return batch_size or ROWS_ON_CPU
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    channels = config.num_key_value_heads * head
+    row_bytes = 2 * config.num_hidden_layers * channels * length * model.dtype.itemsize
+    free = torch.cuda.mem_get_info()[0]
+    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free / row_bytes)))
+
+
+# ---- answering -----------------------------------------------------------------------------------
+
+
+def answer_all(author: Author, items: list[Item], workers: Workers) -> None:
+    """Answer this process's share of `items`."""
+    begun, tokens = time.monotonic(), 0
+
+    def source() -> Iterator[Request]:
+        for number in workers.take("answers", len(items)):
+            yield author.request(items[number])
+
+    def finished(request: Request) -> Request | None:
+        nonlocal tokens
+        tokens += len(request.tokens)
+        follow_up = author.finished(request)
+        name = request.adapter or run_folders.BASE_RUN
+        rate = tokens / (time.monotonic() - begun)
+        bar.update(int(follow_up is None), note=f"{name}, {rate:.0f} tokens/s")
+        return follow_up
+
+    total = workers.share(len(items))
+    with console.Progress("answering", "answers", total, enabled=workers.is_main) as bar:
+        author.engine.run(source(), finished)
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------
+
+
+class TurnTokens(NamedTuple):
+    """Token ids of an answered turn."""
+
+    context: list[int]  # everything before the answer, of at least one token
+    answer: list[int]  # may be empty
+
+
+def score_all(
+    author: Author, items: list[Item], unscored: list[tuple[int, int]], workers: Workers
+) -> None:
+    """For --kl: store log-probabilities (nats, summed over the answer's tokens) of answered turns
+    under their adapter and under the base model. unscored: (position in `items`, turn).
+    """
+    score = author.engine.score
+    total = workers.share(len(unscored))
+    with console.Progress("log-probabilities", "turns", total, enabled=workers.is_main) as bar:
+        for index in workers.take("scores", len(unscored)):
+            number, turn = unscored[index]
+            item = items[number]
+            context, answer = turn_tokens(author, item, turn)
+            logp, logp_base = (
+                score(context, answer, adapter) if answer else 0.0
+                for adapter in (item.run.adapter_name, None)
+            )
+            author.store.add(item, turn, logp=logp, logp_base=logp_base, logp_tokens=len(answer))
+            bar.update()
+
+
+def turn_tokens(author: Author, item: Item, turn: int) -> TurnTokens:
+    """An answered turn as the chat template writes it. The end token belongs to the answer unless
+    the answer was cut off. What exceeds the cache is cut: the end of the answer, then the start of
+    the context.
+    """
+    store, tokenizer, length = author.store, author.tokenizer, author.engine.cache.length
+    answers = store.texts(item)
+    messages = work.conversation(item.question, answers[:turn])
+    prompt = chat.prompt_ids(tokenizer, messages)
+    messages.append({"role": "assistant", "content": answers[turn]})
+    text = chat.render(tokenizer, messages, generation_prompt=False)
+    ids = chat.encode(tokenizer, text)
+
+    # The answer is what follows the prompt, up to the first end token: the template may write more.
+    #   ids      <user> Hi <assistant> Hello . <end> \n       split 3, end 5
+    #   answer                         Hello . <end>
+    split = chat.common_prefix(prompt, ids)
+    ends = (i for i in range(split, len(ids)) if ids[i] in author.engine.ends)
+    end = next(ends, len(ids))
+    truncated = store.turns[Key.of(item, turn)]["truncated"]
+    answer = ids[split : end if truncated else end + 1][: length - 1]
+    context = ids[:split][-(length - len(answer)) :]
+    return TurnTokens(context, answer)

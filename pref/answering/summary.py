@@ -1,0 +1,61 @@
+"""What the terminal shows when all questions are answered."""
+
+import numpy as np
+
+from pref.answering.turns import Store
+
+
+def is_complete(store: Store, table: dict[str, list[dict]], kl: bool) -> bool:
+    """Whether every question of every run has its answers, with `kl` their log-probabilities too.
+    table: from `Store.gather`.
+    """
+    for rows in table.values():
+        scored = all("logp" in choice for choice in choices_of(rows))
+        if len(rows) != len(store.bench.questions) or (kl and not scored):
+            return False
+    return True
+
+
+def print_summary(store: Store, table: dict[str, list[dict]]) -> None:
+    """One line per run: counts over turns, mean length of each turn in tokens, and the mean over
+    answers of log p_adapter - log p_base in nats, an estimate of KL(adapter || base).
+    """
+    print(
+        f"\n{'run':<40} {'answers':>7}  {'tokens per turn':<18}  {'truncated':>9}  {'empty':>5}  "
+        f"{'overflow':>8}  KL to base, nats per answer"
+    )
+    for run_id, rows in table.items():
+        choices = choices_of(rows)
+        if not choices:
+            print(f"{run_id:<40} {0:>7}")
+            continue
+        truncated, overflow = (
+            sum(sum(choice.get(name, [])) for choice in choices)
+            for name in ("truncated", "overflow")
+        )
+        empty = sum(not text for choice in choices for text in choice["turns"])
+        print(
+            f"{run_id:<40} {len(rows):>7}  {mean_lengths(choices):<18}  {truncated:>9}  "
+            f"{empty:>5}  {overflow:>8}  {mean_kl(choices)}".rstrip()
+        )
+
+
+def choices_of(rows: list[dict]) -> list[dict]:
+    return [choice for row in rows for choice in row["choices"]]
+
+
+def mean_lengths(choices: list[dict]) -> str:
+    """Mean tokens of turn 1, of turn 2, ...; empty if questions differ in their number of turns."""
+    lengths = [choice["tokens"] for choice in choices if "tokens" in choice]
+    if len(set(map(len, lengths))) != 1:
+        return ""
+    return " ".join(f"{mean:8.1f}" for mean in np.mean(lengths, axis=0))
+
+
+def mean_kl(choices: list[dict]) -> str:
+    """Mean and standard error over answers; empty for fewer than two scored ones."""
+    ratios = [sum(c["logp"]) - sum(c["logp_base"]) for c in choices if "logp" in c]
+    if len(ratios) < 2:
+        return ""
+    error = np.std(ratios, ddof=1) / len(ratios) ** 0.5
+    return f"{np.mean(ratios):9.2f} (SE {error:.2f})"
