@@ -71,7 +71,7 @@ ANSWERS = {
 def our_messages(question: dict, turn: int) -> list[dict]:
     prompts = {prompt["name"]: prompt for prompt in PROMPTS}
     question_id = question["question_id"]
-    return protocol.judge_messages(
+    return protocol.single_messages(
         prompts, question, ANSWERS[question_id], turn, REFERENCES.get(question_id, [])
     )
 
@@ -502,7 +502,9 @@ def test_server_gone_halfway_is_noticed(workplace, server, monkeypatch):
         "ask_server",
         lambda client, request: asked.append(1) or {"status": "connection"},
     )
-    with pytest.raises(UserError, match="server is gone"):
+    with pytest.raises(
+        UserError, match="server is gone.*--retry_failed, which repeats these calls too"
+    ):
         run_judge(workplace, server, "--concurrency", "1")
     assert len(asked) == 2
 
@@ -523,7 +525,7 @@ def test_refused_parameters_are_learned_once(workplace, server, capsys):
     assert run_judge(workplace, server) == 0
     assert len(server.requests) == 3 + 6
     assert server.requests[-1]["max_completion_tokens"] == 2048
-    assert "refuses that" in capsys.readouterr().err
+    assert "refuses these parameters" in capsys.readouterr().err
     assert run_judge(workplace, server) == 0
     assert len(server.requests) == 3 + 6, "the store remembers what the judge accepts"
 
@@ -553,7 +555,7 @@ def test_awkward_judgements_survive_the_csv(workplace, server):
 
 def test_small_judge_is_called_a_smoke_test(workplace, server, capsys):
     run_judge(workplace, server, model="SmolLM2-135M-Instruct")
-    assert capsys.readouterr().out.count("smoke test of the path, not a measure") == 2
+    assert capsys.readouterr().out.count("a smoke test of the pipeline, not a measurement") == 2
 
 
 def test_scores_without_wrong_references(workplace, server, capsys):
@@ -683,7 +685,7 @@ def test_pairs_by_fastchats_own_code(monkeypatch):
                     "max_tokens": protocol.MAX_TOKENS,
                 }
                 verdict = protocol.read_verdict(said.pop(0))
-                winner = store.winner_of(order, verdict, "model_1", "model_2")
+                winner = protocol.winner_of(order, verdict, "model_1", "model_2")
                 assert winner == (None if theirs[key] == "error" else theirs[key])
 
 
@@ -709,15 +711,15 @@ def test_all_eighty_questions_by_fastchats_own_code(monkeypatch, tmp_path):
     benches = {
         grading: protocol.read_bench(folder, grading, "original") for grading in ("single", "pair")
     }
-    questions = benches["single"]["questions"]
+    questions = benches["single"].questions
     assert len(questions) == 80
     for question in questions:
         math_like = question["category"] in fastchat.NEED_REF_CATS
-        turns = benches["single"]["references"].get(question["question_id"], [])
+        turns = benches["single"].references.get(question["question_id"], [])
         reference = {"choices": [{"turns": turns}]} if math_like else None
         for turn in (1, 2):
             for grading, kind in (("single", "single"), ("pair", "pair")):
-                prompts = benches[grading]["prompts"]
+                prompts = benches[grading].prompts
                 name = (
                     f"{kind}-math-v1"
                     if math_like
@@ -730,7 +732,7 @@ def test_all_eighty_questions_by_fastchats_own_code(monkeypatch, tmp_path):
                     fastchat.run_judge_single(
                         question, answers[0], theirs, reference, multi_turn=turn == 2
                     )
-                    mine = protocol.judge_messages(prompts, question, sides[0], turn, turns)
+                    mine = protocol.single_messages(prompts, question, sides[0], turn, turns)
                 else:
                     fastchat.run_judge_pair(
                         question, *answers, theirs, reference, multi_turn=turn == 2
@@ -811,7 +813,9 @@ def test_costs_are_booked(workplace, server, capsys):
     assert run_judge(workplace, server, *PRICED) == 0
     assert [row["cost_usd"] for row in rows_of(workplace)] == [pytest.approx(0.011 + 0.006)] * 6
     out = capsys.readouterr().out
-    assert "estimate: 6 calls" in out and f"{6 * 0.017:.4f} dollars in all" in out
+    assert (
+        "estimate: 6 calls" in out and f"total cost recorded there: {6 * 0.017:.4f} dollars" in out
+    )
 
 
 def test_a_failures_cost_is_kept(workplace, server):
@@ -891,13 +895,13 @@ def test_a_reply_without_counts_is_booked_at_the_most_it_can_have_cost(workplace
         "--concurrency",
         "1",
     )
-    with pytest.raises(UserError, match="could pass the cap; 4 requests wait"):
+    with pytest.raises(UserError, match="could pass the cap; 4 requests are left"):
         run_judge(workplace, server, *more)
     assert (
         all(0.02 < row["cost_usd"] < 0.03 for row in rows_of(workplace))
         and len(rows_of(workplace)) == 2
     )
-    with pytest.raises(UserError, match="could pass the cap; 4 requests wait"):
+    with pytest.raises(UserError, match="could pass the cap; 4 requests are left"):
         run_judge(workplace, server, *more)  # what is lost is remembered
 
 
@@ -978,7 +982,7 @@ def test_answers_of_an_older_adapter_are_refused(workplace, server):
     write_lines(path, rows)
     (run / "adapter").mkdir()
     (run / "adapter/adapter_model.safetensors").write_bytes(b"retrained")
-    with pytest.raises(UserError, match="run dpo: its answers are of an older adapter"):
+    with pytest.raises(UserError, match="run dpo: its answers are from an older adapter"):
         run_judge(workplace, server)
 
 
@@ -1014,7 +1018,10 @@ def test_dry_run_asks_nothing_and_a_batch_comes_back(workplace, server, capsys, 
     results[4] |= {"response": None, "error": {"code": "batch_expired"}}
     write_lines(output, [*results[::-1], {"custom_id": "strange"}])
     assert run_judge(workplace, server, *PRICED, "--import_results", str(output)) == 1
-    assert "4 ok, 1 batch_error, 1 http_400; 1 lines of other requests" in capsys.readouterr().out
+    assert (
+        "4 ok, 1 batch_error, 1 http_400; 1 lines of other requests ignored"
+        in capsys.readouterr().out
+    )
     rows = rows_of(workplace)
     assert [row["score"] for row in rows] == [1, 2, 3, None, None, 6]
     assert rows[0]["cost_usd"] == pytest.approx(0.017 / 2)
