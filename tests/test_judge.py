@@ -804,6 +804,68 @@ def test_corrected_references_are_other_judgements(workplace, server):
         run_judge(workplace, server, "--refs", f"corrected:{workplace / 'wrong.jsonl'}")
 
 
+# ---- what a judgement is stored under -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters", "sha256"),
+    [
+        (
+            ["--grading", "single"],
+            {},
+            "c0db947c81c88f1d3f5633565e2216fb833f69afa7acd5c4db9e9edd46815ea6",
+        ),
+        (
+            ["--grading", "single", "--repeats", "2"],
+            {"seed": 5},
+            "7bd3aba97d96efec44052cda4b5a5339e195eef25c1be334edaccba0e7f2cdf4",
+        ),
+        (
+            ["--grading", "pair", "--baseline", "base"],
+            {},
+            "d5699a772df7168d181b5fa3a57ea282098f42a0870c671c0f054bc26a9c0ab1",
+        ),
+    ],
+)
+def test_request_hashes_do_not_change(options, parameters, sha256):
+    """Else everything that was judged before would be paid for again. The expected values are those
+    of commit a8c848b.
+    """
+    bench = protocol.Bench(
+        folder=Path("unused"),
+        questions=QUESTIONS,
+        references=REFERENCES,
+        refs="original",
+        prompts=own_prompts() | {prompt["name"]: prompt for prompt in PROMPTS},
+        label="own",
+    )
+    answers = {"base": ANSWERS, "dpo": OTHER}
+    runs = {
+        Path("results") / name: {(q, 0): {"turns": turns} for q, turns in of_run.items()}
+        for name, of_run in answers.items()
+    }
+    the_judge = protocol.Judge(
+        name="big-70b",
+        params_b=70.0,
+        parameters={"temperature": 0, "max_tokens": 2048, **parameters},
+        ask=None,
+        concurrency=1,
+    )
+    args = judge.parse_args(["results", "--judge", the_judge.name, *options])
+    items = judge.make_items(runs, bench, the_judge, args)
+    assert sha256_json([item.request_sha256 for item in items]) == sha256
+
+
+def test_the_schema_does_not_change_within_its_version():
+    expected = "c0327ef4cb1f721c5f05c1c73a993edef5080b354cff0bbaa094096a31ae94a0"
+    assert store.SCHEMA_VERSION == 1 and sha256_json(store.SCHEMA) == expected
+
+
+def test_a_judge_behind_a_server_needs_no_torch():
+    code = "import judge, sys; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(judge.__file__).parent, check=True)
+
+
 # ---- money --------------------------------------------------------------------------------------
 
 PRICED = ("--price_in", "1000", "--price_out", "2000")
