@@ -29,7 +29,8 @@ PROMPTS = [
     {
         "name": "single-v1",
         "system_prompt": "You are a fair judge.",
-        "prompt_template": "Rate it like this: [[5]].\n\n[Q]\n{question}\n\n[A]\n{answer}\n[End] {{literal}}",
+        "prompt_template": "Rate it like this: [[5]].\n\n"
+        "[Q]\n{question}\n\n[A]\n{answer}\n[End] {{literal}}",
     },
     {
         "name": "single-math-v1",
@@ -44,7 +45,8 @@ PROMPTS = [
     {
         "name": "single-math-v1-multi-turn",
         "system_prompt": "Judge the second answer by the reference.",
-        "prompt_template": "{question_1}|{ref_answer_1}|{question_2}|{ref_answer_2}\n{answer_1}|{answer_2}",
+        "prompt_template": "{question_1}|{ref_answer_1}|{question_2}|{ref_answer_2}\n"
+        "{answer_1}|{answer_2}",
     },
 ]
 PROMPTS = [{**prompt, "type": "single", "output_format": "[[rating]]"} for prompt in PROMPTS]
