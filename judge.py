@@ -32,6 +32,7 @@ import math
 import re
 import sqlite3
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,7 @@ from pref.judging import (
 from pref.judging.protocol import Bench, Judge
 from pref.judging.store import Item, Result
 
-NO_JUDGE = """--judge is missing. It has no default, because hosted models get withdrawn. Give either
+NO_JUDGE = """--judge is missing. There is no default: hosted models are withdrawn in time. Give either
   --judge MODEL [--base_url URL]   a model of an OpenAI-compatible server (key in OPENAI_API_KEY)
   --judge hf:PATH                  a local folder or hub id, scored here without a server
 OpenAI withdraws its gpt-4 family on 2026-10-23, GPT-4o and GPT-4.1 on 2027-01-14: choose a judge
@@ -77,8 +78,8 @@ def make_items(
 ) -> list[Item]:
     """All judgements that the answers in `runs` need.
 
-    Question by question over all runs, so that an interrupted evaluation has judged every run on
-    the same questions.
+    Ordered by repeat, then by question over all runs, so that an interrupted evaluation has judged
+    every run on the same questions.
     """
     answers_of = {run.resolve().name: answers for run, answers in runs.items()}
     baseline = {}
@@ -168,10 +169,10 @@ def make_item(
 def make_request(messages: list[dict], judge: Judge, repeat: int, grading: str) -> dict:
     """Everything that determines a judgement. Its hash is the key in the store.
 
-    Any other content here is another hash: everything judged so far would be paid for again.
+    A change here changes the hashes: everything judged so far would be paid for again.
     """
     parameters = judge.parameters
-    if "seed" in parameters:  # a repeat with the same seed would bring the same judgement
+    if "seed" in parameters:  # repeats with the same seed would bring the same judgement
         parameters = parameters | {"seed": parameters["seed"] + repeat}
     request = {
         "judge": judge.name,
@@ -258,20 +259,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="Exit code: 0 every judgement has a verdict, 1 some have none (the table says why; "
         "see --retry_failed), 2 something to correct, 130 Ctrl-C.",
     )
-    add = parser.add_argument
-    add("results", nargs="+", type=Path, help="results folder, or run folders inside one")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="results folder, or run folders inside one"
+    )
+    add_judge_arguments(parser.add_argument_group("who judges").add_argument)
+    add_task_arguments(parser.add_argument_group("what is judged").add_argument)
+    add_cost_arguments(parser.add_argument_group("what it may cost").add_argument)
+    add_call_arguments(parser.add_argument_group("how calls are made").add_argument)
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
 
-    add = parser.add_argument_group("who judges").add_argument
+
+def add_judge_arguments(add: Callable) -> None:
     add("--judge", help="model of an OpenAI-compatible server, or hf:PATH (folder or hub id)")
     add("--base_url", help="e.g. http://localhost:8000/v1; default OPENAI_BASE_URL, else OpenAI's")
     add(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of an hf: judge; auto: bfloat16 where the hardware has it (default auto)",
+        help="of an hf: judge; auto: bfloat16 where that is fast (default auto)",
     )
 
-    add = parser.add_argument_group("what is judged").add_argument
+
+def add_task_arguments(add: Callable) -> None:
     add(
         "--grading",
         choices=("single", "pair"),
@@ -313,7 +324,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "e.g. '{\"max_completion_tokens\": 2048}'",
     )
 
-    add = parser.add_argument_group("what it may cost").add_argument
+
+def add_cost_arguments(add: Callable) -> None:
     add("--dry_run", action="store_true", help="print the estimate and stop; send nothing")
     add(
         "--requests",
@@ -331,7 +343,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--price_in", type=float, help="dollars per million prompt tokens")
     add("--price_out", type=float, help="dollars per million completion tokens")
 
-    add = parser.add_argument_group("how calls are made").add_argument
+
+def add_call_arguments(add: Callable) -> None:
     add("--retry_failed", action="store_true", help="also repeat requests that failed earlier")
     add("--rpm", type=float, help="calls per minute at most (default: no limit)")
     add("--concurrency", type=int, default=8, help="calls in flight at a time (default 8)")
@@ -343,9 +356,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tries after the first, with growing pauses, after HTTP 408, 409, 429, 5xx, a timeout "
         "or a lost connection (default 5)",
     )
-    args = parser.parse_args(argv)
-    check_args(args)
-    return args
 
 
 def json_object(text: str) -> dict:
@@ -451,7 +461,7 @@ def judge_runs(
         return 0
 
     # 4) The paid part. Each reply is in the store before its worker makes another request; the
-    #    CSV files follow every minute, and once more at the end, however that comes about.
+    #    CSV files follow every minute, and once more at the end, even if that comes early.
     store.note_items(db, plan.items)
     with calls.catch_interrupt() as interrupted:
         stopped_because = fetch_judgements(plan, runs, db, args, interrupted)
@@ -474,14 +484,19 @@ def judge_runs(
             "and not asked for again"
         )
         return 130
-    statuses = [results.get(item.request_sha256, Result()).status for item in plan.items]
+    return print_next_step(plan.items, results, args.results)
+
+
+def print_next_step(items: list[Item], results: dict[str, Result], paths: list[Path]) -> int:
+    """Print what has no verdict, and the next command. Returns the exit code."""
+    statuses = [results.get(item.request_sha256, Result()).status for item in items]
     missing = sum(status != "ok" for status in statuses)
     if missing:
         print(
             f"{missing} of {len(statuses)} have no verdict: run the same command again to ask for "
             "those not judged yet, with --retry_failed to repeat those that failed too"
         )
-    print(f"next: python analyze.py {' '.join(map(str, args.results))}")
+    print(f"next: python analyze.py {' '.join(map(str, paths))}")
     return 1 if missing else 0
 
 
