@@ -53,7 +53,7 @@ from pref.judging import (
 from pref.judging.protocol import Bench, Judge
 from pref.judging.store import Item, Result
 
-NO_JUDGE = """--judge is missing. There is no default: hosted models are withdrawn in time. Give either
+NO_JUDGE = """--judge is missing, and there is no default: hosted models are withdrawn. Give either
   --judge MODEL [--base_url URL]   a model of an OpenAI-compatible server (key in OPENAI_API_KEY)
   --judge hf:PATH                  a local folder or hub id, scored here without a server
 OpenAI withdraws its gpt-4 family on 2026-10-23, GPT-4o and GPT-4.1 on 2027-01-14: choose a judge
