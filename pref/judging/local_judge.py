@@ -165,8 +165,8 @@ def ask_local(model, tokenizer, request: dict) -> dict:
     """
     import torch
 
-    is_pair = request.get("grading") == "pair"
-    strings = tuple(protocol.VERDICTS) if is_pair else protocol.RATING_STRINGS
+    pair = request.get("grading") == "pair"
+    strings = tuple(protocol.VERDICTS) if pair else protocol.RATING_STRINGS
     prompt, ratings = encode_ratings(tokenizer, render(tokenizer, request["messages"]), strings)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     counts = {"prompt_tokens": len(prompt), "completion_tokens": 0}
@@ -189,7 +189,7 @@ def ask_local(model, tokenizer, request: dict) -> dict:
 
     # 3) The winner, or the score.
     probabilities = logps.exp().tolist()
-    if is_pair:
+    if pair:
         text = json.dumps(dict(zip(protocol.VERDICTS, probabilities)))
         winner = protocol.VERDICTS[strings[int(logps.argmax())]]
         return {"status": "ok", "winner": winner, "judgement": text, **counts}
