@@ -108,10 +108,10 @@ def main() -> None:
     seconds, memory = [], []
     original = calls.judge_pending
 
-    def timed(judge_, pending, *more):
+    def timed(judge_, pending, **more):
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         begun = time.monotonic()
-        result = original(judge_, pending, *more)
+        result = original(judge_, pending, **more)
         seconds.append(time.monotonic() - begun)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         return result

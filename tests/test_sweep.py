@@ -416,19 +416,20 @@ def test_time_left_is_no_less_than_the_longest_run():
 def test_missing_judgements_are_counted(tmp_path):
     study = study_of(tmp_path, 1, JUDGE="j")._replace(stages=["judge"])
     db = store.open_store(study.results / "judgements.sqlite")
-    item = dict.fromkeys(store.ASKED_COLUMNS, "") | {"model_id": "run00", "judge": "j"}
+    item = store.Item(**dict.fromkeys(store.Item._fields, ""))
+    item = item._replace(model_id="run00", judge="j")
     store.note_items(
-        db, [item | {"turn": turn, "request_sha256": f"r{turn}"} for turn in (1, 2, 3)]
+        db, [item._replace(turn=turn, request_sha256=f"r{turn}") for turn in (1, 2, 3)]
     )
     for key, outcome in (("r1", "ok"), ("r2", "parse")):
         store.save_reply(db, key, {"judge": "j"}, {"status": outcome}, 7.0)
     db.close()
-    assert status.verdicts_of(study) == {"run00": status.Verdicts(asked=3, without=2)}
-    assert not store.books(study.results, scheduler_module.UNREACHED)
+    assert status.verdicts_of(study) == {"run00": store.Verdicts(asked=3, without=2)}
+    assert not store.has_unreached(study.results)
     db = store.open_store(study.results / "judgements.sqlite")
     store.save_reply(db, "r3", {"judge": "j"}, {"status": "connection"}, 7.0)
     db.close()
-    assert store.books(study.results, scheduler_module.UNREACHED)
+    assert store.has_unreached(study.results)
 
 
 def test_answers_that_judge_would_refuse_are_left_out(tmp_path):

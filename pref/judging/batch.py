@@ -1,4 +1,10 @@
-"""the provider's batch endpoint"""
+"""The provider's batch endpoint: half the price, an answer within a day.
+
+    judge.py --dry_run --requests batch.jsonl     write_requests: the file to upload
+    judge.py --import_results output.jsonl        import_results: the file that comes back
+
+The file's format is that of OpenAI's batch API.
+"""
 
 import json
 import sqlite3
@@ -10,70 +16,83 @@ from pref.files import disk
 from pref.files.console import UserError
 from pref.judging import costs, server_judge, store
 from pref.judging.protocol import Judge
+from pref.judging.store import Item
 from pref.model import server
 
 
-def batch_lines(items: list[dict], pending: dict[str, dict]) -> Iterator[dict]:
-    """The requests as an OpenAI batch file has them. custom_id: question, turn, order of a pair,
-    hash.
-    """
+def write_requests(path: Path, items: list[Item], pending: dict[str, dict]) -> None:
+    disk.write_jsonl(path, request_lines(items, pending))
+
+
+def request_lines(items: list[Item], pending: dict[str, dict]) -> Iterator[dict]:
+    """The pending requests as lines of a batch file, each request once, in the order of `items`."""
     seen = set()
     for item in items:
-        key = item["request_sha256"]
+        key = item.request_sha256
         if key in pending and key not in seen:
             seen.add(key)
-            body = {
-                "model": item["judge"],
-                "messages": item["request"]["messages"],
-                **item["request"]["parameters"],
-            }
             yield {
                 "custom_id": custom_id(item),
                 "method": "POST",
                 "url": "/v1/chat/completions",
-                "body": body,
+                "body": {
+                    "model": item.judge,
+                    "messages": item.request["messages"],
+                    **item.request["parameters"],
+                },
             }
 
 
-def custom_id(item: dict) -> str:
-    parts = (
-        item["question_id"],
-        item["turn"],
-        *([item["order"]] if item["order"] else []),
-        item["request_sha256"][:32],
-    )
-    return "-".join(map(str, parts))
+def custom_id(item: Item) -> str:
+    """Question, turn, order of a pair, and half of the request's hash, e.g. "81-2-1-5a0c...".
+
+    The endpoint allows 64 characters.
+    """
+    order = [item.order] if item.grading == "pair" else []
+    return "-".join(map(str, [item.question_id, item.turn, *order, item.request_sha256[:32]]))
 
 
-def import_results(path: Path, db: sqlite3.Connection, items: list[dict], judge: Judge) -> None:
-    """Take a batch's output file into the store. Raises UserError for a file of another form."""
-    waiting, taken, strange = {custom_id(item): item for item in items}, Counter(), 0
+def import_results(path: Path, db: sqlite3.Connection, items: list[Item], judge: Judge) -> None:
+    """Store the replies in a batch's output file.
+
+    Raises UserError if no line of it belongs to `items`.
+    """
+    asked = {custom_id(item): item for item in items}
+    statuses: Counter[str] = Counter()
+    unknown = 0
     for _, row in disk.read_jsonl(path):
-        item = waiting.get(row.get("custom_id"))
+        item = asked.get(row.get("custom_id"))
         if item is None:
-            strange += 1
+            unknown += 1
             continue
-        response = row.get("response") or {}
-        if row.get("error") or not isinstance(response, dict) or "status_code" not in response:
-            reply = {"status": "batch_error", "judgement": json.dumps(row.get("error"))[:2000]}
-        elif response["status_code"] != 200:
-            reply = {
-                "status": f"http_{response['status_code']}",
-                "judgement": json.dumps(response.get("body"))[:2000],
-            }
-        else:
-            reply = server_judge.read_reply(
-                server.writable, json.dumps(response.get("body")), item["request"]
-            )
-            full = judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
-            reply["cost_usd"] = None if full is None else full * costs.BATCH_DISCOUNT
-        store.save_reply(db, item["request_sha256"], item["request"], reply, judge.params_b)
-        taken[reply["status"]] += 1
-    if not taken:
+        reply = read_row(row, item.request, judge)
+        store.save_reply(db, item.request_sha256, item.request, reply, judge.params_b)
+        statuses[reply["status"]] += 1
+    if not statuses:
         raise UserError(
-            f"{path}: none of its {strange} lines belongs to these runs, judge and settings"
+            f"{path}: none of its {unknown} lines belongs to these runs, judge and settings; give "
+            "the same options as when the requests were written, --judge_seed and --parameters "
+            "included"
         )
-    words = ", ".join(f"{count} {status}" for status, count in taken.most_common())
-    print(
-        f"{path}: {words}" + (f"; {strange} lines of other requests passed over" if strange else "")
-    )
+    counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
+    ignored = f"; {unknown} lines of other requests ignored" if unknown else ""
+    print(f"{path}: {counts}{ignored}")
+
+
+def read_row(row: dict, request: dict, judge: Judge) -> dict:
+    """The reply in one line of a batch's output file, as `Judge.ask` would return it."""
+    response = row.get("response") or {}
+    # 1) The batch did not make the request: it expired, or was cancelled.
+    if row.get("error") or not isinstance(response, dict) or "status_code" not in response:
+        error = json.dumps(row.get("error"))[: server_judge.MOST_ERROR_CHARS]
+        return {"status": "batch_error", "judgement": error}
+    # 2) The server refused it.
+    body = json.dumps(response.get("body"))
+    if response["status_code"] != 200:
+        status = f"http_{response['status_code']}"
+        return {"status": status, "judgement": body[: server_judge.MOST_ERROR_CHARS]}
+    # 3) A chat completion.
+    reply = server_judge.read_reply(server.writable, body, request)
+    full_price = judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
+    reply["cost_usd"] = None if full_price is None else full_price * costs.BATCH_DISCOUNT
+    return reply

@@ -1,4 +1,15 @@
-"""the paid loop"""
+"""The paid loop: makes the pending requests, several at a time, and stores each reply.
+
+`judge_pending` starts the workers and waits for them; `Calls` holds what they share. How money is
+protected:
+
+- A request is made only if its highest possible cost fits under the cap (`costs.Budget`).
+- A worker stores a reply before it takes the next request. Whatever ends the program, at most the
+  calls then in flight are paid for without being stored.
+- Ctrl-C stops new calls and waits for those in flight.
+- An error that would stop every later request too (no credit, a refused key, a full disk, a server
+  that is gone) ends the loop.
+"""
 
 import os
 import signal
@@ -9,33 +20,36 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import NamedTuple
 
-from tqdm import tqdm
-
+from pref.files import console
 from pref.files.console import UserError
 from pref.judging import store
 from pref.judging.costs import Budget
 from pref.judging.protocol import Judge
 
 GIVE_UP_AFTER = 10  # calls in a row without a connection: the server is gone
-LOOK_EVERY_S = 0.5  # how often the waiting main thread looks up
-SYNC_EVERY_S = 5.0  # how often the store is synced to the disk
-SAVE_EVERY_S = 60.0  # how often judgements.csv is written during a run
+LOOK_EVERY_S = 0.5  # how often waiting threads look for a change
+SYNC_EVERY_S = 5.0  # how often the store is synced to disk
+SAVE_EVERY_S = 60.0  # how often the judgements.csv files are rewritten meanwhile
 
 
 @contextmanager
 def catch_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that paid calls in flight are kept. A second one ends
-    the program.
+    """Turn the first Ctrl-C into an event, so that the calls in flight can be waited for and kept.
+
+    A second Ctrl-C ends the program at once.
     """
     interrupted = threading.Event()
+    message = (
+        b"\nstopping: waiting for the calls in flight, to keep their replies; press Ctrl-C again "
+        b"to stop at once (they are paid for all the same)\n"
+    )
 
     def handle(signum, frame):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         interrupted.set()
-        os.write(
-            2, b"\nstopping: waiting for what is in flight; Ctrl-C again to drop it\n"
-        )  # print may be mid-line
+        os.write(2, message)  # not print, which the signal may have interrupted halfway
 
     previous = signal.signal(signal.SIGINT, handle)
     try:
@@ -44,12 +58,17 @@ def catch_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-class Calls:
-    """The requests still to be made, and the workers that take one, ask, keep the reply, and take
-    the next.
+class Call(NamedTuple):
+    """A request to make, and its hash."""
 
-    One lock guards queue, budget and store. A reply is in the store before its worker asks again,
-    so that a kill can cost no more than the calls then in flight.
+    key: str
+    request: dict
+
+
+class Calls:
+    """What the workers share: the queue, the budget, the rate limit and the store.
+
+    One lock guards all of it. No worker holds the lock while it waits for the judge.
     """
 
     def __init__(
@@ -60,117 +79,143 @@ class Calls:
         interrupted: threading.Event,
         budget: Budget,
         rpm: float | None,
-        bar: tqdm,
+        bar: console.Progress,
     ):
-        self.judge, self.db, self.interrupted, self.budget, self.bar = (
-            judge,
-            db,
-            interrupted,
-            budget,
-            bar,
-        )
-        self.queue, self.lock = list(pending.items())[::-1], threading.Condition()
-        self.pause, self.next_call = 60 / rpm if rpm else 0.0, 0.0
-        self.in_flight, self.lost, self.failures, self.fatal = 0, 0, Counter(), None
+        self.judge, self.db, self.budget, self.bar = judge, db, budget, bar
+        self.interrupted = interrupted
+        self.lock = threading.Condition()
+        self.queue = [Call(key, request) for key, request in pending.items()]
+        self.queue.reverse()  # the next call is the last element
+        self.interval_s = 60 / rpm if rpm else 0.0  # between the starts of two calls
+        self.next_start_s = 0.0  # no call starts before this reading of time.monotonic()
+        self.in_flight = 0
+        self.lost_in_a_row = 0  # calls without a connection since the last one that had one
+        self.failures: Counter[str] = Counter()  # by status
+        self.fatal: str | None = None  # why no further call is made
 
     def work(self) -> None:
-        while entry := self.take():
+        """What each worker does, until there is nothing left to do."""
+        # 1) Wait until rate and budget allow a call, and reserve the most that it can cost.
+        while call := self.take():
+            # 2) Ask, without the lock: this takes seconds.
             try:
-                reply = self.judge.ask(entry[1])
+                reply = self.judge.ask(call.request)
             except UserError as error:
                 reply, self.fatal = None, str(error)
             except BaseException as error:
                 self.stop(f"unexpected {type(error).__name__}")
                 raise
-            self.keep(*entry, reply)
+            # 3) Store the reply and its cost, before this worker takes the next call.
+            self.keep(call, reply)
 
-    def stop(self, why: str) -> None:
-        """No further call; whoever waits is woken."""
+    def stop(self, reason: str) -> None:
+        """Let no further call begin, and wake the workers that wait for one."""
         with self.lock:
-            self.fatal = self.fatal or why
+            self.fatal = self.fatal or reason
             self.lock.notify_all()
 
-    def take(self) -> tuple[str, dict] | None:
-        """The next request, when rate and budget allow it; None if there is nothing more to do."""
+    def take(self) -> Call | None:
+        """The next call, as soon as rate and budget allow it; None if there is nothing to do."""
         with self.lock:
             while self.queue and not self.fatal and not self.interrupted.is_set():
-                key, request = self.queue[-1]
-                now = time.monotonic()
-                if now < self.next_call:
-                    self.lock.wait(self.next_call - now)
-                elif self.budget.allows(request):
+                call, now = self.queue[-1], time.monotonic()
+                if now < self.next_start_s:
+                    self.lock.wait(self.next_start_s - now)
+                elif self.budget.allows(call.request):
                     self.queue.pop()
-                    self.budget.begin(request)
+                    self.budget.reserve(call.request)
                     self.in_flight += 1
-                    self.next_call = max(now, self.next_call) + self.pause
-                    return key, request
+                    self.next_start_s = max(now, self.next_start_s) + self.interval_s
+                    return call
                 elif self.in_flight:
-                    self.lock.wait(LOOK_EVERY_S)  # for one that may have cost less than it could
+                    # A call in flight may cost less than is reserved for it, and make room.
+                    self.lock.wait(LOOK_EVERY_S)
                 else:
                     self.fatal = (
-                        f"--max_usd {self.budget.cap}: {self.budget.spent:.4f} dollars spent, and the next "
-                        f"call could pass the cap; {len(self.queue)} requests wait, raise it"
+                        f"--max_usd {self.budget.cap}: {self.budget.spent:.4f} dollars are spent, "
+                        f"and the next call could pass the cap; {len(self.queue)} requests are "
+                        "left. All judgements so far are kept: raise --max_usd and run the command "
+                        "again to continue"
                     )
             self.lock.notify_all()
             return None
 
-    def keep(self, key: str, request: dict, reply: dict | None) -> None:
-        """Book a reply; None is one that the server refused for good."""
-        cost = None if reply is None else self.budget.cost(request, reply)
+    def keep(self, call: Call, reply: dict | None) -> None:
+        """Store a reply and record its cost. None: the judge refused this and all later calls."""
+        cost = None if reply is None else self.budget.cost(call.request, reply)
         with self.lock:
             self.in_flight -= 1
-            self.budget.end(request, cost)
+            self.budget.settle(call.request, cost)
             if reply is not None:
-                try:
-                    store.save_reply(
-                        self.db, key, request, reply | {"cost_usd": cost}, self.judge.params_b
-                    )
-                except sqlite3.Error as error:
-                    self.fatal = f"judgements.sqlite cannot be written ({error}); make room and run the command again"
-                self.failures.update([reply["status"]] if reply["status"] != "ok" else [])
-                self.lost = self.lost + 1 if reply["status"] == "connection" else 0
-                if self.lost >= GIVE_UP_AFTER:
-                    self.fatal = (
-                        f"--judge {self.judge.name}: the server is gone ({self.lost} calls without a "
-                        "connection); start it again"
-                    )
-                self.bar.update()
-                spent = {"usd": f"{self.budget.spent:.2f}"} if self.judge.prices else {}
-                self.bar.set_postfix(spent | self.failures, refresh=False)
+                self.save(call, reply | {"cost_usd": cost})
+                self.count(reply["status"])
             self.lock.notify_all()
+
+    def save(self, call: Call, reply: dict) -> None:
+        """Write a reply to the store; if that fails, no further call is made."""
+        try:
+            store.save_reply(self.db, call.key, call.request, reply, self.judge.params_b)
+        except sqlite3.Error as error:
+            self.fatal = (
+                f"judgements.sqlite cannot be written ({error}); replies that could not be stored "
+                "are lost, though they may have been charged for. Free disk space and run the same "
+                "command again: it asks for what is missing"
+            )
+
+    def count(self, status: str) -> None:
+        """Count a reply as done, for the progress line and to notice a server that is gone."""
+        if status != "ok":
+            self.failures[status] += 1
+        self.lost_in_a_row = self.lost_in_a_row + 1 if status == "connection" else 0
+        if self.lost_in_a_row >= GIVE_UP_AFTER:
+            self.fatal = (
+                f"--judge {self.judge.name}: the server is gone ({self.lost_in_a_row} calls "
+                "without a connection); start it again and run the same command with "
+                "--retry_failed, which repeats these calls too"
+            )
+        notes = [f"{self.budget.spent:.2f} dollars"] if self.judge.prices else []
+        notes += [f"{count} {failure}" for failure, count in self.failures.items()]
+        self.bar.update(note=", ".join(notes))
 
 
 def judge_pending(
     judge: Judge,
     pending: dict[str, dict],
     db: sqlite3.Connection,
-    save: Callable,
+    save: Callable[[], None],
     interrupted: threading.Event,
     budget: Budget,
     rpm: float | None = None,
 ) -> str | None:
-    """Ask for all `pending` and keep each reply as it comes. Returns why it stopped early, or
-    None.
+    """Make all `pending` requests and store their replies.
+
+    pending: requests by hash. save: rewrites the judgements.csv files. interrupted: ends the loop
+    early when set. rpm: calls per minute at most. Returns None, or the reason for stopping early as
+    a message to the user.
     """
     saved_at = synced_at = time.monotonic()
     with (
         ThreadPoolExecutor(judge.concurrency) as pool,
-        tqdm(total=len(pending), unit="judgement", disable=None) as bar,
+        console.Progress("judging", "judgements", total=len(pending)) as bar,
     ):
+        # 1) The workers ask and store until nothing is left to do, or something stops them.
         calls = Calls(judge, pending, db, interrupted, budget, rpm, bar)
         workers = [pool.submit(calls.work) for _ in range(min(judge.concurrency, len(pending)))]
         try:
+            # 2) Meanwhile this thread syncs the store and rewrites the CSV files.
             while wait(workers, timeout=LOOK_EVERY_S).not_done:
                 with calls.lock:
                     if time.monotonic() - synced_at > SYNC_EVERY_S:
-                        db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                        store.sync(db)
                         synced_at = time.monotonic()
                     if time.monotonic() - saved_at > SAVE_EVERY_S:
                         save()
                         saved_at = time.monotonic()
-        except BaseException as error:  # or the workers would go on asking until all is paid
+        except BaseException as error:
+            # Leaving the pool waits for the workers, which would ask and pay for all that is left.
             calls.stop(f"unexpected {type(error).__name__}")
             raise
+        # 3) An exception in a worker is raised here.
         for worker in workers:
             worker.result()
     return calls.fatal

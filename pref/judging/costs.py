@@ -1,4 +1,8 @@
-"""prices, estimate, cap"""
+"""What judging costs: prices, the estimate before it, and the cap during it.
+
+`prices_of` finds a judge's prices, `estimate` turns pending requests into tokens and dollars, and
+`Budget` keeps the total within --max_usd while requests are made.
+"""
 
 import argparse
 import json
@@ -6,12 +10,12 @@ import os
 import re
 import sqlite3
 
-from pref.judging import protocol
+from pref.judging import protocol, store
 from pref.judging.protocol import Judge
 
-# US dollars per million prompt and completion tokens as OpenAI published them in August 2025, by
-# the model's exact name: a longer one may be another model at ten times the price. --price_in and
-# --price_out stand above it.
+# US dollars per million prompt and completion tokens as OpenAI published them in August 2025.
+# Looked up by exact name, because a longer one (gpt-5-pro) can be another model at ten times the
+# price. --price_in and --price_out take precedence.
 PRICES_OF = "August 2025"
 PRICES = {
     "gpt-5-nano": (0.05, 0.40),
@@ -25,85 +29,115 @@ PRICES = {
     "gpt-4-turbo": (10.00, 30.00),
     "gpt-4": (30.00, 60.00),
 }
-BATCH_DISCOUNT = 0.5  # what a batch endpoint charges of the price
-CHARS_A_TOKEN, COMPLETION_TOKENS = 4.0, 250  # guesses until this judge has answered
-ENOUGH_TO_LEARN = 20  # judgements that replace the guesses
+BATCH_DISCOUNT = 0.5  # a batch endpoint charges this share of the price
+
+# The estimate's rules of thumb, until this judge has made ENOUGH_TO_LEARN judgements
+CHARS_PER_TOKEN = 4.0
+COMPLETION_TOKENS = 250
+ENOUGH_TO_LEARN = 20
+
+TOKENS_PER_MESSAGE = 16  # upper bound on what a chat template adds to a message
 
 
 def prices_of(args: argparse.Namespace) -> tuple[float, float] | None:
-    """Dollars per million prompt and completion tokens: --price_in and --price_out, or the
-    table's.
+    """Dollars per million prompt and completion tokens, or None if they are unknown.
+
+    --price_in and --price_out, else the table above if the server is OpenAI's: other providers set
+    their own prices for models of the same name.
     """
     if args.price_in is not None and args.price_out is not None:
         return args.price_in, args.price_out
     server = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    return (
-        PRICES.get(args.judge) if "//api.openai.com/" in server else None
-    )  # another provider has its own prices
+    return PRICES.get(args.judge) if "//api.openai.com/" in server else None
 
 
 class Budget:
-    """--max_usd: no call is made that could carry the results folder's total past the cap, those in
-    flight counted at the most they can cost with every try that the client may make.
+    """Keeps the total cost recorded for a results folder within --max_usd.
+
+    A call *reserves* the most it can cost, with every try that the client may make, before it is
+    made; when its reply is there, the reservation is replaced by the actual cost. A call is allowed
+    only if everything spent and reserved, together with its own reservation, stays within the cap.
+    Not thread-safe: the caller holds a lock. All amounts are in dollars.
+
+    cap: --max_usd, None for no limit. spent: total cost recorded so far. tries: at most, per call.
     """
 
     def __init__(self, judge: Judge, cap: float | None, spent: float, tries: int = 1):
-        self.judge, self.cap, self.spent, self.tries, self.reserved = judge, cap, spent, tries, 0.0
+        self.judge, self.cap, self.tries = judge, cap, tries
+        self.spent, self.reserved = spent, 0.0
 
     def most(self, request: dict) -> float:
-        """An upper bound: a token is at least a byte, and the answer no longer than allowed."""
-        if self.judge.prices is None:
-            return 0.0
-        prompt = sum(len(message["content"].encode()) + 16 for message in request["messages"])
-        limits = [request["parameters"].get(key) for key in ("max_tokens", "max_completion_tokens")]
-        return self.judge.cost(prompt, max(limit or 0 for limit in limits) or protocol.MAX_TOKENS)
+        """Upper bound on the cost of one try.
 
-    def allows(self, request: dict) -> bool:
-        return (
-            self.cap is None
-            or self.spent + self.reserved + self.tries * self.most(request) <= self.cap
-        )
-
-    def begin(self, request: dict) -> None:
-        self.reserved += self.tries * self.most(request)
-
-    def cost(self, request: dict, reply: dict) -> float | None:
-        """What the reply is booked at: by its counts; at the most it can have cost where it has
-        none or got lost on the way; nothing where the server refused it. None without a price.
+        A token is at least one byte of the prompt, and the judgement is no longer than the request
+        allows.
         """
         if self.judge.prices is None:
-            return None
-        refused = re.fullmatch(r"http_4\d\d", reply["status"])
-        counted = self.judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
-        return counted if counted is not None else 0.0 if refused else self.most(request)
+            return 0.0
+        prompt_tokens = sum(
+            len(message["content"].encode()) + TOKENS_PER_MESSAGE for message in request["messages"]
+        )
+        parameters = request["parameters"]
+        limits = [parameters.get(key) or 0 for key in ("max_tokens", "max_completion_tokens")]
+        return self.judge.cost(prompt_tokens, max(limits) or protocol.MAX_TOKENS)
 
-    def end(self, request: dict, cost: float | None) -> None:
+    def allows(self, request: dict) -> bool:
+        if self.cap is None:
+            return True
+        return self.spent + self.reserved + self.tries * self.most(request) <= self.cap
+
+    def reserve(self, request: dict) -> None:
+        """Call before the request is made."""
+        self.reserved += self.tries * self.most(request)
+
+    def settle(self, request: dict, cost: float | None) -> None:
+        """Call after the request was made: replace its reservation by its cost."""
         self.reserved -= self.tries * self.most(request)
         self.spent += cost or 0.0
 
+    def cost(self, request: dict, reply: dict) -> float | None:
+        """The cost to record for a reply; None if the judge has no price.
+
+        From the token counts, if the reply has them. Without them, a request that the server
+        refused (HTTP 4xx) costs nothing, and any other is recorded at the most it can have cost.
+        """
+        if self.judge.prices is None:
+            return None
+        counted = self.judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
+        if counted is not None:
+            return counted
+        return 0.0 if re.fullmatch(r"http_4\d\d", reply["status"]) else self.most(request)
+
 
 def estimate(db: sqlite3.Connection, judge: Judge, pending: dict[str, dict]) -> str:
-    """Calls, tokens and dollars of `pending`, from what this judge has needed so far, else from
-    rules of thumb.
+    """One line: calls, tokens and dollars for the requests in `pending`.
+
+    From the lengths of this judge's judgements so far, or from rules of thumb if it has made fewer
+    than ENOUGH_TO_LEARN.
     """
-    count, prompts, completions, length = db.execute(
-        "SELECT COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), SUM(LENGTH(request)) FROM judgements "
-        "WHERE judge = ? AND prompt_tokens > 0 AND completion_tokens > 0",
-        (judge.name,),
-    ).fetchone()
-    learned = count >= ENOUGH_TO_LEARN
-    rate = prompts / length if learned else 1 / CHARS_A_TOKEN
-    prompt = (
-        sum(len(json.dumps(request, ensure_ascii=False)) for request in pending.values()) * rate
+    lengths = store.learned_lengths(db, judge.name)
+    if lengths.judgements >= ENOUGH_TO_LEARN:
+        tokens_per_char = lengths.prompt_tokens / lengths.request_chars
+        completion_per_call = lengths.completion_tokens / lengths.judgements
+        source = f"from {lengths.judgements} judgements by it"
+    else:
+        tokens_per_char, completion_per_call = 1 / CHARS_PER_TOKEN, COMPLETION_TOKENS
+        source = "guessed"
+    chars = sum(len(json.dumps(request, ensure_ascii=False)) for request in pending.values())
+    prompt, completion = chars * tokens_per_char, len(pending) * completion_per_call
+    text = (
+        f"estimate: {len(pending)} calls, {prompt:,.0f} prompt and {completion:,.0f} completion "
+        f"tokens ({source})"
     )
-    completion = len(pending) * (completions / count if learned else COMPLETION_TOKENS)
-    source = f"from {count} judgements of it" if learned else "guessed"
-    text = f"estimate: {len(pending)} calls, {prompt:,.0f} prompt and {completion:,.0f} completion tokens ({source})"
     if judge.prices is None:
         return (
             f"{text}; no price known, give --price_in and --price_out (dollars per million tokens)"
         )
+    price_in, price_out = judge.prices
+    source = "as given"
+    if judge.prices == PRICES.get(judge.name):
+        source = f"OpenAI's prices of {PRICES_OF}"
     return (
-        f"{text}, {judge.cost(prompt, completion):.2f} dollars at {judge.prices[0]:g} and {judge.prices[1]:g} per "
-        f"million (known prices: {PRICES_OF})"
+        f"{text}, {judge.cost(prompt, completion):.2f} dollars at {price_in:g} and {price_out:g} "
+        f"per million ({source})"
     )

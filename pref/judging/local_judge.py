@@ -1,4 +1,11 @@
-"""a judge on this machine"""
+"""A judge on this machine, which scores without generating text.
+
+`ask_local` computes the model's probability of each possible verdict after the judge prompt,
+"[[1]]" ... "[[10]]" or "[[A]]", "[[B]]", "[[C]]", and makes a score or a winner of these. There is
+nothing to parse, and every prompt that fits has a score.
+
+torch and transformers are imported inside functions: a judge behind a server needs neither.
+"""
 
 import argparse
 import functools
@@ -6,7 +13,7 @@ import json
 import math
 from collections.abc import Iterable
 
-from pref.files import disk
+from pref.files import console, disk
 from pref.files.console import UserError
 from pref.judging import protocol
 from pref.judging.protocol import Judge
@@ -54,9 +61,9 @@ def load_judge(path: str, dtype: str):
             path, dtype=pick_dtype(dtype, device), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--judge hf:{path}: not a model folder or hub id that can be loaded: {said}"
+            f"--judge hf:{path}: not a model folder or hub id that can be loaded: "
+            f"{console.first_line(error)}"
         ) from None
     if not tokenizer.chat_template:
         raise UserError(f"--judge hf:{path}: has no chat template; take an instruction-tuned model")
@@ -67,7 +74,8 @@ def load_judge(path: str, dtype: str):
         shown = str(error)
     if "<<1>>" not in shown:
         raise UserError(
-            f"--judge hf:{path}: its chat template takes no system message, MT-Bench's prompts have one"
+            f"--judge hf:{path}: its chat template does not show system messages, which MT-Bench's "
+            "prompts have; choose another judge"
         )
     try:
         return model.to(device).eval(), tokenizer
@@ -80,33 +88,37 @@ def load_judge(path: str, dtype: str):
 def encode_ratings(
     tokenizer, prompt: str, strings: Iterable[str] = protocol.RATING_STRINGS
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt and of each string "[[1]]" ... "[[10]]" after it.
+    """Token ids of the prompt, and of each string ("[[1]]" ... "[[10]]") as its continuation.
 
-    Prompt and string are tokenised as one text, as a transcript that holds the rating would be:
-    encoded alone, a SentencePiece tokenizer puts a space before it. Where the two merge across the
-    boundary (Llama-2: "]" + "[[" is a token), the prompt would no longer end as the model sees it
-    when it answers; there the string stands alone.
+    Prompt and string are tokenised as one text, as a transcript with the rating would be: on its
+    own, a SentencePiece tokenizer would put a space before the string. If the two merge across the
+    boundary (Llama-2: "]" + "[[" is one token), the ids no longer begin with the prompt's, which is
+    what the model sees when it answers; such a string is tokenised on its own.
+
+        prompt             -> p q r
+        prompt + "[[7]]"   -> p q r s t     continuation: s t
+        prompt + "[[7]]"   -> p q u t       merged; continuation: ids of "[[7]]" alone
     """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ratings = []
-    for text in strings:
-        whole = tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
-        if whole[: len(ids)] == ids:
-            ratings.append(whole[len(ids) :])
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    continuations = []
+    for string in strings:
+        ids = tokenizer(prompt + string, add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt_ids)] == prompt_ids:
+            continuations.append(ids[len(prompt_ids) :])
         else:
-            ratings.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids, ratings
+            continuations.append(tokenizer(string, add_special_tokens=False)["input_ids"])
+    return prompt_ids, continuations
 
 
 def rating_logps(model, prompt: list[int], ratings: list[list[int]]):
-    """Log-probability (sum over tokens, fp32) of each of R continuations of one prompt. Returns
-    (R,).
+    """Log-probability of each of R continuations of one prompt: summed over tokens, fp32, (R,).
 
-    The prompt is run once; its KV cache, repeated R times, carries all continuations as one batch.
-    Padding stands on the right, where a causal model's earlier positions do not see it.
+    The prompt is run once. Its KV cache, repeated R times, serves all continuations as one batch,
+    padded on the right, where padding does not affect a causal model's earlier positions.
     """
     import torch
 
+    # 1) Continuations of different lengths as one rectangle: L is the longest, `real` marks tokens.
     width = max(map(len, ratings))
     padded = torch.tensor(
         [ids + [0] * (width - len(ids)) for ids in ratings], device=model.device
@@ -115,29 +127,29 @@ def rating_logps(model, prompt: list[int], ratings: list[list[int]]):
         [[i < len(ids) for i in range(width)] for ids in ratings], device=model.device
     )  # (R, L)
     with torch.inference_mode():
+        # 2) The prompt's last logits predict each continuation's first token.
         out = model(torch.tensor([prompt], device=model.device), use_cache=True, logits_to_keep=1)
         first = torch.log_softmax(out.logits[0, -1].float(), dim=-1)  # (V,)
-        total = first[padded[:, 0]]
+        total = first[padded[:, 0]]  # (R,)
+        # 3) The continuations' own logits predict the others: token i predicts token i + 1.
         if width > 1:
             cache = out.past_key_values
             cache.batch_repeat_interleave(len(ratings))
-            logits = model(
-                padded[:, :-1], past_key_values=cache, use_cache=True
-            ).logits  # (R, L-1, V)
-            logps = torch.log_softmax(logits.float(), dim=-1).gather(2, padded[:, 1:, None])[
-                :, :, 0
-            ]
+            out = model(padded[:, :-1], past_key_values=cache, use_cache=True)
+            logps = torch.log_softmax(out.logits.float(), dim=-1)  # (R, L-1, V)
+            logps = logps.gather(2, padded[:, 1:, None])[:, :, 0]  # (R, L-1)
             total = total + torch.where(real[:, 1:], logps, 0.0).sum(1)
     return total
 
 
 def ask_local(model, tokenizer, request: dict) -> dict:
-    """One judgement: the mean of the ratings 1 to 10, each weighted by the probability of its whole
-    string.
+    """Make one judgement and return the reply (see `protocol.Judge`), without generating text.
 
-    Score = sum_r r p_r / sum_r p_r with p_r = P("[[r]]" | prompt). The judgement's text is the JSON
-    of the p_r. Of a pair, the most probable of [[A]], [[B]], [[C]]. Whole strings, because
-    tokenizers split "10" differently (G-Eval, arXiv:2303.16634, weights single tokens).
+    Single grading: the mean of the ratings r = 1 ... 10, weighted by the probabilities of the whole
+    strings, score = sum_r r p_r / sum_r p_r with p_r = P("[[r]]" | prompt). Whole strings, because
+    tokenizers split "10" differently; G-Eval (arXiv:2303.16634) weights single tokens. Pair
+    grading: the most probable of [[A]], [[B]] and [[C]]. `judgement` is the JSON of the
+    probabilities.
     """
     import torch
 
@@ -149,42 +161,30 @@ def ask_local(model, tokenizer, request: dict) -> dict:
     prompt, ratings = encode_ratings(tokenizer, text, strings)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     counts = {"prompt_tokens": len(prompt), "completion_tokens": 0}
+
+    # 1) What cannot be scored: the prompt is too long for the model, or for the memory.
     if len(prompt) + max(map(len, ratings)) > limit:
-        return {
-            "status": "context",
-            "judgement": f"prompt of {len(prompt)} tokens, context of {limit}",
-            **counts,
-        }
+        text = f"prompt of {len(prompt)} tokens, context of {limit}"
+        return {"status": "context", "judgement": text, **counts}
     try:
-        logps = rating_logps(model, prompt, ratings).double()
+        logps = rating_logps(model, prompt, ratings).double()  # (R,)
     except torch.OutOfMemoryError:
-        return {
-            "status": "memory",
-            "judgement": f"a prompt of {len(prompt)} tokens needs more GPU memory",
-            **counts,
-        }
+        text = f"a prompt of {len(prompt)} tokens needs more GPU memory"
+        return {"status": "memory", "judgement": text, **counts}
+
+    # 2) Probabilities relative to the R strings. They are finite exactly if their sum is.
     weights = logps.softmax(dim=0).tolist()
-    score = sum(
-        rating * weight for rating, weight in zip(protocol.RATINGS, weights)
-    )  # of a pair: no meaning but finiteness
-    if not math.isfinite(score):
-        return {
-            "status": "nonfinite",
-            "judgement": "the model's log-probabilities are not finite",
-            **counts,
-        }
+    if not math.isfinite(sum(weights)):
+        text = "the model's log-probabilities are not finite"
+        return {"status": "nonfinite", "judgement": text, **counts}
+
+    # 3) The winner, or the score.
+    probabilities = logps.exp().tolist()
     if pair:
-        probabilities = json.dumps(dict(zip(protocol.VERDICTS, logps.exp().tolist())))
-        return {
-            "status": "ok",
-            "winner": protocol.VERDICTS[strings[int(logps.argmax())]],
-            "judgement": probabilities,
-            **counts,
-        }
-    probabilities = json.dumps(dict(zip(protocol.RATINGS, logps.exp().tolist())))
-    return {
-        "status": "ok",
-        "score": min(max(score, 1.0), 10.0),
-        "judgement": probabilities,
-        **counts,
-    }
+        text = json.dumps(dict(zip(protocol.VERDICTS, probabilities)))
+        winner = protocol.VERDICTS[strings[int(logps.argmax())]]
+        return {"status": "ok", "winner": winner, "judgement": text, **counts}
+    text = json.dumps(dict(zip(protocol.RATINGS, probabilities)))
+    score = sum(rating * weight for rating, weight in zip(protocol.RATINGS, weights))
+    score = min(max(score, 1.0), 10.0)  # rounding may leave the scale by a hair
+    return {"status": "ok", "score": score, "judgement": text, **counts}

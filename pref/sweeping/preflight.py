@@ -243,7 +243,7 @@ def check_judge(study: Study) -> str:
 
     # 1) How many calls are left? A run that was not judged yet needs all of them.
     answers = gen_mtbench.parse_args(commands.stage_arguments(study, "gen"))
-    questions = mt_bench.pick_questions(bench["questions"], answers.num_questions)
+    questions = mt_bench.pick_questions(bench.questions, answers.num_questions)
     orders = 2 if args.grading == "pair" else 1
     calls_per_run = len(questions) * 2 * args.repeats * orders  # two turns
     verdicts = status.verdicts_of(study)

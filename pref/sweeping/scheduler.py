@@ -23,10 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import judge
 from pref.files import disk, mt_bench, run_folders
 from pref.files.console import UserError
-from pref.judging import store
+from pref.judging import run_answers, store
 from pref.sweeping import commands, grid, status
 from pref.sweeping.grid import Point, Study
 from pref.training import signals
@@ -34,12 +33,6 @@ from pref.training.signals import Heard
 
 POLL_S = 0.1
 MAX_ATTEMPTS = 2  # of a run that crashes, within one start of the grid
-# Judgements that failed because the judge was unreachable are asked for again, unlike those that
-# came back without a verdict.
-UNREACHED = (
-    "SELECT 1 FROM judgements WHERE status IN ('connection', 'timeout', 'http_429') "
-    "OR status LIKE 'http_5%' LIMIT 1"
-)
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -385,7 +378,7 @@ class Scheduler:
         if stage != "judge":
             return commands.stage_command(self.study, stage)
         command = commands.stage_command(self.study, stage, self.judgeable_runs())
-        if store.books(self.study.results, UNREACHED) and "--retry_failed" not in command:
+        if store.has_unreached(self.study.results) and "--retry_failed" not in command:
             command.append("--retry_failed")
         return command
 
@@ -404,8 +397,8 @@ class Scheduler:
         refused = set()
         for run, of_run in answers.items():
             try:
-                judge.check_adapter(run, of_run)
-                judge.check_complete({run: of_run})
+                run_answers.check_adapter(run, of_run)
+                run_answers.check_complete({run: of_run})
             except UserError as error:
                 refused.add(run)
                 self.reasons[run.resolve().name] = str(error)

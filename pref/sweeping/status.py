@@ -123,10 +123,8 @@ def print_status(study: Study) -> int:
         left = hours_text(time_left(states, slots, seconds))
         each = hours_text(seconds)
         print(f"training: about {left} left, {slots} at a time, {each} per run (measured)")
-    for count, usd in store.books(
-        study.results, "SELECT COUNT(*), COALESCE(SUM(cost_usd), 0) FROM judgements"
-    ):
-        print(f"judged so far: {count} requests, {usd:.4f} dollars")
+    if totals := store.read_totals(study.results):
+        print(f"judged so far: {totals.requests} requests, {totals.cost_usd:.4f} dollars")
     missing = missing_of(study, {})
     if not missing:
         return 0
@@ -154,20 +152,14 @@ def missing_of(study: Study, reasons: dict[str, str]) -> dict[str, str]:
     names += [run_folders.BASE_RUN] if questions else []
     missing = {}
     for name in names:
-        if lacks := what_run_lacks(study, name, questions, verdicts.get(name, Verdicts(0, 0))):
+        of_run = verdicts.get(name, store.Verdicts(asked=0, without=0))
+        if lacks := what_run_lacks(study, name, questions, of_run):
             missing[name] = f"{lacks}: {reasons[name]}" if name in reasons else lacks
     return missing | {name: why for name, why in reasons.items() if name not in names}
 
 
-class Verdicts(NamedTuple):
-    """Judgements of a run."""
-
-    asked: int
-    without: int  # of these, how many have no verdict
-
-
 def what_run_lacks(
-    study: Study, name: str, questions: list[dict], verdicts: Verdicts
+    study: Study, name: str, questions: list[dict], verdicts: store.Verdicts
 ) -> str | None:
     """The first thing that a run lacks, in the order of the stages; None if it is complete."""
     folder, summary = study.results / name, summary_of(study.results / name)
@@ -197,17 +189,9 @@ def what_run_lacks(
     return None
 
 
-def verdicts_of(study: Study) -> dict[str, Verdicts]:
+def verdicts_of(study: Study) -> dict[str, store.Verdicts]:
     """By run: the judgements that this study's judge was asked for."""
-    query = (
-        "SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok') FROM asked "
-        "LEFT JOIN judgements USING (request_sha256) "
-        "WHERE asked.judge = ?1 OR ?1 = '' GROUP BY model_id"
-    )
-    return {
-        name: Verdicts(count, without)
-        for name, count, without in store.books(study.results, query, study.settings["JUDGE"])
-    }
+    return store.judgement_counts(study.results, study.settings["JUDGE"])
 
 
 def questions_of(study: Study) -> list[dict]:

@@ -1,0 +1,135 @@
+"""The answers that are judged: read per run, and checked before anything is paid for.
+
+Answers of one run are a dict by (question_id, choice), as `mt_bench.read_answers` returns them.
+"""
+
+import sys
+from pathlib import Path
+
+from pref.files import disk, mt_bench, run_folders
+from pref.files.console import UserError
+from pref.judging.protocol import Bench
+
+MOST_EMPTY = 0.1  # share of a run's answers that may have an empty turn
+
+
+def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[Path, dict]:
+    """Answers by run folder, of every run under `paths` that has some.
+
+    Raises UserError for answers that cannot be judged, and for runs of several results folders.
+    """
+    runs = {}
+    for run in run_folders.find_runs(paths):
+        path = run / "mt_bench" / "answers.jsonl"
+        if not path.is_file():
+            remedy = f"run python gen_mtbench.py {run}"
+            print(f"no answers for run {run.resolve().name}; {remedy}", file=sys.stderr)
+            continue
+        runs[run] = mt_bench.read_answers(path)
+        check_answers(path, runs[run], bench)
+        check_adapter(run, runs[run])
+    if not runs:
+        raise UserError(
+            "none of the runs has answers (mt_bench/answers.jsonl); run gen_mtbench.py first"
+        )
+    if not allow_incomplete:
+        check_complete(runs)
+    if len(parents := {run.resolve().parent for run in runs}) > 1:
+        raise UserError(
+            f"runs of {len(parents)} results folders ({', '.join(map(str, sorted(parents)))}): "
+            "each has its own judgements.sqlite; judge one folder at a time"
+        )
+    return runs
+
+
+def check_answers(path: Path, answers: dict, bench: Bench) -> None:
+    """Raise UserError for answers to unknown questions, invalid text, or a missing choice."""
+    known = {question["question_id"] for question in bench.questions}
+    choices: dict[int, set[int]] = {}
+    for (question_id, choice), row in answers.items():
+        if question_id not in known:
+            raise UserError(
+                f"{path}: question_id {question_id} is not in {bench.folder / 'question.jsonl'}; "
+                "give --mt_bench the folder whose questions were answered"
+            )
+        choices.setdefault(question_id, set()).add(choice)
+        try:
+            "".join(row["turns"]).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{path}: the answer to question {question_id} is not valid Unicode"
+            ) from None
+    if not choices:
+        raise UserError(f"{path}: no answers; delete the file and rerun gen_mtbench.py")
+    every_choice = set.union(*choices.values())
+    for question_id, given in choices.items():
+        if given != every_choice:
+            raise UserError(
+                f"{path}: question {question_id} has choices {sorted(given)}, others have "
+                f"{sorted(every_choice)}; rerun gen_mtbench.py to complete them"
+            )
+
+
+def check_adapter(run: Path, answers: dict) -> None:
+    """Raise UserError for answers of an adapter that the run no longer has."""
+    weights = run / "adapter" / "adapter_model.safetensors"
+    answered_by = {row["adapter_sha256"] for row in answers.values() if row.get("adapter_sha256")}
+    if answered_by and weights.is_file() and answered_by != {disk.sha256_file(weights)}:
+        raise UserError(
+            f"run {run.resolve().name}: its answers are from an older adapter; answer again with "
+            f"python gen_mtbench.py {run}"
+        )
+
+
+def check_complete(runs: dict[Path, dict]) -> None:
+    """Raise UserError for a run that lacks answers which another run has, or has many empty ones.
+
+    Mean scores over different questions do not compare. A run with many empty answers is more
+    likely broken than bad.
+    """
+    all_keys = set().union(*runs.values())
+    for run, answers in runs.items():
+        name = run.resolve().name
+        if missing := sorted(all_keys - answers.keys()):
+            first_question, _ = missing[0]
+            raise UserError(
+                f"run {name}: {len(missing)} of {len(all_keys)} answers are missing that other "
+                f"runs have (question {first_question} first); run gen_mtbench.py again, or judge "
+                "what is there with --allow_incomplete"
+            )
+        empty = [
+            question_id
+            for (question_id, _), row in answers.items()
+            if not all(turn.strip() for turn in row["turns"])
+        ]
+        if len(empty) > MOST_EMPTY * len(answers):
+            raise UserError(
+                f"run {name}: {len(empty)} of {len(answers)} answers have an empty turn (question "
+                f"{empty[0]} first); look at them, or judge them as they are with "
+                "--allow_incomplete"
+            )
+
+
+def read_baseline(runs: dict[Path, dict], name: str) -> dict:
+    """Answers of the run `name`, from `runs` or from its folder beside them.
+
+    Raises UserError if it has none.
+    """
+    answers_of = {run.resolve().name: answers for run, answers in runs.items()}
+    results = next(iter(runs)).resolve().parent
+    path = results / run_folders.check_run_id(name) / "mt_bench" / "answers.jsonl"
+    if name in answers_of:
+        answers = answers_of[name]
+    elif path.is_file():
+        answers = mt_bench.read_answers(path)
+    else:
+        answered = ", ".join(sorted(answers_of))
+        raise UserError(f"--baseline {name}: no answers at {path}; runs with answers: {answered}")
+    if missing := sorted(set().union(*runs.values()) - answers.keys()):
+        first_question, _ = missing[0]
+        print(
+            f"--baseline {name}: lacks {len(missing)} answers that other runs have (question "
+            f"{first_question} first); these are not compared",
+            file=sys.stderr,
+        )
+    return answers
