@@ -20,9 +20,7 @@ from pref.judging.protocol import Judge
 
 
 def open_local_judge(args: argparse.Namespace) -> Judge:
-    """A transformers model that scores here, one request at a time, without generating or
-    parsing.
-    """
+    """Load a transformers model as a judge. It scores one request at a time."""
     # Imported here because they load torch, which a judge behind a server does not need.
     from pref.model import chat
     from pref.model.loading import fingerprint
@@ -44,8 +42,10 @@ def open_local_judge(args: argparse.Namespace) -> Judge:
 
 
 def load_judge(path: str, dtype: str):
-    """Model and tokenizer of a local folder or hub id. Raises UserError if it cannot serve as a
-    judge.
+    """Model, in evaluation mode on the GPU if there is one, and tokenizer of a folder or hub id.
+
+    Raises UserError if they cannot be loaded, do not fit into memory, or have no chat template that
+    shows system messages.
     """
     import jinja2
     import torch
@@ -66,8 +66,9 @@ def load_judge(path: str, dtype: str):
             f"{console.first_line(error)}"
         ) from None
     if not tokenizer.chat_template:
-        raise UserError(f"--judge hf:{path}: has no chat template; take an instruction-tuned model")
+        raise UserError(f"--judge hf:{path}: has no chat template; use an instruction-tuned model")
     try:
+        # Some templates leave a system message out, others raise.
         messages = [{"role": "system", "content": "<<1>>"}, {"role": "user", "content": "<<2>>"}]
         shown = chat.apply_template(tokenizer, messages, generation_prompt=True)
     except jinja2.TemplateError as error:
@@ -155,10 +156,10 @@ def ask_local(model, tokenizer, request: dict) -> dict:
 
     from pref.model import chat
 
-    pair = request.get("grading") == "pair"
-    strings = tuple(protocol.VERDICTS) if pair else protocol.RATING_STRINGS
-    text = chat.apply_template(tokenizer, request["messages"], generation_prompt=True)
-    prompt, ratings = encode_ratings(tokenizer, text, strings)
+    is_pair = request.get("grading") == "pair"
+    strings = tuple(protocol.VERDICTS) if is_pair else protocol.RATING_STRINGS
+    prompt_text = chat.apply_template(tokenizer, request["messages"], generation_prompt=True)
+    prompt, ratings = encode_ratings(tokenizer, prompt_text, strings)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     counts = {"prompt_tokens": len(prompt), "completion_tokens": 0}
 
@@ -180,7 +181,7 @@ def ask_local(model, tokenizer, request: dict) -> dict:
 
     # 3) The winner, or the score.
     probabilities = logps.exp().tolist()
-    if pair:
+    if is_pair:
         text = json.dumps(dict(zip(protocol.VERDICTS, probabilities)))
         winner = protocol.VERDICTS[strings[int(logps.argmax())]]
         return {"status": "ok", "winner": winner, "judgement": text, **counts}
