@@ -388,7 +388,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     capsys.readouterr()
     assert train_pref.main(given) == 0
     out = capsys.readouterr().out
-    assert f"{newest.name}: {said}" in out and f"going on after step {int(older.stem[5:])}" in out
+    assert f"{newest.name}: {said}" in out and f"continued after step {int(older.stem[5:])}" in out
     assert_same(tmp_path / "run", undisturbed)
 
 

@@ -22,6 +22,7 @@ from pref.model.logps import ResponseLogps, sum_by_row
 from pref.model.lora import adapter_off, add_lora
 from pref.model.packing import Packing, make_batch
 from pref.model.ranks import Ranks
+from pref.training import assembly, gates
 from pref.training.arguments import loss_parameters, parse_args
 from pref.training.loss_options import loss_defaults
 from pref.training.run_id import run_id_of
@@ -154,7 +155,7 @@ def test_seeds_are_paired_over_losses(tiny_model, pairs_folder, tmp_path):
 def test_step0_is_the_reference(finished):
     first = next(line for line in metrics_of(finished) if "eval/acc_ref" in line)
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary["step0_difference"] <= train_pref.STEP0_TOLERANCE[torch.float32]
+    assert summary["step0_difference"] <= gates.STEP0_TOLERANCE[torch.float32]
     assert abs(first["eval/margin/rho"]) < 1e-4
 
 
@@ -460,7 +461,7 @@ def test_a_loss_of_ones_own(tiny_model, pairs_folder, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             args = parse_args(["--data", str(pairs_folder), "--loss_file", f"{file}:{spec}", *more])
-            train_pref.prepare(args, ONE)
+            assembly.prepare(args, ONE)
 
 
 def test_published_discopop_that_overflows_ends_as_diverged(tiny_model, pairs_folder, tmp_path):
@@ -590,7 +591,7 @@ def test_run_id_says_what_was_varied(arguments, expected):
 def test_bad_arguments_are_named(pairs_folder, arguments, said):
     args = parse_args(["--data", str(pairs_folder), *arguments])
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
-        train_pref.prepare(args, Ranks(0, 2, torch.device("cpu")))
+        assembly.prepare(args, Ranks(0, 2, torch.device("cpu")))
 
 
 def test_bad_line_of_the_data_is_named(pairs_folder, tmp_path):
@@ -599,7 +600,7 @@ def test_bad_line_of_the_data_is_named(pairs_folder, tmp_path):
         file.write('{"id": "x", \n')
     args = parse_args(["--data", str(tmp_path / "data")])
     with pytest.raises(UserError, match=r"train.jsonl:31: not valid JSON"):
-        train_pref.prepare(args, ONE)
+        assembly.prepare(args, ONE)
 
 
 @pytest.mark.parametrize(

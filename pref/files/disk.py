@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
-from pref import ROOT
+from pref import ROOT, __version__
 from pref.files.console import UserError
 
 # Packages whose version can change a number.
@@ -214,12 +214,13 @@ def read_holder(file: TextIO) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each installed package in PACKAGES, and this checkout's git commit.
+    """Versions of this toolkit, of Python and of each installed package in PACKAGES, and this
+    checkout's git commit.
 
     The commit ends in "+" if tracked files have uncommitted changes, and is left out where git or
     its repository is missing.
     """
-    installed = {"python": ".".join(map(str, sys.version_info[:3]))}
+    installed = {"pref": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
         try:
             installed[package] = metadata.version(package)

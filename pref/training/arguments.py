@@ -5,12 +5,9 @@ import importlib.util
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from losses import COUPLES_BATCH, LOSSES, NEEDS_TWO_PAIRS, PARAMETER_HELP
 from pref.files import disk
 from pref.files.console import UserError
-from pref.model import lora
 from pref.training import loss_check, loss_options, schedule
 
 
@@ -23,15 +20,17 @@ def loss_arguments() -> dict[str, tuple]:
     return found
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     own = load_own_loss(argv)
-    return build_parser(own or "td_dpo").parse_args(argv)
+    return build_parser(own or "td_dpo", description).parse_args(argv)
 
 
-def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
+def build_parser(
+    default_loss: str = "td_dpo", description: str | None = None
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option VALUE ...]  (--help explains all of them)",
-        description=__doc__,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -70,6 +69,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         const=0,
         metavar="RANKS",
         help="print steps, tokens, padding and memory by part, for so many ranks (default: this launch's), and stop",
+    )
+    group.add_argument(
+        "--plan_json",
+        type=Path,
+        metavar="FILE",
+        help="with --dry_run: write the plan to this file as JSON",
     )
     group.add_argument(
         "--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout"
@@ -354,43 +359,11 @@ def check_args(args: argparse.Namespace, world: int) -> None:
         raise UserError(
             f"--global_batch {args.global_batch} does not divide over {world} ranks; use {near} or another multiple"
         )
+    if args.plan_json and args.dry_run is None:
+        raise UserError("--plan_json: only with --dry_run")
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--report_to wandb needs the package wandb; pip install wandb")
     if args.shard == "full" and args.quant == "nf4":
         raise UserError(
             "--shard full with --quant nf4: sharded 4-bit weights are not verified; use --shard adapters"
         )
-
-
-def take_init_adapter(args: argparse.Namespace) -> None:
-    """Fill in r, alpha and targets of --init_adapter. Raises UserError for others given beside
-    it.
-    """
-    args.init_adapter_sha256 = None
-    if args.init_adapter is None:
-        return
-    config, defaults = lora.lora_config(args.init_adapter), build_parser()
-    own = {
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_targets": targets_text(args.init_adapter),
-    }
-    for key, value in own.items():
-        if getattr(args, key) not in (value, defaults.get_default(key)):
-            raise UserError(
-                f"--{key} {getattr(args, key)}: the adapter in --init_adapter has {value}; leave it out"
-            )
-        setattr(args, key, value)
-    args.init_adapter_sha256 = disk.sha256_file(args.init_adapter / "adapter_model.safetensors")
-
-
-def targets_text(adapter: Path) -> str:
-    """The modules that the LoRA weights in `adapter` belong to, as --lora_targets would have them:
-    by last names.
-    """
-    try:
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            layers = lora.lora_layers(file)
-    except SafetensorError as error:
-        raise UserError(f"{adapter}: adapter_model.safetensors cannot be read ({error})") from None
-    return ",".join(sorted({layer.rpartition(".")[2] for layer in layers}))

@@ -7,9 +7,7 @@ part.
 import argparse
 import copy
 import os
-import resource
 import shutil
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,11 +15,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pref.files import disk
 from pref.model import logps, lora
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
 from pref.model.packing import FLEX_BLOCK, Packing, make_batch, share_out
 from pref.model.ranks import Ranks
+from pref.training import peak_memory, schedule, settings
 
 NF4_BYTES = 0.5 + 0.127 / 8  # a weight: four bits, and its share of the doubly quantised scales
 PROBE_TOKENS = 258
@@ -166,7 +166,7 @@ def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -
     chunk = min(logps.LOGITS_CHUNK, load.responses * config.vocab_size)
     heap = 1 if on_cuda else CPU_HEAP[args.compile]
     parts = (
-        0 if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 + CPU_GROWTH,
+        0 if on_cuda else peak_memory.resident_bytes() + CPU_GROWTH,
         weights,
         trainable * 4 / world
         + trainable / layers * width
@@ -178,52 +178,105 @@ def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -
     return Memory(*(part / 2**30 for part in parts))
 
 
-def decide(args: argparse.Namespace, load: Load, ranks: Ranks) -> Memory:
-    """Settle --compile auto and --checkpointing auto, in `args`. Returns the memory that the run
-    will then need.
+def decide(args: argparse.Namespace, load: Load, ranks: Ranks) -> tuple[argparse.Namespace, Memory]:
+    """`args` with --compile auto and --checkpointing auto settled, and the memory that the run will
+    then need.
     """
     on_cuda = ranks.device.type == "cuda"
     if args.compile == "auto":
         work = 4 * load.computed * sum(p.numel() for p in shapes_of(args.model).parameters())
         compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-        args.compile = (
-            "on" if not on_cuda and compiler and work / ranks.world > COMPILE_FLOP else "off"
-        )
+        worth_it = not on_cuda and compiler and work / ranks.world > COMPILE_FLOP
+        args = settings.replaced(args, compile="on" if worth_it else "off")
     if args.checkpointing == "auto":
-        args.checkpointing = "off"
+        args = settings.replaced(args, checkpointing="off")
         memory = memory_of(args, load, ranks.world, on_cuda)
         if on_cuda:
             there = torch.cuda.get_device_properties(ranks.device).total_memory
         else:
             there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.world
         if memory.total * 2**30 <= MEMORY_SHARE * there:
-            return memory
-        args.checkpointing = "on"
-    return memory_of(args, load, ranks.world, on_cuda)
+            return args, memory
+        args = settings.replaced(args, checkpointing="on")
+    return args, memory_of(args, load, ranks.world, on_cuda)
 
 
-def describe(
-    load: Load,
-    memory: Memory,
-    steps: int,
-    warmup: int,
-    evaluations: list[int],
-    world: int,
-    how: str,
-    say: Callable = print,
-) -> None:
-    """Print the plan."""
+class Plan(NamedTuple):
+    """What a run will do, and what it will need."""
+
+    args: argparse.Namespace  # with every `auto` settled
+    steps: int
+    warmup_steps: int
+    evaluations: list[int]  # optimiser steps after which validation runs; 0 is before the first
+    world: int
+    load: Load
+    memory: Memory
+
+    def as_json(self) -> dict:
+        return {
+            "steps": self.steps,
+            "warmup_steps": self.warmup_steps,
+            "evaluations": self.evaluations,
+            "ranks": self.world,
+            "tokens": self.load.tokens,
+            "padding_tokens": self.load.computed - self.load.tokens,
+            "largest_microbatch_tokens": self.load.largest,
+            "total_gib": self.memory.total,  # of a rank, as the parts
+            "parts_gib": self.memory._asdict(),
+            "adapter_gib": self.memory.optimiser * self.world / 3,  # one copy, fp32
+        }
+
+
+def of_run(
+    args: argparse.Namespace, pairs: list[TokenPair], packing: Packing, ranks: Ranks
+) -> Plan:
+    """The plan of a run on the training pairs `pairs`."""
+    steps = schedule.number_of_steps(args, len(pairs))
+    members = [
+        schedule.pairs_of_step(step, len(pairs), args.global_batch, args.seed)
+        for step in range(steps)
+    ]
+    load = load_of(pairs, members, packing, ranks.world, ranks.device.type == "cuda")
+    args, memory = decide(args, load, ranks)
+    evaluations = [
+        step
+        for step in range(steps + 1)
+        if step == 0 or schedule.is_evaluated(step, steps, len(pairs), args)
+    ]
+    return Plan(
+        args=args,
+        steps=steps,
+        warmup_steps=schedule.warmup_steps(steps, args),
+        evaluations=evaluations,
+        world=ranks.world,
+        load=load,
+        memory=memory,
+    )
+
+
+def show(plan: Plan, ranks: Ranks) -> None:
+    """Print the plan; with --plan_json, write it too."""
+    args, load = plan.args, plan.load
     least, most = load.micro_batches
-    say(f"steps: {steps}, warm-up {warmup}, evaluated after {', '.join(map(str, evaluations))}")
-    say(
-        f"tokens: {load.tokens:,} in all steps, {load.computed - load.tokens:,} more of padding "
-        f"({(load.computed - load.tokens) / load.computed:.1%} of what is computed)"
+    padding = load.computed - load.tokens
+    how = ", ".join(
+        f"{key} {getattr(args, key)}" for key in ("quant", "shard", "checkpointing", "compile")
     )
-    say(
-        f"accumulation: {least}{f' to {most}' if most > least else ''} micro-batches a step and rank, {world} rank(s); "
-        f"the largest has {load.largest:,} tokens"
+    ranks.print(
+        f"steps: {plan.steps}, warm-up {plan.warmup_steps}, evaluated after "
+        f"{', '.join(map(str, plan.evaluations))}"
     )
-    say(f"peak memory of a rank, GiB ({how}):")
-    for name, part in memory._asdict().items():
-        say(f"  {name:<12}{part:7.2f}")
-    say(f"  {'total':<12}{memory.total:7.2f}")
+    ranks.print(
+        f"tokens: {load.tokens:,} in all steps, {padding:,} more of padding "
+        f"({padding / load.computed:.1%} of what is computed)"
+    )
+    ranks.print(
+        f"accumulation: {least}{f' to {most}' if most > least else ''} micro-batches per step and "
+        f"rank, {plan.world} rank(s); the largest has {load.largest:,} tokens"
+    )
+    ranks.print(f"peak memory of a rank, GiB ({ranks.device.type}, {args.dtype}, {how}):")
+    for name, part in plan.memory._asdict().items():
+        ranks.print(f"  {name:<12}{part:7.2f}")
+    ranks.print(f"  {'total':<12}{plan.memory.total:7.2f}")
+    if args.plan_json and ranks.main:
+        disk.write_json(args.plan_json, plan.as_json())
