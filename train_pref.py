@@ -328,7 +328,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     given = {
         key: value
         for key, value in vars(args).items()
-        if key not in ("status", "dry_run", "report_to")
+        if key not in arguments.NOT_RECORDED
     }
     record = {
         **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},

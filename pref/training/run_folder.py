@@ -18,35 +18,15 @@ from pref.files.console import UserError
 from pref.model import sharding
 from pref.model.logps import ResponseLogps, trainable
 from pref.model.ranks import Ranks
-from pref.training import checkpoint, loss_options, reference
+from pref.training import arguments, checkpoint, loss_options, reference
 from pref.training.checkpoint import Progress
 from pref.training.reference import Split
 
-# May differ between two starts of one run without making it another run: where things lie, how the
-# work is cut up, what is saved when. For the losses that couple a micro-batch, its cut is part of
-# the result.
-NOT_THE_RUN = {
-    "results_dir",
-    "run_id",
-    "data",
-    "loss_file",
-    "init_adapter",
-    "save_steps",
-    "versions",
-    "shard",
-    "checkpointing",
-    "compile",
-    "tokens_per_microbatch",
-    "prefix_sharing",
-    "packing",
-}
-NOT_THE_RUN_UNLESS_COUPLED = {"per_device_batch", "world_size"}
-SETTLED = (
-    "compile",
-    "checkpointing",
-    "prefix_sharing",
-    "packing",
-)  # args.json says what they came to
+# May differ between two starts of one run. Losses that couple a micro-batch depend on how the batch
+# is cut as well.
+NOT_THE_RUN = {*arguments.names_affecting("place", "speed", "kernel"), "versions"}
+NOT_THE_RUN_UNLESS_COUPLED = {*arguments.names_affecting("coupled"), "world_size"}
+SETTLED = arguments.names_affecting("kernel")  # args.json records what `auto` was settled to
 # How a change that is not an argument's is named when a run is refused.
 CHANGED = {
     "data_sha256": "the pairs in --data have changed",
