@@ -325,11 +325,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> tuple[dict, dict[str, lis
     if args.quant == "auto":
         args.quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
     args.dtype = str(loading.pick_dtype(args.dtype, ranks.device)).removeprefix("torch.")
-    given = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in arguments.NOT_RECORDED
-    }
+    given = {key: value for key, value in vars(args).items() if key not in arguments.NOT_RECORDED}
     record = {
         **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},
         **parameters,
