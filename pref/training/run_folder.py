@@ -25,22 +25,16 @@ from pref.files.console import UserError
 from pref.model import sharding
 from pref.model.logps import ResponseLogps, trainable
 from pref.model.ranks import Ranks
-from pref.training import checkpoint, loss_options, settings
+from pref.training import arguments, checkpoint, loss_options, settings
 from pref.training.checkpoint import Progress
 from pref.training.peak_memory import peak_gib
 from pref.training.plan import Plan
 from pref.training.reference import Split, response_lengths
 
-# Arguments that say what this start does, not what the run is: not in args.json.
-NOT_RECORDED = ("status", "dry_run", "plan_json", "report_to")
-# May differ between two starts of one run: where things lie, how the work is divided, what is saved
-# when. Not the division into micro-batches, though, for losses that couple the pairs of one.
-NOT_THE_RUN = {
-    *("results_dir", "run_id", "data", "loss_file", "init_adapter"),
-    *("save_steps", "versions", "shard", "tokens_per_microbatch"),
-    *settings.SETTLED_LATE,
-}
-NOT_THE_RUN_UNLESS_COUPLED = {"per_device_batch", "world_size"}
+# May differ between two starts of one run. A loss that couples the pairs of a micro-batch also
+# depends on how the work is divided.
+NOT_THE_RUN = {*arguments.names_affecting("place", "speed", "kernel"), "versions"}
+NOT_THE_RUN_UNLESS_COUPLED = {*arguments.names_affecting("coupled"), "world_size"}
 # What a refused run is told about a change that is not an argument's.
 CHANGED = {
     "data_sha256": "the pairs in --data have changed",
@@ -58,7 +52,7 @@ def begin_record(args: argparse.Namespace, parameters: dict, own_loss: dict, ran
     """What args.json will hold, as far as it is known without weights and token ids. own_loss:
     from arguments.check_own_loss.
     """
-    given = {key: value for key, value in vars(args).items() if key not in NOT_RECORDED}
+    given = {key: value for key, value in vars(args).items() if key not in arguments.NOT_RECORDED}
     return {
         **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},
         **parameters,

@@ -5,45 +5,8 @@ import argparse
 from pref.files import run_folders
 from pref.training import arguments, loss_options, settings
 
-# How a parameter that differs from its default is abbreviated in the run id, in this order. beta,
-# tau and seed are always part of it.
-RUN_ID_TAGS = {
-    "beta_mix": "mix",
-    "learn_beta_mix": "learn",
-    "discopop_tau": "t",
-    "discopop_form": "",
-    "label_smoothing": "ls",
-    "margin": "m",
-    "kl": "",
-    "gamma": "g",
-    "slic_delta": "d",
-    "orpo_lambda": "l",
-    "dpop_lambda": "l",
-    "beta_dpo_alpha": "al",
-    "logp": "",
-    "sft_coef": "sft",
-    "score": "",
-    "score_alpha": "sa",
-    "score_smoothing": "ss",
-    "score_masked_log": "sm",
-    "learning_rate": "lr",
-    "beta_mix_lr": "mlr",
-    "epochs": "ep",
-    "max_steps": "steps",
-    "global_batch": "gb",
-    "max_length": "len",
-    "truncation": "",
-    "weight_decay": "wd",
-    "warmup_ratio": "wu",
-    "max_grad_norm": "clip",
-    "lora_r": "r",
-    "lora_alpha": "a",
-    "lora_dropout": "do",
-    "lora_targets": "",
-    "quant": "",
-    "dtype": "",
-    "init_adapter_sha256": "init",
-}
+# What precedes a value in the run id, in this order.
+RUN_ID_TAGS = arguments.RUN_ID_TAGS | {"init_adapter_sha256": "init"}
 
 
 def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Namespace) -> str:
@@ -54,9 +17,9 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
     """
     # 1) What is always part of it.
     parts = [args.loss]
-    for key, tag in (("beta", "b"), ("tau", "t")):
+    for key in ("beta", "tau"):
         if key in parameters:
-            parts.append(f"{tag}{parameters[key]:g}")
+            parts.append(f"{RUN_ID_TAGS[key]}{parameters[key]:g}")
     parts.append(f"s{args.seed}")
 
     # 2) Everything else that differs from its default, where the loss's own parameters have the

@@ -25,7 +25,7 @@ from pref.training import arguments
 
 # Settled only once the token ids are known. They change how the work is done, not its result, so
 # args.json is first compared without them and completed later.
-SETTLED_LATE = ("compile", "checkpointing", "prefix_sharing", "packing")
+SETTLED_LATE = arguments.names_affecting("kernel")
 
 
 def replaced(args: argparse.Namespace, **values) -> argparse.Namespace:
@@ -39,14 +39,14 @@ def with_init_adapter(args: argparse.Namespace) -> argparse.Namespace:
     """
     if args.init_adapter is None:
         return replaced(args, init_adapter_sha256=None)
-    config, parser = lora.lora_config(args.init_adapter), arguments.build_parser()
+    config = lora.lora_config(args.init_adapter)
     of_adapter = {
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_targets": target_names(args.init_adapter),
     }
     for key, value in of_adapter.items():
-        if getattr(args, key) not in (value, parser.get_default(key)):
+        if getattr(args, key) not in (value, arguments.DEFAULTS[key]):
             raise UserError(
                 f"--{key} {getattr(args, key)}: the adapter in --init_adapter has {value}; "
                 "leave it out"
