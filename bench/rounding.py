@@ -18,7 +18,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_pref  # noqa: E402
 from pref.files.pairs import read_pairs  # noqa: E402
 from pref.model import logps  # noqa: E402
 from pref.model.chat import load_tokenizer, tokenize_pairs  # noqa: E402
@@ -27,7 +26,7 @@ from pref.model.lora import adapter_off  # noqa: E402
 from pref.model.packing import Packing, make_batch, share_out  # noqa: E402
 from pref.model.ranks import close_ranks, init_ranks  # noqa: E402
 from pref.model.sharding import local  # noqa: E402
-from pref.training import arguments, schedule  # noqa: E402
+from pref.training import arguments, assembly, schedule  # noqa: E402
 from pref.training.reference import Reference, compute  # noqa: E402
 
 SEED, STEP_PAIRS = 42, 8
@@ -78,7 +77,7 @@ def main() -> None:
             given.dtype,
         ]
     )
-    policy, _ = train_pref.build_policy(args, ranks)
+    policy, _ = assembly.build_policy(args, ranks)
     packing = Packing(tokenizer.pad_token_id, 4, 4 * given.max_length)
     reference = Reference(pairs, compute(policy, pairs, packing, ranks, "all pairs"))
     steps = range(0, len(pairs) - STEP_PAIRS + 1, STEP_PAIRS)

@@ -94,5 +94,5 @@ for task in 0 1 2 3 4 5; do
   echo
 done
 cat "$out/results/sweep.log"
-grep -h -o "saved after step [0-9]*\|going on after step [0-9]*" "$out"/results/logs/*.log || true
+grep -h -o "saved after step [0-9]*\|continued after step [0-9]*" "$out"/results/logs/*.log || true
 "$python" -m pref.sweeping quick --stages train --status

@@ -144,7 +144,7 @@ def trl_worker(args: argparse.Namespace) -> None:
 
     from pref.model.loading import load_base
     from pref.model.lora import add_lora
-    from pref.training.run_folder import peak_gib
+    from pref.training.peak_memory import peak_gib
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype)

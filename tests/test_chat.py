@@ -531,16 +531,15 @@ def test_truncation_is_counted_and_printed(capsys):
     """train_pref.py's counts, which it keeps in args.json, and its line."""
     import torch
 
-    import train_pref
     from pref.model.ranks import Ranks
-    from pref.training import arguments
+    from pref.training import arguments, assembly
 
     rows = {"train": example_rows(30), "val": HARD_ROWS}
     tokenizer, ranks = small_tokenizer(LLAMA2_SPACE), Ranks(0, 1, torch.device("cpu"))
     whole = [tokenize_pair(tokenizer, row) for split in rows.values() for row in split]
     args = arguments.parse_args(["--max_length", "80"])
     assert args.truncation == "keep_end"
-    _, counts = train_pref.tokenise(args, tokenizer, rows, ranks)
+    _, counts = assembly.tokenise(args, tokenizer, rows, ranks)
     over = [p for p in whole if len(p.prompt) + max(len(p.chosen), len(p.rejected)) > 80]
     long = [p for p in over if max(len(p.chosen), len(p.rejected)) > 80 - min(len(p.prompt), 20)]
     expected = {

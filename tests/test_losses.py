@@ -1,4 +1,4 @@
-"""losses.py against hand-worked values, identities and what TRL's own code returned."""
+"""losses.py against hand-worked values, identities, and values that TRL's own code returned."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import losses
 from losses import LOSSES, PairLogps
@@ -20,15 +21,16 @@ from pref.training.loss_options import check_parameters, loss_defaults
 def pairs_of(
     chosen, rejected, ref_chosen, ref_rejected, tokens=(4, 5), dtype=torch.float64, **more
 ):
+    """PairLogps of numbers or lists. tokens: length of the chosen and of the rejected responses."""
     tensor = lambda x: torch.as_tensor(x, dtype=dtype).reshape(-1)  # noqa: E731
-    n = tensor(chosen).numel()
+    count = tensor(chosen).numel()
     return PairLogps(
-        tensor(chosen),
-        tensor(rejected),
-        tensor(ref_chosen),
-        tensor(ref_rejected),
-        torch.full((n,), tokens[0], dtype=dtype),
-        torch.full((n,), tokens[1], dtype=dtype),
+        chosen=tensor(chosen),
+        rejected=tensor(rejected),
+        ref_chosen=tensor(ref_chosen),
+        ref_rejected=tensor(ref_rejected),
+        chosen_tokens=torch.full((count,), tokens[0], dtype=dtype),
+        rejected_tokens=torch.full((count,), tokens[1], dtype=dtype),
         **more,
     )
 
@@ -44,9 +46,8 @@ def sp(x):
     return math.log1p(math.exp(-abs(x))) + max(x, 0)
 
 
-HAND = pairs_of(
-    -10.0, -14.0, -12.0, -11.0
-)  # a = 2, b = -3, rho = 5, delta = 4; means: delta -2.5 + 2.8 = 0.3
+# a = 2, b = -3, rho = 5, delta = 4; of means, delta = -2.5 + 2.8 = 0.3
+HAND = pairs_of(-10.0, -14.0, -12.0, -11.0)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,8 @@ def test_token_level_anchors_are_used_and_averaged():
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
 def test_td_dpo_on_the_reference_margin_is_dpo(tau):
     pairs = random_pairs()
-    mine, _ = losses.td_dpo(pairs, beta=7.0, tau=tau, margin="ref", kl="none")
-    assert torch.allclose(mine, losses.dpo(pairs, beta=1 / tau)[0], rtol=1e-12)
+    ours, _ = losses.td_dpo(pairs, beta=7.0, tau=tau, margin="ref", kl="none")
+    assert torch.allclose(ours, losses.dpo(pairs, beta=1 / tau)[0], rtol=1e-12)
 
 
 def test_dpo_kl_is_td_dpo_at_tau_one_on_means():
@@ -107,8 +108,8 @@ def test_dpo_kl_is_td_dpo_at_tau_one_on_means():
 @pytest.mark.parametrize("beta", [0.01, 0.05, 0.5, 2.5])
 def test_dlrml_with_equal_betas_is_discopop(beta):
     pairs = random_pairs()
-    mine, _ = losses.dlrml(pairs, beta=beta, beta_mix=beta)
-    assert torch.allclose(mine, losses.discopop(pairs, beta=beta)[0], rtol=1e-12)
+    ours, _ = losses.dlrml(pairs, beta=beta, beta_mix=beta)
+    assert torch.allclose(ours, losses.discopop(pairs, beta=beta)[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.05, 0.5, 2.5])
@@ -130,8 +131,7 @@ def test_discopop_published_overflows_where_the_literature_says_and_stable_does_
 
 def test_discopop_gradient_at_zero_has_the_published_wrong_sign():
     rho = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros(1, dtype=torch.float64)
-    losses.discopop(PairLogps(rho, zero, zero, zero, zero + 1, zero + 1), beta=1.0)[0].backward()
+    losses.discopop(pairs_of(rho, 0.0, 0.0, 0.0), beta=1.0)[0].backward()
     # d/dz [(1-m) sp(-z) + m exp(-z)] at 0, m = 1/2, m' = 1/(4t) = 5: -5 ln 2 - 1/4 + 5 - 1/2
     assert rho.grad.item() == pytest.approx(5 - 5 * math.log(2) - 0.75, rel=1e-9)
     assert rho.grad.item() == pytest.approx(0.784, abs=1e-3)
@@ -139,10 +139,11 @@ def test_discopop_gradient_at_zero_has_the_published_wrong_sign():
 
 @pytest.mark.parametrize("name", ["dpo", "td_dpo", "dpo_kl"])
 def test_gradient_prefers_the_chosen_response(name):
-    values = [torch.full((3,), -20.0, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    tokens = torch.full((3,), 5.0, dtype=torch.float64)
-    LOSSES[name](PairLogps(*values, tokens, tokens))[0].sum().backward()
-    assert (values[0].grad < 0).all() and (values[1].grad > 0).all()
+    chosen, rejected = torch.full((2, 3), -20.0, dtype=torch.float64).requires_grad_()
+    chosen.retain_grad()
+    rejected.retain_grad()
+    LOSSES[name](pairs_of(chosen, rejected, [-20.0] * 3, [-20.0] * 3))[0].sum().backward()
+    assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
 
 
 def test_k3_and_full_divergences_against_torch_distributions():
@@ -175,14 +176,14 @@ def test_equal_to_trl(case):
     """Values that TRL 1.16's own code returned (bench/trl_losses.py), wherever they are finite."""
     name, parameters = TRL_TO_OURS.get(case["loss"], (case["loss"], {}))
     settings = {key: value for key, value in case.items() if key not in ("loss", "values")}
-    mine, _ = LOSSES[name](pairs_of(*TRL["pairs"], tokens=TRL["tokens"]), **parameters, **settings)
+    ours, _ = LOSSES[name](pairs_of(*TRL["pairs"], tokens=TRL["tokens"]), **parameters, **settings)
     if len(case["values"]) == 1:  # couples the batch: TRL's mean over it
-        assert mine.mean().item() == pytest.approx(case["values"][0], rel=1e-9)
+        assert ours.mean().item() == pytest.approx(case["values"][0], rel=1e-9)
         return
     finite = [i for i, value in enumerate(case["values"]) if value is not None]
     assert len(finite) >= 20
     expected = torch.tensor([case["values"][i] for i in finite], dtype=torch.float64)
-    assert torch.allclose(mine[finite], expected, rtol=1e-6, atol=1e-15)
+    assert torch.allclose(ours[finite], expected, rtol=1e-6, atol=1e-15)
 
 
 def test_every_type_that_trl_has_too_is_compared():
@@ -367,20 +368,20 @@ BAD_LOSSES = {
 
 @pytest.mark.parametrize("kind", BAD_LOSSES)
 def test_self_test_finds_what_is_wrong(tmp_path, kind):
-    body, said = BAD_LOSSES[kind]
+    body, message = BAD_LOSSES[kind]
     (tmp_path / "mine.py").write_text(
         f"import torch\n\ndef {kind}(pairs, *, beta: float = 0.1):\n    {body}\n"
     )
     loss_options.load_loss_file(f"{tmp_path}/mine.py:{kind}")
     try:
-        assert any(said in failure for failure in loss_check.check(kind).failures)
+        assert any(message in failure for failure in loss_check.check(kind).failures)
     finally:
         del LOSSES[kind]
         loss_options.FROM_FILES.discard(kind)
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("mine.py", "write it as"),
         ("none.py:f", "no such file"),
@@ -392,13 +393,13 @@ def test_self_test_finds_what_is_wrong(tmp_path, kind):
         ("ok.py:odd", "needs a number or text"),
     ],
 )
-def test_loss_files_that_cannot_be_used_are_named(tmp_path, spec, said):
+def test_loss_files_that_cannot_be_used_are_named(tmp_path, spec, message):
     (tmp_path / "bad.py").write_text("def f(:")
     (tmp_path / "ok.py").write_text(
         "def dpo(pairs): pass\ndef odd(pairs, *, x=None): pass\n"
         "def plain(pairs, beta=0.1): pass\ndef clash(pairs, *, margin=1.0): pass\n"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         loss_options.load_loss_file(f"{tmp_path}/{spec}")
 
 
@@ -410,20 +411,53 @@ def test_rpo_without_sft_is_dpo():
     assert torch.equal(losses.rpo(pairs, sft_coef=0.0)[0], losses.dpo(pairs)[0])
 
 
+def test_td_dpo_on_the_free_margin_without_anchor_is_cpo_without_its_sft_term():
+    pairs = random_pairs()
+    cpo, _ = losses.cpo(pairs, beta=0.5, sft_coef=0.0)
+    assert torch.allclose(losses.td_dpo(pairs, tau=2.0, kl="none")[0], cpo, rtol=1e-12)
+
+
+def test_dlrml_without_mixing_is_cell():
+    pairs = random_pairs()
+    ours, _ = losses.dlrml(pairs, beta=0.3, beta_mix=0.0)
+    assert torch.allclose(ours, losses.cell(pairs, beta=0.3)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("beta_mix", [0.05, 0.2, 0.5])
+def test_dlrml_gradient_at_zero(beta_mix):
+    """beta_mix (1 - ln 2) / (4 t) - 0.75 beta, as pref/training/LOSSES.md derives it."""
+    beta, t = 0.05, 0.05
+    rho = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    pairs = pairs_of(rho, 0.0, 0.0, 0.0)
+    losses.dlrml(pairs, beta=beta, beta_mix=beta_mix, discopop_tau=t)[0].backward()
+    expected = beta_mix * (1 - math.log(2)) / (4 * t) - 0.75 * beta
+    assert rho.grad.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("beta", "tau"), [(0.05, 1.0), (2.5, 0.5), (2.5, 2.0)])
+def test_td_dpo_moves_each_response_by_at_most_one_over_beta_tau(beta, tau):
+    """Where the preference term is saturated, its optimum is a = -b = 1 / (beta tau)."""
+    a = torch.linspace(0, 1.5 / (beta * tau), 1501, dtype=torch.float64)
+    ref_chosen = torch.full_like(a, -500.0)  # far below the rejected response: saturated
+    pairs = pairs_of(ref_chosen + a, -100.0 - a, ref_chosen, torch.full_like(a, -100.0))
+    values, _ = losses.td_dpo(pairs, beta=beta, tau=tau)
+    assert a[values.argmin()].item() == pytest.approx(1 / (beta * tau), rel=1e-3)
+
+
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_simpo_without_gamma_is_td_dpo_on_means_without_anchor(beta):
     pairs = random_pairs()
-    mine, _ = losses.simpo(pairs, beta=beta, gamma=0.0)
+    ours, _ = losses.simpo(pairs, beta=beta, gamma=0.0)
     assert torch.allclose(
-        mine, losses.td_dpo(pairs, tau=1 / beta, kl="none", logp="mean")[0], rtol=1e-12
+        ours, losses.td_dpo(pairs, tau=1 / beta, kl="none", logp="mean")[0], rtol=1e-12
     )
 
 
 def test_sft_term_is_added_to_any_loss():
     pairs = random_pairs()
     parameters = {**loss_defaults("dpo"), "sft_coef": 0.3}
-    mine, terms = loss_options.bind("dpo", parameters)(pairs)
-    assert torch.allclose(mine, losses.dpo(pairs)[0] - 0.3 * pairs.chosen / 4)
+    ours, terms = loss_options.bind("dpo", parameters)(pairs)
+    assert torch.allclose(ours, losses.dpo(pairs)[0] - 0.3 * pairs.chosen / 4)
     assert torch.allclose(terms["score"], -pairs.chosen / 4)
     scored = pairs._replace(score_chosen=torch.full((64,), 8.0, dtype=torch.float64))
     assert torch.allclose(
@@ -459,8 +493,8 @@ def test_scores_against_probabilities_written_out(rule, alpha, smoothing):
         "pseudo_spherical": -(p ** (alpha - 1))
         / (p**alpha).sum(-1, keepdim=True) ** ((alpha - 1) / alpha),
     }[rule]
-    mine = token_scores.token_score(logits, targets, rule, alpha, smoothing)
-    assert torch.allclose(mine, (label * per_outcome).sum(-1), rtol=1e-10)
+    ours = token_scores.token_score(logits, targets, rule, alpha, smoothing)
+    assert torch.allclose(ours, (label * per_outcome).sum(-1), rtol=1e-10)
 
 
 @pytest.mark.parametrize(("rule", "alpha"), RULES)
@@ -502,11 +536,10 @@ def test_masked_log_term_keeps_a_gradient_where_brier_has_none():
     value = token_scores.token_score(masked, torch.tensor([3]), "brier", score_masked_log=0.1)
     value.sum().backward()
     assert leaf.grad[0, 3].abs() < 1e-20 and masked.grad[0, 3] < -0.01
-    # by hand: log p is about -60 for four of five tokens, below log(0.1 / 5): - 0.1 * mean = 0.1 *
-    # 4 * 60 / 5
-    assert value.item() - token_scores.token_score(
-        logits, torch.tensor([3]), "brier"
-    ).item() == pytest.approx(4.8)
+    # By hand: log p is about -60 for four of five tokens, below log(0.1 / 5), and -0.1 times the
+    # mean of these logs is 0.1 * 4 * 60 / 5.
+    without = token_scores.token_score(logits, torch.tensor([3]), "brier")
+    assert value.item() - without.item() == pytest.approx(4.8)
 
 
 def test_scores_are_finite_over_extreme_logits_in_fp32():
@@ -528,9 +561,24 @@ def test_defaults_come_from_the_signature():
 
 def test_every_parameter_is_explained_and_every_loss_documented():
     names = {key for name in LOSSES for key in loss_defaults(name)}
-    assert names <= losses.PARAMETER_HELP.keys()
+    assert names <= {argument.name for argument in loss_options.PARAMETERS}
     for name, loss in LOSSES.items():
-        assert "Fails:" in loss.__doc__ and ("Source:" in loss.__doc__ or name == "dpo_kl"), name
+        assert "Fails:" in loss.__doc__ and "Source:" in loss.__doc__, name
+
+
+def test_losses_without_a_paper_are_described_in_the_repository():
+    described = [name for name, loss in LOSSES.items() if "training/LOSSES.md" in loss.__doc__]
+    assert described == ["td_dpo", "dpo_kl", "dlrml"]
+    text = (ROOT / "pref" / "training" / "LOSSES.md").read_text(encoding="utf-8")
+    assert all(f"## {name}" in text for name in described)
+
+
+def test_the_list_of_losses_prints_whole_formulas(capsys):
+    loss_check.print_table()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(" " * 15) for line in lines) == len(LOSSES) + 1
+    (aql,) = (line for line in lines if line.startswith("aql "))
+    assert aql.endswith("w = sigma(q - u), q = 0.5 + 0.01 (sigma(mean u) - 0.5), u = z / 0.05")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""train_pref.py stopped, killed, refused and continued: the result is that of a run which nothing
-disturbed.
+"""train_pref.py stopped, killed, refused and continued: the result is that of an undisturbed
+run.
 """
 
 import fcntl
@@ -16,27 +16,25 @@ import torch
 from conftest import ROOT, run_script
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_train import metrics_of, train_args
+from test_train import metrics_of, train, train_args, val_pairs
 from transformers import AutoModelForCausalLM
 
 import train_pref
 from pref.files import disk
 from pref.files.console import UserError
-from pref.files.pairs import read_pairs
 from pref.model import logps
-from pref.model.chat import load_tokenizer, tokenize_pairs
 from pref.model.loading import load_base
 from pref.model.logps import ResponseLogps
 from pref.model.lora import adapter_off, add_lora
 from pref.model.packing import Packing, make_batch
-from pref.training import checkpoint, signals
+from pref.training import assembly, checkpoint, signals
 
 TIMES = {"tok_per_s", "peak_gib", "wall_s", "save_s"}  # what two equal runs may differ in
 
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard():
-    """Started in the background of a script, tests would ignore it."""
+    """A script's background job ignores Ctrl-C, and tests started there would too."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -44,14 +42,13 @@ def ctrl_c_is_heard():
 
 @pytest.fixture(scope="module")
 def arguments(tiny_model, pairs_folder):
-    """Eight steps of 8 pairs, the fourth and the last of them ragged (6 pairs), three micro-batches
-    each.
-    """
+    """Eight steps of three micro-batches and 8 pairs; the fourth and the last have 6 pairs."""
+    steps = "--run_id run --epochs 2 --eval_steps 2 --save_steps 2"
+    steps += " --tokens_per_microbatch 500 --lora_dropout 0.1"
 
     def build(results, *more) -> list[str]:
-        steps = ("--run_id", "run", "--epochs", "2", "--eval_steps", "2", "--save_steps", "2")
-        cut = ("--tokens_per_microbatch", "500", "--lora_dropout", "0.1")
-        return [str(a) for a in train_args(tiny_model, pairs_folder, results, *steps, *cut, *more)]
+        given = train_args(tiny_model, pairs_folder, results, *steps.split(), *more)
+        return [str(a) for a in given]
 
     return build
 
@@ -68,15 +65,12 @@ def untimed(row: dict) -> dict:
 
 
 def content_of(run) -> dict:
-    """Everything that must be equal, to the byte: adapter, validation pairs, metrics and summary
-    without times.
+    """Everything that must be equal: the bytes of adapter and validation pairs, and metrics and
+    summary without times.
     """
-    files = {
-        p.name: p.read_bytes() for p in [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]
-    }
-    rows = [untimed(line) for line in metrics_of(run)]
-    return files | {
-        "metrics": rows,
+    paths = [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]
+    return {path.name: path.read_bytes() for path in paths} | {
+        "metrics": [untimed(line) for line in metrics_of(run)],
         "summary": untimed(json.loads((run / "summary.json").read_text())),
     }
 
@@ -89,16 +83,18 @@ def assert_same(run, expected) -> None:
     assert not (run / "checkpoint").exists()
 
 
-def signal_at(monkeypatch, call: int, number: int, function: str = "make_batch") -> None:
-    """Send this process a signal in the given call of train_pref's `function`."""
-    original, calls = getattr(train_pref, function), iter(range(1, 10**6))
+def signal_at(
+    monkeypatch, call: int, number: int, module=train_pref, function: str = "make_batch"
+) -> None:
+    """Send this process a signal in the given call of `module`'s `function`."""
+    original, calls = getattr(module, function), iter(range(1, 10**6))
 
     def sending(*args, **kwargs):
         if next(calls) == call:
             os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train_pref, function, sending)
+    monkeypatch.setattr(module, function, sending)
 
 
 def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
@@ -109,14 +105,13 @@ def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
 
 # ---- stopped by a signal ------------------------------------------------------------------------
 
-# make_batch is called twice by check_logps, twice for the first evaluation, then three times a
-# step.
+# In train_pref.py, make_batch is called twice for the first evaluation, then three times per step.
 MOMENTS = {
-    "first evaluation": 3,
-    "first step": 6,
-    "middle of a step": 12,
-    "an evaluation": 18,
-    "late": 26,
+    "first evaluation": 1,
+    "first step": 4,
+    "middle of a step": 10,
+    "an evaluation": 16,
+    "late": 24,
 }
 
 
@@ -130,17 +125,15 @@ MOMENTS = {
         ("late", signal.SIGUSR1, 75),
     ],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_continues(
     undisturbed, arguments, tmp_path, monkeypatch, capsys, moment, number, code
 ):
     given = arguments(tmp_path)
     assert stop_at(monkeypatch, given, MOMENTS[moment], number) == code
     assert "the same command continues" in capsys.readouterr().out
     run = tmp_path / "run"
-    assert (
-        list((run / "checkpoint").glob("step-*.safetensors"))
-        and not (run / "summary.json").exists()
-    )
+    assert list((run / "checkpoint").glob("step-*.safetensors"))
+    assert not (run / "summary.json").exists()
     assert not (run / "adapter").exists()  # nothing that a later stage could take for a result
     assert train_pref.main(given) == 0
     assert_same(run, undisturbed)
@@ -156,7 +149,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train_pref.main(arguments(whole, *loss)) == 0
-    assert stop_at(monkeypatch, arguments(cut, *loss), 14) == 75
+    assert stop_at(monkeypatch, arguments(cut, *loss), 12) == 75
     assert train_pref.main(arguments(cut, *loss)) == 0
     assert_same(cut / "run", whole / "run")
 
@@ -164,7 +157,7 @@ def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss)
 def test_before_the_first_step_a_signal_ends_the_process_at_once(
     arguments, tmp_path, monkeypatch, capfd
 ):
-    signal_at(monkeypatch, 1, signal.SIGTERM, "tokenise")
+    signal_at(monkeypatch, 1, signal.SIGTERM, assembly, "tokenise")
     with pytest.raises(SystemExit) as stopped:
         train_pref.main(arguments(tmp_path))
     assert stopped.value.code == 75 and "nothing to save" in capfd.readouterr().err
@@ -173,7 +166,7 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once(
 def test_handlers_are_put_back_and_what_is_ignored_stays_ignored(arguments, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in signals.Stop.SIGNALS]
-    assert stop_at(monkeypatch, arguments(tmp_path, "--max_steps", "2"), 6, signal.SIGINT) == 0
+    assert stop_at(monkeypatch, arguments(tmp_path, "--max_steps", "2"), 4, signal.SIGINT) == 0
     assert [signal.getsignal(number) for number in signals.Stop.SIGNALS] == before
 
 
@@ -191,7 +184,11 @@ def die(*_):
 
 def at(module, name, call, action):
     original, calls = getattr(module, name), iter(range(1, 10**6))
-    setattr(module, name, lambda *a, **k: action(original, *a, **k) if next(calls) == call else original(*a, **k))
+    def replacement(*args, **kwargs):
+        if next(calls) == call:
+            return action(original, *args, **kwargs)
+        return original(*args, **kwargs)
+    setattr(module, name, replacement)
 
 def half_a_checkpoint(original, tensors, path, **more):
     original(tensors, path, **more)
@@ -247,23 +244,14 @@ def test_killed_four_times_the_run_is_the_same(undisturbed, arguments, tmp_path)
 # ---- ranks --------------------------------------------------------------------------------------
 
 
-def test_two_ranks_stop_together_and_go_on(undisturbed, arguments, tmp_path, monkeypatch):
-    """Begun by one process, continued by two, which torchrun's own SIGTERM stops, and by two
+def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, monkeypatch):
+    """Begun by one process, continued by two that torchrun stops with its own SIGTERM, then by two
     again.
     """
     run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
-    assert stop_at(monkeypatch, given, 14) == 75
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        str(ROOT / "train_pref.py"),
-    ]
+    assert stop_at(monkeypatch, given, 12) == 75
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "127.0.0.1:0", str(ROOT / "train_pref.py")]
     lines = len(metrics_of(run))
     process = subprocess.Popen(
         [sys.executable, *launcher, *given], stdout=subprocess.PIPE, text=True
@@ -272,28 +260,24 @@ def test_two_ranks_stop_together_and_go_on(undisturbed, arguments, tmp_path, mon
     while len(complete_lines(run)) < lines + 3 and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
-    assert (
-        process.returncode != 0
-        and "the same command continues:\n  torchrun --nproc_per_node 2" in said
-    )
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "the same command continues:\n  torchrun --nproc_per_node 2" in output
     assert run_script("train_pref.py", *given, torchrun=2).returncode == 0
     starts = json.loads((run / "args.json").read_text())["starts"]
-    assert [start["world_size"] for start in starts] == [1, 2, 2] and 2 <= starts[1][
-        "step"
-    ] < starts[2]["step"] < 24
+    assert [start["world_size"] for start in starts] == [1, 2, 2]
+    assert 2 <= starts[1]["step"] < starts[2]["step"] < 24
     whole = tmp_path / "whole"
     assert train_pref.main(arguments(whole, "--lora_dropout", "0", "--epochs", "6")) == 0
     for one, two in zip(metrics_of(run), metrics_of(whole / "run"), strict=True):
         assert one.keys() == two.keys() and one["step"] == two["step"]
         if "loss" in one:
             assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-5)
-    adapters = [
-        load_file(f / "adapter" / "adapter_model.safetensors") for f in (run, whole / "run")
-    ]
-    assert all(
-        torch.allclose(adapters[0][name], adapters[1][name], atol=1e-4) for name in adapters[0]
+    weights, expected = (
+        load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (run, whole / "run")
     )
+    assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in weights)
 
 
 def complete_lines(run) -> list[str]:
@@ -317,7 +301,7 @@ sys.exit(train_pref.main())
 """
 
 
-def test_an_infinite_gradient_on_one_rank_is_every_ranks(arguments, tmp_path):
+def test_an_infinite_gradient_on_one_rank_stops_the_step_on_all(arguments, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
     done = run_script(script, "inf", *arguments(tmp_path, "--max_steps", "3"), torchrun=2)
@@ -354,7 +338,7 @@ def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda path: os.truncate(path, path.stat().st_size - 1000), "damaged"),
         (
@@ -368,18 +352,18 @@ def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
         ),
         (
             lambda path: spoil(path.parent / "best-000004"),
-            "damaged (the adapter in best-000004 is not what was saved",
+            "damaged (the adapter in best-000004 is not the one that was saved",
         ),
     ],
     ids=["truncated", "one byte", "empty", "best adapter lost", "best adapter damaged"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    undisturbed, arguments, tmp_path, monkeypatch, capsys, damage, said
+    undisturbed, arguments, tmp_path, monkeypatch, capsys, damage, message
 ):
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 26) == 75
+    assert stop_at(monkeypatch, given, 24) == 75
     older, newest = sorted(checkpoints.glob("step-*.safetensors"))
-    if "best" in said:
+    if "best" in message:
         shutil.copytree(
             checkpoints / "best-000002", checkpoints / "best-000004", dirs_exist_ok=True
         )
@@ -388,7 +372,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     capsys.readouterr()
     assert train_pref.main(given) == 0
     out = capsys.readouterr().out
-    assert f"{newest.name}: {said}" in out and f"going on after step {int(older.stem[5:])}" in out
+    assert f"{newest.name}: {message}" in out
+    assert f"continued after step {int(older.stem[5:])}" in out
     assert_same(tmp_path / "run", undisturbed)
 
 
@@ -412,7 +397,7 @@ def test_without_a_whole_checkpoint_the_run_starts_over(
     undisturbed, arguments, tmp_path, monkeypatch, capsys
 ):
     given = arguments(tmp_path)
-    assert stop_at(monkeypatch, given, 20) == 75
+    assert stop_at(monkeypatch, given, 18) == 75
     for path in (tmp_path / "run" / "checkpoint").glob("step-*"):
         path.write_bytes(b"nothing")
     assert train_pref.main(given) == 0
@@ -423,9 +408,9 @@ def test_without_a_whole_checkpoint_the_run_starts_over(
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
     undisturbed, arguments, tmp_path, monkeypatch
 ):
-    """A limit on the size of files, as a full disk is met: the write fails half-way."""
+    """A limit on the size of files acts as a full disk: the write fails half-way."""
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 14) == 75
+    assert stop_at(monkeypatch, given, 12) == 75
     (saved,) = checkpoints.glob("step-*.safetensors")
     before = saved.read_bytes()
     limit = f'ulimit -f {len(before) // 2048}; exec "$@"'  # blocks of 1024 bytes: half a checkpoint
@@ -445,8 +430,10 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
 @pytest.mark.skipif(
     not os.path.isdir("/sys/kernel"), reason="needs a folder that even root cannot write to"
 )
-def test_results_that_cannot_be_written_are_said_before_the_model_is_loaded(arguments, monkeypatch):
-    monkeypatch.setattr(train_pref, "build_policy", lambda *_: pytest.fail("loaded"))
+def test_results_that_cannot_be_written_are_reported_before_the_model_is_loaded(
+    arguments, monkeypatch
+):
+    monkeypatch.setattr(assembly, "build_policy", lambda *_: pytest.fail("loaded"))
     with pytest.raises(OSError, match="/sys/kernel"):
         train_pref.main(arguments("/sys/kernel/results"))
 
@@ -456,15 +443,15 @@ def test_results_that_cannot_be_written_are_said_before_the_model_is_loaded(argu
 
 @pytest.fixture(scope="module")
 def stopped(arguments, tmp_path_factory):
-    """A run stopped after a few steps, with data and model of its own."""
+    """A run stopped after a few steps."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        assert stop_at(patch, arguments(folder), 14) == 75
+        assert stop_at(patch, arguments(folder), 12) == 75
     return folder
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--learning_rate", "2e-3"), "learning_rate was 0.001, is 0.002"),
         (("--beta", "0.5", "--seed", "1"), "seed was 42, is 1, beta was 0.05, is 0.5"),
@@ -472,8 +459,8 @@ def stopped(arguments, tmp_path_factory):
         (("--epochs", "3"), "epochs was 2.0, is 3.0"),
     ],
 )
-def test_other_arguments_are_refused_by_name(stopped, arguments, more, said):
-    with pytest.raises(UserError, match=said):
+def test_other_arguments_are_refused_by_name(stopped, arguments, more, message):
+    with pytest.raises(UserError, match=message):
         train_pref.main(arguments(stopped, *more))
     assert list((stopped / "run" / "checkpoint").glob("step-*"))
 
@@ -504,8 +491,8 @@ def test_other_data_model_and_template_are_refused_by_name(
         (stopped / "run" / "args.json").write_text(json.dumps(record))
 
 
-def refused(given, said) -> None:
-    with pytest.raises(UserError, match=said):
+def refused(given, message) -> None:
+    with pytest.raises(UserError, match=message):
         train_pref.main(given)
     torch.distributed.destroy_process_group()  # the next call in the same test makes its own
 
@@ -514,7 +501,7 @@ def test_coupling_losses_are_not_continued_with_other_micro_batches(
     arguments, tmp_path, monkeypatch
 ):
     given = arguments(tmp_path, "--loss", "aot", "--per_device_batch", "4")
-    assert stop_at(monkeypatch, given, 10) == 75
+    assert stop_at(monkeypatch, given, 8) == 75
     refused([*given, "--per_device_batch", "2"], "per_device_batch was 4, is 2")
 
 
@@ -528,7 +515,7 @@ def test_what_may_change_may_change(undisturbed, stopped, arguments, pairs_folde
 
 
 def test_the_second_process_on_a_run_is_refused(arguments, tmp_path):
-    """The lock is the kernel's: a file that a killed process left behind holds nobody up."""
+    """The lock is the kernel's: the file that a killed process leaves behind locks nothing."""
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as file:
         file.write("process 7 on elsewhere")
@@ -549,21 +536,17 @@ def test_status_of_a_run_that_diverged_at_once(undisturbed, tmp_path, capsys):
     assert "diverged after 8 steps; no adapter" in capsys.readouterr().out
 
 
-def test_status_says_how_to_go_on(undisturbed, stopped, tmp_path, capsys):
+def test_status_shows_how_to_continue(undisturbed, stopped, tmp_path, capsys):
     shutil.copytree(undisturbed, tmp_path / "whole")
     shutil.copytree(stopped / "run", tmp_path / "half")
     assert train_pref.main(["--status", str(tmp_path / "whole")]) == 0
     assert "whole: finished after 8 steps; best acc_ref" in capsys.readouterr().out
     assert train_pref.main(["--status", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    saved = checkpoint.progress_in(
-        sorted((tmp_path / "half" / "checkpoint").glob("step-*"))[-1]
-    ).step
-    assert (
-        f"half: stopped, saved after step {saved} of 8; continue with\n    python train_pref.py --model"
-        in said
-    )
-    assert "1 of 2 runs have ended" in said
+    output = capsys.readouterr().out
+    newest = max((tmp_path / "half" / "checkpoint").glob("step-*"))
+    saved = checkpoint.progress_in(newest).step
+    assert f"half: stopped, saved after step {saved} of 8; continue with\n    python" in output
+    assert "1 of 2 runs have ended" in output
 
 
 # ---- training from an adapter -------------------------------------------------------------------
@@ -571,45 +554,31 @@ def test_status_says_how_to_go_on(undisturbed, stopped, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def own_pairs(pairs_folder, tmp_path_factory):
-    """A data folder whose reference/ no other test counts."""
+    """A data folder whose reference/ is not shared with other test files."""
     return shutil.copytree(pairs_folder, tmp_path_factory.mktemp("own") / "pairs")
 
 
 @pytest.fixture(scope="module")
 def sft(tiny_model, own_pairs, tmp_path_factory):
-    """The adapter of a short SFT run that moved."""
+    """The adapter of a short SFT run, different from the base."""
     results = tmp_path_factory.mktemp("sft")
-    more = (
-        "--loss",
-        "sft",
-        "--learning_rate",
-        "2e-2",
-        "--run_id",
-        "sft",
-        "--lora_r",
-        "8",
-        "--lora_alpha",
-        "8",
-    )
-    assert train_pref.main([str(a) for a in train_args(tiny_model, own_pairs, results, *more)]) == 0
+    more = "--loss sft --learning_rate 2e-2 --run_id sft --lora_r 8 --lora_alpha 8"
+    assert train(*train_args(tiny_model, own_pairs, results, *more.split())) == 0
     return results / "sft" / "adapter"
 
 
 def from_adapter(tiny_model, own_pairs, results, adapter, *more) -> list[str]:
-    given = train_args(
-        tiny_model, own_pairs, results, "--run_id", "run", "--init_adapter", adapter, *more
-    )
-    place = given.index("--lora_r")
-    return [str(a) for a in (*given[:place], *given[place + 2 :])]
+    more = ("--run_id", "run", "--init_adapter", adapter, *more)
+    given = [str(a) for a in train_args(tiny_model, own_pairs, results, *more)]
+    place = given.index("--lora_r")  # the adapter brings its own
+    return [*given[:place], *given[place + 2 :]]
 
 
 def test_the_reference_has_no_dropout(tiny_model, pairs_folder, sft):
     """A live reference runs inside a training step, where the policy's dropout is on."""
     base = load_base(str(tiny_model), torch.float32, "none", torch.device("cpu"))
     policy = ResponseLogps(add_lora(base, 0, 0, 0.5, "", 1, sft).train())
-    pairs = tokenize_pairs(
-        load_tokenizer(str(tiny_model)), read_pairs(pairs_folder / "val.jsonl"), 512
-    )[:2]
+    pairs = val_pairs(tiny_model, pairs_folder)[:2]
     batch = make_batch(pairs, Packing(2), torch.device("cpu"))
     with torch.no_grad():
         assert not torch.equal(policy(batch)[0], policy(batch)[0])
@@ -625,13 +594,10 @@ def test_the_reference_is_the_model_as_training_starts(tiny_model, own_pairs, tm
     first = metrics_of(run)[0]
     assert abs(first["eval/margin/rho"]) < 1e-4 and abs(first["eval/anchor"]) < 1e-6
     record = json.loads((run / "args.json").read_text())
-    assert (record["lora_r"], record["lora_alpha"]) == (8, 8) and len(
-        record["init_adapter_sha256"]
-    ) == 64
+    assert (record["lora_r"], record["lora_alpha"]) == (8, 8)
+    assert len(record["init_adapter_sha256"]) == 64
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    pairs = tokenize_pairs(
-        load_tokenizer(str(tiny_model)), read_pairs(own_pairs / "val.jsonl"), 512
-    )
+    pairs = val_pairs(tiny_model, own_pairs)
     rows = [json.loads(line) for line in (run / "val_pairs.jsonl").read_text().splitlines()]
     logps = {}
     for name, folder in (("ref", sft), ("policy", run / "adapter")):
@@ -661,23 +627,18 @@ def test_the_reference_of_an_adapter_is_cached_for_itself(
         )
         assert train_pref.main(given) == 0
         assert capsys.readouterr().out.count("read from") == 2 * number
-    assert (
-        train_pref.main(
-            [str(a) for a in train_args(tiny_model, data, tmp_path, "--max_steps", "1")]
-        )
-        == 0
-    )
+    assert train(*train_args(tiny_model, data, tmp_path, "--max_steps", "1")) == 0
     assert "read from" not in capsys.readouterr().out
 
 
-def test_an_interrupted_run_from_an_adapter_goes_on(
+def test_an_interrupted_run_from_an_adapter_continues(
     tiny_model, own_pairs, tmp_path, sft, monkeypatch
 ):
     whole, cut = (
         from_adapter(tiny_model, own_pairs, tmp_path / name, sft) for name in ("whole", "cut")
     )
     assert train_pref.main(whole) == 0
-    assert stop_at(monkeypatch, cut, 6) == 75
+    assert stop_at(monkeypatch, cut, 4) == 75
     assert train_pref.main(cut) == 0
     assert_same(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
 

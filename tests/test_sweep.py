@@ -33,7 +33,7 @@ from pref.sweeping import scheduler as scheduler_module
 from pref.sweeping.grid import Point, Study, expand, settings_of
 from pref.sweeping.scheduler import Scheduler, Stop
 from pref.sweeping.status import State
-from pref.training import arguments
+from pref.training import arguments, assembly
 from pref.training.arguments import parse_args
 from pref.training.run_id import run_id_of
 from pref.training.schedule import pairs_of_step
@@ -138,7 +138,7 @@ def test_seeds_are_paired(tiny_model, pairs_folder):
         )
         args.seed += args.loss == "dpo" and point.run_id in starts
         args.compile = args.checkpointing = "off"
-        policy, _ = train_pref.build_policy(args, ranks)
+        policy, _ = assembly.build_policy(args, ranks)
         lora = torch.cat(
             [p.detach().flatten() for n, p in policy.named_parameters() if "lora_A" in n]
         )

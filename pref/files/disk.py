@@ -214,7 +214,8 @@ def read_holder(file: TextIO) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this toolkit, Python and the installed PACKAGES, and this checkout's git commit.
+    """Versions of this toolkit, of Python and of each installed package in PACKAGES, and this
+    checkout's git commit.
 
     The commit ends in "+" if tracked files have uncommitted changes, and is left out where git or
     its repository is missing.

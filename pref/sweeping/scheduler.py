@@ -29,7 +29,7 @@ from pref.judging import run_answers, store
 from pref.sweeping import commands, grid, status
 from pref.sweeping.grid import Point, Study
 from pref.training import signals
-from pref.training.signals import Heard
+from pref.training.signals import SignalHandler
 
 POLL_S = 0.1
 MAX_ATTEMPTS = 2  # of a run that crashes, within one start of the grid
@@ -69,7 +69,7 @@ def stop_signal_of(point: Point | None) -> signal.Signals:
     return signal.SIGINT if point is None else signal.SIGTERM
 
 
-class Stop(Heard):
+class Stop(SignalHandler):
     """Notes SIGINT, SIGTERM, SIGUSR1 and SIGHUP. The scheduler polls `signal` and has its jobs
     save.
 

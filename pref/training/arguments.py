@@ -1,238 +1,230 @@
-"""every argument of train_pref.py, and its checks"""
+"""Every argument of train_pref.py: the tables that declare them, the parser, and the checks.
+
+To add an argument, add a row to a table. What other modules need to know about it (its tag in the
+run id, whether another value makes another run, ...) is part of the row: see declaration.py. The
+parameters of losses are declared in loss_options.py.
+"""
 
 import argparse
 import importlib.util
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from losses import COUPLES_BATCH, LOSSES, NEEDS_TWO_PAIRS, PARAMETER_HELP
+from losses import COUPLES_BATCH, LOSSES, NEEDS_TWO_PAIRS
 from pref.files import disk
 from pref.files.console import UserError
-from pref.model import lora
-from pref.training import loss_check, loss_options, schedule
+from pref.training import loss_check, loss_options
+from pref.training.declaration import ABOVE_0, BELOW_1, Argument, Range
+from pref.training.schedule import TRIAL_STEPS
+
+SEEDS = Range(lambda x: x >= 0, "0 or more")
+STEPS = Range(lambda x: x >= 0, "0 (epochs decide) or more")
+LENGTHS = Range(lambda x: x >= 16, "at least 16 tokens")
+AUTO = ("auto", "on", "off")
+
+# A row: name, type or choices, default, facts about it, and the help text with the unit. Rows are
+# in the order of --help, and tags appear in the run id in this order.
+RUN = (
+    Argument("model", str, "meta-llama/Llama-2-7b-chat-hf").describe(
+        "chat model: hub id or folder"
+    ),
+    Argument("data", Path, Path("data/dpo-mix-7k"), affects="place").describe(
+        "folder written by prep_data.py"
+    ),
+    Argument("results_dir", Path, Path("results"), affects="place").describe("folder of all runs"),
+    Argument("run_id", str, affects="place").describe(
+        "name of the run's folder (default: loss, beta, tau, seed and what else is not a default)"
+    ),
+    Argument("mode", ("full", "trial"), "full").describe(
+        f"trial: {TRIAL_STEPS} steps to test a set-up; analyze.py refuses the run"
+    ),
+    Argument(
+        "dry_run", int, affects="session", options={"nargs": "?", "const": 0, "metavar": "RANKS"}
+    ).describe(
+        "print steps, tokens and memory for RANKS ranks (default: this launch's), then stop"
+    ),
+    Argument("plan_json", Path, affects="session", options={"metavar": "FILE"}).describe(
+        "with --dry_run: write the plan to this file as JSON"
+    ),
+    Argument("seed", int, 42, range=SEEDS).describe("LoRA initialisation, order of pairs, dropout"),
+    Argument("save_steps", int, 20, range=ABOVE_0, affects="speed").describe(
+        "optimiser steps between checkpoints"
+    ),
+    Argument("report_to", ("none", "wandb"), "none", affects="session").describe(
+        "also send metrics.jsonl to Weights & Biases (WANDB_MODE=offline keeps it here)"
+    ),
+    Argument("status", Path, affects="session").describe(
+        "print the state of the run or runs in DIR and how to continue them, then stop; exit "
+        "code 1 unless all have ended"
+    ),
+)
+LOSS = (
+    Argument("loss", tuple(LOSSES), "td_dpo", options={"metavar": "NAME"}).describe(
+        ", ".join(LOSSES)
+    ),
+    Argument("loss_file", str, affects="place", options={"metavar": "FILE.py:NAME"}).describe(
+        "your own loss, instead of --loss"
+    ),
+    *loss_options.PARAMETERS,
+)
+OPTIMISATION = (
+    Argument("learning_rate", float, 1e-5, range=ABOVE_0, tag="lr").describe(
+        "peak learning rate of the adapter"
+    ),
+    Argument("beta_mix_lr", float, 1e-3, tag="mlr").describe("learning rate of log beta_mix"),
+    Argument("epochs", float, 3, range=ABOVE_0, tag="ep").describe(
+        "passes over the training pairs"
+    ),
+    Argument("max_steps", int, 0, range=STEPS, tag="steps").describe(
+        "stop after this many optimiser steps (0: epochs decide)"
+    ),
+    Argument("global_batch", int, 128, range=ABOVE_0, tag="gb").describe(
+        "pairs per optimiser step, over all ranks"
+    ),
+    Argument("per_device_batch", int, 4, range=ABOVE_0, affects="coupled").describe(
+        "pairs per micro-batch, with --packing off and for losses that couple these pairs"
+    ),
+    Argument("max_length", int, 2048, range=LENGTHS, tag="len").describe(
+        "tokens of prompt + response"
+    ),
+    Argument("truncation", ("keep_end", "keep_start"), "keep_end", tag="").describe(
+        "keep_end: cut a long prompt at its start, then responses at their end; keep_start: "
+        "keep the first tokens, as TRL does"
+    ),
+    Argument("weight_decay", float, 0.01, range=BELOW_1, tag="wd").describe(
+        "weight decay of AdamW"
+    ),
+    Argument("warmup_ratio", float, 0.1, range=BELOW_1, tag="wu").describe(
+        "share of the steps; then cosine to 0"
+    ),
+    Argument("max_grad_norm", float, 1.0, range=ABOVE_0, tag="clip").describe(
+        "norm that gradients are clipped to"
+    ),
+    Argument("eval_steps", int, 20, range=ABOVE_0).describe(
+        "optimiser steps between evaluations; each epoch also ends with one"
+    ),
+    Argument("max_nonfinite", int, 10, range=ABOVE_0).describe(
+        "consecutive non-finite steps that end the run"
+    ),
+)
+MODEL = (
+    Argument("init_adapter", Path, affects="place").describe(
+        "LoRA adapter to start from, of SFT for example; it is part of the reference, and sets "
+        "r, alpha and targets"
+    ),
+    Argument("lora_r", int, 64, range=ABOVE_0, tag="r").describe("rank of the LoRA matrices"),
+    Argument("lora_alpha", int, 16, range=ABOVE_0, tag="a").describe(
+        "LoRA updates are scaled by alpha / r"
+    ),
+    Argument("lora_dropout", float, 0.05, range=BELOW_1, tag="do").describe(
+        "dropout on the input of the LoRA matrices"
+    ),
+    Argument("lora_targets", str, "all-linear", tag="").describe(
+        "all-linear, or module names with commas"
+    ),
+    Argument("quant", ("auto", "nf4", "none"), "auto", tag="").describe(
+        "base weights; auto: nf4 on CUDA"
+    ),
+    Argument("dtype", ("auto", "bfloat16", "float32"), "auto", tag="").describe(
+        "compute dtype; auto: bfloat16 where the hardware has it"
+    ),
+    Argument("shard", ("adapters", "full"), "adapters", affects="speed").describe(
+        "what FSDP2 shards over ranks: the adapters alone, or the frozen base too"
+    ),
+    Argument("checkpointing", AUTO, "auto", affects="kernel").describe(
+        "recompute activations: slower, much less memory; auto: if the plan would fill the device"
+    ),
+    Argument("tokens_per_microbatch", int, 0, affects="speed").describe(
+        "tokens per micro-batch that pairs are packed up to (0: per_device_batch * max_length)"
+    ),
+    Argument("prefix_sharing", ("on", "off"), "on", affects="kernel").describe(
+        "compute the prompt once per pair, or once per response"
+    ),
+    Argument("packing", ("on", "off"), "on", affects="kernel").describe(
+        "lay rows end to end, or pad them to the longest"
+    ),
+    Argument("compile", AUTO, "auto", affects="kernel").describe(
+        "torch.compile the layers; auto: long runs on CPU, if there is a C++ compiler"
+    ),
+)
+ARGUMENTS = (*RUN, *LOSS, *OPTIMISATION, *MODEL)
+DEFAULTS = {argument.name: argument.default for argument in ARGUMENTS}
+RUN_ID_TAGS = {argument.name: argument.tag for argument in ARGUMENTS if argument.tag is not None}
 
 
-def loss_arguments() -> dict[str, tuple]:
-    """Every parameter of every loss: a default, for its type, and the losses that have it."""
-    found: dict[str, tuple] = {}
+def names_affecting(*what: str) -> tuple[str, ...]:
+    """Names of the arguments that affect one of `what`, keys of declaration.AFFECTS."""
+    return tuple(argument.name for argument in ARGUMENTS if argument.affects in what)
+
+
+NOT_RECORDED = names_affecting("session")  # left out of args.json
+
+
+def loss_arguments() -> dict[str, Argument]:
+    """The parameters of all losses by name, those of a --loss_file included. The help text begins
+    with the losses that have the parameter.
+    """
+    arguments = {argument.name: argument for argument in loss_options.PARAMETERS}
+    losses_with: dict[str, list[str]] = {name: [] for name in arguments}
     for loss in LOSSES:
         for name, default in loss_options.loss_defaults(loss).items():
-            found.setdefault(name, (default, []))[1].append(loss)
-    return found
+            arguments.setdefault(name, Argument(name, type(default)))
+            losses_with.setdefault(name, []).append(loss)
+    return {
+        name: argument._replace(
+            help=f"{', '.join(losses) if len(losses) < 6 else 'most'}: {argument.help}"
+        )
+        for name, argument in arguments.items()
+        if (losses := losses_with[name])
+    }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """The arguments of train_pref.py, with those of the loss in --loss_file if there is one."""
     own = load_own_loss(argv)
-    return build_parser(own or "td_dpo").parse_args(argv)
+    return build_parser(own or DEFAULTS["loss"], description).parse_args(argv)
 
 
-def build_parser(default_loss: str = "td_dpo") -> argparse.ArgumentParser:
+def build_parser(
+    default_loss: str = DEFAULTS["loss"], description: str | None = None
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--option VALUE ...]  (--help explains all of them)",
-        description=__doc__,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_run_arguments(parser)
-    add_loss_arguments(parser, default_loss)
-    add_optimisation_arguments(parser)
-    add_model_arguments(parser)
+    # --loss_file adds a choice to --loss, and parameters after the declared ones.
+    loss_group = {argument.name: argument for argument in LOSS} | loss_arguments()
+    loss_group["loss"] = loss_group["loss"]._replace(
+        values=tuple(LOSSES), default=default_loss, help=", ".join(LOSSES)
+    )
+    groups = {
+        "what is trained on what": RUN,
+        "loss (`python losses.py` lists them; a parameter that is not given has the loss's own "
+        "default, one that the loss does not have is an error)": loss_group.values(),
+        "optimisation": OPTIMISATION,
+        "model and memory": MODEL,
+    }
+    for title, arguments in groups.items():
+        group = parser.add_argument_group(title)
+        for argument in arguments:
+            argument.add_to(group)
     return parser
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is trained on what")
-    group.add_argument(
-        "--model", default="meta-llama/Llama-2-7b-chat-hf", help="chat model: hub id or folder"
-    )
-    group.add_argument(
-        "--data", type=Path, default=Path("data/dpo-mix-7k"), help="folder written by prep_data.py"
-    )
-    group.add_argument(
-        "--results_dir", type=Path, default=Path("results"), help="folder of all runs"
-    )
-    group.add_argument(
-        "--run_id",
-        help="name of the run's folder (default: loss, beta, tau, seed and what differs)",
-    )
-    group.add_argument(
-        "--mode",
-        choices=["full", "trial"],
-        default="full",
-        help=f"trial: {schedule.TRIAL_STEPS} steps of anything, marked so that analyze.py refuses it",
-    )
-    group.add_argument(
-        "--dry_run",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="RANKS",
-        help="print steps, tokens, padding and memory by part, for so many ranks (default: this launch's), and stop",
-    )
-    group.add_argument(
-        "--seed", type=int, default=42, help="LoRA initialisation, order of pairs, dropout"
-    )
-    group.add_argument(
-        "--save_steps",
-        type=int,
-        default=20,
-        help="write a checkpoint every so many optimiser steps",
-    )
-    group.add_argument(
-        "--report_to",
-        choices=["none", "wandb"],
-        default="none",
-        help="send metrics.jsonl to Weights & Biases too (pip install wandb; WANDB_MODE=offline keeps it here)",
-    )
-    group.add_argument(
-        "--status",
-        type=Path,
-        metavar="DIR",
-        help="say where the run in DIR stands, or every run in it, and how to go on, and stop; exit code 1 if one has "
-        "not ended",
-    )
-
-
-def add_loss_arguments(parser: argparse.ArgumentParser, default_loss: str) -> None:
-    group = parser.add_argument_group(
-        "loss (`python losses.py` lists them; a parameter left out takes the loss's own default, one that the loss "
-        "does not have is an error)"
-    )
-    group.add_argument(
-        "--loss", choices=list(LOSSES), default=default_loss, metavar="NAME", help=", ".join(LOSSES)
-    )
-    group.add_argument(
-        "--loss_file", metavar="FILE.py:NAME", help="a loss of your own instead of --loss"
-    )
-    for name, (default, users) in loss_arguments().items():
-        words = f"{', '.join(users) if len(users) < 6 else 'most'}: {PARAMETER_HELP.get(name, '')}"
-        group.add_argument(
-            f"--{name}",
-            type=type(default),
-            choices=loss_options.PARAMETER_CHOICES.get(name),
-            help=words,
-        )
-    group.add_argument(
-        "--learn_beta_mix", action="store_true", help="dlrml: train beta_mix, from --beta_mix on"
-    )
-    group.add_argument(
-        "--beta_mix_lr", type=float, default=1e-3, help="learning rate of log beta_mix"
-    )
-
-
-def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--learning_rate", type=float, default=1e-5)
-    group.add_argument("--weight_decay", type=float, default=0.01)
-    group.add_argument("--epochs", type=float, default=3, help="passes over the pairs")
-    group.add_argument(
-        "--max_steps",
-        type=int,
-        default=0,
-        help="stop after so many optimiser steps (0: epochs decide)",
-    )
-    group.add_argument(
-        "--global_batch", type=int, default=128, help="pairs an optimiser step, over all ranks"
-    )
-    group.add_argument(
-        "--per_device_batch",
-        type=int,
-        default=4,
-        help="pairs a micro-batch and rank, with --packing off and for losses that couple the pairs of a micro-batch",
-    )
-    group.add_argument("--max_length", type=int, default=2048, help="tokens of prompt + response")
-    group.add_argument(
-        "--truncation",
-        choices=["keep_end", "keep_start"],
-        default="keep_end",
-        help="keep_end: cut a long prompt at its start, then responses; keep_start: keep the first tokens, as TRL does",
-    )
-    group.add_argument(
-        "--warmup_ratio", type=float, default=0.1, help="share of the steps; then cosine to 0"
-    )
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
-    group.add_argument(
-        "--eval_steps", type=int, default=20, help="evaluate every so many steps, and at epoch ends"
-    )
-    group.add_argument(
-        "--max_nonfinite", type=int, default=10, help="non-finite steps in a row that end the run"
-    )
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model and memory")
-    group.add_argument(
-        "--init_adapter",
-        type=Path,
-        metavar="DIR",
-        help="LoRA adapter to start from (an SFT adapter, say); it is part of the reference, and brings its own r, "
-        "alpha and targets",
-    )
-    group.add_argument("--lora_r", type=int, default=64)
-    group.add_argument("--lora_alpha", type=int, default=16)
-    group.add_argument("--lora_dropout", type=float, default=0.05)
-    group.add_argument(
-        "--lora_targets", default="all-linear", help="all-linear, or module names with commas"
-    )
-    group.add_argument(
-        "--quant", choices=["auto", "nf4", "none"], default="auto", help="auto: nf4 on CUDA"
-    )
-    group.add_argument(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="compute dtype; auto: bf16 where the hardware has it",
-    )
-    group.add_argument(
-        "--shard",
-        choices=["adapters", "full"],
-        default="adapters",
-        help="FSDP2: the frozen base replicated, or sharded too",
-    )
-    group.add_argument(
-        "--checkpointing",
-        choices=["auto", "on", "off"],
-        default="auto",
-        help="activation checkpointing: slower, much less memory; auto: if the plan would fill the device",
-    )
-    group.add_argument(
-        "--tokens_per_microbatch",
-        type=int,
-        default=0,
-        help="tokens that pairs are packed up to, a micro-batch and rank (0: per_device_batch x max_length)",
-    )
-    group.add_argument(
-        "--prefix_sharing",
-        choices=["on", "off"],
-        default="on",
-        help="compute a pair's prompt once, or twice",
-    )
-    group.add_argument(
-        "--packing",
-        choices=["on", "off"],
-        default="on",
-        help="rows end to end, or padded to the longest",
-    )
-    group.add_argument(
-        "--compile",
-        choices=["auto", "on", "off"],
-        default="auto",
-        help="torch.compile of the layers; auto: on CPU, if a C++ compiler is there and the run is long",
-    )
-
-
 def load_own_loss(argv: list[str] | None) -> str | None:
-    """Add the loss of --loss_file, read ahead of the other arguments since it brings some of its
-    own.
+    """Load the loss of --loss_file and return its name; None without --loss_file.
+
+    The option is parsed ahead of all others, because the loss's parameters become options too.
+    Raises UserError for a loss that cannot be used, or a parameter with the name of an argument.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--loss_file")
     spec = parser.parse_known_args(argv)[0].loss_file
     if spec is None:
         return None
-    taken = {action.dest for action in build_parser()._actions} - loss_arguments().keys()
+    taken = {"help", *DEFAULTS} - loss_arguments().keys()
     try:
         name = loss_options.load_loss_file(spec)
     except ValueError as error:
@@ -246,11 +238,14 @@ def load_own_loss(argv: list[str] | None) -> str | None:
 
 
 def loss_parameters(args: argparse.Namespace) -> dict:
-    """The chosen loss's own parameters: given ones over its defaults. Raises UserError for one it
-    does not have.
+    """The parameters of the chosen loss: its defaults, and over them what the command line gives.
+
+    Raises UserError for a parameter that the loss does not have, that is out of its range, or that
+    has no effect.
     """
     defaults = loss_options.loss_defaults(args.loss)
-    given = {key: getattr(args, key) for key in loss_arguments() if getattr(args, key) is not None}
+    given = {name: getattr(args, name) for name in loss_arguments()}
+    given = {name: value for name, value in given.items() if value is not None}
     if foreign := sorted(given.keys() - defaults.keys()):
         raise UserError(
             f"--{foreign[0]}: {args.loss} has no such parameter; it has {', '.join(defaults)}"
@@ -260,34 +255,35 @@ def loss_parameters(args: argparse.Namespace) -> dict:
         loss_options.check_parameters(args.loss, parameters)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if unused := [
-        key for key in given if key.startswith("score") and not uses_score(args.loss, parameters)
-    ]:
-        raise UserError(
-            f"--{unused[0]}: has no effect without --sft_coef; the loss has no score in it"
-        )
+    if not uses_score(args.loss, parameters):
+        if unused := [name for name in given if name.startswith("score")]:
+            raise UserError(
+                f"--{unused[0]}: has no effect without --sft_coef; the loss has no score in it"
+            )
     if args.learn_beta_mix and args.loss != "dlrml":
         raise UserError(f"--learn_beta_mix: {args.loss} has no beta_mix; it belongs to dlrml")
     return parameters
 
 
 def uses_score(loss: str, parameters: dict) -> bool:
-    """Whether score_c is part of the loss."""
+    """Whether score_c is a term of the loss."""
     return loss in ("sft", "orpo") or bool(parameters.get("sft_coef"))
 
 
 def check_own_loss(args: argparse.Namespace, parameters: dict) -> dict:
-    """Self-test of a loss from --loss_file, before anything is spent on it. Returns what args.json
-    says of it.
+    """Self-test the loss of --loss_file, with its defaults and with `parameters`. Returns what
+    args.json records about it, which is nothing for a loss in losses.py. Raises UserError.
     """
     if args.loss not in loss_options.FROM_FILES:
         return {}
     report = loss_check.check(args.loss)
-    if wrong := report.failures or loss_check.try_parameters(
-        loss_options.bind(args.loss, parameters)
-    ):
-        words = "; ".join(wrong) if isinstance(wrong, list) else f"with {parameters} it {wrong}"
-        raise UserError(f"--loss_file {args.loss_file}: fails its self-test: {words}")
+    failures = list(report.failures)
+    if not failures:
+        loss = loss_options.bind(args.loss, parameters)
+        if problem := loss_check.try_parameters(loss):
+            failures = [f"with {parameters} it {problem}"]
+    if failures:
+        raise UserError(f"--loss_file {args.loss_file}: fails its self-test: {'; '.join(failures)}")
     for note in report.notes:
         print(f"{args.loss}: {note}", flush=True)
     return {"loss_file_sha256": disk.sha256_file(Path(args.loss_file.rpartition(":")[0]))}
@@ -296,22 +292,26 @@ def check_own_loss(args: argparse.Namespace, parameters: dict) -> dict:
 def check_micro_batches(
     args: argparse.Namespace, pairs: dict[str, int], world: int, main: bool
 ) -> None:
-    """Say that a coupling loss depends on the micro-batch. Raises UserError if one would hold a
-    single pair where the loss is made of the batch's statistics.
+    """For a loss that couples the pairs of a micro-batch, print what the result depends on. `pairs`
+    is the number of pairs in each split. Raises UserError if the loss needs two pairs and some
+    micro-batch would hold one.
     """
     if args.loss not in COUPLES_BATCH:
         return
     if main:
         print(
-            f"{args.loss} couples the pairs of a micro-batch: the result depends on --per_device_batch "
-            f"{args.per_device_batch} and on the number of ranks ({world})",
+            f"{args.loss} couples the pairs of a micro-batch: the result depends on "
+            f"--per_device_batch {args.per_device_batch} and on the number of ranks ({world})",
             flush=True,
         )
     if args.loss in NEEDS_TWO_PAIRS:
-        last = pairs["train"] % args.global_batch or args.global_batch
+        # Step -> its share of each rank -> the size of the share's last micro-batch. An example: 30
+        # pairs, global batch 12, 2 ranks, 4 pairs per micro-batch. Steps have 12, 12 and 6 pairs,
+        # ranks get 6 or 3 of them, in micro-batches of 4 + 2 or 3. A share of 5 would be 4 + 1.
+        last_step = pairs["train"] % args.global_batch or args.global_batch
         shares = {
-            math.ceil((n - rank) / world)
-            for n in (args.global_batch, last)
+            math.ceil((step - rank) / world)
+            for step in (args.global_batch, last_step)
             for rank in range(world)
         }
         sizes = {
@@ -319,78 +319,33 @@ def check_micro_batches(
         }
         if 1 in sizes or pairs["val"] < 2:
             raise UserError(
-                f"--loss {args.loss}: some micro-batch would hold a single pair ({pairs['train']} pairs, {world} "
-                f"rank(s), --global_batch {args.global_batch}, --per_device_batch {args.per_device_batch}); change one"
+                f"--loss {args.loss}: some micro-batch would hold a single pair ({pairs['train']} "
+                f"pairs, {world} rank(s), --global_batch {args.global_batch}, --per_device_batch "
+                f"{args.per_device_batch}); change one"
             )
 
 
 def check_args(args: argparse.Namespace, world: int) -> None:
-    """Raise UserError for values no run can be made of, before anything is loaded."""
-    for key in (
-        "learning_rate",
-        "epochs",
-        "global_batch",
-        "per_device_batch",
-        "max_grad_norm",
-        "eval_steps",
-        "save_steps",
-        "lora_r",
-        "lora_alpha",
-        "max_nonfinite",
-    ):
-        if not 0 < getattr(args, key) < math.inf:
-            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
-    for key in ("weight_decay", "warmup_ratio", "lora_dropout"):
-        if not 0 <= getattr(args, key) < 1:
-            raise UserError(f"--{key} {getattr(args, key)}: must be in [0, 1)")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be 0 or more")
-    if args.max_steps < 0:
-        raise UserError(f"--max_steps {args.max_steps}: must be 0 (epochs decide) or more")
-    if args.max_length < 16:
-        raise UserError(f"--max_length {args.max_length}: needs at least 16 tokens")
+    """Raise UserError for values that no run of `world` ranks can have, before anything is loaded.
+    The loss's parameters are checked by `loss_parameters`.
+    """
+    for argument in (*RUN, *OPTIMISATION, *MODEL):
+        try:
+            argument.check(getattr(args, argument.name))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if args.global_batch % world:
         near = max(world, args.global_batch // world * world)
         raise UserError(
-            f"--global_batch {args.global_batch} does not divide over {world} ranks; use {near} or another multiple"
+            f"--global_batch {args.global_batch} does not divide over {world} ranks; use {near} or "
+            "another multiple"
         )
+    if args.plan_json and args.dry_run is None:
+        raise UserError("--plan_json: only with --dry_run")
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--report_to wandb needs the package wandb; pip install wandb")
     if args.shard == "full" and args.quant == "nf4":
         raise UserError(
-            "--shard full with --quant nf4: sharded 4-bit weights are not verified; use --shard adapters"
+            "--shard full with --quant nf4: sharded 4-bit weights are not verified; use --shard "
+            "adapters"
         )
-
-
-def take_init_adapter(args: argparse.Namespace) -> None:
-    """Fill in r, alpha and targets of --init_adapter. Raises UserError for others given beside
-    it.
-    """
-    args.init_adapter_sha256 = None
-    if args.init_adapter is None:
-        return
-    config, defaults = lora.lora_config(args.init_adapter), build_parser()
-    own = {
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_targets": targets_text(args.init_adapter),
-    }
-    for key, value in own.items():
-        if getattr(args, key) not in (value, defaults.get_default(key)):
-            raise UserError(
-                f"--{key} {getattr(args, key)}: the adapter in --init_adapter has {value}; leave it out"
-            )
-        setattr(args, key, value)
-    args.init_adapter_sha256 = disk.sha256_file(args.init_adapter / "adapter_model.safetensors")
-
-
-def targets_text(adapter: Path) -> str:
-    """The modules that the LoRA weights in `adapter` belong to, as --lora_targets would have them:
-    by last names.
-    """
-    try:
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            layers = lora.lora_layers(file)
-    except SafetensorError as error:
-        raise UserError(f"{adapter}: adapter_model.safetensors cannot be read ({error})") from None
-    return ",".join(sorted({layer.rpartition(".")[2] for layer in layers}))

@@ -1,13 +1,14 @@
-"""What lets a training run stop at any moment and go on as if it had not: checkpoints, the run's
-lock, signals, status.
+"""Checkpoints, the run's lock and its state: what lets a run stop at any moment and continue as if
+it had not.
 
-    results/<run_id>/checkpoint/step-000040.safetensors   adapter, optimiser and progress after step
-    40; the newest two results/<run_id>/checkpoint/best-000040/              the best adapter so far
-    and its validation pairs results/<run_id>/.lock                                held by the
-    process that trains this run
+    results/<run_id>/checkpoint/step-000040.safetensors   adapter, optimisers and progress after
+                                                          step 40; the newest two are kept
+    results/<run_id>/checkpoint/best-000040/              the best adapter so far, and the
+                                                          validation pairs as it ranks them
+    results/<run_id>/.lock                                held by the process that trains the run
 
-Order of pairs, dropout and learning rate are functions of seed and step, so there is no more to a
-run than this. `checkpoint/` is removed when the run is finished.
+There is no more to save: the order of pairs, dropout and the learning rate are functions of seed
+and step. `checkpoint/` is removed when the run is finished.
 """
 
 import hashlib
@@ -30,43 +31,44 @@ from pref.files.console import UserError
 from pref.model import sharding
 from pref.model.ranks import Ranks
 
-KEPT = 2  # checkpoints: should the newest be damaged, there is one before it
+KEPT = 2  # checkpoints: if the newest is damaged, the run continues from the one before it
 Trained = dict[str, tuple[torch.nn.Parameter, torch.optim.Optimizer]]
 
 
 @dataclass
 class Progress:
-    """Where a run stands after `step` optimiser steps: whatever later lines, decisions and the
-    summary depend on.
+    """The state of a run after `step` optimiser steps, besides its tensors: whatever later lines,
+    decisions and the summary depend on. Saved by field name in every checkpoint.
     """
 
     step: int = 0
-    evaluated: int = -1  # the last step after which validation ran to its end
+    evaluated: int = -1  # the last step whose evaluation was completed; 0 is before the first step
     best_acc_ref: float | None = None
     best_step: int | None = None
-    best_sha256: str | None = None  # of that adapter's weights
+    best_sha256: str | None = None  # of the weights of that step's adapter
     final: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
-    step0_difference: float | None = None  # mean |policy - reference| before training, nats a token
-    nonfinite: int = 0  # steps not taken
-    in_a_row: int = 0  # of these, the last ones without a step between
+    step0_difference: float | None = None  # mean |policy - reference| before training, nats/token
+    nonfinite: int = 0  # steps that were not taken
+    in_a_row: int = 0  # the last of these, without a finite step between them
     tokens: int = 0
     running_rho: float = 0.0  # moving average of the steps' mean rho, nats (beta_dpo)
-    wall_s: float = 0.0  # of all starts
-    save_s: float = 0.0  # of these, spent on checkpoints
-    metrics_bytes: int = (
-        0  # length of metrics.jsonl: what stands behind it belongs to steps that will be done again
-    )
+    wall_s: float = 0.0  # over all starts
+    save_s: float = 0.0  # the part of wall_s spent on checkpoints
+    metrics_bytes: int = 0  # length of metrics.jsonl; lines after it belong to repeated steps
+
+
+# ---- writing ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turn a failed write into a UserError that says what is safe."""
+    """Turn a failed write into a UserError that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: not written ({error}); make room and run the same command again: it goes on from the last "
-            "checkpoint"
+            f"{path}: not written ({error}); make room and run the same command again: it "
+            "continues from the last checkpoint"
         ) from None
 
 
@@ -77,33 +79,43 @@ def sync(path: Path) -> None:
 
 
 class Checkpoints:
-    """The states of one run on disk. trained: parameters by name, each with its optimiser."""
+    """The checkpoints of one run. trained: parameters by name, each with its optimiser.
+
+    A file holds, for every parameter, `value/<name>` and the optimiser's state as `exp_avg/<name>`,
+    `exp_avg_sq/<name>` and `step/<name>`; progress and a checksum are in its metadata.
+    """
 
     def __init__(self, run: Path, trained: Trained, ranks: Ranks):
         self.folder, self.metrics = run / "checkpoint", run / "metrics.jsonl"
         self.trained, self.ranks = trained, ranks
 
+    def best(self, progress: Progress) -> Path | None:
+        """The folder of the best adapter so far; None if there is none."""
+        return best_folder(self.folder, progress.best_step)
+
     def save(self, progress: Progress) -> None:
-        """Write the state after `progress.step` steps, all ranks together. Raises UserError if the
-        disk refuses; the checkpoint before it stays.
+        """Write the state after `progress.step` steps; to be called on all ranks. Raises UserError
+        if it cannot be written; the checkpoint before it is then still there.
         """
+        # 1) Gather every tensor on rank 0, which alone writes.
         tensors = {}
         for name, (parameter, optimizer) in self.trained.items():
-            for key, value in {"value": parameter.detach(), **optimizer.state[parameter]}.items():
-                value = sharding.whole(value)
+            for kind, value in {"value": parameter.detach(), **optimizer.state[parameter]}.items():
+                full = sharding.whole(value)
                 if self.ranks.main:
-                    tensors[f"{key}/{name}"] = value.cpu()
+                    tensors[f"{kind}/{name}"] = full.cpu()
         if not self.ranks.main:
             return
+
+        # 2) Write beside, then rename: a kill leaves the old state or the new one, never a part.
         path = self.folder / f"step-{progress.step:06}.safetensors"
         temporary = path.with_suffix(".tmp")
         text = json.dumps(asdict(progress))
+        metadata = {"progress": text, "sha256": digest(tensors, text)}
         try:
             with saving(path):
                 self.folder.mkdir(exist_ok=True)
-                save_file(
-                    tensors, temporary, metadata={"progress": text, "sha256": digest(tensors, text)}
-                )
+                save_file(tensors, temporary, metadata=metadata)
                 sync(temporary)
                 os.replace(temporary, path)
         except UserError:
@@ -116,60 +128,65 @@ class Checkpoints:
         paths = sorted(self.folder.glob("step-*.safetensors"))
         for path in (*paths[:-KEPT], *self.folder.glob("*.tmp")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        kept = [progress_in(path) for path in paths[-KEPT:]]
-        wanted = {best_folder(self.folder, progress.best_step) for progress in kept if progress}
+        wanted = {self.best(progress) for path in paths[-KEPT:] if (progress := progress_in(path))}
         for best in set(self.folder.glob("best-*")) - wanted:
             shutil.rmtree(best)
 
+    # ---- reading --------------------------------------------------------------------------------
+
     def restore(self) -> Progress | None:
-        """Load the newest checkpoint that is whole into parameters and optimisers, on all ranks;
-        None if there is none. A damaged one is named and put aside.
+        """Load the newest undamaged checkpoint into parameters and optimisers, on all ranks.
+        Returns its progress, or None if there is none.
         """
+        # 1) Rank 0 reads; the others learn the tensors' names, shapes and dtypes.
         progress, tensors = self.newest() if self.ranks.main else (None, {})
         progress = self.ranks.from_main(progress)
         if progress is None:
             return None
-        shapes = self.ranks.from_main(
-            {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-        )
+        shapes = self.ranks.from_main({key: (t.shape, t.dtype) for key, t in tensors.items()})
+
+        # 2) Tensor by tensor, so that no rank holds more than one whole tensor at a time.
         for name, (parameter, optimizer) in self.trained.items():
-            for key in [key for key in shapes if key.partition("/")[2] == name]:
-                full = (
-                    tensors[key]
-                    if self.ranks.main
-                    else torch.empty(*shapes[key][:1], dtype=shapes[key][1])
-                )
-                kind, value = key.partition("/")[0], self.spread(full, parameter)
+            for key, (shape, dtype) in shapes.items():
+                kind, _, owner = key.partition("/")
+                if owner != name:
+                    continue
+                full = tensors[key] if self.ranks.main else torch.empty(shape, dtype=dtype)
+                value = self.distribute(full, parameter)
                 if kind == "value":
                     with torch.no_grad():
                         parameter.copy_(value)
-                else:  # AdamW keeps its count of steps on the CPU
-                    optimizer.state[parameter][kind] = (
-                        value if kind == "step" else value.to(parameter.device)
-                    )
+                elif kind == "step":  # AdamW keeps its count of steps on the CPU
+                    optimizer.state[parameter][kind] = value
+                else:
+                    optimizer.state[parameter][kind] = value.to(parameter.device)
         return progress
 
-    def spread(self, full: Tensor, parameter: Tensor) -> Tensor:
-        """Rank 0's `full` tensor, sharded as `parameter` is; numbers such as AdamW's count of steps
-        stay whole.
+    def distribute(self, full: Tensor, parameter: Tensor) -> Tensor:
+        """Rank 0's `full` tensor, sharded as `parameter` is. A tensor of another shape, such as
+        AdamW's count of steps, is copied to every rank.
         """
         if isinstance(parameter, DTensor) and full.shape == parameter.shape:
-            return distribute_tensor(
-                full.to(self.ranks.device), parameter.device_mesh, parameter.placements
-            )
+            full = full.to(self.ranks.device)
+            return distribute_tensor(full, parameter.device_mesh, parameter.placements)
         return self.ranks.from_main(full)
 
     def newest(self) -> tuple[Progress | None, dict[str, Tensor]]:
+        """Progress and tensors of the newest checkpoint that can be used. A damaged one is named,
+        and set aside under another name.
+        """
         for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 return self.read(path)
             except (SafetensorError, ValueError) as error:
-                print(f"{path}: damaged ({error}); going on without it", flush=True)
+                print(f"{path}: damaged ({error}); continuing without it", flush=True)
                 path.rename(path.with_suffix(".damaged"))
         return None, {}
 
     def read(self, path: Path) -> tuple[Progress, dict[str, Tensor]]:
-        """Raises ValueError with the reason if the checkpoint cannot be used."""
+        """Raises ValueError with the reason if the checkpoint cannot be used, and UserError if
+        metrics.jsonl has lost lines that precede it.
+        """
         with safe_open(path, framework="pt") as file:
             names, metadata = file.keys(), file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in names}
@@ -180,16 +197,16 @@ class Checkpoints:
             raise ValueError("its checksum is wrong")
         if {key.partition("/")[2] for key in tensors} != self.trained.keys():
             raise ValueError("it holds other parameters")
-        best = best_folder(self.folder, progress.best_step)
-        weights = best and best / "adapter" / "adapter_model.safetensors"
-        if weights and not weights.is_file():
-            raise ValueError(f"{best.name} is missing")
-        if weights and disk.sha256_file(weights) != progress.best_sha256:
-            raise ValueError(f"the adapter in {best.name} is not what was saved there")
+        if best := self.best(progress):
+            weights = best / "adapter" / "adapter_model.safetensors"
+            if not weights.is_file():
+                raise ValueError(f"{best.name} is missing")
+            if disk.sha256_file(weights) != progress.best_sha256:
+                raise ValueError(f"the adapter in {best.name} is not the one that was saved there")
         if (self.metrics.stat().st_size if self.metrics.exists() else 0) < progress.metrics_bytes:
             raise UserError(
-                f"{self.metrics}: shorter than when {path.name} was saved; put it back, or remove {self.folder.parent} "
-                "to train the run again"
+                f"{self.metrics}: shorter than when {path.name} was saved; put it back, or remove "
+                f"{self.folder.parent} to train the run again"
             )
         return progress, tensors
 
@@ -199,7 +216,7 @@ def best_folder(checkpoints: Path, step: int | None) -> Path | None:
 
 
 def progress_in(path: Path) -> Progress | None:
-    """What a checkpoint says of itself, without its tensors; None if it cannot be read."""
+    """The progress that a checkpoint holds, read without its tensors; None if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return Progress(**json.loads((file.metadata() or {})["progress"]))
@@ -208,17 +225,22 @@ def progress_in(path: Path) -> Progress | None:
 
 
 def digest(tensors: dict[str, Tensor], text: str) -> str:
-    """sha256 of a checkpoint's content."""
-    found = hashlib.sha256(text.encode())
+    """sha256 of a checkpoint's content: its progress as text, then names and bytes of its tensors,
+    sorted by name.
+    """
+    sha256 = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        sha256.update(name.encode())
+        sha256.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+# ---- one process, one state ---------------------------------------------------------------------
 
 
 @contextmanager
 def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold `run` against a second start. Raises UserError if another process holds it."""
+    """Hold the lock of `run`. Raises UserError if another process holds it."""
     if not ranks.main:
         yield
         return
@@ -227,7 +249,7 @@ def run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def status_of(run: Path) -> tuple[bool, str]:
-    """Whether `run` has ended, and a line or two that say how, or how to go on."""
+    """Whether `run` has ended, and a line or two that say how, or how to continue it."""
     record = disk.read_json(run / "args.json")
     if (run / "summary.json").is_file():
         summary = disk.read_json(run / "summary.json")
@@ -235,20 +257,14 @@ def status_of(run: Path) -> tuple[bool, str]:
         if summary["best_step"] is not None:
             ending = f"; best acc_ref {summary['best_acc_ref']:.4f} at step {summary['best_step']}"
         return True, f"{run.name}: {summary['status']} after {summary['steps']} steps{ending}"
-    saved = [
-        progress.step
-        for path in (run / "checkpoint").glob("step-*.safetensors")
-        if (progress := progress_in(path))
-    ]
-    where = (
-        f"saved after step {max(saved)} of {record.get('planned_steps', '?')}"
-        if saved
-        else "nothing saved yet"
-    )
+
+    paths = (run / "checkpoint").glob("step-*.safetensors")
+    saved = [progress.step for path in paths if (progress := progress_in(path))]
+    state = "nothing saved yet"
+    if saved:
+        state = f"saved after step {max(saved)} of {record.get('planned_steps', '?')}"
     if process := disk.lock_holder(run):
-        return False, f"{run.name}: running ({process}), {where}"
+        return False, f"{run.name}: running ({process}), {state}"
+    verb = "continue" if saved else "start again"
     command = record.get("command", "the command that started it")
-    return (
-        False,
-        f"{run.name}: stopped, {where}; {'continue' if saved else 'start again'} with\n    {command}",
-    )
+    return False, f"{run.name}: stopped, {state}; {verb} with\n    {command}"

@@ -1,9 +1,9 @@
 """Reference log-probabilities: computed once per base model and tokenised pairs, kept beside the
-data, shared by runs.
+data, shared by all runs.
 
 `data/<name>/reference/<key>.safetensors` holds one fp32 log-prob (nats) per response token. The key
 is a hash of the base weights as loaded (so of quantisation and dtype too) and of the token ids, and
-of nothing else: every loss, beta, tau, seed and LoRA setting reads the same file.
+of nothing else: runs of every loss, beta, tau, seed and LoRA setting read the same file.
 """
 
 import hashlib
@@ -25,12 +25,14 @@ from pref.model.logps import ResponseLogps
 from pref.model.packing import Packing, make_batch, share_out
 from pref.model.ranks import Ranks
 
+# ---- what a step reads --------------------------------------------------------------------------
+
 
 class Reference:
-    """Per-token reference log-probs of a list of pairs, with their sums.
+    """Reference log-probs of a list of pairs.
 
-    tokens: (all response tokens,) fp32 CPU, pair after pair, chosen then rejected. sums: (pairs, 2)
-    chosen, rejected.
+    tokens: (all response tokens,) fp32 CPU, pair after pair, chosen before rejected.
+    sums: (pairs, 2) the same summed over each response's tokens; chosen, rejected.
     """
 
     def __init__(self, pairs: list[TokenPair], tokens: Tensor):
@@ -41,27 +43,63 @@ class Reference:
         self.sums = torch.stack([piece.double().sum() for piece in pieces]).float().reshape(-1, 2)
 
     def of(self, members: list[int]) -> Tensor:
-        """Reference log-probs in the order of a batch's response tokens: all chosen, then all
-        rejected.
-        """
+        """Log-probs of the pairs `members` (N,), in the order of a batch's response tokens."""
         return torch.cat(
             [self.tokens[self.starts[row] : self.starts[row + 1]] for row in batch_rows(members)]
         )
 
 
+class Split(NamedTuple):
+    """The pairs of train or val, in one order: rows as read, token ids, reference log-probs."""
+
+    rows: list[dict]
+    pairs: list[TokenPair]
+    reference: Reference
+
+
 def response_starts(pairs: list[TokenPair]) -> np.ndarray:
-    """(2 * pairs + 1,) where each response starts among all response tokens."""
+    """Where each response starts among all response tokens, and where the last one ends:
+    (2 * pairs + 1,).
+
+    Two pairs with responses of 3 and 2, then 4 and 1 tokens: [0, 3, 5, 9, 10].
+    """
     counts = [n for pair in pairs for n in (len(pair.chosen), len(pair.rejected))]
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def batch_rows(members: list[int]) -> list[int]:
-    """Responses of pairs `members` in a batch's order, numbered as in `response_starts`."""
+    """The responses of the pairs `members` in a batch's order (all chosen, then all rejected),
+    numbered as in `response_starts`. Pairs 4 and 7: [8, 14, 9, 15].
+    """
     return [2 * i for i in members] + [2 * i + 1 for i in members]
 
 
+def response_lengths(pairs: list[TokenPair]) -> Tensor:
+    """Response tokens of each pair: (pairs, 2); chosen, rejected."""
+    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+
+
+# ---- which file ---------------------------------------------------------------------------------
+
+
 def reference_key(weights: str, pairs: list[TokenPair]) -> str:
+    """The name of the cache's file. weights: hash of the model that is the reference."""
     return disk.sha256_json([weights, [[p.prompt, p.chosen, p.rejected] for p in pairs]])[:24]
+
+
+def identity(weights: str, adapter: str | None, pairs: dict[str, list[TokenPair]]) -> dict:
+    """What args.json records of base model and token ids, so that a run is only continued with the
+    same ones.
+
+    weights: loading.fingerprint of the base. adapter: hash of --init_adapter, which is then part of
+    the reference; or None.
+    """
+    model = weights if adapter is None else disk.sha256_json([weights, adapter])
+    keys = {split: reference_key(model, pairs[split]) for split in pairs}
+    return {"base_sha256": weights, "reference": keys}
+
+
+# ---- the cache ----------------------------------------------------------------------------------
 
 
 def sha256_tensor(tensor: Tensor) -> str:
@@ -69,18 +107,18 @@ def sha256_tensor(tensor: Tensor) -> str:
 
 
 def read_cache(path: Path, count: int) -> Tensor | None:
-    """The cached log-probs, or None if the file is missing, torn or not what its header says."""
+    """The `count` cached log-probs, or None if the file is missing, truncated or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            tokens, stated = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
+            tokens, expected = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
     except (FileNotFoundError, SafetensorError):
         return None
-    return tokens if tokens.shape == (count,) and stated == sha256_tensor(tokens) else None
+    return tokens if tokens.shape == (count,) and expected == sha256_tensor(tokens) else None
 
 
 def write_cache(path: Path, tokens: Tensor) -> None:
-    """Write beside, then rename. A data folder that cannot be written costs time, not the run: said
-    and passed over.
+    """Write beside, then rename. A data folder that cannot be written costs time, not the run: a
+    warning is printed.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +127,7 @@ def write_cache(path: Path, tokens: Tensor) -> None:
         temporary.rename(path)
     except (OSError, SafetensorError) as error:
         print(
-            f"warning: {path} not written ({error}); the next run computes the reference again",
+            f"warning: {path} not written ({error}); the next run will compute the reference again",
             flush=True,
         )
 
@@ -98,62 +136,46 @@ def write_cache(path: Path, tokens: Tensor) -> None:
 def compute(
     policy: ResponseLogps, pairs: list[TokenPair], packing: Packing, ranks: Ranks, what: str
 ) -> Tensor:
-    """Per-token log-probs (all response tokens,) of `pairs` with the adapter off, computed by all
-    ranks together.
+    """Per-token log-probs (all response tokens,) of `pairs` without the trained adapter, computed
+    by all ranks together. what: names the pairs in the progress bar.
     """
     starts = response_starts(pairs)
     tokens = torch.zeros(starts[-1])
     batches = share_out(list(range(len(pairs))), pairs, packing, ranks.rank, ranks.world)
     with lora.adapter_off(policy), lora.dropout(policy, active=False):
         for members in ranks.progress(batches, f"reference log-probs, {what}"):
+            # A rank without a share runs along: FSDP's collectives need all ranks.
             batch = make_batch([pairs[i] for i in members or [0]], packing, ranks.device)
             logps = policy(batch)[0].cpu()
             if members:
-                for row, piece in zip(batch_rows(members), logps.split(batch.lengths.tolist())):
+                pieces = logps.split(batch.lengths.tolist())
+                for row, piece in zip(batch_rows(members), pieces):
                     tokens[starts[row] : starts[row + 1]] = piece
-    return ranks.sum(tokens.to(ranks.device)).cpu()
+    return ranks.sum(tokens.to(ranks.device)).cpu()  # each rank has zeros outside its share
 
 
 def reference_logps(
     policy: ResponseLogps,
     pairs: list[TokenPair],
     packing: Packing,
-    weights: str,
-    folder: Path,
+    path: Path,
     ranks: Ranks,
     what: str,
 ) -> Reference:
-    """Reference log-probs of `pairs` from the cache in `folder`, else computed and cached.
-
-    weights: modeling.fingerprint of the base. Raises UserError if the base gives non-finite
-    log-probs.
+    """Reference log-probs of `pairs`, read from the cache at `path`, else computed and written
+    there. Raises UserError if the base model gives non-finite log-probs.
     """
-    path = folder / f"{reference_key(weights, pairs)}.safetensors"
     cached = read_cache(path, int(response_starts(pairs)[-1]))
-    if (
-        ranks.sum(torch.tensor(float(cached is not None), device=ranks.device)).item()
-        == ranks.world
-    ):
+    readers = ranks.sum(torch.tensor(float(cached is not None), device=ranks.device))
+    if readers.item() == ranks.world:  # a file that some rank does not see is no use
         ranks.print(f"reference log-probs, {what}: read from {path}")
         return Reference(pairs, cached)
     tokens = compute(policy, pairs, packing, ranks, what)
     if not tokens.isfinite().all():
         raise UserError(
-            f"the base model gives non-finite log-probabilities on the {what} pairs; check its weights and --dtype"
+            f"the base model gives non-finite log-probabilities on the {what} pairs; "
+            "check its weights and --dtype"
         )
     if ranks.main:
         write_cache(path, tokens)
     return Reference(pairs, tokens)
-
-
-class Split(NamedTuple):
-    """Pairs of train or val: rows as read, token ids, reference log-probs; all in one order."""
-
-    rows: list[dict]
-    pairs: list[TokenPair]
-    reference: Reference
-
-
-def response_lengths(pairs: list[TokenPair]) -> Tensor:
-    """(pairs, 2) response tokens, chosen and rejected."""
-    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])

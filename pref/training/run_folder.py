@@ -1,9 +1,16 @@
-"""args.json, metrics.jsonl, adapter/; is it the same run?"""
+"""The folder of one run, results/<run_id>/: what is written there, when, and whether a second start
+is the same run.
+
+    args.json         open_folder: when the run starts, with an entry in `starts` for every start
+    metrics.jsonl     Log: a line per optimiser step and per evaluation
+    val_pairs.jsonl   write_pairs at step 0; publish adds the best step's
+    adapter/          publish: the best adapter
+    summary.json      publish, last: a folder that has it is finished
+"""
 
 import argparse
 import json
 import os
-import resource
 import shlex
 import shutil
 import sys
@@ -18,36 +25,17 @@ from pref.files.console import UserError
 from pref.model import sharding
 from pref.model.logps import ResponseLogps, trainable
 from pref.model.ranks import Ranks
-from pref.training import checkpoint, loss_options, reference
+from pref.training import arguments, checkpoint, loss_options, settings
 from pref.training.checkpoint import Progress
-from pref.training.reference import Split
+from pref.training.peak_memory import peak_gib
+from pref.training.plan import Plan
+from pref.training.reference import Split, response_lengths
 
-# May differ between two starts of one run without making it another run: where things lie, how the
-# work is cut up, what is saved when. For the losses that couple a micro-batch, its cut is part of
-# the result.
-NOT_THE_RUN = {
-    "results_dir",
-    "run_id",
-    "data",
-    "loss_file",
-    "init_adapter",
-    "save_steps",
-    "versions",
-    "shard",
-    "checkpointing",
-    "compile",
-    "tokens_per_microbatch",
-    "prefix_sharing",
-    "packing",
-}
-NOT_THE_RUN_UNLESS_COUPLED = {"per_device_batch", "world_size"}
-SETTLED = (
-    "compile",
-    "checkpointing",
-    "prefix_sharing",
-    "packing",
-)  # args.json says what they came to
-# How a change that is not an argument's is named when a run is refused.
+# May differ between two starts of one run. A loss that couples the pairs of a micro-batch also
+# depends on how the work is divided.
+NOT_THE_RUN = {*arguments.names_affecting("place", "speed", "kernel"), "versions"}
+NOT_THE_RUN_UNLESS_COUPLED = {*arguments.names_affecting("coupled"), "world_size"}
+# What a refused run is told about a change that is not an argument's.
 CHANGED = {
     "data_sha256": "the pairs in --data have changed",
     "base_sha256": "the base model's weights have changed",
@@ -57,101 +45,100 @@ CHANGED = {
 }
 
 
-def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Ranks) -> None:
-    """Write `folder`: the adapter as a PEFT directory (fp32 safetensors), and validation pairs as
-    it ranks them.
+# ---- args.json ----------------------------------------------------------------------------------
+
+
+def begin_record(args: argparse.Namespace, parameters: dict, own_loss: dict, ranks: Ranks) -> dict:
+    """What args.json will hold, as far as it is known without weights and token ids. own_loss:
+    from arguments.check_own_loss.
     """
-    state = {
-        name.removeprefix("model."): sharding.whole(p.detach())
-        for name, p in trainable(policy).items()
+    given = {key: value for key, value in vars(args).items() if key not in arguments.NOT_RECORDED}
+    return {
+        **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},
+        **parameters,
+        **own_loss,
+        "data_sha256": {
+            split: disk.sha256_file(args.data / f"{split}.jsonl") for split in ("train", "val")
+        },
+        "world_size": ranks.world,
+        "couples_batch": args.loss in COUPLES_BATCH,
+        "versions": disk.versions(),
     }
-    if not ranks.main:
+
+
+def settled_record(planned: Plan, counts: dict[str, int], command: str) -> dict:
+    """What is known once token ids and the plan are. counts: of truncated pairs. command: continues
+    the run.
+    """
+    return {
+        **counts,
+        **{key: getattr(planned.args, key) for key in settings.SETTLED_LATE},
+        "planned_steps": planned.steps,
+        "planned_gib": planned.memory.total,
+        "command": command,
+    }
+
+
+def check_same_run(folder: Path, record: dict) -> None:
+    """Raise UserError, naming what differs, if `folder` holds another run than that of `record`."""
+    if not (folder / "args.json").is_file():
         return
-    state = {name: tensor.cpu() for name, tensor in state.items()}
-    temporary = folder.with_suffix(".tmp")
-    with checkpoint.saving(folder):
-        for leftover in (temporary, folder):  # of a step that is being done again
-            shutil.rmtree(leftover, ignore_errors=True)
-        policy.model.save_pretrained(
-            temporary / "adapter", state_dict=state, save_embedding_layers=False
+    old, new = disk.read_json(folder / "args.json"), json.loads(json.dumps(record))
+    free = NOT_THE_RUN
+    if old.get("loss") not in COUPLES_BATCH:
+        free = NOT_THE_RUN | NOT_THE_RUN_UNLESS_COUPLED
+    different = [key for key in new if key in old and key not in free and old[key] != new[key]]
+    if different:
+        changes = ", ".join(
+            CHANGED.get(key) or f"{key} was {old[key]}, is {new[key]}" for key in different
         )
-        checkpoint.sync(temporary / "adapter" / "adapter_model.safetensors")
-        disk.write_jsonl(temporary / "val_pairs.jsonl", rows)
-        temporary.rename(folder)
-
-
-def publish(run: Path, best: Path | None, summary: dict) -> None:
-    """Give the run its adapter, its validation pairs and, last, its summary; the checkpoints have
-    served.
-    """
-    with checkpoint.saving(run):
-        if best is not None:
-            temporary, adapter = run / "adapter.tmp", run / "adapter"
-            for leftover in (temporary, adapter):
-                shutil.rmtree(leftover, ignore_errors=True)
-            shutil.copytree(best / "adapter", temporary)
-            checkpoint.sync(temporary / "adapter_model.safetensors")
-            temporary.rename(adapter)
-            before = [
-                row for _, row in disk.read_jsonl(run / "val_pairs.jsonl") if row["step"] == 0
-            ]
-            disk.write_jsonl(
-                run / "val_pairs.jsonl",
-                before + [row for _, row in disk.read_jsonl(best / "val_pairs.jsonl")],
-            )
-        disk.write_json(run / "summary.json", summary)
-    shutil.rmtree(run / "checkpoint", ignore_errors=True)
-
-
-def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
-    """Lines of val_pairs.jsonl: log-probs summed over tokens (nats) and lengths (tokens) of each
-    validation pair.
-    """
-    columns = torch.cat(
-        [logps, split.reference.sums, reference.response_lengths(split.pairs)], 1
-    ).tolist()
-    names = (
-        "policy_chosen",
-        "policy_rejected",
-        "ref_chosen",
-        "ref_rejected",
-        "len_chosen",
-        "len_rejected",
-    )
-    rows = [
-        {"id": row["id"], "step": step, **dict(zip(names, c))}
-        for row, c in zip(split.rows, columns)
-    ]
-    return [row | {key: int(row[key]) for key in names[-2:]} for row in rows]
-
-
-def open_wandb(folder: Path):
-    """A Weights & Biases run under the run's own name, continued if it was begun. The key is
-    wandb's own affair: it is read from WANDB_API_KEY or ~/.netrc and stands in no file of ours.
-    Raises UserError if there can be none.
-    """
-    import wandb
-
-    record = disk.read_json(folder / "args.json")
-    name, project = (
-        record["run_id"],
-        os.environ.get("WANDB_PROJECT") or folder.resolve().parent.name,
-    )
-    identity = disk.sha256_json([str(folder.resolve()), record["data_sha256"]])[:16]
-    try:
-        return wandb.init(
-            project=project, name=name, id=identity, resume="allow", config=record, dir=folder
-        )
-    except wandb.Error as error:
         raise UserError(
-            f"--report_to wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to send later"
-        ) from None
+            f"{folder}: holds another run ({changes}); give --run_id or remove the folder"
+        )
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").is_file()
+
+
+def start_command(argv: list[str], ranks: Ranks) -> str:
+    """The command line that started this run, ready to be typed again."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node {local}" if local and ranks.world > 1 else "python"
+    script = sys.argv[0] if Path(sys.argv[0]).name == "train_pref.py" else "train_pref.py"
+    return f"{launcher} {shlex.join([script, *argv])}"
+
+
+def open_folder(folder: Path, record: dict, progress: Progress, args: argparse.Namespace) -> None:
+    """Write args.json, with an entry in `starts` for this start. Without a checkpoint to continue
+    from, remove what an earlier attempt left.
+    """
+    starts = []
+    if progress.step or progress.evaluated == 0:
+        starts = disk.read_json(folder / "args.json").get("starts", [])
+    else:
+        if (folder / "args.json").is_file():
+            print(f"{folder}: an earlier attempt left no checkpoint; starting over", flush=True)
+        for name in ("adapter", "checkpoint"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "val_pairs.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    this_start = {"step": progress.step}
+    this_start |= {key: record[key] for key in ("world_size", "versions")}
+    with checkpoint.saving(folder / "args.json"):
+        disk.write_json(folder / "args.json", record | {"starts": [*starts, this_start]})
+        if args.loss in loss_options.FROM_FILES:
+            shutil.copyfile(args.loss_file.rpartition(":")[0], folder / "loss.py")
+
+
+# ---- metrics.jsonl ------------------------------------------------------------------------------
 
 
 class Log:
     """metrics.jsonl, a line per optimiser step and per evaluation, written by rank 0 as it happens.
-    Lines behind the checkpoint that a run goes on from are cut off: their steps are done again.
-    wandb, if given, gets the same rows.
+
+    size: bytes at the checkpoint that the run continues from; later lines are cut off, because
+    their steps are repeated. wandb, if given, gets the same rows.
     """
 
     def __init__(self, path: Path, ranks: Ranks, size: int, wandb=None):
@@ -170,19 +157,152 @@ class Log:
         """Bytes so far, on disk when this returns."""
         if not self.ranks.main or not self.path.exists():
             return 0
-        with checkpoint.saving(self.path), open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        with checkpoint.saving(self.path):
+            checkpoint.sync(self.path)
         return self.path.stat().st_size
 
 
-def peak_gib(device: torch.device) -> float:
-    """Peak memory of this rank: allocated on the GPU, or resident in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def open_wandb(folder: Path):
+    """A Weights & Biases run with the run's own name, continued if it exists. wandb finds its key
+    itself (WANDB_API_KEY or ~/.netrc); no file of this toolkit holds it. Raises UserError if wandb
+    refuses.
+    """
+    import wandb
+
+    record = disk.read_json(folder / "args.json")
+    project = os.environ.get("WANDB_PROJECT") or folder.resolve().parent.name
+    identity = disk.sha256_json([str(folder.resolve()), record["data_sha256"]])[:16]
+    try:
+        return wandb.init(
+            project=project,
+            name=record["run_id"],
+            id=identity,
+            resume="allow",
+            config=record,
+            dir=folder,
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"--report_to wandb: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to send later"
+        ) from None
 
 
-def step_text(step: int, line: dict, steps: int, seconds_left: float, finite: bool) -> str:
+# ---- adapter and validation pairs ---------------------------------------------------------------
+
+
+def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
+    """Lines of val_pairs.jsonl: log-probs of each pair, summed over tokens (nats), and lengths in
+    tokens. logps: (pairs, 2) the policy's; chosen, rejected.
+    """
+    columns = zip(
+        split.rows,
+        logps.tolist(),
+        split.reference.sums.tolist(),
+        response_lengths(split.pairs).tolist(),
+    )
+    return [
+        {
+            "id": row["id"],
+            "step": step,
+            "policy_chosen": policy_chosen,
+            "policy_rejected": policy_rejected,
+            "ref_chosen": ref_chosen,
+            "ref_rejected": ref_rejected,
+            "len_chosen": len_chosen,
+            "len_rejected": len_rejected,
+        }
+        for (
+            row,
+            (policy_chosen, policy_rejected),
+            (ref_chosen, ref_rejected),
+            (len_chosen, len_rejected),
+        ) in columns
+    ]
+
+
+def write_pairs(run: Path, rows: list[dict]) -> None:
+    with checkpoint.saving(run):
+        disk.write_jsonl(run / "val_pairs.jsonl", rows)
+
+
+def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Ranks) -> str | None:
+    """Write `folder`: the adapter as a PEFT directory (fp32 safetensors), and the validation pairs
+    as it ranks them. To be called on all ranks. Returns the sha256 of the weights on rank 0, else
+    None.
+    """
+    state = {}
+    for name, parameter in trainable(policy).items():
+        full = sharding.whole(parameter.detach())
+        if ranks.main:
+            state[name.removeprefix("model.")] = full.cpu()
+    if not ranks.main:
+        return None
+    temporary = folder.with_suffix(".tmp")
+    with checkpoint.saving(folder):
+        for leftover in (temporary, folder):  # of an evaluation that is now repeated
+            shutil.rmtree(leftover, ignore_errors=True)
+        policy.model.save_pretrained(
+            temporary / "adapter", state_dict=state, save_embedding_layers=False
+        )
+        checkpoint.sync(temporary / "adapter" / "adapter_model.safetensors")
+        disk.write_jsonl(temporary / "val_pairs.jsonl", rows)
+        temporary.rename(folder)
+    return disk.sha256_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def publish(run: Path, best: Path | None, summary: dict) -> None:
+    """Write the run's adapter and validation pairs from `best` and then, last, its summary; remove
+    the checkpoints. best: None if no step was evaluated.
+    """
+    with checkpoint.saving(run):
+        if best is not None:
+            temporary, adapter = run / "adapter.tmp", run / "adapter"
+            for leftover in (temporary, adapter):
+                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.copytree(best / "adapter", temporary)
+            checkpoint.sync(temporary / "adapter_model.safetensors")
+            temporary.rename(adapter)
+            rows = [row for _, row in disk.read_jsonl(run / "val_pairs.jsonl") if row["step"] == 0]
+            rows += [row for _, row in disk.read_jsonl(best / "val_pairs.jsonl")]
+            write_pairs(run, rows)
+        disk.write_json(run / "summary.json", summary)
+    shutil.rmtree(run / "checkpoint", ignore_errors=True)
+
+
+def summary_of(
+    args: argparse.Namespace, progress: Progress, device: torch.device, beta_mix: float | None
+) -> dict:
+    """The content of summary.json. beta_mix: the learned one, if it was learned."""
+    return {
+        "status": "diverged" if progress.in_a_row >= args.max_nonfinite else "finished",
+        "steps": progress.step,
+        "best_acc_ref": progress.best_acc_ref,
+        "best_step": progress.best_step,
+        "final_acc_ref": progress.final["eval/acc_ref"],
+        "final_acc_sum": progress.final["eval/acc_sum"],
+        "final_acc_mean": progress.final["eval/acc_mean"],
+        "nonfinite_steps": progress.nonfinite,
+        "step0_difference": progress.step0_difference,
+        "wall_s": progress.wall_s,
+        "save_s": progress.save_s,
+        "tokens": progress.tokens,
+        "peak_gib": peak_gib(device),
+        "beta_mix": beta_mix,
+    }
+
+
+# ---- on the terminal ----------------------------------------------------------------------------
+
+
+def start_text(args: argparse.Namespace, parameters: dict, ranks: Ranks, progress: Progress) -> str:
+    return (
+        f"run {args.run_id}: {args.loss} {parameters}, {ranks.world} rank(s) on "
+        f"{ranks.device.type}, {args.dtype}, quant {args.quant}"
+        + (f"; continued after step {progress.step}" if progress.step else "")
+    )
+
+
+def step_text(step: int, steps: int, line: dict, seconds_left: float, finite: bool) -> str:
     hours, rest = divmod(int(seconds_left), 3600)
     return (
         f"step {step}/{steps}  loss {line['loss']:.4f}  acc {line['rewards/accuracies']:.3f}  "
@@ -192,75 +312,23 @@ def step_text(step: int, line: dict, steps: int, seconds_left: float, finite: bo
     )
 
 
-def check_same_run(folder: Path, record: dict) -> None:
-    """Raise UserError, naming what differs, if `folder` holds a run that `record` is no second
-    start of.
-    """
-    if not (folder / "args.json").is_file():
-        return
-    old, new = disk.read_json(folder / "args.json"), json.loads(json.dumps(record))
-    ignored = NOT_THE_RUN | (
-        set() if old.get("loss") in COUPLES_BATCH else NOT_THE_RUN_UNLESS_COUPLED
+def summary_text(summary: dict, folder: Path) -> str:
+    return (
+        f"{summary['status']} after {summary['steps']} steps and {summary['wall_s']:.0f} s: "
+        f"acc_ref {summary['best_acc_ref']} at step {summary['best_step']} (best), "
+        f"{summary['final_acc_ref']} (final)\n"
+        f"results: {folder}\n"
+        f"next: python gen_mtbench.py {folder.parent}"
     )
-    different = [key for key in new if key in old and key not in ignored and old[key] != new[key]]
-    if different:
-        what = ", ".join(
-            CHANGED.get(key) or f"{key} was {old[key]}, is {new[key]}" for key in different
-        )
-        raise UserError(f"{folder}: holds another run ({what}); give --run_id or remove the folder")
-
-
-def is_finished(folder: Path) -> bool:
-    return (folder / "summary.json").is_file()
-
-
-def start_command(argv: list[str], ranks: Ranks) -> str:
-    """The command line that started this run, to be typed again."""
-    local = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --nproc_per_node {local}" if local and ranks.world > 1 else "python"
-    script = sys.argv[0] if Path(sys.argv[0]).name == "train_pref.py" else "train_pref.py"
-    return f"{launcher} {shlex.join([script, *argv])}"
-
-
-def keep_settled(args: argparse.Namespace, folder: Path) -> None:
-    """What `auto` came to when the run began, it stays: another kernel rounds otherwise."""
-    if (folder / "checkpoint").is_dir():
-        record = disk.read_json(folder / "args.json")
-        for key in SETTLED:
-            if getattr(args, key) == "auto":
-                setattr(args, key, record.get(key, "auto"))
-
-
-def open_folder(folder: Path, record: dict, progress: Progress, args: argparse.Namespace) -> None:
-    """Write args.json, with a line in `starts` for each time the run was started; without a
-    checkpoint to go on from, clear what an attempt left.
-    """
-    starts = []
-    if progress.step or progress.evaluated == 0:
-        starts = disk.read_json(folder / "args.json").get("starts", [])
-    else:
-        if (folder / "args.json").is_file():
-            print(f"{folder}: an earlier attempt left no checkpoint; starting over", flush=True)
-        for name in ("adapter", "checkpoint"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "val_pairs.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-    starts.append(
-        {"step": progress.step, "world_size": record["world_size"], "versions": record["versions"]}
-    )
-    with checkpoint.saving(folder / "args.json"):
-        disk.write_json(folder / "args.json", record | {"starts": starts})
-        if args.loss in loss_options.FROM_FILES:
-            shutil.copyfile(args.loss_file.rpartition(":")[0], folder / "loss.py")
 
 
 def print_status(folder: Path) -> int:
-    """A line for every run in `folder`. Returns 1 if one has not ended, else 0."""
+    """Print the state of every run in `folder`. Returns 1 if one has not ended, else 0."""
     ended = []
-    for path in run_folders.find_runs([folder]):
-        if path.resolve().name != run_folders.BASE_RUN:
-            done, words = checkpoint.status_of(path)
-            ended.append(done)
-            print(words)
+    for run in run_folders.find_runs([folder]):
+        if run.resolve().name != run_folders.BASE_RUN:
+            has_ended, text = checkpoint.status_of(run)
+            ended.append(has_ended)
+            print(text)
     print(f"{sum(ended)} of {len(ended)} runs have ended")
     return 0 if all(ended) else 1

@@ -1,90 +1,74 @@
-"""what was varied, as a name"""
+"""The name of a run: what was varied."""
 
 import argparse
 
 from pref.files import run_folders
-from pref.training import arguments, loss_options
+from pref.training import arguments, loss_options, settings
 
-# How a parameter is named in the run id when it differs from its default; beta, tau and seed always
-# stand there.
-RUN_ID_TAGS = {
-    "beta_mix": "mix",
-    "learn_beta_mix": "learn",
-    "discopop_tau": "t",
-    "discopop_form": "",
-    "label_smoothing": "ls",
-    "margin": "m",
-    "kl": "",
-    "gamma": "g",
-    "slic_delta": "d",
-    "orpo_lambda": "l",
-    "dpop_lambda": "l",
-    "beta_dpo_alpha": "al",
-    "logp": "",
-    "sft_coef": "sft",
-    "score": "",
-    "score_alpha": "sa",
-    "score_smoothing": "ss",
-    "score_masked_log": "sm",
-    "learning_rate": "lr",
-    "beta_mix_lr": "mlr",
-    "epochs": "ep",
-    "max_steps": "steps",
-    "global_batch": "gb",
-    "max_length": "len",
-    "truncation": "",
-    "weight_decay": "wd",
-    "warmup_ratio": "wu",
-    "max_grad_norm": "clip",
-    "lora_r": "r",
-    "lora_alpha": "a",
-    "lora_dropout": "do",
-    "lora_targets": "",
-    "quant": "",
-    "dtype": "",
-    "init_adapter_sha256": "init",
-}
+# What precedes a value in the run id, in this order.
+RUN_ID_TAGS = arguments.RUN_ID_TAGS | {"init_adapter_sha256": "init"}
 
 
 def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Namespace) -> str:
-    """td_dpo_b2.5_t2_s42, then every other parameter that differs from its default (_mean,
-    _lr2e-05).
+    """Loss, beta, tau and seed, then every other setting that differs from its default:
+    td_dpo_b2.5_t2_s42, dpo_b0.1_s42_mean_lr2e-05.
+
+    args: from settings.with_init_adapter. parameters: the loss's own, complete.
     """
+    # 1) What is always part of it.
     parts = [args.loss]
-    parts += [
-        f"{tag}{parameters[key]:g}"
-        for key, tag in (("beta", "b"), ("tau", "t"))
-        if key in parameters
-    ]
+    for key in ("beta", "tau"):
+        if key in parameters:
+            parts.append(f"{RUN_ID_TAGS[key]}{parameters[key]:g}")
     parts.append(f"s{args.seed}")
-    values = {
-        key: (value, loss_options.loss_defaults(args.loss)[key])
-        for key, value in parameters.items()
-    }
-    other = [
-        key
-        for key in RUN_ID_TAGS
-        if key not in arguments.loss_arguments() and hasattr(defaults, key)
-    ]
-    values |= {key: (getattr(args, key), getattr(defaults, key)) for key in other}
-    if args.init_adapter:  # its hash says what its r, alpha and targets are
-        values |= dict.fromkeys(("lora_r", "lora_alpha", "lora_targets"), (None, None))
-        values["init_adapter_sha256"] = (args.init_adapter_sha256[:8], None)
+
+    # 2) Everything else that differs from its default, where the loss's own parameters have the
+    #    loss's own defaults.
+    changed = {}
+    loss_defaults = loss_options.loss_defaults(args.loss)
+    for key, value in parameters.items():
+        if key not in ("beta", "tau") and value != loss_defaults[key]:
+            changed[key] = value
+    of_losses = arguments.loss_arguments()
+    for key in RUN_ID_TAGS:
+        if key not in of_losses and hasattr(defaults, key):
+            if getattr(args, key) != getattr(defaults, key):
+                changed[key] = getattr(args, key)
+
+    # 3) A start adapter's hash says what its r, alpha and targets are.
+    if args.init_adapter:
+        for key in ("lora_r", "lora_alpha", "lora_targets"):
+            changed.pop(key, None)
+        changed["init_adapter_sha256"] = args.init_adapter_sha256[:8]
+
+    # 4) In the order of the table; parameters of a loss of the user's own come after it.
     for key in [*RUN_ID_TAGS, *(key for key in parameters if key not in RUN_ID_TAGS)]:
-        value, default = values.get(key, (None, None))
-        if value != default and key not in ("beta", "tau"):
-            text = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(f"{RUN_ID_TAGS.get(key, key)}{text}".replace(",", "+").replace("_", "-"))
-    return "_".join([*parts, *(["trial"] if args.mode == "trial" else [])])
+        if key in changed:
+            text = f"{RUN_ID_TAGS.get(key, key)}{value_text(changed[key])}"
+            parts.append(text.replace(",", "+").replace("_", "-"))
+    if args.mode == "trial":
+        parts.append("trial")
+    return "_".join(parts)
+
+
+def value_text(value: object) -> str:
+    """A value as it stands behind its tag: nothing for a switch that is on."""
+    if value is True:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def choose(args: argparse.Namespace, parameters: dict) -> str:
+    """--run_id, or what was varied. Raises UserError if it cannot be the name of a folder."""
+    made = args.run_id or run_id_of(args, parameters, arguments.parse_args([]))
+    return run_folders.check_run_id(made)
 
 
 def run_id_from(argv: list[str]) -> str:
-    """The run id that a start with these arguments would have. Raises UserError for arguments of no
-    run.
+    """The run id that train_pref.py would choose for these arguments. Raises UserError for
+    arguments that it would refuse.
     """
     args = arguments.parse_args(argv)
     arguments.check_args(args, world=1)
-    arguments.take_init_adapter(args)
-    return run_folders.check_run_id(
-        args.run_id or run_id_of(args, arguments.loss_parameters(args), arguments.parse_args([]))
-    )
+    args = settings.with_init_adapter(args)
+    return choose(args, arguments.loss_parameters(args))

@@ -1,4 +1,7 @@
-"""steps, batches, learning rate"""
+"""What each optimiser step does: which pairs, which learning rate, which dropout, whether an
+evaluation follows. All of it is a function of the arguments, the seed and the step alone, so that
+losses share their batches and a run can be continued anywhere.
+"""
 
 import argparse
 import math
@@ -7,6 +10,13 @@ import numpy as np
 import torch
 
 TRIAL_STEPS, TRIAL_VAL_PAIRS = 2, 8
+
+
+def pair_limits(args: argparse.Namespace) -> dict[str, int | None]:
+    """How many pairs of each split are read; None: all of them."""
+    if args.mode == "trial":
+        return {"train": TRIAL_STEPS * args.global_batch, "val": TRIAL_VAL_PAIRS}
+    return {"train": None, "val": None}
 
 
 def steps_per_epoch(pairs: int, global_batch: int) -> int:
@@ -19,9 +29,11 @@ def number_of_steps(args: argparse.Namespace, pairs: int) -> int:
 
 
 def pairs_of_step(step: int, pairs: int, global_batch: int, seed: int) -> list[int]:
-    """Indices of the pairs of optimiser step `step` (from 0): a function of the seed and the step
-    alone, so that all losses, rank counts and resumed runs see the same batches. The last step of
-    an epoch takes what is left.
+    """Indices of the pairs of optimiser step `step` (from 0). Each epoch has its own order; its
+    last step takes what is left.
+
+    10 pairs in batches of 4: steps 0, 1, 2 take 4, 4 and 2 pairs of the first epoch's order, steps
+    3, 4, 5 the same of the second's.
     """
     epoch, within = divmod(step, steps_per_epoch(pairs, global_batch))
     order = np.random.default_rng([seed, epoch]).permutation(pairs)
@@ -29,8 +41,8 @@ def pairs_of_step(step: int, pairs: int, global_batch: int, seed: int) -> list[i
 
 
 def is_evaluated(step: int, steps: int, pairs: int, args: argparse.Namespace) -> bool:
-    """Whether an evaluation follows optimiser step `step` (from 1): every eval_steps, at epoch
-    ends, and at the end.
+    """Whether an evaluation follows optimiser step `step` (from 1): every eval_steps, at the end of
+    each epoch, and after the last step.
     """
     return (
         step == steps
@@ -44,17 +56,14 @@ def warmup_steps(steps: int, args: argparse.Namespace) -> int:
 
 
 def learning_rate_at(step: int, steps: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then cosine to 0; `step` counts from 0 and the first step already moves."""
+    """Linear warm-up, then cosine to 0. `step` counts from 0; its learning rate is never 0."""
     warmup = warmup_steps(steps, args)
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
-    return (
-        args.learning_rate
-        * 0.5
-        * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    )
+    angle = math.pi * (step - warmup) / max(1, steps - warmup)  # 0 to pi
+    return args.learning_rate * 0.5 * (1 + math.cos(angle))
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Dropout is a function of seed, step and rank alone, so that any step can be repeated."""
+    """Make dropout a function of seed, step and rank, so that any step can be repeated."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))

@@ -1,26 +1,29 @@
-"""SIGTERM, SIGUSR1, Ctrl-C"""
+"""SIGTERM, SIGUSR1 and Ctrl-C: a run stops at the same place on all ranks, and is saved."""
 
 import os
 import signal
 
 from pref.model.ranks import Ranks
 
-EXIT_STOPPED = 75  # saved and left after SIGTERM or SIGUSR1; sysexits.h calls it "try again later"
+EXIT_STOPPED = 75  # saved and stopped by SIGTERM or SIGUSR1; EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells report it
 
 
 class Stopped(Exception):
     """A signal asked the run to stop."""
 
 
-class Heard:
-    """Within it, `note` hears SIGNALS; what the process ignores it goes on ignoring."""
+class SignalHandler:
+    """A context manager in which `note` handles SIGNALS. Signals the process already ignores stay
+    ignored; the handlers before it are put back at the end.
+    """
 
     SIGNALS: tuple[signal.Signals, ...]
 
     def __enter__(self):
-        # A job in the background of a script ignores Ctrl-C, which is meant for others there.
-        heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.note) for number in heard}
+        # A shell script's background job ignores Ctrl-C, which is meant for the foreground.
+        handled = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in handled}
         return self
 
     def __exit__(self, *_):
@@ -31,10 +34,11 @@ class Heard:
         raise NotImplementedError
 
 
-class Stop(Heard):
-    """SIGTERM, SIGUSR1 (what schedulers send before they preempt) and Ctrl-C: while steps are made,
-    all ranks leave at the same micro-batch and the run is saved; before that there is nothing to
-    save and the process ends at once.
+class Stop(SignalHandler):
+    """Answers SIGTERM, SIGUSR1 (sent by schedulers before they preempt a job) and Ctrl-C.
+
+    Until `deferred` is set there is nothing to save, and the process exits at once. After that the
+    signal is only noted, and `check`, called before every micro-batch, raises Stopped on all ranks.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -43,29 +47,29 @@ class Stop(Heard):
         self.ranks, self.signal, self.deferred = ranks, 0, False
 
     def note(self, number: int, _frame) -> None:
+        name = signal.Signals(number).name
         if not self.deferred:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.say(
-                f"stopped by {signal.Signals(number).name} before the first step; nothing to save"
-            )
+            self.report(f"stopped by {name} before the first step; nothing to save")
             raise SystemExit(EXIT_STOPPED)
         if not self.signal:
-            self.say(f"{signal.Signals(number).name}: stopping after this micro-batch")
+            self.report(f"{name}: stopping after this micro-batch")
         self.signal = number
 
-    def say(self, words: str) -> None:
+    def report(self, message: str) -> None:
         if self.ranks.main:
-            os.write(2, f"{words}\n".encode())  # print may be interrupted in the middle of printing
+            # Not print: the signal may have interrupted a print, which must not be entered again.
+            os.write(2, f"{message}\n".encode())
 
     def check(self) -> None:
-        """Raise Stopped on every rank if any rank was signalled (a collective between hosts, none
-        of the devices).
+        """Raise Stopped on every rank if any rank got a signal. A collective of the hosts: the
+        devices do not wait. A signal that arrives meanwhile is answered by the next call.
         """
-        if found := self.ranks.largest(self.signal):  # one that comes meanwhile is found next time
-            self.signal = found
-            raise Stopped(signal.Signals(found).name)
+        if received := self.ranks.largest(self.signal):
+            self.signal = received
+            raise Stopped(signal.Signals(received).name)
 
     @property
     def exit_code(self) -> int:
-        return 130 if self.signal == signal.SIGINT else EXIT_STOPPED
+        return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_STOPPED

@@ -1,0 +1,139 @@
+"""The parts of a run, in the order in which train_pref.py puts them together: checked arguments and
+pairs, token ids, the policy, and the pairs with their reference log-probs.
+"""
+
+import argparse
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from pref.files.console import UserError
+from pref.files.pairs import read_pairs
+from pref.model import chat, loading, sharding
+from pref.model.chat import TokenPair
+from pref.model.logps import ResponseLogps, check_logps
+from pref.model.lora import add_lora
+from pref.model.packing import Packing, make_batch
+from pref.model.ranks import Ranks
+from pref.training import arguments, gates, run_folder, run_id, schedule, settings
+from pref.training.reference import Split, reference_logps
+
+
+class Prepared(NamedTuple):
+    """A run before any weight is loaded."""
+
+    args: argparse.Namespace
+    parameters: dict  # of the loss
+    rows: dict[str, list[dict]]  # pairs as read, by split
+    record: dict  # what args.json will hold, as far as it is known
+
+
+def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
+    """Check everything that can be checked without weights. Raises UserError."""
+    # 1) The arguments, alone and together, and a loss from --loss_file.
+    arguments.check_args(args, ranks.world)
+    args = settings.with_init_adapter(args)
+    parameters = arguments.loss_parameters(args)
+    own_loss = arguments.check_own_loss(args, parameters)
+
+    # 2) The pairs.
+    if not args.data.is_dir():
+        raise UserError(
+            f"--data {args.data}: no such folder; make it with prep_data.py --dataset ..."
+        )
+    rows = {
+        split: read_pairs(args.data / f"{split}.jsonl", limit)
+        for split, limit in schedule.pair_limits(args).items()
+    }
+    counts = {split: len(pairs) for split, pairs in rows.items()}
+    arguments.check_micro_batches(args, counts, ranks.world, ranks.main)
+
+    # 3) The run's name, made of what the user gave; then what `auto` comes to on this device.
+    args = settings.replaced(args, run_id=run_id.choose(args, parameters))
+    args = settings.for_device(args, ranks)
+    return Prepared(
+        args, parameters, rows, run_folder.begin_record(args, parameters, own_loss, ranks)
+    )
+
+
+def tokenise(
+    args: argparse.Namespace, tokenizer, rows: dict[str, list[dict]], ranks: Ranks
+) -> tuple[dict[str, list[TokenPair]], dict[str, int]]:
+    """Token ids by split, and how many pairs were cut. The counts are printed and go into
+    args.json: truncation is never silent.
+    """
+    bar = partial(ranks.progress, what="tokenising", unit="pairs")
+    pairs = {
+        split: chat.tokenize_pairs(tokenizer, r, args.max_length, args.truncation, bar)
+        for split, r in rows.items()
+    }
+    both = [pair for split in pairs.values() for pair in split]
+    counts = {
+        "truncated_prompts": sum(p.cut_prompt > 0 for p in both),
+        "truncated_responses": sum(p.cut_response > 0 for p in both),
+        "merged_boundaries": sum(p.merged > 0 for p in both),
+    }
+    ranks.print(
+        f"{len(pairs['train'])} train and {len(pairs['val'])} val pairs, "
+        f"{sum(p.tokens for p in both) / len(both):.0f} tokens each; "
+        + ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in counts.items())
+    )
+    return pairs, counts
+
+
+def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, str]:
+    """The base model with its adapter, sharded over ranks, and the fingerprint of the base's
+    weights.
+    """
+    dtype, device = getattr(torch, args.dtype), ranks.device
+    if args.shard == "full" and ranks.world > 1:
+        # Rank 0 loads the weights into RAM; the others get their shards from it.
+        device = torch.device("cpu" if ranks.main else "meta")
+    base = loading.load_base(args.model, dtype, args.quant, device)
+    weights = ranks.from_main(loading.fingerprint(base) if ranks.main else None)
+    adapted = add_lora(
+        base,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        targets=args.lora_targets,
+        seed=args.seed,
+        init=args.init_adapter,
+    )
+    policy = ResponseLogps(adapted.train())
+    policy.prepare_layers(args.compile == "on", args.checkpointing == "on")
+    sharding.shard(policy, args.shard, dtype, ranks)
+    return policy, weights
+
+
+def load_splits(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    policy: ResponseLogps,
+    packing: Packing,
+    keys: dict[str, str],
+    rows: dict[str, list[dict]],
+    pairs: dict[str, list[TokenPair]],
+) -> dict[str, Split]:
+    """Pairs with their reference log-probs, by split; from the cache, or computed. keys: the names
+    of the cache's files.
+
+    Raises UserError if our log-probs differ from the architecture's own.
+    """
+    # The shortest validation pair through our layout and through the model's own forward pass.
+    probe = min(pairs["val"], key=lambda pair: pair.tokens)
+    ours = make_batch([probe], packing, ranks.device)
+    plain = make_batch([probe], packing._replace(padded=True, shared=False), ranks.device)
+    check_logps(policy, ours, plain, gates.STEP0_TOLERANCE[getattr(torch, args.dtype)])
+    cache = args.data / "reference"
+    references = {
+        split: reference_logps(
+            policy, pairs[split], packing, cache / f"{keys[split]}.safetensors", ranks, split
+        )
+        for split in pairs
+    }
+    # A forward pass without a backward pass leaves the root's parameters gathered, and the
+    # optimiser must get the sharded ones.
+    policy.reshard()
+    return {split: Split(rows[split], pairs[split], references[split]) for split in pairs}

@@ -1,0 +1,51 @@
+"""Checks of the first evaluation and the first step. A run that fails one would spend its hours on
+a wrong number, so it ends at once.
+"""
+
+import torch
+from torch import Tensor
+
+from pref.files.console import UserError
+from pref.model import sharding
+from pref.model.logps import ResponseLogps, trainable
+from pref.model.ranks import Ranks
+from pref.training.reference import Split, response_lengths
+
+# Mean |policy - reference| per response token (nats) at step 0, where the adapter is the identity.
+# It is not zero: a pair meets other padding in the two passes, and matrix products then round
+# differently. The mean is taken because in bf16 a single short response can be off by 0.1, while a
+# stale reference or other weights move all responses.
+STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def check_step0(logps: Tensor, split: Split, dtype: torch.dtype) -> float:
+    """Mean |policy - reference| per response token before training (nats). Raises UserError if it
+    is above STEP0_TOLERANCE.
+
+    logps: (pairs, 2) the policy's log-probs, summed over tokens; chosen, rejected.
+    """
+    per_token = (logps - split.reference.sums).abs() / response_lengths(split.pairs)  # (pairs, 2)
+    difference = per_token.mean().item()
+    if not difference <= STEP0_TOLERANCE[dtype]:  # NaN fails too
+        raise UserError(
+            f"before training, the policy differs from its reference by {difference:.3g} nats per "
+            f"token (tolerance {STEP0_TOLERANCE[dtype]} in {dtype}): either a file in the data "
+            "folder's reference/ is stale (delete it), or the weights change between two forward "
+            "passes"
+        )
+    return difference
+
+
+def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:
+    """Raise UserError if a LoRA matrix B got no gradient in the first step: it would never be
+    trained. (A gets none yet, because B is zero.)
+    """
+    grads = {name: p.grad for name, p in trainable(policy).items() if "lora_B" in name}
+    sums = [0.0 if g is None else sharding.local(g).abs().sum().item() for g in grads.values()]
+    totals = ranks.sum(torch.tensor(sums, device=ranks.device)).tolist()
+    if dead := [name for name, total in zip(grads, totals) if total == 0]:
+        raise UserError(
+            f"{len(dead)} of {len(grads)} LoRA matrices B got a zero gradient in the first step "
+            f"(the first is {dead[0]}): either the loss is saturated on every pair (try a smaller "
+            "beta or a larger tau), or 4-bit weights were repacked"
+        )

@@ -1,0 +1,115 @@
+"""From the arguments as typed to the arguments as run: what each `auto` comes to.
+
+    arguments.parse_args
+      -> with_init_adapter   lora_r, lora_alpha, lora_targets, init_adapter_sha256
+      -> for_device          quant, dtype
+      -> for_attention       packing, prefix_sharing
+      -> as_begun            compile, checkpointing of a run that is continued
+      -> plan.decide         compile, checkpointing of a new run
+
+Every function returns a changed copy; none writes into the Namespace that it is given.
+"""
+
+import argparse
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from losses import COUPLES_BATCH
+from pref.files import disk
+from pref.files.console import UserError
+from pref.model import attention, loading, lora
+from pref.model.packing import Packing
+from pref.model.ranks import Ranks
+from pref.training import arguments
+
+# Settled only once the token ids are known. They change how the work is done, not its result, so
+# args.json is first compared without them and completed later.
+SETTLED_LATE = arguments.names_affecting("kernel")
+
+
+def replaced(args: argparse.Namespace, **values) -> argparse.Namespace:
+    """A copy of `args` with these values."""
+    return argparse.Namespace(**(vars(args) | values))
+
+
+def with_init_adapter(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with r, alpha and targets of --init_adapter, and the hash of its weights. Raises
+    UserError if other values were given beside it.
+    """
+    if args.init_adapter is None:
+        return replaced(args, init_adapter_sha256=None)
+    config = lora.lora_config(args.init_adapter)
+    of_adapter = {
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_targets": target_names(args.init_adapter),
+    }
+    for key, value in of_adapter.items():
+        if getattr(args, key) not in (value, arguments.DEFAULTS[key]):
+            raise UserError(
+                f"--{key} {getattr(args, key)}: the adapter in --init_adapter has {value}; "
+                "leave it out"
+            )
+    sha256 = disk.sha256_file(args.init_adapter / "adapter_model.safetensors")
+    return replaced(args, **of_adapter, init_adapter_sha256=sha256)
+
+
+def target_names(adapter: Path) -> str:
+    """The modules that the weights in `adapter` belong to, in the form of --lora_targets: last
+    names, sorted, joined by commas ("k_proj,q_proj").
+    """
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            layers = lora.lora_layers(file)
+    except SafetensorError as error:
+        raise UserError(f"{adapter}: adapter_model.safetensors cannot be read ({error})") from None
+    return ",".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+
+
+def for_device(args: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
+    """`args` with --quant and --dtype as this device has them."""
+    quant = args.quant
+    if quant == "auto":
+        quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
+    dtype = loading.pick_dtype(args.dtype, ranks.device)
+    return replaced(args, quant=quant, dtype=str(dtype).removeprefix("torch."))
+
+
+def for_attention(args: argparse.Namespace, longest: int, ranks: Ranks) -> argparse.Namespace:
+    """`args` with packing and prefix sharing off if the model's attention cannot run on packed
+    rows. longest: tokens of the longest sequence.
+    """
+    if "on" not in (args.packing, args.prefix_sharing):
+        return args
+    reason = attention.needs_own_attention(args.model, longest)
+    if reason is None:
+        return args
+    ranks.print(f"--packing off --prefix_sharing off: {reason}")
+    return replaced(args, packing="off", prefix_sharing="off")
+
+
+def packing_of(args: argparse.Namespace, pad_id: int) -> Packing:
+    """How pairs become micro-batches: up to a budget of tokens; or, without packing and for losses
+    that couple the pairs of a micro-batch, a fixed number of pairs.
+    """
+    by_number = args.packing == "off" or args.loss in COUPLES_BATCH
+    budget = args.tokens_per_microbatch or args.per_device_batch * args.max_length
+    return Packing(
+        pad_id,
+        pairs=args.per_device_batch,
+        tokens=0 if by_number else budget,
+        padded=args.packing == "off",
+        shared=args.prefix_sharing == "on",
+    )
+
+
+def as_begun(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
+    """`args` with what `auto` came to when the run in `folder` began, if it has a checkpoint:
+    another kernel would round differently.
+    """
+    if not (folder / "checkpoint").is_dir():
+        return args
+    record = disk.read_json(folder / "args.json")
+    begun = {key: record.get(key, "auto") for key in SETTLED_LATE if getattr(args, key) == "auto"}
+    return replaced(args, **begun)
