@@ -1053,8 +1053,8 @@ def test_tables_of_judges_that_are_gone_do_not_stay(tmp_path):
 
 
 def draw_comparison(folder, comparison):
-    for function, *arguments in figures.comparison_jobs(folder, comparison, []):
-        function(*arguments)
+    for draw in figures.comparison_jobs(folder, comparison, []):
+        draw()
 
 
 @pytest.fixture
