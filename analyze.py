@@ -35,7 +35,9 @@ from pref.analysis import (
     results_folder,
     run_metrics,
     stats,
+    table_files,
     terminal,
+    texts,
 )
 from pref.analysis.claims import OWN_CLAIMS, judge_claims, read_claims
 from pref.analysis.figures import draw_all, figure_order, figure_title
@@ -161,9 +163,7 @@ def cell_order(cell: dict) -> tuple:
 
 
 def cell_columns(cell: dict) -> dict:
-    settings = " ".join(
-        f"{key}={paper_tables.show(value)}" for key, value in cell["settings"].items()
-    )
+    settings = " ".join(f"{key}={texts.show(value)}" for key, value in cell["settings"].items())
     values = [
         f"{letter}={cell[key]:g}"
         for key, letter in (("beta", "β"), ("tau", "τ"))
@@ -596,7 +596,7 @@ def report_page(
                 f"95 %, {comparison['draws']:,} bootstrap draws over questions and seeds",
             ],
         ],
-        "verdicts": [paper_tables.verdict_texts(row) for row in comparison["claims"]],
+        "verdicts": [texts.verdict_texts(row) for row in comparison["claims"]],
         "notes": comparison["notes"],
         "missing": [missing_text(gap) for gap in comparison["missing"]],
         "tables": [table.page() for table in tables if table.id != "verdicts"],
@@ -711,7 +711,7 @@ def main(argv: list[str] | None = None) -> None:
         disk.write_json(run["path"] / "metrics.json", run_metrics.run_metrics(run))
     draw_all(runs, comparison, folder / "figures")
     tables = paper_tables.list_tables(comparison)
-    paper_tables.write_tables(folder / "tables", tables)
+    table_files.write_tables(folder / "tables", tables)
     disk.write_json(folder / "aggregated_metrics.json", comparison)
     report.write_report(
         folder / "report.html", report_page(runs, comparison, tables, folder, args.mt_bench)

@@ -10,7 +10,15 @@ import random
 import pytest
 
 import analyze
-from pref.analysis import figures, paper_tables, results_folder, run_figures, run_metrics, terminal
+from pref.analysis import (
+    figures,
+    paper_tables,
+    results_folder,
+    run_figures,
+    run_metrics,
+    table_files,
+    terminal,
+)
 from pref.files import drawing
 from pref.files.console import UserError
 from pref.files.disk import write_json, write_jsonl
@@ -971,9 +979,9 @@ def test_markdown_and_latex_escape_what_they_show():
         "t", "50% of a_b & c", None, columns, [{"text": "x|y_{z}\n# $<script>", "number": 0.5}]
     )
     assert (
-        paper_tables.markdown_text(table).splitlines()[-1] == r"| x\|y\_{z} # $\<script\> | 0.50 |"
+        table_files.markdown_text(table).splitlines()[-1] == r"| x\|y\_{z} # $\<script\> | 0.50 |"
     )
-    latex = paper_tables.latex_text(table)
+    latex = table_files.latex_text(table)
     assert r"x|y\_\{z\} \# \$$<$script$>$ & 0.50 \\" in latex and r"50\% of a\_b \& c" in latex
     assert r"\begin{tabular}{lr}" in latex and r"a\_b & $\beta$" in latex
 
@@ -1053,8 +1061,8 @@ def test_tables_of_judges_that_are_gone_do_not_stay(tmp_path):
 
 
 def draw_comparison(folder, comparison):
-    for function, *arguments in figures.comparison_jobs(folder, comparison, []):
-        function(*arguments)
+    for draw in figures.comparison_jobs(folder, comparison, []):
+        draw()
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def draw_run(run: dict) -> None:
     best_step, title = (run["summary"] or {}).get("best_step"), f"{run['run_id']} ({run['status']})"
     stem = run["path"] / "figures" / f"{run['run_id']}_learning_curve"
     shown = [title, run["steps"], run["evals"], run["val"], run["length_bias"], best_step]
-    key = disk.sha256_json([*shown, drawing.drawing_version()])
+    key = disk.sha256_json([*shown, drawing.drawing_version(__file__)])
     if not drawing.is_drawn(stem, key):
         draw_learning_curve(stem, *shown, key)
 

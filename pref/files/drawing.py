@@ -1,18 +1,28 @@
-"""figures on disk: PDF and PNG, same bytes for same numbers"""
+"""Figures on disk, as PDF and PNG: the same numbers give the same bytes.
+
+    figure = drawing.new_figure(6, 4, "Loss over steps")
+    axis = figure.subplots()
+    axis.plot(steps, losses, color=drawing.COLOURS[0])
+    drawing.save_figure(figure, Path("figures/loss"))       # figures/loss.pdf and figures/loss.png
+
+The PNG can carry a key of what the figure shows, so that `is_drawn` spares drawing it again. The
+key should contain `drawing_version`: a change of the drawing code then redraws the figure too.
+"""
 
 import io
 import os
 import textwrap
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from pref.files import disk
 from pref.files.console import UserError
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 MARKERS = "osD^vP*X"
 GREY, RED = "#777777", "#D55E00"
-ABOVE = {
+ABOVE = {  # arguments of a legend above its panel
     "loc": "lower left",
     "bbox_to_anchor": (0, 1),
     "fontsize": 8,
@@ -22,10 +32,13 @@ ABOVE = {
 
 
 def new_figure(width: float, height: float, title: str, weight: str = "bold"):
-    """A matplotlib Figure (inches). Not through pyplot: no display, no global state; imported where
-    it is needed.
+    """Return a matplotlib Figure of `width` x `height` inches with a wrapped title.
 
-    weight: of the title; "normal" spares the PDF a second font, which takes a third of its time."""
+    weight: of the title. "normal" saves embedding a second font, a third of the time of a PDF.
+
+    The figure belongs to no pyplot state and needs no display. Raises UserError without matplotlib,
+    which is imported here so that nothing but drawing needs it.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -37,43 +50,51 @@ def new_figure(width: float, height: float, title: str, weight: str = "bold"):
 
 
 def save_figure(figure, stem: Path, key: str | None = None, dpi: int = 150) -> None:
-    """Write `stem`.pdf and .png, the same bytes for the same numbers, beside and renamed as
-    files.write_text does.
+    """Write a figure of `new_figure` to `stem`.pdf and `stem`.png.
 
-    key: what the figure was made from, kept in the PNG for is_drawn."""
+    key: kept in the PNG for `is_drawn`. dpi: of the PNG. Each file appears complete or not at all.
+    """
+    # 1) Arrange the panels once. With a layout engine, even a spent one, `savefig` would draw the
+    #    figure a second time for each format.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
+
+    # 2) Draw it once per format. A creation date would make every PDF another file.
     from matplotlib import rc_context
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, not again for each format
-    for suffix in (".pdf", ".png"):
+    metadata = {"pdf": {"CreationDate": None}, "png": {"Comment": key} if key else None}
+    for suffix in ("pdf", "png"):
         buffer = io.BytesIO()
-        metadata = {"CreationDate": None} if suffix == ".pdf" else {"Comment": key} if key else None
         with rc_context({"pdf.fonttype": 42}):  # TrueType: text in the PDF stays text
-            figure.savefig(buffer, format=suffix[1:], dpi=dpi, metadata=metadata)
-        temporary = stem.with_name(f".{stem.name}{suffix}.{os.getpid()}.tmp")
+            figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata[suffix])
+
+        # 3) Rename into place: a reader finds the old file or the new one, never a part.
+        temporary = stem.with_name(f".{stem.name}.{suffix}.{os.getpid()}.tmp")
         temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, stem.with_name(stem.name + suffix))
+        os.replace(temporary, stem.with_name(f"{stem.name}.{suffix}"))
 
 
 def is_drawn(stem: Path, key: str) -> bool:
-    """Whether both files of a figure are there and were made from `key`: 60 runs' figures take a
-    minute to draw.
-    """
+    """Whether both files of a figure exist and the PNG carries `key`."""
     from PIL import Image, UnidentifiedImageError
 
-    png = stem.with_name(stem.name + ".png")
-    if not png.is_file() or not stem.with_name(stem.name + ".pdf").is_file():
+    png = stem.with_name(f"{stem.name}.png")
+    if not png.is_file() or not stem.with_name(f"{stem.name}.pdf").is_file():
         return False
     try:
         with Image.open(png) as image:
             return image.info.get("Comment") == key
-    except (UnidentifiedImageError, OSError):  # torn or not ours: draw it again
+    except (UnidentifiedImageError, OSError):  # truncated, or not a PNG: draw it again
         return False
 
 
-@lru_cache
-def drawing_version() -> str:
+@cache
+def drawing_version(*sources: str) -> str:
+    """The version of the code that draws a figure: of matplotlib, of this module, and of `sources`,
+    the `__file__` of each other module that decides how the figure looks.
+    """
     import matplotlib
 
-    return f"{matplotlib.__version__} {disk.sha256_file(Path(__file__))}"
+    hashes = [disk.sha256_file(Path(source)) for source in (__file__, *sources)]
+    return disk.sha256_json([matplotlib.__version__, *hashes])

@@ -1,0 +1,145 @@
+"""Tables as files: CSV to compute with, Markdown and LaTeX to paste.
+
+A CSV has every field of every row at full precision, under the names of aggregated_metrics.json.
+Markdown and LaTeX have the columns of the table's definition in paper_tables.py, rounded.
+"""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+from pref.analysis import texts
+from pref.analysis.paper_tables import Table
+from pref.files import disk
+
+JUDGE_FIELDS = ("judge", "prompts", "refs", "smoke_test")  # in each row of a table of scores
+
+
+def write_tables(folder: Path, tables: list[Table]) -> None:
+    """Write each table as <id>.csv, .md and .tex, and delete all others: a table of runs or judges
+    that no longer exist would pass for a current one.
+    """
+    for suffix in ("csv", "md", "tex"):
+        for old in folder.glob(f"*.{suffix}"):
+            old.unlink()
+    for table in tables:
+        disk.write_text(folder / f"{table.id}.csv", csv_text(table))
+        disk.write_text(folder / f"{table.id}.md", markdown_text(table))
+        disk.write_text(folder / f"{table.id}.tex", latex_text(table))
+
+
+# ---- CSV ----------------------------------------------------------------------------------------
+
+
+def csv_text(table: Table) -> str:
+    """All fields of all rows that are not records themselves; lists are separated by blanks."""
+    judge = {key: table.judge[key] for key in JUDGE_FIELDS} if table.judge else {}
+    rows = [
+        judge | {key: csv_value(value) for key, value in row.items() if not is_nested(value)}
+        for row in table.rows
+    ]
+    fields = dict.fromkeys(key for row in rows for key in row)  # in order of first appearance
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def csv_value(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def is_nested(value) -> bool:
+    """Whether a value is a record or a list of records, which a cell of a CSV cannot hold."""
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(one, dict) for one in values)
+
+
+# ---- Markdown -----------------------------------------------------------------------------------
+
+
+def text_lines(table: Table) -> list[list[str]]:
+    """The cells of each row as text, each number with its column's digits."""
+    return [
+        [
+            "" if value is None else texts.show(value, column.digits)
+            for column, value in zip(table.columns, table.values(row))
+        ]
+        for row in table.rows
+    ]
+
+
+def markdown_text(table: Table) -> str:
+    def line(cells: list[str]) -> str:
+        return f"| {' | '.join(map(markdown_escape, cells))} |"
+
+    rule = f"|{'---|' * len(table.columns)}"
+    lines = [line(table.headers()), rule, *map(line, text_lines(table))]
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"**{markdown_escape(table.title)}**\n{note}\n" + "\n".join(lines) + "\n"
+
+
+def markdown_escape(text: str) -> str:
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
+# ---- LaTeX --------------------------------------------------------------------------------------
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "β": r"$\beta$",
+    "τ": r"$\tau$",
+    "±": r"$\pm$",
+    "<": r"$<$",
+    ">": r"$>$",
+}
+
+
+def latex_text(table: Table) -> str:
+    r"""A table environment for \usepackage{booktabs}: numbers to the right, text to the left."""
+    lines = text_lines(table)
+    alignment = "".join("r" if is_numeric(column) else "l" for column in zip(*lines))
+    caption = latex_escape(table.title + (f". {table.note}" if table.note else ""))
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{tab:{table.id}}}",
+            rf"\begin{{tabular}}{{{alignment}}}",
+            r"\toprule",
+            latex_line(table.headers()),
+            r"\midrule",
+            *map(latex_line, lines),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def is_numeric(column: tuple[str, ...]) -> bool:
+    """Whether all texts of a column are numbers, intervals, percentages or empty."""
+    return all(re.fullmatch(r"[-+<\d.,\[\] %einf]*", text) for text in column)
+
+
+def latex_line(cells: list[str]) -> str:
+    # A row that begins with a bracket would be read as an argument of the \\ before it: hence {}.
+    start = "{}" if any(cell.startswith("[") for cell in cells[:1]) else ""
+    return start + " & ".join(map(latex_escape, cells)) + r" \\"
+
+
+def latex_escape(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
