@@ -135,8 +135,7 @@ def dpo(pairs: PairLogps, *, beta=0.1, label_smoothing=0.0, logp="sum"):
     """(1 - eps) sp(-z) + eps sp(z)
 
     beta (1/nats) > 0; 0 <= eps = label_smoothing < 0.5. With logp 'mean' it is TRL's sigmoid_norm.
-    Source: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7; eps: Mitchell's conservative DPO, TRL's
-    former `sigmoid`.
+    Source: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7; eps: Mitchell's conservative DPO.
     Fails: the gradient vanishes on pairs with a large |z|, which are the long ones first.
     """
     return _preference(_smoothed_logistic(beta * reduced(pairs, logp).rho, label_smoothing))
@@ -145,11 +144,10 @@ def dpo(pairs: PairLogps, *, beta=0.1, label_smoothing=0.0, logp="sum"):
 def td_dpo(pairs: PairLogps, *, beta=0.05, tau=1.0, margin="free", kl="k2", logp="sum"):
     """sp(-m / tau) + beta * anchor, m = delta or rho, anchor = 0.5 (a^2 + b^2) or a divergence
 
-    Temperature-decoupled DPO. margin 'free' takes m = delta, as proposed; 'ref' takes m = rho.
-    tau (nats) > 0 scales the margin alone, beta >= 0 weights the anchor alone. kl 'k2' takes the
-    anchor 0.5 (a^2 + b^2); 'k3' and 'full_*' take `pairs.kl_chosen + pairs.kl_rejected`; 'none'
-    takes 0. With margin 'ref' and kl 'none' it is dpo at beta = 1 / tau.
-    Source: pref/training/LOSSES.md, with the readings of the proposal and which was taken.
+    Temperature-decoupled DPO: tau (nats) > 0 scales the margin, beta >= 0 weights the anchor.
+    margin 'free': m = delta; 'ref': m = rho. kl 'k2': 0.5 (a^2 + b^2); 'none': 0; 'k3', 'full_*':
+    `pairs.kl_chosen + pairs.kl_rejected`. Margin 'ref' with kl 'none' is dpo at beta = 1 / tau.
+    Source: pref/training/LOSSES.md.
     Fails: a large beta stalls training near the reference, and a larger tau makes it worse.
     """
     if margin not in ("free", "ref"):
@@ -171,8 +169,7 @@ def td_dpo(pairs: PairLogps, *, beta=0.05, tau=1.0, margin="free", kl="k2", logp
 def dpo_kl(pairs: PairLogps, *, beta=0.05, logp="mean"):
     """sp(-delta) + beta * 0.5 (a^2 + b^2)
 
-    td_dpo at tau 1 on mean log-probabilities: the baseline that the proposal of td_dpo compares
-    with. It is not DPO: the margin has no reference.
+    td_dpo at tau 1 on mean log-probabilities. Not DPO: the margin has no reference.
     Source: pref/training/LOSSES.md.
     Fails: the anchor is small on mean log-probabilities, and every pair has nearly the same weight.
     """
@@ -198,10 +195,9 @@ def _log_ratio_modulated(z: Tensor, mix: Tensor, form: str) -> tuple[Tensor, Ter
 def discopop(pairs: PairLogps, *, beta=0.05, discopop_tau=0.05, discopop_form="stable", logp="sum"):
     """(1 - m) sp(-z) + m exp(-z), m = sigma(z / discopop_tau)
 
-    DiscoPOP, also called LRML (log-ratio modulated loss). discopop_form 'published' is the authors'
-    arithmetic, kept for the instability study.
-    Source: Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large
-    Language Models" (arXiv:2406.08414).
+    DiscoPOP, or LRML (log-ratio modulated loss). discopop_form 'published' is the authors'
+    arithmetic, for the instability study.
+    Source: Lu et al. 2024 (arXiv:2406.08414).
     Fails: the gradient at rho = 0 has the wrong sign (+0.784 beta), as published; 'published' is
     NaN in fp32 below z of about -88.7.
     """
@@ -212,11 +208,10 @@ def discopop(pairs: PairLogps, *, beta=0.05, discopop_tau=0.05, discopop_form="s
 def dlrml(pairs: PairLogps, *, beta=0.05, beta_mix=0.20, discopop_tau=0.05, logp="sum"):
     """(1 - m) sp(-z) + m exp(-z), m = sigma(beta_mix rho / discopop_tau)
 
-    Decoupled LRML: discopop with a beta of its own, beta_mix, in the mixing weight m. `beta` is the
-    proposal's beta_kl. With beta_mix = beta it is discopop.
+    Decoupled LRML: discopop with a separate beta_mix in the mixing weight; `beta` is beta_kl.
     Source: pref/training/LOSSES.md.
-    Fails: for rho -> -inf the slope is bounded only if beta_mix >= discopop_tau * beta; the
-    gradient at rho = 0 has the wrong sign unless beta_mix is below 9.78 discopop_tau * beta.
+    Fails: slope unbounded for rho -> -inf if beta_mix < discopop_tau * beta; gradient at rho = 0 of
+    the wrong sign if beta_mix > 9.78 discopop_tau * beta.
     """
     rho = reduced(pairs, logp).rho
     return _log_ratio_modulated(beta * rho, beta_mix * rho / discopop_tau, "stable")
@@ -236,8 +231,7 @@ def robust(pairs: PairLogps, *, beta=0.1, label_smoothing=0.1, logp="sum"):
 def ipo(pairs: PairLogps, *, beta=0.1, logp="mean"):
     """(rho - 1 / (2 beta))^2
 
-    1 / (2 beta) is the target margin in nats. On mean log-probabilities as in TRL; logp 'sum' is
-    the paper's.
+    1 / (2 beta) is the target margin, nats. On means as in TRL; the paper's is logp 'sum'.
     Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17; TRL `ipo`.
     Fails: the square also pulls back a pair that is ranked right by more than the target margin.
     """
@@ -247,8 +241,7 @@ def ipo(pairs: PairLogps, *, beta=0.1, logp="mean"):
 def hinge(pairs: PairLogps, *, beta=0.05, logp="sum"):
     """relu(1 - z)
 
-    Source: Zhao et al. 2023 (arXiv:2305.10425) with the reference in the margin, as in Liu et al.
-    2023 (arXiv:2309.06657); TRL `hinge`.
+    Source: Zhao et al. 2023 (arXiv:2305.10425), on rho as in arXiv:2309.06657; TRL `hinge`.
     Fails: no gradient beyond z = 1.
     """
     return _preference(torch.relu(1 - beta * reduced(pairs, logp).rho))
@@ -283,11 +276,8 @@ def log1mexp(x: Tensor) -> Tensor:
     near = x > -0.6931471805599453  # -log 2
     # Autograd runs through both branches of `where`. Each gets only arguments it is accurate for,
     # so that the branch not taken sends back a zero gradient instead of NaN.
-    return torch.where(
-        near,
-        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
-    )
+    if_near, if_far = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(if_near)), torch.log1p(-torch.exp(if_far)))
 
 
 def orpo(pairs: PairLogps, *, orpo_lambda=0.1, logp="mean"):
@@ -360,8 +350,7 @@ def sppo_hard(pairs: PairLogps, *, beta=0.001, logp="sum"):
 def aot(pairs: PairLogps, *, beta=0.01, label_smoothing=0.0, logp="sum"):
     """dpo on beta * [sort(delta) - sort(delta_ref)]
 
-    Compares the quantiles of the policy's margins with those of the reference's; entry i is
-    quantile i, not pair i.
+    Quantiles of the policy's margins against the reference's: entry i is quantile i, not pair i.
     Source: Melnyk et al. 2024 (arXiv:2406.05882), paired; TRL `aot`.
     Fails: couples the batch; with one pair it is dpo.
     """
@@ -396,8 +385,7 @@ def apo_zero(pairs: PairLogps, *, beta=0.1, logp="sum"):
 def apo_down(pairs: PairLogps, *, beta=0.1, logp="sum"):
     """sigma(beta a) + 1 - sigma(z)
 
-    For chosen responses that are worse than the model's own: pushes both down, the rejected one
-    further.
+    For chosen responses worse than the model's own: pushes both down, the rejected one further.
     Source: D'Oosterlinck et al. 2024 (arXiv:2408.06266), eq. 8; TRL `apo_down`.
     Fails: saturates on both sides.
     """
@@ -447,8 +435,7 @@ def beta_dpo(pairs: PairLogps, *, beta=0.1, beta_dpo_alpha=0.6):
     M = moving average of mean rho
 
     M is `pairs.running_rho`: momentum 0.9 over optimiser steps, from 0. beta' carries no gradient.
-    Source: Wu et al. 2024 (arXiv:2407.08639), batch-level beta, without the paper's filter, which
-    drops 20 % of the pairs.
+    Source: Wu et al. 2024 (arXiv:2407.08639), batch-level beta, without filtering 20 % of pairs.
     Fails: couples the batch; a batch far below the average falls to the floor of 1e-3.
     """
     rho = pairs.rho
@@ -459,13 +446,13 @@ def beta_dpo(pairs: PairLogps, *, beta=0.1, beta_dpo_alpha=0.6):
 
 
 def _scaled_margin(pairs: PairLogps, beta: float, logp: str, name: str) -> tuple[Tensor, Tensor]:
-    """(z, u), u = z / 0.05: the discovered losses take their batch statistics on u. Raises
-    ValueError for a single pair, which has no statistics.
+    """(z, u), u = z / 0.05, on which the discovered losses take their batch statistics. Raises
+    ValueError for a single pair.
     """
     z = beta * reduced(pairs, logp).rho
     if len(z) < 2:
         raise ValueError(
-            f"{name} needs at least 2 pairs per micro-batch: it uses the batch's statistics"
+            f"{name} needs at least 2 pairs per micro-batch, for the batch's statistics"
         )
     return z, z / 0.05
 
@@ -546,8 +533,7 @@ def pfl(pairs: PairLogps, *, beta=0.05, logp="sum"):
 def sft(pairs: PairLogps):
     """score_c
 
-    Supervised fine-tuning on the chosen response with the proper scoring rule of --score. Ignores
-    the rejected response.
+    Supervised fine-tuning on the chosen response, with the proper scoring rule of --score.
     Source: Shao et al. 2024 (arXiv:2405.18906) for scoring rules other than log.
     Fails: rules other than log hardly train a model whose token probabilities are near 0.
     """
