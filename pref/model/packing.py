@@ -23,7 +23,7 @@ Only response tokens are scored. `Batch` lists them response by response, all ch
     segments     0   0 |  1 |  2 |  3   3    responses are predicted from the prompt's last token
     lengths      2       1    1    2
 
-Three options lead from here to an ordinary padded batch, with which the others are compared:
+Two options lead from here to an ordinary padded batch, with which the others are compared:
 `padded` fills every row up to the longest; without `shared` a pair is two rows, `[prompt | chosen]`
 and `[prompt | rejected]`; both together (`plain`) give a (2B, T) batch for the model's own
 attention.
