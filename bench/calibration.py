@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pref.analysis import stats
+from pref.analysis import stats, variation
 
 QUESTIONS, SEEDS, PAIRS = 80, 3, 750
 SDS = {"question": 1.8, "method_by_question": 0.8, "common_seed": 0.1, "rest": 1.2}
@@ -110,12 +110,13 @@ def calibrate_ratio(
         cells = simulate(
             rng, np.concatenate([5 + sd_a * unit, 5 + sd_b * unit]), seed_sd, common_sd=common_sd
         )
-        found = stats.variance_ratio(
-            *(stats.beta_spread(list(half), True, draws) for half in (cells[:4], cells[4:]))
+        spread_a, spread_b = (
+            variation.beta_spread(list(half), True, draws) for half in (cells[:4], cells[4:])
         )
-        if found["ratio"] is not None:
-            cover.append(found["low"] <= (sd_a / sd_b) ** 2 <= found["high"])
-            open_end.append(np.isinf(found["high"]))
+        ratio = variation.variance_ratio(spread_a, spread_b)
+        if ratio["ratio"] is not None:
+            cover.append(ratio["low"] <= (sd_a / sd_b) ** 2 <= ratio["high"])
+            open_end.append(np.isinf(ratio["high"]))
     return {"defined": len(cover) / studies, "coverage": np.mean(cover), "open": np.mean(open_end)}
 
 
