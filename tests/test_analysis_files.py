@@ -237,25 +237,30 @@ def draw_comparison(folder, comparison):
         draw()
 
 
-def test_a_drawn_figure_is_not_drawn_again_until_its_numbers_change(tmp_path):
+def test_a_drawn_figure_is_not_drawn_again_until_its_numbers_change(tmp_path, monkeypatch):
     folder = make_run(tmp_path, "a", summary={"best_step": 4})
     write_curve(folder)
     png = folder / "figures" / "a_learning_curve.png"
+    titles = []
+
+    def draw_small(run, title, stem, key):
+        titles.append(title)
+        drawing.save_figure(drawing.new_figure(2, 2, title), stem, key)
+
+    monkeypatch.setattr(run_figures, "draw_learning_curve", draw_small)
 
     def draw():
         run_figures.draw_run(load(tmp_path)[0])
+        return png.read_bytes()
 
-    draw()
-    before = png.stat().st_mtime_ns
-    draw()
-    assert png.stat().st_mtime_ns == before
-    png.write_bytes(png.read_bytes()[:200])  # torn
-    draw()
-    assert png.stat().st_size > 5000
+    first = draw()
+    assert draw() == first and titles == ["a (finished)"]
+    png.write_bytes(first[:200])  # torn
+    assert draw() == first and len(titles) == 2
+    png.with_suffix(".pdf").unlink()
+    assert draw() == first and len(titles) == 3
     write_curve(folder, steps=12)
-    before = png.read_bytes()
-    draw()
-    assert png.read_bytes() != before
+    assert draw() != first and len(titles) == 4
 
 
 def test_learning_curve_marks_nonfinite_steps_and_the_best(tmp_path, unsaved):
