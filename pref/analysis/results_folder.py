@@ -160,7 +160,7 @@ def read_number(row: dict, key: str, place: str | Path) -> float | None:
     value = row.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not disk.is_number(value):
         raise UserError(f"{place}: {key!r} must be a number or null, found {value!r}")
     return value if math.isfinite(value) else None
 

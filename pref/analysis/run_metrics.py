@@ -220,7 +220,7 @@ def category_order(rows: list[dict]) -> list[str]:
     return known + sorted(names - set(mt_bench.CATEGORIES))
 
 
-def run_kl(answers: dict[tuple[int, int], dict]) -> dict | None:
+def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
     """On-policy KL(policy || base), estimated on a run's own answers.
 
     answers: (question, choice) -> row of answers.jsonl whose choices carry `logp`, `logp_base`

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from pref.files.mt_bench import AnswerKey
+
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
 SUMMARY_KEYS = (*ACCURACIES, "best_step", *TRAINING_NUMBERS)  # what is read of summary.json
@@ -51,7 +53,7 @@ class Run:
     length_bias: list[dict] = field(default_factory=list)  # accuracy by length difference
     judged: dict[JudgeKey, list[dict]] = field(default_factory=dict)  # single-answer judgements
     judged_pairs: list[dict] = field(default_factory=list)  # pairwise judgements
-    answers: dict[tuple[int, int], dict] = field(default_factory=dict)  # (question, choice) -> row
+    answers: dict[AnswerKey, dict] = field(default_factory=dict)  # rows of answers.jsonl
     kl: dict | None = None  # on-policy KL to the base model
 
     @property
