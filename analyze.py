@@ -406,7 +406,7 @@ def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
 
 
 def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) -> dict:
-    """aggregated_metrics.json: everything that is said about several runs."""
+    """Compare the runs: the contents of aggregated_metrics.json."""
     # 1) Cells. An unfinished run has no result yet: it is named in the notes and left out.
     used = [run for run in runs if run.status != "unfinished"]
     cells = make_cells(used)

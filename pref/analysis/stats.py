@@ -364,12 +364,12 @@ class RequiredSizes(NamedTuple):
     questions: int | None  # with the seeds of this study
 
 
-def required_sizes(found: Difference, gap: float, equivalent: bool = False) -> RequiredSizes:
+def required_sizes(measured: Difference, gap: float, equivalent: bool = False) -> RequiredSizes:
     """Number of seeds, or of questions, at which a claim is decided with probability POWER.
 
     Parameters
     ----------
-    found : Difference
+    measured : Difference
         The measured difference; its variance components are taken as the true ones.
     gap : float
         Distance of the true difference from the claim's limit.
@@ -385,7 +385,7 @@ def required_sizes(found: Difference, gap: float, equivalent: bool = False) -> R
     An approximation: the components are themselves rough with three seeds, and quantiles are
     normal. It leaves room for the 95 % interval to agree with the test.
     """
-    if math.isnan(found.p()) or not gap > 0:
+    if math.isnan(measured.p()) or not gap > 0:
         return RequiredSizes(None, None)
     power = (1 + POWER) / 2 if equivalent else POWER  # an equivalence test can fail on either side
     target = (gap / (scipy_stats.norm.ppf(1 - ALPHA / 2) + scipy_stats.norm.ppf(power))) ** 2
@@ -396,10 +396,10 @@ def required_sizes(found: Difference, gap: float, equivalent: bool = False) -> R
             return 1
         return math.ceil(per_unit / (target - fixed)) if target > fixed else None
 
-    question, seed, residual = found.variances
-    q, s = found.n_questions, found.n_seeds
+    question, seed, residual = measured.variances
+    q, s = measured.n_questions, measured.n_seeds
     seeds = None
-    if found.seeds != "one seed":
+    if measured.seeds != "one seed":
         seeds = least_n(question / q, seed + residual / q)
     return RequiredSizes(seeds, questions=least_n(seed / s, question + residual / s))
 
