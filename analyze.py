@@ -1,723 +1,488 @@
-"""Turn a results folder into verdicts, tables, figures and a report. Trains, generates and judges
-nothing.
-
-Reads   results/<run_id>/{args.json, summary.json, metrics.jsonl, val_pairs.jsonl,
-mt_bench/{answers.jsonl,
-        judgements.csv}}, results/claims.json if it is there, and question.jsonl for the report's
-        answer browser
-Writes  results/<run_id>/metrics.json and results/<run_id>/figures/<run_id>_learning_curve.{pdf,png}
-        results/comparison/{report.html, aggregated_metrics.json, tables/*.{csv,md,tex},
-        figures/*.{pdf,png}}
+"""Compare the runs of a results folder: verdicts on claims, tables, figures, and a report.
 
     python analyze.py results/
     python analyze.py results/ --run_ids '["base", "dpo_b0.05_s42", "td_dpo_b0.05_t1_s42"]'
+    python analyze.py results/ --baseline simpo --proposed my_loss --claims my_claims.json
 
-It works with whatever part is there and says what it could not do. Runs that share loss, beta, tau
-and every other setting are one cell of the grid; a cell's number is the mean over its seeds. Never
-averaged together: trial runs with full ones, one judge with another, other questions, another
-model, other data.
+Reads   results/<run_id>/args.json                      without it, a folder is not a run
+            summary.json, metrics.jsonl, val_pairs.jsonl            by train_pref.py
+            mt_bench/answers.jsonl, mt_bench/judgements.csv         by gen_mtbench.py, judge.py
+        results/claims.json                             your own claims, beside the study's
+        question.jsonl in --mt_bench                    questions, as the report shows them
+Writes  results/comparison/report.html                  start here; one file, opens from disk
+        results/comparison/aggregated_metrics.json      every number of the report
+        results/comparison/tables/*.{csv,md,tex}, figures/*.{pdf,png}
+        results/<run_id>/metrics.json, figures/<run_id>_learning_curve.{pdf,png}
 
-What a difference means: error over questions and over seeds both count (stats.py says how;
-bench/calibration.py, how often that errs). Claims and their verdicts: claims.py and claims.json.
+It trains, generates and judges nothing. It works with whatever is there, names what is missing and
+the command that would supply it, and can be rerun at any time.
+
+Runs that share loss, beta, tau and every other setting are one cell of the grid; a cell's number is
+the mean over its seeds. Some things are never averaged together: trial runs with full ones, one
+judge with another, different questions. Runs of different models or data are refused.
+
+Differences come with an error over questions and over seeds (pref/analysis/stats.py). How claims
+are stated is in pref/analysis/claims.py, how they are judged in pref/analysis/verdicts.py.
 """
 
 import argparse
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from pref.analysis import (
+    cell_rows,
+    claims,
     estimates,
+    figures,
+    notes,
+    pairwise,
     paper_tables,
     report,
+    report_page,
     results_folder,
     run_metrics,
     stats,
     table_files,
     terminal,
-    texts,
+    verdicts,
 )
-from pref.analysis.claims import OWN_CLAIMS, judge_claims, read_claims
-from pref.analysis.figures import draw_all, figure_order, figure_title
-from pref.analysis.notes import find_missing, missing_text, note_judge, note_runs
+from pref.analysis.runs import Cell, JudgeKey, Run, ScoredCell, Scores, Values
 from pref.files import console, disk
 from pref.files.console import UserError
-from pref.files.mt_bench import read_questions
 
-ACCURACY_COLUMNS = (*results_folder.ACCURACIES, "margin_rho_first", "margin_rho_best")
 COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model")
-REPORT_JUDGEMENT = (
-    "question_id",
-    "turn",
-    "choice",
-    "repeat",
-    "judge",
-    "grading",
-    "score",
-    "winner",
-    "baseline",
-    "order",
-    "status",
-    "judgement",
-)
-SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results_dir", type=Path, help="results folder: a folder of run folders")
-    parser.add_argument(
-        "--run_ids", help='use these runs alone, a JSON list: \'["base", "dpo_b0.05_s42"]\''
+    add = parser.add_argument
+    add("results_dir", type=Path, help="results folder: a folder of run folders")
+    add("--run_ids", type=parse_run_ids, help="JSON list of the runs to use (default: all)")
+    add("--baseline", default="dpo", help="loss that differences are measured from (default: dpo)")
+    add("--proposed", default="td_dpo", help="loss whose improvement is printed (default: td_dpo)")
+    add(
+        "--claims", type=Path, help="JSON file of claims (default: RESULTS_DIR/claims.json, if any)"
     )
-    parser.add_argument(
-        "--baseline", default="dpo", help="loss that improvement is measured from (default: dpo)"
-    )
-    parser.add_argument(
-        "--proposed", default="td_dpo", help="loss whose improvement is printed (default: td_dpo)"
-    )
-    parser.add_argument(
-        "--claims",
-        type=Path,
-        help="JSON file of further claims to judge (default: RESULTS_DIR/claims.json, if there)",
-    )
-    parser.add_argument(
+    add(
         "--mt_bench",
         type=Path,
         default=Path("data/mt_bench"),
-        help="folder with question.jsonl, whose text the report shows (default: data/mt_bench, if there)",
+        metavar="DIR",
+        help="folder with question.jsonl for the report's texts (default: data/mt_bench, if any)",
     )
-    parser.add_argument(
-        "--draws", type=int, default=stats.DRAWS, help="bootstrap draws (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--skip_bad",
-        action="store_true",
-        help="leave out, by name, runs whose files cannot be read",
-    )
+    add("--draws", type=int, default=stats.DRAWS, help="bootstrap draws (default: %(default)s)")
+    add("--skip_bad", action="store_true", help="leave out runs whose files cannot be read")
     args = parser.parse_args(argv)
     if args.draws < 200:
         raise UserError(f"--draws {args.draws}: a 95 % interval needs at least 200")
     if args.baseline == args.proposed:
         raise UserError(f"--baseline and --proposed are both {args.baseline}: name two losses")
-    args.run_ids = parse_run_ids(args.run_ids)
     return args
 
 
-def parse_run_ids(text: str | None) -> list[str] | None:
+def parse_run_ids(text: str) -> list[str]:
     try:
-        run_ids = json.loads(text) if text is not None else None
+        run_ids = json.loads(text)
     except json.JSONDecodeError:
-        run_ids = text
-    if run_ids is None or (
-        isinstance(run_ids, list) and run_ids and all(isinstance(r, str) for r in run_ids)
-    ):
+        run_ids = None
+    if isinstance(run_ids, list) and run_ids and all(isinstance(one, str) for one in run_ids):
         return run_ids
     raise UserError(
-        f'--run_ids {text}: expected a JSON list of run ids in quotes, such as \'["base", "dpo_b0.1_s42"]\''
+        f"--run_ids {text}: expected a JSON list of run ids in quotes, "
+        'such as \'["base", "dpo_b0.1_s42"]\''
     )
 
 
-def make_cells(runs: list[dict]) -> list[dict]:
-    """Group runs by loss, beta, tau and every other setting: what is left inside a cell is its
-    seeds.
+# ---- cells: which runs differ in their seed alone -----------------------------------------------
+
+
+def make_cells(runs: list[Run]) -> list[Cell]:
+    """Group runs by loss, beta, tau and every other setting: what is left inside a cell is seeds.
+
+    Raises UserError if two runs of a cell have the same seed. The untrained model comes first.
     """
-    differing, cells = differing_settings(runs), {}
+    differing = differing_settings(runs)
+    groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        settings = {key: run["settings"].get(key) for key in differing[run["loss"]]}
-        key = (run["loss"], run["args"]["beta"], run["args"]["tau"], json.dumps(settings))
-        cell = cells.setdefault(
-            key, {"loss": key[0], "beta": key[1], "tau": key[2], "settings": settings, "runs": []}
-        )
-        if twin := next(
-            (other for other in cell["runs"] if other["args"]["seed"] == run["args"]["seed"]), None
-        ):
+        settings = {key: run.settings.get(key) for key in differing[run.loss]}
+        group = groups[run.loss, run.beta, run.tau, json.dumps(settings)]
+        if twin := next((other for other in group if other.seed == run.seed), None):
             raise UserError(
-                f"{twin['run_id']} and {run['run_id']} have the same loss, beta, tau, settings and seed: one run would "
-                "count twice; choose one with --run_ids"
+                f"{twin.run_id} and {run.run_id} have the same loss, beta, tau, settings and seed: "
+                "one run would count twice; choose one with --run_ids"
             )
-        cell["runs"].append(run)
-    for cell in cells.values():
-        cell["label"] = cell_columns(cell)["label"]
-    return sorted(cells.values(), key=cell_order)
+        group.append(run)
+    return sorted((make_cell(group, differing) for group in groups.values()), key=cell_order)
 
 
-def differing_settings(runs: list[dict]) -> dict[str, list[str]]:
+def make_cell(runs: list[Run], differing: dict[str, list[str]]) -> Cell:
+    """The cell of `runs`, which are alike in everything but their seed."""
+    first = runs[0]
+    settings = {key: first.settings.get(key) for key in differing[first.loss]}
+    accuracies = [run.summary["best_acc_ref"] for run in runs if run.summary]
+    return Cell(
+        loss=first.loss,
+        beta=first.beta,
+        tau=first.tau,
+        settings=settings,
+        runs=runs,
+        label=cell_rows.cell_label(first.loss, first.beta, first.tau, settings),
+        accuracy=stats.mean(accuracy for accuracy in accuracies if accuracy is not None),
+    )
+
+
+def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
     """loss -> settings, besides beta and tau, that differ among its runs."""
+    all_keys = {key for run in runs for key in run.settings}
     values: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
     for run in runs:
-        for key in {key for other in runs for key in other["settings"]}:
-            values[run["loss"]][key].add(run["settings"].get(key))
+        for key in all_keys:
+            values[run.loss][key].add(run.settings.get(key))
     return {
-        loss: sorted(key for key in keys if len(keys[key]) > 1) for loss, keys in values.items()
+        loss: sorted(key for key in by_key if len(by_key[key]) > 1)
+        for loss, by_key in values.items()
     }
 
 
-def cell_order(cell: dict) -> tuple:
-    untrained = cell["runs"][0]["args"]["loss"] is None
-    values = [(value is not None, value or 0) for value in (cell["beta"], cell["tau"])]
-    return (not untrained, cell["loss"], *values, json.dumps(cell["settings"]))
+def cell_order(cell: Cell) -> tuple:
+    """Sort key: the untrained model, then by loss, beta, tau and settings; None before numbers."""
+    numbers = [(value is not None, value or 0) for value in (cell.beta, cell.tau)]
+    return (not cell.untrained, cell.loss, *numbers, json.dumps(cell.settings))
 
 
-def cell_columns(cell: dict) -> dict:
-    settings = " ".join(f"{key}={texts.show(value)}" for key, value in cell["settings"].items())
-    values = [
-        f"{letter}={cell[key]:g}"
-        for key, letter in (("beta", "β"), ("tau", "τ"))
-        if cell[key] is not None
-    ]
-    return {
-        "label": " ".join([cell["loss"], *values, *([settings] if settings else [])]),
-        "untrained": cell["runs"][0]["args"]["loss"] is None,
-        **{key: cell[key] for key in ("loss", "beta", "tau")},
-        "settings": settings or None,
-    }
+# ---- scores: what each cell reached -------------------------------------------------------------
 
 
-def cell_row(cell: dict, values: dict[str, dict], names: tuple[str, ...], se: str) -> dict | None:
-    """One row of a table: mean, SD and count over seeds of each name; `se` is kept where there is
-    one seed alone.
-
-    values: run_id -> name -> number or None. None if no run of the cell has values and none
-    diverged. A diverged run's numbers are in the means, and a cell that only diverged keeps its
-    row: without them the loss looks better.
-    """
-    found = [run for run in cell["runs"] if run["run_id"] in values]
-    with_value = [run for run in found if values[run["run_id"]][names[0]] is not None]
-    n_diverged = sum(run["status"] == "diverged" for run in cell["runs"])
-    if not found and not n_diverged:
-        return None
-    row = cell_columns(cell) | {
-        "runs": [run["run_id"] for run in with_value],
-        "seeds": [run["args"]["seed"] for run in with_value],
-        "n_seeds": len(with_value),
-        "n_diverged": n_diverged,
-    }
-    for name in names:
-        numbers = [
-            values[run["run_id"]][name] for run in found if values[run["run_id"]][name] is not None
-        ]
-        row |= {
-            name: run_metrics.mean(numbers),
-            f"{name}_sd": run_metrics.sd(numbers),
-            f"{name}_n": len(numbers),
-        }
-    return row | {se: values[with_value[0]["run_id"]][se] if len(with_value) == 1 else None}
-
-
-def compare_accuracy(cells: list[dict], args: argparse.Namespace) -> dict:
-    numbers = {
-        run["run_id"]: accuracy_numbers(run)
+def compare_accuracy(cells: list[Cell], args: argparse.Namespace) -> Scores:
+    """Validation accuracy of the cells, and what differs between them."""
+    runs = [run for cell in cells for run in cell.runs]
+    numbers = {run.run_id: cell_rows.accuracy_numbers(run) for run in runs if run.summary}
+    values = {run.run_id: run_metrics.accuracy_values(run) for run in runs}
+    rows = [
+        cell_rows.cell_row(cell, numbers, cell_rows.ACCURACY_COLUMNS, "se_over_pairs")
         for cell in cells
-        for run in cell["runs"]
-        if run["summary"]
-    }
-    values = {
-        run["run_id"]: estimates.accuracy_values(run) for cell in cells for run in cell["runs"]
-    }
-    rows = [cell_row(cell, numbers, ACCURACY_COLUMNS, "se_over_pairs") for cell in cells]
-    for cell, row in zip(cells, rows):
-        cell["accuracy"] = row and row["best_acc_ref"]
-    compared = compare_scores(cells, rows, "best_acc_ref", numbers, values, args)
-    for row in compared["improvement"]:
-        row["mcnemar"] = (
-            estimates.mcnemar_rows(*row["cells"], values)
-            if row["comparison"] == "best of grid"
-            else []
-        )
-    return {"values": values, **compared}
-
-
-def accuracy_numbers(run: dict) -> dict:
-    margins = run_metrics.run_margins(run)
-    rho = {
-        f"margin_rho_{name}": margins[name]["rho"]["mean"] if margins else None
-        for name in ("first", "best")
-    }
-    return run_metrics.run_accuracy(run) | rho
+    ]
+    scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
+    results = compare_scores(cells, scored, "best_acc_ref", numbers, values, args)
+    return Scores(metric="acc_ref", judge=None, smoke="", values=values, results=results)
 
 
 def compare_mt_bench(
-    key: tuple,
-    cells: list[dict],
-    answers: dict[str, dict],
-    args: argparse.Namespace,
-    notes: list[str],
-) -> dict:
-    """MT-Bench by one judge over the questions that every run was judged on, so that no run has an
-    easier exam.
+    key: JudgeKey, cells: list[Cell], args: argparse.Namespace
+) -> tuple[Scores, list[str]]:
+    """MT-Bench by one judge, and notes on it.
+
+    Only over the questions that every run was judged on, so that no run has an easier exam.
     """
-    judged = {
-        run["run_id"]: run["judged"][key]
-        for cell in cells
-        for run in cell["runs"]
-        if key in run["judged"]
-    }
+    runs = [run for cell in cells for run in cell.runs if key in run.judged]
+    judged = {run.run_id: run.judged[key] for run in runs}
     judge = run_metrics.describe_judge(key, [row for rows in judged.values() for row in rows])
-    questions, left_out = common_questions(judged)
-    note_judge(judge, judged, questions, left_out, notes)
-    kept = {
-        run_id: [row for row in rows if row["question_id"] in questions]
+    questions = cell_rows.common_questions(judged)
+    common = {
+        run_id: [row for row in rows if row["question_id"] in questions.common]
         for run_id, rows in judged.items()
     }
-    scores = {run_id: run_metrics.score_ratings(rows) for run_id, rows in kept.items()}
+    numbers = {run_id: run_metrics.score_ratings(rows) for run_id, rows in common.items()}
     values = {
-        run_id: estimates.rating_values(run_metrics.turn_means(rows))
-        for run_id, rows in kept.items()
+        run_id: run_metrics.rating_values(run_metrics.turn_means(rows))
+        for run_id, rows in common.items()
     }
-    rows = [mt_bench_row(cell, scores) for cell in cells]
-    reliability = estimates.judge_rows(kept, answers)
-    return judge | {
-        "values": values,
-        "questions": sorted(questions),
-        "questions_left_out": sorted(left_out),
-        "categories": [row for cell in cells for row in category_rows(cell, scores)],
-        **compare_scores(cells, rows, "score", scores, values, args),
+    rows = [cell_rows.mt_bench_row(cell, numbers) for cell in cells]
+    scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
+    reliability = run_metrics.judge_reliability(common, {run.run_id: run.answers for run in runs})
+    results = judge | {
+        "questions": sorted(questions.common),
+        "questions_left_out": sorted(questions.left_out),
+        "categories": [row for cell in cells for row in cell_rows.category_rows(cell, numbers)],
+        **compare_scores(cells, scored, "score", numbers, values, args),
         **reliability,
         "variance": estimates.variance_rows(cells, values, reliability["retest"]),
     }
+    title, smoke = run_metrics.judge_title(judge), run_metrics.smoke_mark(judge)
+    return (
+        Scores(metric="mt_bench", judge=title, smoke=smoke, values=values, results=results),
+        notes.note_judge(judge, judged, questions),
+    )
 
 
 def compare_scores(
-    cells: list[dict],
-    rows: list,
+    cells: list[Cell],
+    scored: list[ScoredCell],
     metric: str,
-    numbers: dict,
-    values: dict,
+    numbers: dict[str, dict],
+    values: Values,
     args: argparse.Namespace,
 ) -> dict:
     """What accuracy and MT-Bench have in common: cells with intervals, differences, selection,
     spread over beta.
 
-    numbers: run_id -> name -> number, of whole runs; values: by question or pair, for estimates.
+    scored: the cells that have a row. metric: the column that is compared. numbers: run id -> name
+    -> number of the whole run. values: the same scores by question or pair, for estimates.
     """
-    for cell, row in zip(cells, rows):
-        if row:
-            row["low"], row["high"] = estimates.cell_interval(cell, row["runs"], values, args.draws)
-    runs = [run for cell in cells for run in cell["runs"]]
+    for cell, row in scored:
+        row["low"], row["high"] = estimates.cell_interval(cell, row["runs"], values, args.draws)
+    known = [
+        run
+        for cell in cells
+        for run in cell.runs
+        if numbers.get(run.run_id, {}).get(metric) is not None
+    ]
     return {
-        "cells": [row for row in rows if row],
+        "cells": [row for _, row in scored],
         "runs": [
-            {"run_id": run["run_id"], "loss": run["loss"], "value": numbers[run["run_id"]][metric]}
-            for run in runs
-            if numbers.get(run["run_id"], {}).get(metric) is not None
+            {"run_id": run.run_id, "loss": run.loss, "value": numbers[run.run_id][metric]}
+            for run in known
         ],
-        "improvement": improvement_rows(cells, rows, metric, values, args),
-        "selection": estimates.selection_rows(cells, rows, metric, args.baseline),
+        "improvement": improvement_rows(scored, metric, values, args),
+        "selection": estimates.selection_rows(scored, metric, args.baseline),
         "spread": estimates.spread_rows(cells, values, args.baseline, args.draws),
     }
 
 
-def common_questions(judged: dict[str, list[dict]]) -> tuple[set[int], dict[int, list[str]]]:
-    """Questions judged in every run on the same turns, and for each other one the runs that lack it
-    or a turn.
+# ---- comparisons: which cells are set against which ---------------------------------------------
 
-    A question whose judgement failed is judged: were it not, 1 % of failures in 40 runs would leave
-    few questions.
+
+class CellPair(NamedTuple):
+    """Two cells to compare."""
+
+    comparison: str  # one of COMPARISONS
+    proposed: ScoredCell
+    baseline: ScoredCell
+    selected_by: str | None  # how a best cell of the two was chosen
+
+
+class BestCell(NamedTuple):
+    """The best cell of a loss."""
+
+    scored: ScoredCell
+    selected_by: str
+
+
+def list_pairs(scored: list[ScoredCell], metric: str, baseline: str) -> list[CellPair]:
+    """The pairs of cells that are compared, in the order of COMPARISONS:
+
+    best of grid      a loss's best cell against the baseline's best cell (the headline)
+    matched beta      each cell of a loss against the baseline at the same beta
+    best baseline     each cell of a loss against the baseline's best cell
+    untrained model   every loss's best cell against the untrained model
     """
-    turns = {run_id: defaultdict(set) for run_id in judged}
-    union = defaultdict(set)
-    for run_id, rows in judged.items():
-        for row in rows:
-            turns[run_id][row["question_id"]].add(row["turn"])
-            union[row["question_id"]].add(row["turn"])
-    lacking = {
-        q: [run_id for run_id in judged if turns[run_id][q] != union[q]] for q in sorted(union)
-    }
-    return {q for q, runs in lacking.items() if not runs}, {
-        q: runs for q, runs in lacking.items() if runs
-    }
+    grids: dict[str, list[ScoredCell]] = defaultdict(list)  # loss -> its cells
+    for one in scored:
+        if not one.cell.untrained:
+            grids[one.cell.loss].append(one)
+    untrained = [one for one in scored if one.cell.untrained]
+    best = {loss: pick_best(grid, metric) for loss, grid in grids.items()}
+    pairs = []
+    for loss, grid in grids.items():
+        ours = best[loss]
+        for model in untrained:
+            pairs.append(CellPair("untrained model", ours.scored, model, ours.selected_by))
+        if loss == baseline or baseline not in grids:
+            continue
+        theirs = best[baseline]
+        how = ours.selected_by
+        if how != theirs.selected_by:
+            how = f"proposed: {how}; baseline: {theirs.selected_by}"
+        pairs.append(CellPair("best of grid", ours.scored, theirs.scored, how))
+        for one in grid:
+            for other in same_beta(one, grids[baseline]):
+                pairs.append(CellPair("matched beta", one, other, None))
+            pairs.append(CellPair("best baseline", one, theirs.scored, theirs.selected_by))
+    return sorted(pairs, key=lambda pair: COMPARISONS.index(pair.comparison))
 
 
-def mt_bench_row(cell: dict, scores: dict[str, dict]) -> dict | None:
-    row = cell_row(cell, scores, SCORE_COLUMNS, "se_over_questions")
-    return row and row | sum_counts(
-        scores[run["run_id"]] for run in cell["runs"] if run["run_id"] in scores
-    )
+def pick_best(grid: list[ScoredCell], metric: str) -> BestCell:
+    """The best cell of a loss: by validation accuracy if that is known for all of its cells.
+
+    Selected by the score itself, the maximum would flatter the loss with the larger grid.
+    """
+    if metric != "best_acc_ref" and all(one.cell.accuracy is not None for one in grid):
+        return BestCell(max(grid, key=lambda one: one.cell.accuracy), "validation accuracy")
+    return BestCell(max(grid, key=lambda one: one.row[metric]), "the score itself")
 
 
-def category_rows(cell: dict, scores: dict[str, dict]) -> list[dict]:
-    mine = [scores[run["run_id"]]["categories"] for run in cell["runs"] if run["run_id"] in scores]
-    rows = []
-    for name in dict.fromkeys(name for categories in mine for name in categories):
-        found = [categories[name] for categories in mine if name in categories]
-        numbers = [category["score"] for category in found if category["score"] is not None]
-        row = {
-            "category": name,
-            "score": run_metrics.mean(numbers),
-            "score_sd": run_metrics.sd(numbers),
-            "n_seeds": len(numbers),
-        }
-        rows.append(cell_columns(cell) | row | sum_counts(found))
-    return rows
-
-
-def sum_counts(scored: Iterable[dict]) -> dict:
-    scored = list(scored)
-    return {key: sum(one[key] for one in scored) for key in ("n_scored", "n_judged")}
+def same_beta(one: ScoredCell, grid: list[ScoredCell]) -> list[ScoredCell]:
+    """Cells of `grid` at the beta of `one`; of several, those that differ from it in the fewest
+    other settings.
+    """
+    matching = [other for other in grid if other.cell.beta == one.cell.beta]
+    nearest = estimates.nearest(one.cell, [other.cell for other in matching])
+    return [other for other in matching if other.cell in nearest]
 
 
 def improvement_rows(
-    cells: list[dict], rows: list, metric: str, values: dict, args: argparse.Namespace
+    scored: list[ScoredCell], metric: str, values: Values, args: argparse.Namespace
 ) -> list[dict]:
-    """Every loss against the baseline: its best cell against the baseline's best (the headline),
-    each of its cells against the baseline at its own beta and against the baseline's best; and
-    every loss's best against the untrained model. A best cell is chosen by validation accuracy
-    where that is known for all of the loss's cells (METHODS.md 5); chosen by the score itself, the
-    maximum flatters the larger grid.
+    """Every pair of `list_pairs`, with difference, interval and tests.
 
-    p_adjusted: Holm over the headline, Benjamini and Hochberg over the cells of each other
-    comparison.
+    p_adjusted: Holm over the headline (best of grid); Benjamini and Hochberg over the pairs of each
+    other comparison.
     """
-    by_loss: dict[str, list[tuple]] = defaultdict(list)
-    for cell, row in zip(cells, rows):
-        if row and row[metric] is not None:
-            by_loss[cell["loss"]].append((cell, row))
-    untrained = [pairs[0] for pairs in by_loss.values() if estimates.is_untrained(pairs[0][0])]
-    trained = {
-        loss: pairs for loss, pairs in by_loss.items() if not estimates.is_untrained(pairs[0][0])
-    }
-    best = {loss: pick_best(pairs, metric) for loss, pairs in trained.items()}
-    theirs = trained.get(args.baseline, [])
-    found = []
-
-    def add(kind: str, one: tuple, other: tuple, selected_by: str | None) -> None:
-        row = improvement(kind, one, other, metric) | {"selected_by": selected_by}
-        compared = estimates.compare_cells(one[0], other[0], values, args.draws)
-        row |= estimates.comparison_columns(compared) | {"cells": (one[0], other[0])}
-        # Of the same runs and units as interval and test: seeds or ratings may lack in one of the
-        # two
-        if compared:
-            row |= {"difference": row["estimate"], "improvement_rate": row["rate"]}
-        labels = row["proposed"], row["baseline"]
-        row["sensitivity"] = (
-            estimates.sensitivity_rows(*labels, compared)
-            if compared and kind == "best of grid"
-            else []
-        )
-        counts = {
-            "proposed_cells": len(trained[one[0]["loss"]]),
-            "baseline_cells": len(by_loss[other[0]["loss"]]),
-        }
-        found.append(row | counts)
-
-    for loss, pairs in trained.items():
-        ours, how = best[loss]
-        for other in untrained:
-            add("untrained model", ours, other, how)
-        if loss == args.baseline or not theirs:
-            continue
-        best_theirs, how_theirs = best[args.baseline]
-        add(
-            "best of grid",
-            ours,
-            best_theirs,
-            how if how == how_theirs else f"proposed: {how}; baseline: {how_theirs}",
-        )
-        for one in pairs:
-            for other in matched(one, theirs):
-                add("matched beta", one, other, None)
-            add("best baseline", one, best_theirs, how_theirs)
-    for kind in COMPARISONS:
-        same = [row for row in found if row["comparison"] == kind]
-        adjust = stats.holm if kind == "best of grid" else stats.benjamini_hochberg
-        for row, p in zip(
-            same, adjust([math.nan if row["p"] is None else row["p"] for row in same])
-        ):
-            row["p_adjusted"] = estimates.known(p)
-    return sorted(found, key=lambda row: COMPARISONS.index(row["comparison"]))
+    scored = [one for one in scored if one.row[metric] is not None]
+    pairs = list_pairs(scored, metric, args.baseline)
+    n_cells = Counter(one.cell.loss for one in scored)
+    what = "comparing accuracy" if metric == "best_acc_ref" else "comparing scores"
+    rows = []
+    for pair in console.progress(pairs, what, "pairs of cells"):
+        row = difference_row(pair, metric, values, args.draws)
+        row["proposed_cells"] = n_cells[pair.proposed.cell.loss]
+        row["baseline_cells"] = n_cells[pair.baseline.cell.loss]
+        rows.append(row)
+    for comparison in COMPARISONS:
+        family = [row for row in rows if row["comparison"] == comparison]
+        p_values = [math.nan if row["p"] is None else row["p"] for row in family]
+        adjust = stats.holm if comparison == "best of grid" else stats.benjamini_hochberg
+        for row, p in zip(family, adjust(p_values)):
+            row["p_adjusted"] = estimates.finite(p)
+    if metric == "best_acc_ref":  # each unit is right or wrong: there is an exact test as well
+        for pair, row in zip(pairs, rows):
+            headline = pair.comparison == "best of grid"
+            cells = pair.proposed.cell, pair.baseline.cell
+            row["mcnemar"] = estimates.mcnemar_rows(*cells, values) if headline else []
+    return rows
 
 
-def pick_best(pairs: list[tuple], metric: str) -> tuple[tuple, str]:
-    if all(cell.get("accuracy") is not None for cell, _ in pairs) and metric != "best_acc_ref":
-        return max(pairs, key=lambda pair: pair[0]["accuracy"]), "validation accuracy"
-    return max(pairs, key=lambda pair: pair[1][metric]), "the score itself"
-
-
-def matched(ours: tuple, theirs: list[tuple]) -> list[tuple]:
-    """Baseline cells of the same beta; of several, those that differ from ours in the fewest other
-    settings.
-    """
-    same = [pair for pair in theirs if pair[0]["beta"] == ours[0]["beta"]]
-    nearest = estimates.nearest(ours[0], [cell for cell, _ in same])
-    return [pair for pair in same if pair[0] in nearest]
-
-
-def improvement(comparison: str, ours: tuple, theirs: tuple, metric: str) -> dict:
-    value, base = ours[1][metric], theirs[1][metric]
-    return {
-        "comparison": comparison,
-        **{key: ours[1][key] for key in ("loss", "beta", "tau")},
-        "proposed": ours[1]["label"],
+def difference_row(pair: CellPair, metric: str, values: Values, draws: int) -> dict:
+    """One row of a table of differences, before p-values are adjusted."""
+    (our_cell, ours), (their_cell, theirs) = pair.proposed, pair.baseline
+    value, base = ours[metric], theirs[metric]
+    row = {
+        "comparison": pair.comparison,
+        **{key: ours[key] for key in ("loss", "beta", "tau")},
+        "proposed": ours["label"],
         "proposed_score": value,
-        "proposed_n_seeds": ours[1]["n_seeds"],
-        "baseline": theirs[1]["label"],
+        "proposed_n_seeds": ours["n_seeds"],
+        "baseline": theirs["label"],
         "baseline_score": base,
-        "baseline_n_seeds": theirs[1]["n_seeds"],
+        "baseline_n_seeds": theirs["n_seeds"],
         "difference": value - base,
         "improvement_rate": (value - base) / base if base else None,
-        "selected_by": None,
-        "differs_in": estimates.differences_text(ours[0], theirs[0]),
+        "selected_by": pair.selected_by,
+        "differs_in": estimates.differences_text(our_cell, their_cell),
     }
+    compared = estimates.compare_cells(our_cell, their_cell, values, draws)
+    row |= estimates.comparison_columns(compared)
+    # The difference is that of the runs and units that interval and test are of: one of the two
+    # cells may lack seeds or ratings that the other has.
+    if compared:
+        row |= {"difference": row["estimate"], "improvement_rate": row["rate"]}
+    row["sensitivity"] = []
+    if compared and pair.comparison == "best of grid":
+        row["sensitivity"] = estimates.sensitivity_rows(ours["label"], theirs["label"], compared)
+    return row
 
 
-def compare(runs: list[dict], args: argparse.Namespace, notes: list[str]) -> dict:
-    """aggregated_metrics.json: everything that is said over several runs."""
-    unfinished = [run["run_id"] for run in runs if run["status"] == "unfinished"]
-    used = [run for run in runs if run["status"] != "unfinished"]
-    cells, answers = make_cells(used), {run["run_id"]: run["answers"] for run in used}
-    note_runs(runs, cells, notes)
-    accuracy = compare_accuracy(cells, args)
-    judges = sorted({key for run in used for key in run["judged"]}, key=str)
-    if len(judges) > 1:
-        notes.append(
-            f"{len(judges)} judges or judge settings: each has tables of its own, never averaged"
-        )
-    mt_bench = [compare_mt_bench(key, cells, answers, args, notes) for key in judges]
-    model = runs[0]["args"]["model"]
-    comparison = {
-        "model": model,
-        "data_sha256": next(
-            (run["args"]["data_sha256"] for run in runs if run["args"].get("data_sha256")), None
-        ),
-        "baseline": args.baseline,
-        "proposed": args.proposed,
-        "draws": args.draws,
-        "runs": [{key: run[key] for key in ("run_id", "status")} for run in runs],
-        "unfinished": unfinished,
-        "diverged": [run["run_id"] for run in runs if run["status"] == "diverged"],
-        "claims": judge_claims(
-            load_claims(args), cells, measured_scores(accuracy, mt_bench), model, args.draws
-        ),
-        "accuracy": accuracy,
-        "mt_bench": mt_bench,
-        "pairs": estimates.win_rows(cells, args.draws),
-        "stability": estimates.stability_rows(cells),
-        "movement": movement_rows(used, mt_bench),
-        "notes": notes,
-        "missing": find_missing(runs, mt_bench, args),
-    }
-    for part in (accuracy, *mt_bench):  # what served the comparisons and is no result
-        part.pop("values")
-        for row in part["improvement"]:
-            row.pop("cells")
-    return comparison
-
-
-def load_claims(args: argparse.Namespace) -> list[dict]:
-    """The study's own claims, then the user's."""
-    own = args.results_dir / "claims.json"
-    path = args.claims or (own if own.is_file() else None)
-    claims, more = read_claims(OWN_CLAIMS), read_claims(path) if path else []
-    if twice := {claim["id"] for claim in claims} & {claim["id"] for claim in more}:
-        raise UserError(
-            f"{path}: the study's own claims have the ids {', '.join(sorted(twice))}; choose others"
-        )
-    return claims + more
-
-
-def measured_scores(accuracy: dict, judges: list[dict]) -> list[dict]:
-    """What claims can be judged on: validation accuracy, and MT-Bench by each judge."""
-    found = [
-        {
-            "metric": "mt_bench",
-            "judge": run_metrics.judge_title(judge),
-            "values": judge["values"],
-            "smoke": run_metrics.smoke_mark(judge),
-        }
-        for judge in judges
-    ]
-    if any(accuracy["values"].values()):
-        found.append(
-            {"metric": "acc_ref", "judge": None, "values": accuracy["values"], "smoke": ""}
-        )
-    return found
-
-
-def movement_rows(runs: list[dict], judges: list[dict]) -> list[dict]:
-    """How far each run went from the reference, and what it got for it: KL of its own answers where
+def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
+    """How far each run moved from the reference, and what it gained: KL of its own answers where
     they carry log-probs, the anchor 0.5 (a^2 + b^2) over the last tenth of the training steps,
     accuracy, and score by judge.
     """
     rows = []
     for run in runs:
-        kl = run["kl"]
-        last = run["steps"][-max(1, len(run["steps"]) // 10) :]
-        anchors = [row["anchor"] for row in last if row.get("anchor") is not None]
+        last_tenth = run.steps[-max(1, len(run.steps) // 10) :]
+        anchors = [step["anchor"] for step in last_tenth if step.get("anchor") is not None]
         row = {
-            "run_id": run["run_id"],
-            **{key: run["args"][key] for key in ("beta", "tau", "seed")},
-            "loss": run["loss"],
-            "kl": kl and kl["kl"],
-            "kl_se": kl and kl["kl_se"],
-            "kl_per_token": kl and kl["kl_per_token"],
-            "anchor": run_metrics.mean(anchors),
-            "accuracy": run["summary"] and run["summary"]["best_acc_ref"],
+            "run_id": run.run_id,
+            **{key: run.args[key] for key in ("beta", "tau", "seed")},
+            "loss": run.loss,
+            **{key: run.kl and run.kl[key] for key in ("kl", "kl_se", "kl_per_token")},
+            "anchor": stats.mean(anchors),
+            "accuracy": run.summary and run.summary["best_acc_ref"],
         }
-        for judge in judges:
-            turns = judge["values"].get(run["run_id"], {})
-            row[f"score, {run_metrics.judge_title(judge)}"] = run_metrics.mean(
-                v for parts in turns.values() for v in parts.values()
-            )
+        for scores in judges:
+            by_question = scores.values.get(run.run_id, {})
+            ratings = [rating for turns in by_question.values() for rating in turns.values()]
+            row[f"score, {scores.judge}"] = stats.mean(ratings)
         rows.append(row)
     return rows
 
 
-def report_page(
-    runs: list[dict], comparison: dict, tables: list, folder: Path, mt_bench: Path
-) -> dict:
-    """What report.py lays out."""
-    judges = [
-        f"{run_metrics.judge_title(judge)} {run_metrics.smoke_mark(judge)}".strip()
-        for judge in comparison["mt_bench"]
-    ]
-    figures = sorted((folder / "figures").glob("comparison_*.png"), key=figure_order)
-    return {
-        "title": "Preference-optimisation study",
-        "facts": [
-            ["model", comparison["model"]],
-            [
-                "runs",
-                ", ".join(
-                    f"{n} {word}" for word, n in sorted(Counter(r["status"] for r in runs).items())
-                ),
-            ],
-            ["judges", "; ".join(judges) or "none"],
-            ["baseline", comparison["baseline"]],
-            [
-                "data sha256",
-                json.dumps(comparison["data_sha256"]) if comparison["data_sha256"] else None,
-            ],
-            [
-                "intervals",
-                f"95 %, {comparison['draws']:,} bootstrap draws over questions and seeds",
-            ],
-        ],
-        "verdicts": [texts.verdict_texts(row) for row in comparison["claims"]],
-        "notes": comparison["notes"],
-        "missing": [missing_text(gap) for gap in comparison["missing"]],
-        "tables": [table.page() for table in tables if table.id != "verdicts"],
-        "figures": [
-            {"title": figure_title(path), "png": path, "alt": figure_title(path)}
-            for path in figures
-        ],
-        "runs": [report_run(run) for run in runs],
-        "questions": report_questions(runs, mt_bench),
-        "answers": [
-            {
-                "run_id": run["run_id"],
-                "question_id": question,
-                "choice": choice,
-                "turns": row["turns"],
-            }
-            for run in runs
-            for (question, choice), row in run["answers"].items()
-        ],
-        "judgements": [
-            {
-                "run_id": run["run_id"],
-                **{key: row[key] for key in REPORT_JUDGEMENT},
-                "judge": run_metrics.judge_title(row).removeprefix("judge "),
-            }
-            for run in runs
-            for row in [*(row for rows in run["judged"].values() for row in rows), *run["pairs"]]
-        ],
-    }
+# ---- the story ----------------------------------------------------------------------------------
 
 
-def report_run(run: dict) -> dict:
-    summary = run["summary"] or {}
-    numbers = {
-        key: summary.get(key)
-        for key in (
-            *results_folder.ACCURACIES,
-            "best_step",
-            "nonfinite_steps",
-            "wall_s",
-            "peak_gib",
+def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) -> dict:
+    """Compare the runs: the contents of aggregated_metrics.json."""
+    # 1) Cells. An unfinished run has no result yet: it is named in the notes and left out.
+    used = [run for run in runs if run.status != "unfinished"]
+    cells = make_cells(used)
+    all_notes = [*load_notes, *notes.note_runs(runs, cells)]
+
+    # 2) Scores: validation accuracy, and MT-Bench by each judge on its own.
+    accuracy = compare_accuracy(cells, args)
+    judge_keys = sorted({key for run in used for key in run.judged}, key=str)
+    if len(judge_keys) > 1:
+        all_notes.append(
+            f"{len(judge_keys)} judges or judge settings: each has tables of its own, "
+            "never averaged"
         )
-    }
-    for key, rows in run["judged"].items():
-        judge = run_metrics.describe_judge(key, rows)
-        mark = " (smoke test)" if judge["smoke_test"] else ""
-        numbers[f"score, {run_metrics.judge_title(judge)}{mark}"] = run_metrics.score_ratings(rows)[
-            "score"
-        ]
+    judges = []
+    for key in judge_keys:
+        scores, judge_notes = compare_mt_bench(key, cells, args)
+        judges.append(scores)
+        all_notes += judge_notes
+
+    # 3) Claims, on whatever was measured.
+    model = runs[0].args["model"]
+    measured = [*judges, *([accuracy] if any(accuracy.values.values()) else [])]
+    study = claims.load_claims(args.results_dir, args.claims)
+    judged = verdicts.judge_claims(study, cells, measured, model, args.draws)
+
+    # 4) Everything under the keys of the file.
+    mt_bench = [scores.results for scores in judges]
+    data = [run.args["data_sha256"] for run in runs if run.args.get("data_sha256")]
     return {
-        "run_id": run["run_id"],
-        "status": run["status"],
-        "arguments": run["args"],
-        "numbers": numbers,
+        "model": model,
+        "data_sha256": data[0] if data else None,
+        "baseline": args.baseline,
+        "proposed": args.proposed,
+        "draws": args.draws,
+        "runs": [{"run_id": run.run_id, "status": run.status} for run in runs],
+        "unfinished": [run.run_id for run in runs if run.status == "unfinished"],
+        "diverged": [run.run_id for run in runs if run.status == "diverged"],
+        "claims": judged,
+        "accuracy": accuracy.results,
+        "mt_bench": mt_bench,
+        "pairs": pairwise.win_rows(cells, args.draws),
+        "stability": estimates.stability_rows(cells),
+        "movement": movement_rows(used, judges),
+        "notes": all_notes,
+        "missing": notes.find_missing(runs, mt_bench, args),
     }
-
-
-def report_questions(runs: list[dict], mt_bench: Path) -> dict[int, dict]:
-    """Question texts where question.jsonl is at hand; of the others at least the category."""
-    path = mt_bench / "question.jsonl"
-    known = {row["question_id"]: row for row in read_questions(path)} if path.is_file() else {}
-    found = {
-        question: row.get("category")
-        for run in runs
-        for (question, _), row in run["answers"].items()
-    }
-    for run in runs:
-        found |= {
-            row["question_id"]: row["category"] for rows in run["judged"].values() for row in rows
-        }
-    return {
-        question: {
-            "category": category,
-            "turns": known[question]["turns"] if question in known else None,
-        }
-        for question, category in sorted(found.items())
-    }
-
-
-def print_summary(results_dir: Path, comparison: dict) -> None:
-    statuses = Counter(run["status"] for run in comparison["runs"])
-    print(
-        f"\n{len(comparison['runs'])} runs: {', '.join(f'{n} {status}' for status, n in sorted(statuses.items()))}"
-    )
-    for note in comparison["notes"]:
-        print(f"  note: {note}")
-    for gap in comparison["missing"]:
-        print(f"  missing: {missing_text(gap)}")
-    if not comparison["missing"]:
-        print("  nothing is missing")
-    folder = results_dir / "comparison"
-    print(f"report: {folder / 'report.html'}")
-    print(f"results: {folder / 'aggregated_metrics.json'}, {results_dir}/<run_id>/metrics.json")
-    for name in ("tables", "figures"):
-        if found := sorted({path.stem for path in (folder / name).glob("*.*")}):
-            print(f"{name}: {folder / name}/ ({', '.join(found)})")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    notes: list[str] = []
-    runs = results_folder.load_runs(args.results_dir, args.run_ids, notes, args.skip_bad)
-    comparison = compare(
-        runs, args, notes
-    )  # before anything is written: its errors must leave no half-new results
+    folder = args.results_dir / "comparison"
+
+    # 1) Read and check every run.
+    runs, load_notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad)
+
+    # 2) Compare before anything is written: an error must not leave half of the results new.
+    comparison = compare(runs, args, load_notes)
     print(
         f"{args.results_dir}: {len(runs)} runs; writing metrics, figures, tables and the report",
         flush=True,
     )
-    folder = args.results_dir / "comparison"
+
+    # 3) Write. Figures come before the rest of comparison/, because drawing them adds notes on what
+    #    could not be drawn, and the report embeds them.
     for run in runs:
-        disk.write_json(run["path"] / "metrics.json", run_metrics.run_metrics(run))
-    draw_all(runs, comparison, folder / "figures")
+        disk.write_json(run.path / "metrics.json", run_metrics.run_metrics(run))
+    figures.draw_all(runs, comparison, folder / "figures")
     tables = paper_tables.list_tables(comparison)
     table_files.write_tables(folder / "tables", tables)
     disk.write_json(folder / "aggregated_metrics.json", comparison)
-    report.write_report(
-        folder / "report.html", report_page(runs, comparison, tables, folder, args.mt_bench)
-    )
+    page = report_page.make_page(runs, comparison, tables, folder, args.mt_bench)
+    report.write_report(folder / "report.html", page)
+
+    # 4) The same in short on the terminal.
     terminal.print_tables(comparison, args.proposed)
-    print_summary(args.results_dir, comparison)
+    notes.print_summary(args.results_dir, comparison)
 
 
 if __name__ == "__main__":

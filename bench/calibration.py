@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pref.analysis import stats
+from pref.analysis import stats, variation
 
 QUESTIONS, SEEDS, PAIRS = 80, 3, 750
 SDS = {"question": 1.8, "method_by_question": 0.8, "common_seed": 0.1, "rest": 1.2}
@@ -70,13 +70,15 @@ def calibrate_differences(
     reject, cover, above, family, detectable, other = [], [], [], [], [], {}
     for study in range(studies):
         baseline, *losses = generate(rng, levels, seed_sd, seeds)
-        found = [stats.difference(loss, baseline, paired=True, draws=draws) for loss in losses]
-        p_values = [one.p() for one in found]
+        differences = [
+            stats.difference(loss, baseline, paired=True, draws=draws) for loss in losses
+        ]
+        first, p_values = differences[0], [one.p() for one in differences]
         reject.append(p_values[0] < stats.ALPHA)
-        above.append(found[0].low > effect)
-        cover.append(found[0].low <= effect <= found[0].high)
+        above.append(first.low > effect)
+        cover.append(first.low <= effect <= first.high)
         family.append(min(stats.holm(p_values)) < stats.ALPHA)
-        detectable.append(found[0].minimum_detectable())
+        detectable.append(first.minimum_detectable())
         for row in stats.sensitivity(losses[0], baseline) if study < sensitivity else ():
             other.setdefault(row["test"], []).append(row["p"] < stats.ALPHA)
     return {
@@ -86,7 +88,7 @@ def calibrate_differences(
         "holm": np.mean(family),
         "detectable": np.median(detectable),
         "sensitivity": {
-            name: np.mean(found) for name, found in other.items() if not name.startswith("exact")
+            name: np.mean(errs) for name, errs in other.items() if not name.startswith("exact")
         },
     }
 
@@ -110,13 +112,82 @@ def calibrate_ratio(
         cells = simulate(
             rng, np.concatenate([5 + sd_a * unit, 5 + sd_b * unit]), seed_sd, common_sd=common_sd
         )
-        found = stats.variance_ratio(
-            *(stats.beta_spread(list(half), True, draws) for half in (cells[:4], cells[4:]))
+        spread_a, spread_b = (
+            variation.beta_spread(list(half), True, draws) for half in (cells[:4], cells[4:])
         )
-        if found["ratio"] is not None:
-            cover.append(found["low"] <= (sd_a / sd_b) ** 2 <= found["high"])
-            open_end.append(np.isinf(found["high"]))
+        ratio = variation.variance_ratio(spread_a, spread_b)
+        if ratio["ratio"] is not None:
+            cover.append(ratio["low"] <= (sd_a / sd_b) ** 2 <= ratio["high"])
+            open_end.append(np.isinf(ratio["high"]))
     return {"defined": len(cover) / studies, "coverage": np.mean(cover), "open": np.mean(open_end)}
+
+
+def print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_header(*cells: str) -> None:
+    print_row(*cells)
+    print("|" + "---|" * len(cells))
+
+
+def print_differences(studies: int) -> dict[float, dict[str, float]]:
+    """Errors and power of the primary test; returns seed SD -> usual test -> its error rate."""
+    print_header(
+        *("seed SD", "no difference: primary", "Holm, 3 losses", "interval covers"),
+        *("power at 0.25 / 0.5 / 1.0", "detectable (median)"),
+    )
+    usual_tests = {}
+    for seed_sd in (0.08, 0.15):
+        null = calibrate_differences(studies, seed_sd, sensitivity=studies)
+        effects = [
+            calibrate_differences(studies // 4, seed_sd, effect, seed=1)
+            for effect in (0.25, 0.5, 1.0)
+        ]
+        print_row(
+            f"{seed_sd}",
+            f"{null['primary']:.3f}",
+            f"{null['holm']:.3f}",
+            " / ".join(f"{rates['coverage']:.3f}" for rates in (null, *effects)),
+            " / ".join(f"{rates['primary']:.2f}" for rates in effects),
+            f"{null['detectable']:.2f}",
+        )
+        usual_tests[seed_sd] = null["sensitivity"]
+    return usual_tests
+
+
+def print_designs(studies: int) -> None:
+    """Errors with two seeds, and of validation accuracy."""
+    print_header(
+        *("other designs, no difference", "primary", "Holm, 3 losses"),
+        *("interval covers", "wholly above"),
+    )
+    designs = {
+        f"MT-Bench, 2 seeds, seed SD {sd}": {"seed_sd": sd, "seeds": 2} for sd in (0.08, 0.15)
+    }
+    accuracy = {"seed_sd": 0.05, "generate": simulate_accuracy}
+    designs |= {f"accuracy, {n} seeds": accuracy | {"seeds": n} for n in (3, 2)}
+    for name, design in designs.items():
+        rates = calibrate_differences(studies // 2, **design)
+        print_row(name, *(f"{rates[key]:.3f}" for key in ("primary", "holm", "coverage", "above")))
+
+
+def print_ratios(studies: int) -> None:
+    """The ratio of two variances over beta."""
+    print_header(
+        *("seed SD", "true SD over betas, a / b", "ratio"),
+        *("defined", "interval covers", "upper end open"),
+    )
+    pairs = ((0.6, 0.8), (0.3, 0.4), (0.4, 0.4), (0.15, 0.3), (0.2, 0.2), (0.1, 0.1))
+    for seed_sd in (0.08, 0.15):
+        for sd_a, sd_b in pairs:
+            rates = calibrate_ratio(studies // 4, seed_sd, sd_a, sd_b)
+            ratio = f"{(sd_a / sd_b) ** 2:.2f}"
+            shown = [f"{rate:.3f}" for rate in rates.values()]
+            print_row(f"{seed_sd}", f"{sd_a} / {sd_b}", ratio, *shown)
+    rates = calibrate_ratio(studies // 4, 0.15, 0.3, 0.4, common_sd=0.5)
+    shown = [f"{rate:.3f}" for rate in rates.values()]
+    print_row("0.15", "0.3 / 0.4, seeds' common SD 0.5", "0.56", *shown)
 
 
 def main() -> None:
@@ -124,63 +195,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--studies", type=int, default=2000, help="simulated studies a row (default: 2000)"
+        "--studies", type=int, default=2000, help="simulated studies per row (default: 2000)"
     )
-    args = parser.parse_args()
-    print(
-        "| seed SD | no difference: primary | Holm, 3 losses | interval covers | power at 0.25 / 0.5 / 1.0 | "
-        "detectable (median) |"
-    )
-    print("|---|---|---|---|---|---|")
-    sensitivity = {}
-    for seed_sd in (0.08, 0.15):
-        null = calibrate_differences(args.studies, seed_sd, sensitivity=args.studies)
-        effects = [
-            calibrate_differences(args.studies // 4, seed_sd, effect, seed=1)
-            for effect in (0.25, 0.5, 1.0)
-        ]
-        powers = " / ".join(f"{found['primary']:.2f}" for found in effects)
-        covers = " / ".join(f"{found['coverage']:.3f}" for found in (null, *effects))
-        row = [f"{seed_sd}", f"{null['primary']:.3f}", f"{null['holm']:.3f}", covers, powers]
-        print(f"| {' | '.join(row)} | {null['detectable']:.2f} |", flush=True)
-        sensitivity[seed_sd] = null["sensitivity"]
-    print("\n| no difference, a test errs in | seed SD 0.08 | 0.15 |\n|---|---|---|")
-    for name in sensitivity[0.08]:
-        print(
-            f"| {name} | {sensitivity[0.08][name]:.3f} | {sensitivity[0.15][name]:.3f} |",
-            flush=True,
-        )
-    print(
-        "\n| other designs, no difference | primary | Holm, 3 losses | interval covers | wholly above |"
-    )
-    print("|---|---|---|---|---|")
-    designs = [
-        (f"MT-Bench, 2 seeds, seed SD {sd}", {"seed_sd": sd, "seeds": 2}) for sd in (0.08, 0.15)
-    ]
-    designs += [
-        (f"accuracy, {n} seeds", {"seed_sd": 0.05, "seeds": n, "generate": simulate_accuracy})
-        for n in (3, 2)
-    ]
-    for name, design in designs:
-        found = calibrate_differences(args.studies // 2, **design)
-        row = [f"{found[key]:.3f}" for key in ("primary", "holm", "coverage", "above")]
-        print(f"| {name} | {' | '.join(row)} |", flush=True)
-    print(
-        "\n| seed SD | true SD over betas, a / b | ratio | defined | interval covers | upper end open |"
-    )
-    print("|---|---|---|---|---|---|")
-    for seed_sd in (0.08, 0.15):
-        for sd_a, sd_b in ((0.6, 0.8), (0.3, 0.4), (0.4, 0.4), (0.15, 0.3), (0.2, 0.2), (0.1, 0.1)):
-            found = calibrate_ratio(args.studies // 4, seed_sd, sd_a, sd_b)
-            row = [
-                f"{sd_a} / {sd_b}",
-                f"{(sd_a / sd_b) ** 2:.2f}",
-                *(f"{found[key]:.3f}" for key in found),
-            ]
-            print(f"| {seed_sd} | {' | '.join(row)} |", flush=True)
-    found = calibrate_ratio(args.studies // 4, 0.15, 0.3, 0.4, common_sd=0.5)
-    row = ["0.3 / 0.4, seeds' common SD 0.5", "0.56", *(f"{found[key]:.3f}" for key in found)]
-    print(f"| 0.15 | {' | '.join(row)} |", flush=True)
+    studies = parser.parse_args().studies
+    usual_tests = print_differences(studies)
+    print()
+    print_header("no difference, a test errs in", "seed SD 0.08", "0.15")
+    for name in usual_tests[0.08]:
+        print_row(name, *(f"{usual_tests[seed_sd][name]:.3f}" for seed_sd in (0.08, 0.15)))
+    print()
+    print_designs(studies)
+    print()
+    print_ratios(studies)
 
 
 if __name__ == "__main__":

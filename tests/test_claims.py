@@ -1,40 +1,35 @@
-"""claims.py: each verdict from runs whose scores are made to give it, and claims that cannot be
-read.
+"""claims.py and verdicts.py: each verdict from runs whose scores are made to give it, which cells a
+claim is about, and claims that cannot be read.
 """
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from studies import MODEL, a_cell, a_run
 
-import analyze
-from pref.analysis import claims
+from pref.analysis import claims, verdicts
+from pref.analysis.runs import Scores
 from pref.files.console import UserError
 
-JUDGE, MODEL = "judge big", "meta-llama/Llama-2-7b-chat-hf"
+JUDGE = "judge big"
 
 
-def make_cell(loss, beta=0.1, tau=None, accuracy=0.6, seeds=(42, 43, 44), runs=None, **args):
-    runs = runs or [("finished", 0)] * len(seeds)
-    return {
-        "loss": loss,
-        "beta": beta,
-        "tau": tau,
-        "settings": {},
-        "accuracy": accuracy,
-        "label": f"{loss} {beta:g} {tau}",
-        "runs": [
-            {
-                "run_id": f"{loss}_{beta:g}_{tau}_{seed}" + str(args.get("learning_rate", "")),
-                "status": status,
-                "settings": args,
-                "args": {"loss": loss, "beta": beta, "tau": tau, "seed": seed, **args},
-                "summary": {"nonfinite_steps": nonfinite, "steps": 10},
-            }
-            for seed, (status, nonfinite) in zip(seeds, runs)
-        ],
-    }
+def make_cell(loss, beta=0.1, tau=None, accuracy=0.6, seeds=(42, 43, 44), ends=None, **settings):
+    """ends: (status, non-finite steps) of each run."""
+    ends = ends or [("finished", 0)] * len(seeds)
+    suffix = settings.get("learning_rate", "")
+    runs = [
+        a_run(
+            *(f"{loss}_{beta:g}_{tau}_{seed}{suffix}", loss, beta, tau, seed, settings),
+            status=status,
+            summary={"nonfinite_steps": nonfinite, "steps": 10},
+        )
+        for seed, (status, nonfinite) in zip(seeds, ends)
+    ]
+    return a_cell(runs, f"{loss} {beta:g} {tau}", accuracy)
 
 
 def scores(cells_levels, noise=0.5, seed_sd=0.0, questions=80):
@@ -43,17 +38,21 @@ def scores(cells_levels, noise=0.5, seed_sd=0.0, questions=80):
     difficulty = rng.normal(5, 1.5, questions)
     values = {}
     for cell, level in cells_levels:
-        for run in cell["runs"]:
+        for run in cell.runs:
             rated = difficulty + level + rng.normal(0, seed_sd) + rng.normal(0, noise, questions)
-            values[run["run_id"]] = {q: {1: float(value)} for q, value in enumerate(rated)}
+            values[run.run_id] = {q: {1: float(value)} for q, value in enumerate(rated)}
     return values
+
+
+def scores_of(values, metric="mt_bench", smoke=""):
+    return Scores(metric=metric, judge=JUDGE, smoke=smoke, values=values, results={})
 
 
 def judged(claim, cells, values, metric="mt_bench", smoke=""):
     claim = {"id": "x", "claim": "A sentence.", "metric": metric, **claim}
     assert claims.find_problem(claim) is None
-    source = {"metric": metric, "judge": JUDGE, "values": values, "smoke": smoke}
-    (row,) = claims.judge_claims([claim], cells, [source], MODEL, draws=1000)
+    measured = [scores_of(values, metric, smoke)]
+    (row,) = verdicts.judge_claims([claim], cells, measured, MODEL, draws=1000)
     return row
 
 
@@ -132,7 +131,7 @@ def test_no_such_runs():
 
 def test_no_judgements():
     claim = difference(id="x", claim="y", metric="mt_bench")
-    (row,) = claims.judge_claims([claim], [A, B], [], MODEL, draws=500)
+    (row,) = verdicts.judge_claims([claim], [A, B], [], MODEL, draws=500)
     assert (row["verdict"], row["why"]) == ("not measured", "No judgements.")
 
 
@@ -148,8 +147,7 @@ def test_holm_over_the_claims_of_one_judge():
         }
         for i, loss in enumerate(("td_dpo", "ipo"))
     ]
-    source = {"metric": "mt_bench", "judge": JUDGE, "values": values, "smoke": ""}
-    rows = claims.judge_claims(family, cells, [source], MODEL, draws=500)
+    rows = verdicts.judge_claims(family, cells, [scores_of(values)], MODEL, draws=500)
     assert (
         sorted(row["p_holm"] / row["p"] for row in rows) == pytest.approx([1, 2])
         or rows[0]["p_holm"] == rows[1]["p_holm"]
@@ -171,8 +169,7 @@ def test_best_is_chosen_by_validation_accuracy():
     )  # the better score is not the one that validation selects
     row = judged(difference(b={"loss": "dpo", "beta": "best"}), [A, low, high], values)
     assert row["b"] == "dpo 0.5 None" and row["verdict"] == "supported"
-    for cell in (low, high):
-        cell["accuracy"] = None
+    low, high = (replace(cell, accuracy=None) for cell in (low, high))
     row = judged(difference(b={"loss": "dpo", "beta": "best"}), [A, low, high], values)
     assert row["verdict"] == "not measured" and "no validation accuracy" in row["why"]
 
@@ -180,7 +177,7 @@ def test_best_is_chosen_by_validation_accuracy():
 def test_selectors():
     cells = [make_cell("dpo", beta) for beta in (0.01, 0.25, 2.5)]
     chosen = lambda selector: [  # noqa: E731
-        cell["beta"] for cell in claims.select_cells(cells, {"loss": "dpo", **selector})
+        cell.beta for cell in claims.select_cells(cells, {"loss": "dpo", **selector})
     ]
     assert chosen({}) == [0.01, 0.25, 2.5] and chosen({"beta": 0.25}) == [0.25]
     assert chosen({"beta": {"at_least": 0.25}}) == [0.25, 2.5] and chosen(
@@ -206,12 +203,11 @@ def test_of_several_cells_those_alike_in_other_settings_are_compared_and_it_is_s
 
 
 def test_seeds_that_diverged_without_a_score_are_not_passed_over():
-    a = make_cell(
-        "td_dpo", seeds=(42, 43, 44, 45), runs=[("finished", 0)] * 2 + [("diverged", 10)] * 2
-    )
+    ends = [("finished", 0)] * 2 + [("diverged", 10)] * 2
+    a = make_cell("td_dpo", seeds=(42, 43, 44, 45), ends=ends)
     values = scores([(a, 3.0), (B, 0)])
-    for run in a["runs"][2:]:
-        del values[run["run_id"]]
+    for run in a.runs[2:]:
+        del values[run.run_id]
     row = judged(difference(), [a, B], values)
     assert (
         row["verdict"] == "undecided"
@@ -221,9 +217,9 @@ def test_seeds_that_diverged_without_a_score_are_not_passed_over():
 
 def test_equal_ratings_everywhere_decide_nothing():
     values = {
-        run["run_id"]: {q: {1: 6.0 if cell is A else 5.0} for q in range(4)}
+        run.run_id: {q: {1: 6.0 if cell is A else 5.0} for q in range(4)}
         for cell in (A, B)
-        for run in cell["runs"]
+        for run in cell.runs
     }
     row = judged(difference(), [A, B], values)
     assert (
@@ -243,18 +239,13 @@ def test_an_argument_that_no_run_has():
 # ---- rates --------------------------------------------------------------------------------------
 
 
-def rate(kind, runs, **fields):
-    claim = {
-        "kind": kind,
-        "event": "nonfinite",
-        "a": {"loss": "discopop"},
-        "id": "x",
-        "claim": "s",
-        **fields,
-    }
+def rate(kind, ends, **fields):
+    """Verdict on runs that end with these (status, non-finite steps)."""
+    claim = {"id": "x", "claim": "s", "kind": kind, "event": "nonfinite", "a": {"loss": "discopop"}}
+    claim |= fields
     assert claims.find_problem(claim) is None
-    cell = make_cell("discopop", seeds=range(len(runs)), runs=runs)
-    (row,) = claims.judge_claims([claim], [cell], [], MODEL, draws=500)
+    cell = make_cell("discopop", seeds=range(len(ends)), ends=ends)
+    (row,) = verdicts.judge_claims([claim], [cell], [], MODEL, draws=500)
     return row
 
 
@@ -343,7 +334,7 @@ def test_variance_of_one_seed_is_undecided():
 
 
 def test_the_studys_own_claims_can_be_read():
-    own = claims.read_claims(claims.OWN_CLAIMS)
+    own = claims.read_claims(claims.STUDY_CLAIMS)
     assert [claim["id"][0] for claim in own] == ["1", "2", "2", "2", "3", "4", "5", "5", "6", "6"]
 
 
@@ -352,6 +343,12 @@ def scored(**fields):
     kind = {key: fields.pop(key) for key in ("margin",) if key in fields}
     claim = fields if fields.get("kind") == "equivalence" else difference(**fields)
     return json.dumps([{"id": "a", "claim": "s", "metric": "mt_bench", **claim, **kind}])
+
+
+RATE_OF_ZERO = (
+    '[{"id": "a", "claim": "", "kind": "rarely", "a": {"loss": "x"}, "event": "diverged", '
+    '"bound": 0}]'
+)
 
 
 @pytest.mark.parametrize(
@@ -374,12 +371,9 @@ def scored(**fields):
         (scored(at_least=math.nan), "must be a number"),
         (scored(event="diverged"), "has no event"),
         (scored(**EQUIVALENCE | {"margin": -1}), "above 0"),
-        (scored(a={"loss": "x", "seed": 1}), "cannot choose by seed"),
+        (scored(a={"loss": "x", "seed": 1}), "cannot select by seed"),
         (scored(a={"loss": "x", "beta": {"atleast": 1}}), "beta must be a value"),
-        (
-            '[{"id": "a", "claim": "", "kind": "rarely", "a": {"loss": "x"}, "event": "diverged", "bound": 0}]',
-            "a rate",
-        ),
+        (RATE_OF_ZERO, "a rate of 0 must lie between 0 and 1"),
         ('[{"id": "a", "claim": "s", "kind": ["x"]}]', "is none of"),
         (f"[{scored()[1:-1]}, {scored()[1:]}", "claim 2 .*the same id"),
     ],
@@ -393,20 +387,20 @@ def test_bad_claims(tmp_path, text, message):
 def test_claims_beside_the_results_are_added(tmp_path):
     extra = {"id": "mine", "claim": "Ours.", "metric": "acc_ref", **difference()}
     (tmp_path / "claims.json").write_text(json.dumps([extra]))
-    found = analyze.load_claims(analyze.parse_args([str(tmp_path)]))
-    assert [claim["id"] for claim in found][-1] == "mine" and len(found) == 11
+    found = claims.load_claims(tmp_path)
+    assert found[-1]["id"] == "mine" and len(found) == 11
     other = tmp_path / "other.json"
     other.write_text("[]")
-    assert (
-        len(analyze.load_claims(analyze.parse_args([str(tmp_path), "--claims", str(other)]))) == 10
-    )
+    assert len(claims.load_claims(tmp_path, other)) == 10  # instead of the one beside the results
+    other.write_text(json.dumps([extra | {"id": "2a"}]))
+    with pytest.raises(UserError, match="the study's own claims have the ids 2a"):
+        claims.load_claims(tmp_path, other)
 
 
 def test_variance_over_beta_takes_one_series_of_several(tmp_path):
     cells, values = over_beta((-0.2, 0.1, 0.2, -0.1), (-2, 1, 2, -1))
-    other = [
-        make_cell("td_dpo", beta, 2.0, accuracy=0.9) for beta in BETAS
-    ]  # as wide as dpo, better on validation
+    # as wide as dpo, but better on validation
+    other = [make_cell("td_dpo", beta, 2.0, accuracy=0.9) for beta in BETAS]
     values |= scores(zip(other, (-2, 1, 2, -1)), noise=0.3)
     row = judged(SPREAD, cells + other, values)
     assert (

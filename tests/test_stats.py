@@ -1,5 +1,5 @@
-"""stats.py: against SciPy called directly, against arithmetic by hand, against published figures,
-and in simulation.
+"""stats.py and variation.py: against SciPy called directly, against arithmetic by hand, against
+published figures, and in simulation.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from pref.analysis import stats
+from pref.analysis import stats, variation
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import calibration
@@ -104,29 +104,41 @@ def test_equal_scores_are_no_finding():
 def test_one_question_gives_no_test():
     found = stats.difference(A[:, :1], B[:, :1], paired=True, draws=500)
     assert (
-        math.isnan(found.se) and math.isnan(found.p()) and stats.needed(found, 1.0) == (None, None)
+        math.isnan(found.se)
+        and math.isnan(found.p())
+        and stats.required_sizes(found, 1.0) == (None, None)
     )
 
 
-def test_minimum_detectable_and_needed_by_hand():
-    found = stats.Difference(0.2, 0.1, 20.0, 0, 0, 0, 0, 0, 80, 3, "paired", (0.4, 0.006, 0.24))
+def measured(**variances):
+    """A difference of 0.2 with standard error 0.1 on 80 questions and 3 seeds."""
+    unused = dict.fromkeys(("low", "high", "rate", "rate_low", "rate_high"), 0.0)
+    sizes = {"n_questions": 80, "n_seeds": 3, "seeds": "paired"}
+    components = stats.Variances(**variances)
+    return stats.Difference(0.2, 0.1, 20.0, **unused, **sizes, variances=components)
+
+
+def test_minimum_detectable_and_required_sizes_by_hand():
+    found = measured(question=0.4, seed=0.006, residual=0.24)
     t = scipy_stats.t.ppf(0.975, 20) + scipy_stats.t.ppf(0.8, 20)
     assert found.minimum_detectable() == pytest.approx(0.1 * t)
     target = (0.3 / 2.8015852) ** 2  # normal quantiles 1.959964 + 0.841621
-    assert stats.needed(found, 0.3) == (
+    assert stats.required_sizes(found, 0.3) == (
         math.ceil((0.006 + 0.24 / 80) / (target - 0.4 / 80)),
         math.ceil((0.4 + 0.24 / 3) / (target - 0.006 / 3)),
     )
-    assert stats.needed(found, 0.1) == (
+    assert stats.required_sizes(found, 0.1) == (
         None,
         None,
     )  # questions alone leave 0.0707, seeds alone 0.045
-    assert stats.needed(found, 0.15)[0] is None and stats.needed(found, 0.15)[1] > 80
+    assert (
+        stats.required_sizes(found, 0.15)[0] is None and stats.required_sizes(found, 0.15)[1] > 80
+    )
 
 
-def test_needed_is_the_least_number():
-    found = stats.Difference(0.2, 0.1, 20.0, 0, 0, 0, 0, 0, 80, 3, "paired", (0.4, 0.01, 0.24))
-    seeds, questions = stats.needed(found, 0.25)
+def test_required_sizes_are_the_least():
+    found = measured(question=0.4, seed=0.01, residual=0.24)
+    seeds, questions = stats.required_sizes(found, 0.25)
 
     def detects(n_seeds: int, n_questions: int) -> bool:
         variance = 0.4 / n_questions + 0.01 / n_seeds + 0.24 / (n_seeds * n_questions)
@@ -142,7 +154,10 @@ def test_needed_is_the_least_number():
 def test_crossed_bootstrap_against_loops():
     table = A[:2, :3]
     draws = stats.bootstrap(table, 4000)
-    seeds, questions = stats.resampled(2, 4000, 0), stats.resampled(3, 4000, -1 % 2**32)
+    seeds, questions = (
+        stats.bootstrap_weights(2, 4000, 0),
+        stats.bootstrap_weights(3, 4000, stats.QUESTION_STREAM),
+    )
     seeds = 0.5 + (seeds - 0.5) * math.sqrt(2)  # two seeds resampled have half their variance
     by_loop = [
         sum(seeds[d, s] * questions[d, q] * table[s, q] for s in range(2) for q in range(3))
@@ -248,7 +263,7 @@ def test_mcnemar_by_hand():
 def test_beta_spread_by_hand():
     # two betas, two seeds, two questions; questions' difficulty 0 and 10 must not matter
     tables = [np.array([[1.0, 11.0], [3.0, 13.0]]), np.array([[6.0, 16.0], [8.0, 18.0]])]
-    found = stats.beta_spread(tables, same_seeds=False, draws=500)
+    found = variation.beta_spread(tables, same_seeds=False, draws=500)
     assert found.raw == pytest.approx(12.5)  # means 7 and 12
     # no interaction; seed means 6, 8 and 11, 13: MS_seed 2 * 2 = 4, residual 0, 4 / (2 * 2) for
     # each beta
@@ -256,40 +271,40 @@ def test_beta_spread_by_hand():
     assert found.draws.mean() == pytest.approx(11.5)
     # with the same seeds the second is 2 above the first at both betas: nothing of it moves a beta
     # against another
-    assert stats.beta_spread(tables, same_seeds=True, draws=500).noise == pytest.approx(0)
+    assert variation.beta_spread(tables, same_seeds=True, draws=500).noise == pytest.approx(0)
     tables[1] = tables[1][
         ::-1
     ]  # now beta and seed interact: +-1 around the beta's mean, 2 of 2 betas, MS 8
-    assert stats.beta_spread(tables, same_seeds=True, draws=500).noise == pytest.approx(2)
+    assert variation.beta_spread(tables, same_seeds=True, draws=500).noise == pytest.approx(2)
 
 
 def test_beta_spread_noise_counts_the_questions_interaction_with_beta():
     tables = [np.array([[1.0, 3.0]]), np.array([[3.0, 1.0]])]
     # crossed residuals -1, 1, 1, -1: sum of squares 4 over (2-1)(2-1), over 2 questions
-    assert stats.beta_spread(tables, False, draws=200).noise == pytest.approx(2)
+    assert variation.beta_spread(tables, False, draws=200).noise == pytest.approx(2)
 
 
 def test_variance_ratio():
-    wide = stats.BetaSpread(5.0, 1.0, 4.0, np.linspace(3, 5, 201))
-    narrow = stats.BetaSpread(1.5, 0.5, 1.0, np.full(201, 1.0))
-    found = stats.variance_ratio(narrow, wide)
+    wide = variation.BetaSpread(5.0, 1.0, 4.0, np.linspace(3, 5, 201))
+    narrow = variation.BetaSpread(1.5, 0.5, 1.0, np.full(201, 1.0))
+    found = variation.variance_ratio(narrow, wide)
     assert (
         found["ratio"] == 0.25
         and found["low"] == pytest.approx(0.2, abs=0.01)
         and found["high"] < 0.34
     )
-    nothing = stats.BetaSpread(0.4, 0.5, -0.1, np.zeros(201))
-    assert stats.variance_ratio(nothing, wide) == {"ratio": None, "low": None, "high": None}
-    shaky = stats.BetaSpread(1.0, 0.5, 0.5, np.linspace(-1, 2, 201))
-    assert stats.variance_ratio(narrow, shaky)["high"] == math.inf
+    nothing = variation.BetaSpread(0.4, 0.5, -0.1, np.zeros(201))
+    assert variation.variance_ratio(nothing, wide) == {"ratio": None, "low": None, "high": None}
+    shaky = variation.BetaSpread(1.0, 0.5, 0.5, np.linspace(-1, 2, 201))
+    assert variation.variance_ratio(narrow, shaky)["high"] == math.inf
 
 
 def test_brown_forsythe_is_scipys():
     a, b = [6.1, 6.3, 5.2, 4.0], [6.0, 6.1, 5.9, 6.05]
-    assert stats.brown_forsythe(a, b) == pytest.approx(
+    assert variation.brown_forsythe(a, b) == pytest.approx(
         scipy_stats.levene(a, b, center="median").pvalue
     )
-    assert math.isnan(stats.brown_forsythe([1, 2], b))
+    assert math.isnan(variation.brown_forsythe([1, 2], b))
 
 
 # ---- the best of a grid -------------------------------------------------------------------------
@@ -301,11 +316,11 @@ def test_expected_best_by_enumeration(budget):
     draws = [
         max(cells, key=lambda i: selector[i]) for cells in itertools.combinations(range(5), budget)
     ]
-    assert stats.expected_best(selector, scores, budget) == pytest.approx(
+    assert variation.expected_best(selector, scores, budget) == pytest.approx(
         np.mean([scores[i] for i in draws])
     )
     maxima = [max(cells) for cells in itertools.combinations(scores, budget)]
-    assert stats.expected_best(scores, scores, budget) == pytest.approx(np.mean(maxima))
+    assert variation.expected_best(scores, scores, budget) == pytest.approx(np.mean(maxima))
 
 
 # ---- variance, judge ----------------------------------------------------------------------------
@@ -317,11 +332,11 @@ def test_variance_parts_by_hand():
     cube = np.array([0.0, 2.0])[:, None, None] + seeds[None, :, None] + np.array([0.0, 10.0])
     nothing = ("residual", "question x beta and tau", "seed x beta and tau")
     expected = {"question": 50, "beta and tau": 2, "seed": 2, **dict.fromkeys(nothing, 0)}
-    assert stats.variance_parts(cube) == pytest.approx(expected, abs=1e-9)
+    assert variation.variance_parts(cube) == pytest.approx(expected, abs=1e-9)
     cube[1] = cube[
         1, ::-1
     ]  # the second cell has the seeds the other way round: all of it is seed x cell
-    turned = stats.variance_parts(cube)
+    turned = variation.variance_parts(cube)
     assert turned["seed"] == 0 and turned["seed x beta and tau"] == pytest.approx(
         4
     )  # residuals +-1: 4 over (2-1)(2-1)
@@ -339,7 +354,7 @@ def test_variance_parts_recover_what_was_put_in():
         + rng.normal(0, 0.8, (c, 1, q))
         + rng.normal(0, 1.2, (c, s, q))
     )
-    found = stats.variance_parts(cube)
+    found = variation.variance_parts(cube)
     expected = {
         "question": 3.24,
         "beta and tau": 0.25,
@@ -352,14 +367,14 @@ def test_variance_parts_recover_what_was_put_in():
 
 
 def test_retest_is_shrout_and_fleiss():
-    found = stats.retest(SHROUT_FLEISS)
+    found = variation.retest(SHROUT_FLEISS)
     assert (
         found["icc"] == pytest.approx(0.17, abs=0.005)
         and found["n_items"] == 6
         and found["identical"] == 0
     )
-    assert stats.retest([[5, 5], [7, 7], [3, 3]])["icc"] == 1
-    assert stats.retest([[5], [6, 6]]) is None
+    assert variation.retest([[5, 5], [7, 7], [3, 3]])["icc"] == 1
+    assert variation.retest([[5], [6, 6]]) is None
 
 
 def test_length_correlation_is_within_questions():
@@ -368,10 +383,10 @@ def test_length_correlation_is_within_questions():
     centred = [
         np.concatenate([x[:3] - x[:3].mean(), x[3:] - x[3:].mean()]) for x in (scores, lengths)
     ]
-    found = stats.length_correlation(scores, lengths, groups)
+    found = variation.length_correlation(scores, lengths, groups)
     assert found == {"n": 6, "spearman": pytest.approx(scipy_stats.spearmanr(*centred).statistic)}
     assert found["spearman"] < -0.8
-    assert stats.length_correlation(scores, np.ones(6), groups) is None
+    assert variation.length_correlation(scores, np.ones(6), groups) is None
 
 
 # ---- how often it errs (short form of bench/calibration.py) -------------------------------------

@@ -1,40 +1,50 @@
-"""Claims and their verdicts: supported, contradicted, undecided, not measured.
+"""Claims: how they are stated, and which cells they are about. verdicts.py judges them.
 
-claims.json beside this file holds the study's own claims; a file of the same form,
-results/claims.json or --claims, adds others. A claim is an object with `id`, `claim` (the
-sentence), `kind`, and by kind:
+claims.json beside this file holds the claims of the study. RESULTS_DIR/claims.json, or the file
+given with --claims, adds others in the same form: a list of objects. Every claim has
 
-  difference          a, b, metric, at_least: a - b is at_least or more
-  equivalence         a, b, metric, margin: a and b differ by less than margin either way (two
-  one-sided tests) variance_reduction  a, b, metric, at_least: the variance over beta is smaller by
-  this share rarely              a, event (diverged, nonfinite), bound: the rate of such runs is
-  below bound often               a, event, at_least: it is above at_least
+    id      a short name, unique over both files
+    claim   the sentence
+    kind    what is tested
+    model   the model that the claim was made for (optional; a verdict on another model says so)
 
-a and b choose runs: {"loss": "td_dpo", "beta": 2.5, "tau": 2}; beta and tau a number, a list,
-{"at_least": x}, or "best" (the cell with the best validation accuracy); any other argument of a run
-may stand beside them. Where several cells match, the two that differ in the fewest other settings
-are compared, and the best of these; which, is said. metric: mt_bench or acc_ref. `model`, the one
-that a claim was made for, is only said.
+and, depending on its kind,
 
-A difference or equivalence is supported if its test, Holm-adjusted over the claims on the same
-scores, and its interval agree; contradicted if the whole interval lies on the wrong side and the
-test of that agrees; of one seed, or where runs diverged and left no score, nothing is supported.
+    kind                 fields                     what is claimed
+    difference           a, b, metric, at_least     mean of a - mean of b is at_least or more
+    equivalence          a, b, metric, margin       they differ by less than margin, either way
+    variance_reduction   a, b, metric, at_least     the variance over beta of a is smaller than that
+                                                    of b, by this share or more
+    rarely               a, event, bound            the rate of such runs is below bound
+    often                a, event, at_least         the rate of such runs is above at_least
+
+metric is mt_bench (in points), acc_ref (validation accuracy, as a share of pairs) or alpaca_eval.
+event is diverged, or nonfinite (diverged, or a step with a non-finite loss or gradient).
+
+a and b select cells by the arguments of their runs:
+
+    {"loss": "td_dpo", "beta": 2.5, "tau": 2}
+
+A value is a number or text, a list of alternatives, {"at_least": x}, or "best": of the cells that
+match, the one with the best validation accuracy. seed and run_id cannot be selected: a cell is all
+of its seeds. If several cells match without "best", the two that differ in the fewest settings are
+compared, chosen by validation accuracy among equals; the verdict names the choice.
 """
 
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
-from scipy.stats import binomtest
-
-from pref.analysis import estimates, stats
+from pref.analysis import estimates
+from pref.analysis.runs import Cell, Values
 from pref.files import disk
 from pref.files.console import UserError
 
-OWN_CLAIMS = Path(__file__).with_name("claims.json")
+STUDY_CLAIMS = Path(__file__).with_name("claims.json")
 METRICS = ("mt_bench", "acc_ref", "alpaca_eval")
 EVENTS = ("diverged", "nonfinite")
-NEEDS = {
+FIELDS = {
     "difference": ("a", "b", "metric", "at_least"),
     "equivalence": ("a", "b", "metric", "margin"),
     "variance_reduction": ("a", "b", "metric", "at_least"),
@@ -43,11 +53,28 @@ NEEDS = {
 }
 
 
+# ---- reading and checking -----------------------------------------------------------------------
+
+
+def load_claims(results_dir: Path, path: Path | None = None) -> list[dict]:
+    """The study's claims, then the user's: those of `path`, or of `results_dir`/claims.json if it
+    exists. Raises UserError for a claim that is not well formed, or whose id is taken.
+    """
+    beside_results = results_dir / "claims.json"
+    path = path or (beside_results if beside_results.is_file() else None)
+    study, others = read_claims(STUDY_CLAIMS), read_claims(path) if path else []
+    if taken := {claim["id"] for claim in study} & {claim["id"] for claim in others}:
+        raise UserError(
+            f"{path}: the study's own claims have the ids {', '.join(sorted(taken))}; choose others"
+        )
+    return study + others
+
+
 def read_claims(path: Path) -> list[dict]:
-    """Claims of one file, checked. Raises UserError with file, claim and fact."""
+    """Claims of one file, checked. Raises UserError with file, claim and fault."""
     claims = disk.read_json_value(path)
     if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
-        raise UserError(f"{path}: expected a list of claims; see claims.json of the toolkit")
+        raise UserError(f"{path}: expected a list of claims; see pref/analysis/claims.json")
     for number, claim in enumerate(claims, 1):
         problem = find_problem(claim)
         if any(claim.get("id") == other.get("id") for other in claims[: number - 1]):
@@ -60,20 +87,19 @@ def read_claims(path: Path) -> list[dict]:
 def find_problem(claim: dict) -> str | None:
     """What is wrong with a claim, or None."""
     kind = claim.get("kind")
-    if not isinstance(kind, str) or kind not in NEEDS:
-        return f"kind {kind!r} is none of {', '.join(NEEDS)}"
+    if not isinstance(kind, str) or kind not in FIELDS:
+        return f"kind {kind!r} is none of {', '.join(FIELDS)}"
     if bad := [key for key in ("id", "claim") if not isinstance(claim.get(key), str)]:
         return f"{bad[0]!r} must be text"
-    if missing := [key for key in NEEDS[kind] if key not in claim]:
+    if missing := [key for key in FIELDS[kind] if key not in claim]:
         return f"kind {kind} needs {', '.join(missing)}"
-    if extra := sorted(set(claim) - {*NEEDS[kind], "id", "claim", "kind", "model"}):
+    if extra := sorted(set(claim) - {*FIELDS[kind], "id", "claim", "kind", "model"}):
         return f"kind {kind} has no {', '.join(extra)}"
     for key in ("at_least", "margin", "bound"):
         if key in claim and not is_finite_number(claim[key]):
             return f"{key!r} must be a number"
-    rate = claim.get("bound", claim.get("at_least"))
-    if "event" in NEEDS[kind] and not 0 < rate < 1:
-        return f"a rate of {rate:g} must lie between 0 and 1"
+    if "event" in FIELDS[kind] and not 0 < rate_limit(claim) < 1:
+        return f"a rate of {rate_limit(claim):g} must lie between 0 and 1"
     if claim.get("margin", 1) <= 0:
         return "'margin' must be above 0"
     if claim.get("metric", METRICS[0]) not in METRICS:
@@ -88,7 +114,7 @@ def find_selector_problem(side: str, selector) -> str | None:
     if not isinstance(selector, dict) or not isinstance(selector.get("loss"), str):
         return f'{side} must be an object with a loss, such as {{"loss": "dpo", "beta": 0.1}}'
     if varying := {"seed", "run_id"} & set(selector):
-        return f"{side} cannot choose by {', '.join(varying)}: a cell is all its seeds"
+        return f"{side} cannot select by {', '.join(varying)}: a cell is all of its seeds"
     for key, wanted in selector.items():
         if isinstance(wanted, dict) and not (
             set(wanted) == {"at_least"} and is_finite_number(wanted["at_least"])
@@ -101,17 +127,56 @@ def is_finite_number(value) -> bool:
     return disk.is_number(value) and math.isfinite(value)
 
 
-def select_cells(cells: list[dict], selector: dict) -> list[dict]:
-    """Cells that `selector` chooses; "best" leaves the one with the best validation accuracy."""
-    found = [
-        cell
-        for cell in cells
-        if cell["loss"] == selector["loss"] and not estimates.is_untrained(cell)
-    ]
+def rate_limit(claim: dict) -> float:
+    """The rate that a claim of kind rarely or often is about."""
+    return claim["bound"] if claim["kind"] == "rarely" else claim["at_least"]
+
+
+def unknown_arguments(claim: dict, cells: list[Cell]) -> list[str]:
+    """Arguments in a claim's selectors that no run has. A misspelt name would otherwise silently
+    match no run.
+    """
+    known = {key for cell in cells for run in cell.runs for key in run.args}
+    return sorted({key for side in ("a", "b") for key in claim.get(side, ())} - known)
+
+
+# ---- which cells --------------------------------------------------------------------------------
+
+
+class NotMeasurable(Exception):
+    """Why a claim cannot be judged on these runs; the text becomes the verdict's `why`."""
+
+
+class Candidates(NamedTuple):
+    """Cells that the selectors of a claim match."""
+
+    a: list[Cell]
+    b: list[Cell]
+
+
+class PairChoice(NamedTuple):
+    """The two cells that a claim is judged on."""
+
+    a: Cell
+    b: Cell
+    remark: str  # how they were chosen and in what they differ; may be empty
+
+
+class SeriesChoice(NamedTuple):
+    """The two series over beta that a claim is judged on, each one cell per beta."""
+
+    a: list[Cell]
+    b: list[Cell]
+    remark: str
+
+
+def select_cells(cells: list[Cell], selector: dict) -> list[Cell]:
+    """Trained cells that match `selector`; "best" matches any value."""
+    selected = [cell for cell in cells if cell.loss == selector["loss"] and not cell.untrained]
     for key, wanted in selector.items():
         if key != "loss" and wanted != "best":
-            found = [cell for cell in found if matches(cell["runs"][0]["args"].get(key), wanted)]
-    return found
+            selected = [cell for cell in selected if matches(cell.runs[0].args.get(key), wanted)]
+    return selected
 
 
 def matches(value, wanted) -> bool:
@@ -124,410 +189,102 @@ def matches(value, wanted) -> bool:
     return value == wanted
 
 
-def best_cell(cells: list[dict]) -> dict | None:
-    """The cell with the best validation accuracy; of several without accuracy none."""
-    if len(cells) > 1 and any(cell.get("accuracy") is None for cell in cells):
-        return None
-    return max(cells, key=lambda cell: cell["accuracy"] or 0)
-
-
-def choose_pair(claim: dict, chosen: dict, values: dict) -> tuple[dict, dict, str] | str:
-    """(cell a, cell b, what is to be said of the choice), or why there is none. Where several cells
-    match a selector without "best", those that differ in the fewest other settings are
-    candidates.
-    """
-    found = {
-        side: [cell for cell in cells if estimates.runs_with_values(cell, values)]
-        for side, cells in chosen.items()
-    }
-    counts = {side: len(cells) for side, cells in found.items()}
-    if "best" not in claim["a"].values() and "best" not in claim["b"].values():
-        fewest = min(len(estimates.differences(a, b)) for a in found["a"] for b in found["b"])
-        near = [
-            (a, b)
-            for a in found["a"]
-            for b in found["b"]
-            if len(estimates.differences(a, b)) == fewest
-        ]
-        found = {"a": [a for a, _ in near], "b": [b for _, b in near]}
-    a = best_cell(found["a"])
-    if a is None:
-        return f"Several cells of {describe(claim['a'])} and no validation accuracy to choose by."
-    near = found["b"] if "best" in claim["b"].values() else estimates.nearest(a, found["b"])
-    b = best_cell(near)
-    if b is None:
-        return f"Several cells of {describe(claim['b'])} and no validation accuracy to choose by."
-    said = [
-        f"{cell['label']} is one of {counts[side]} cells that match, chosen by validation accuracy."
-        for side, cell in (("a", a), ("b", b))
-        if counts[side] > 1
-    ]
-    if claim["metric"] == "acc_ref" and said:
-        said.append("It was chosen on the very pairs that it is judged on.")
-    if differing := estimates.differences_text(a, b):
-        said.append(f"They differ in {differing}.")
-    return a, b, " ".join(said)
+def wants_best(selector: dict) -> bool:
+    return "best" in selector.values()
 
 
 def describe(selector: dict) -> str:
+    """A selector as text: td_dpo beta 2.5 tau 2."""
     values = [f"{key} {json.dumps(value)}" for key, value in selector.items() if key != "loss"]
     return " ".join([selector["loss"], *values]).replace('"', "")
 
 
-def judge_claims(
-    claims: list[dict], cells: list[dict], measured: list[dict], model: str, draws: int
-) -> list[dict]:
-    """A verdict for each claim and, where it is about scores, each judge.
+def find_candidates(claim: dict, cells: list[Cell], values: Values) -> Candidates:
+    """Cells of both selectors. Raises NotMeasurable if none of a side's cells has values."""
+    candidates = Candidates(*(select_cells(cells, claim[side]) for side in ("a", "b")))
+    for side, selected in zip(("a", "b"), candidates):
+        if not any(estimates.runs_with_values(cell, values) for cell in selected):
+            raise NotMeasurable(f"No such runs: {describe(claim[side])}.")
+    return candidates
 
-    measured: {"metric", "judge" (name or None), "values", "smoke": why the scores measure nothing,
-    or ""}.
+
+def best_cell(cells: list[Cell]) -> Cell | None:
+    """The cell with the best validation accuracy; None if there are several and one has none."""
+    if len(cells) > 1 and any(cell.accuracy is None for cell in cells):
+        return None
+    return max(cells, key=lambda cell: cell.accuracy or 0)
+
+
+def choose_pair(claim: dict, candidates: Candidates, values: Values) -> PairChoice:
+    """The two cells that are compared. Raises NotMeasurable if validation accuracy would have to
+    choose and is not known.
+
+    Without "best" in a selector, only those pairs of cells are considered that differ in the fewest
+    settings.
     """
-    rows = []
-    for claim in claims:
-        if unknown := unknown_arguments(claim, cells):
-            rows.append(
-                verdict(
-                    claim, None, "not measured", why=f"No run has an argument {', '.join(unknown)}."
-                )
-            )
-            continue
-        if "event" in claim:
-            rows.append(judge_rate(claim, cells))
-            continue
-        sources = [source for source in measured if source["metric"] == claim["metric"]]
-        rows += [judge_scores(claim, cells, source, draws) for source in sources]
-        if not sources:
-            rows.append(verdict(claim, None, "not measured", why=why_unmeasured(claim["metric"])))
-    decide(rows)
-    for row in rows:
-        if row["model"] not in (None, model) and row["verdict"] != "not measured":
-            row["why"] += f" Made for {row['model']}, measured here on {model}."
-    return rows
-
-
-def unknown_arguments(claim: dict, cells: list[dict]) -> list[str]:
-    """Arguments in a's or b's selector that no run has: a slip of the pen would otherwise match
-    every run.
-    """
-    known = {key for cell in cells for run in cell["runs"] for key in run["args"]}
-    return sorted({key for side in ("a", "b") for key in claim.get(side, ())} - known)
-
-
-def why_unmeasured(metric: str) -> str:
-    if metric == "alpaca_eval":
-        return "AlpacaEval is judged by its own program (gen_mtbench.py --export alpaca_eval)."
-    return {"mt_bench": "No judgements.", "acc_ref": "No val_pairs.jsonl."}[metric]
-
-
-def verdict(claim: dict, judge: str | None, word: str, why: str = "", **numbers) -> dict:
-    row = {
-        "id": claim["id"],
-        "claim": claim["claim"],
-        "kind": claim["kind"],
-        "metric": claim.get("metric"),
-        "event": claim.get("event"),
-        "model": claim.get("model"),
-        "judge": judge,
-        "verdict": word,
-        "a": None,
-        "b": None,
-        "estimate": None,
-        "low": None,
-        "high": None,
-        "test": None,
-        "p": None,
-        "p_holm": None,
-        "limit": None,
-        "n_units": None,
-        "n_seeds": None,
-        "why": why,
-    }
-    return row | numbers
-
-
-def judge_scores(claim: dict, cells: list[dict], source: dict, draws: int) -> dict:
-    """One claim about scores by one judge (or about accuracy); "pending" until the family's
-    p-values are adjusted.
-    """
-    values, judge = source["values"], source["judge"]
-    chosen = {side: select_cells(cells, claim[side]) for side in ("a", "b")}
-    for side, found in chosen.items():
-        if not any(estimates.runs_with_values(cell, values) for cell in found):
-            return verdict(
-                claim, judge, "not measured", why=f"No such runs: {describe(claim[side])}."
-            )
-    judge_one = judge_spread if claim["kind"] == "variance_reduction" else judge_difference
-    row = judge_one(claim, chosen, values, judge, draws)
-    if source["smoke"] and row["verdict"] != "not measured":
-        row |= {"verdict": "not measured", "why": f"{source['smoke']}."}
-    return row
-
-
-def judge_difference(
-    claim: dict, chosen: dict, values: dict, judge: str | None, draws: int
-) -> dict:
-    pair = choose_pair(claim, chosen, values)
-    if isinstance(pair, str):
-        return verdict(claim, judge, "not measured", why=pair)
-    a, b, said = pair
-    found = estimates.compare_cells(a, b, values, draws)
-    if found is None:
-        return verdict(
-            claim,
-            judge,
-            "not measured",
-            why="The runs share no question that was rated in all of them.",
-        )
-    difference = found[0]
-    if claim["kind"] == "equivalence":
-        limit, p = claim["margin"], difference.p_equivalent(claim["margin"])
-        test = f"two one-sided tests against a difference of {limit:g}"
-    else:
-        limit, p = claim["at_least"], difference.p(claim["at_least"], side=1)
-        test = f"primary test, one-sided, of a difference of at least {limit:g}"
-    return verdict(
-        claim,
-        judge,
-        "pending",
-        why=said,
-        a=a["label"],
-        b=b["label"],
-        estimate=difference.estimate,
-        low=difference.low,
-        high=difference.high,
-        test=test,
-        p=estimates.known(p),
-        limit=limit,
-        n_units=difference.n_questions,
-        n_seeds=difference.n_seeds,
-        difference=difference,
-        lost=" ".join(filter(None, (lost_runs(cell, values) for cell in (a, b)))),
+    cells_a, cells_b = (
+        [cell for cell in cells if estimates.runs_with_values(cell, values)] for cells in candidates
     )
+    n_matches = Candidates(len(cells_a), len(cells_b))
+    if not wants_best(claim["a"]) and not wants_best(claim["b"]):
+        pairs = [(len(estimates.differences(a, b)), a, b) for a in cells_a for b in cells_b]
+        fewest = min(count for count, _, _ in pairs)
+        cells_a = [a for count, a, _ in pairs if count == fewest]
+        cells_b = [b for count, _, b in pairs if count == fewest]
 
-
-def lost_runs(cell: dict, values: dict) -> str:
-    """Runs that diverged and left nothing to compare: without them the loss looks better than it
-    is.
-    """
-    lost = [
-        run for run in cell["runs"] if run["status"] == "diverged" and not values.get(run["run_id"])
-    ]
-    return (
-        f"{len(lost)} of {len(cell['runs'])} runs of {cell['label']} diverged and have no score."
-        if lost
-        else ""
-    )
-
-
-def decide(rows: list[dict]) -> None:
-    """Replace "pending" by a verdict; Holm over the claims that are tested on the same scores."""
-    families: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if row["verdict"] == "pending":
-            families.setdefault((row["metric"], row["judge"]), []).append(row)
-    for family in families.values():
-        adjusted = stats.holm([math.nan if row["p"] is None else row["p"] for row in family])
-        for row, p in zip(family, adjusted):
-            row["p_holm"] = estimates.known(p)
-            word, why = decide_difference(row, row["difference"])
-            row |= {"verdict": word, "why": " ".join(filter(None, (why, row["lost"], row["why"])))}
-    for row in rows:
-        row.pop("difference", None)
-        row.pop("lost", None)
-
-
-def decide_difference(row: dict, difference: stats.Difference) -> tuple[str, str]:
-    limit, low, high = row["limit"], row["low"], row["high"]
-    if row["p_holm"] is None:
-        return (
-            "undecided",
-            "All differences are equal, or there is one question: nothing measures the error.",
-        )
-    if difference.seeds == "one seed":
-        return (
-            "undecided",
-            "One seed: how much another seed would differ is not known; train three.",
-        )
-    if row["kind"] == "equivalence":
-        inside = -limit < low and high < limit
-        above = low > limit and difference.p(limit, side=1) < stats.ALPHA
-        outside = above or (high < -limit and difference.p(-limit, side=-1) < stats.ALPHA)
-    else:
-        inside, outside = low >= limit, high < limit and difference.p(limit, side=-1) < stats.ALPHA
-    if outside:
-        return "contradicted", "The whole interval lies on the other side."
-    if row["p_holm"] < stats.ALPHA and inside:
-        if row["lost"]:
-            return "undecided", "The runs with a score would support it."
-        return "supported", "Test and interval agree."
-    return "undecided", what_would_decide(row, difference)
-
-
-def what_would_decide(row: dict, difference: stats.Difference) -> str:
-    """Roughly how many seeds or questions: for parity, if the two are equal; else, if the
-    difference is as measured.
-    """
-    equivalence = row["kind"] == "equivalence"
-    gap = row["limit"] if equivalence else abs(row["estimate"] - row["limit"])
-    if gap == 0:
-        return "The measured difference is the limit itself."
-    seeds, questions = stats.needed(difference, gap, equivalence)
-    unit = "questions" if row["metric"] == "mt_bench" else "validation pairs"
-    if (seeds and seeds <= difference.n_seeds) or (
-        questions and questions <= difference.n_questions
-    ):
-        return "It was close: a study of this size decides such a case four times in five."
-    ways = [f"{seeds:,} seeds with these {difference.n_questions} {unit}"] if seeds else []
-    ways += [f"{questions:,} {unit} with these {difference.n_seeds} seeds"] if questions else []
-    given = "if they are truly equal" if equivalence else "if the difference is as measured"
-    if not ways:
-        return f"Neither more seeds alone nor more {unit} alone would decide it, {given}: it needs both."
-    return f"It would take roughly {' or '.join(ways)}, {given} (80 % power)."
-
-
-def choose_series(
-    claim: dict, chosen: dict, values: dict
-) -> tuple[list[dict], list[dict], str] | str:
-    """(cells of a, cells of b, what is to be said), a cell a beta; or why there are none. Of
-    several series (tau, other settings) a's is the one with the best cell by validation accuracy,
-    b's the nearest to it in settings.
-    """
-    series = {
-        side: list(estimates.beta_series(cells, values).values()) for side, cells in chosen.items()
-    }
-    if missing := [side for side, found in series.items() if not found]:
-        return f"No series of at least two betas: {describe(claim[missing[0]])}."
-    best = {}
-    for side, found in series.items():
-        cells = [cell for cells in found for cell in cells]
-        if side == "b":
-            near = estimates.nearest(best["a"][0], [cells[0] for cells in found])
-            cells = [cell for cells in found if cells[0] in near for cell in cells]
-            found = [cells for cells in found if cells[0] in near]
-        cell = cells[0] if len(found) == 1 else best_cell(cells)
+    def choose(side: str, cells: list[Cell]) -> Cell:
+        cell = best_cell(cells)
         if cell is None:
-            return f"Several series of {describe(claim[side])} and no validation accuracy to choose by."
-        best[side] = next(cells for cells in found if cell in cells)
-    said = [
-        f"The series of {cells[0]['label']} is one of {len(series[side])}, chosen by validation accuracy."
-        for side, cells in best.items()
-        if len(series[side]) > 1
-    ]
-    if differing := estimates.differences_text(best["a"][0], best["b"][0]):
-        said.append(f"They differ in {differing}.")
-    return best["a"], best["b"], " ".join(said)
-
-
-def judge_spread(claim: dict, chosen: dict, values: dict, judge: str | None, draws: int) -> dict:
-    """Variance over beta of a's series against b's."""
-    series = choose_series(claim, chosen, values)
-    if isinstance(series, str):
-        return verdict(claim, judge, "not measured", why=series)
-    a, b, said = series
-    found = estimates.compare_spreads(a, b, values, draws)
-    if found is None:
-        return verdict(
-            claim,
-            judge,
-            "not measured",
-            why="Fewer than two betas, or no question, that both have.",
-        )
-    names = [
-        cells[0]["loss"] + (f" τ={cells[0]['tau']:g}" if cells[0]["tau"] is not None else "")
-        for cells in (a, b)
-    ]
-    numbers = {
-        "a": names[0],
-        "b": names[1],
-        "limit": claim["at_least"],
-        "n_seeds": found["n_seeds"],
-        "p": found["brown_forsythe_p"],
-        "test": f"bootstrap of the ratio over {len(found['betas'])} betas; Brown-Forsythe on the beta means",
-    }
-    if found["ratio"] is not None:
-        numbers |= {
-            "estimate": 1 - found["ratio"],
-            "low": 1 - found["high"],
-            "high": 1 - found["low"],
-        }
-    word, why = decide_spread(found, claim["at_least"], names)
-    return verdict(claim, judge, word, why=" ".join(filter(None, (why, said))), **numbers)
-
-
-def decide_spread(found: dict, at_least: float, names: list[str]) -> tuple[str, str]:
-    if found["ratio"] is None:
-        name = names[0] if found["spreads"][0].variance <= 0 else names[1]
-        why = f"The ratio is undefined: what seeds and questions explain leaves no variance over beta for {name}."
-        return "undecided", f"{why} More seeds and questions would show it."
-    if found["n_seeds"] < 2:
-        return "undecided", "One seed: its noise cannot be told from beta."
-    if found["high"] <= 1 - at_least:
-        return "supported", "The whole interval lies above the claim."
-    if found["low"] > 1 - at_least:
-        return "contradicted", "The whole interval lies below the claim."
-    for factor in (2, 4, 8, 16, 32, 64, 128):
-        # if the variances are as estimated, the draws' distance from their centre falls with the
-        # root of the factor
-        shrunk = [
-            s._replace(draws=s.variance + (s.draws - s.variance) / math.sqrt(factor))
-            for s in found["spreads"]
-        ]
-        ratio = stats.variance_ratio(*shrunk)
-        if not ratio["low"] <= 1 - at_least <= ratio["high"]:
-            return (
-                "undecided",
-                f"It would take roughly {factor} times the seeds and the questions, or more betas.",
+            raise NotMeasurable(
+                f"Several cells of {describe(claim[side])} and no validation accuracy to choose by."
             )
-    return (
-        "undecided",
-        "No number of seeds and questions up to 128 times these would decide it; more betas might.",
-    )
+        return cell
 
-
-def judge_rate(claim: dict, cells: list[dict]) -> dict:
-    """How often runs diverge or meet a non-finite step, with the exact binomial interval and
-    test.
-    """
-    runs = [
-        run for cell in select_cells(cells, claim["a"]) for run in cell["runs"] if run["summary"]
+    a = choose("a", cells_a)
+    b = choose("b", cells_b if wants_best(claim["b"]) else estimates.nearest(a, cells_b))
+    remarks = [
+        f"{cell.label} is one of {count} cells that match, chosen by validation accuracy."
+        for cell, count in ((a, n_matches.a), (b, n_matches.b))
+        if count > 1
     ]
-    if not runs:
-        return verdict(claim, None, "not measured", why=f"No such runs: {describe(claim['a'])}.")
-    failed = [run["status"] == "diverged" for run in runs]
-    if claim["event"] == "nonfinite":
-        failed = [bad or bool(run["summary"]["nonfinite_steps"]) for bad, run in zip(failed, runs)]
-    count, total = sum(failed), len(runs)
-    low, high = stats.exact_interval(count, total)
-    limit = claim["bound"] if claim["kind"] == "rarely" else claim["at_least"]
-    below = float(binomtest(count, total, limit, alternative="less").pvalue)
-    above = float(binomtest(count, total, limit, alternative="greater").pvalue)
-    numbers = {
-        "a": describe(claim["a"]),
-        "estimate": count / total,
-        "low": low,
-        "high": high,
-        "limit": limit,
-        "p": below if claim["kind"] == "rarely" else above,
-        "n_units": total,
-        "n_seeds": None,
-        "test": f"exact binomial, rate {'below' if claim['kind'] == 'rarely' else 'above'} {limit:g}",
-    }
-    counted = f"{count} of {total} runs."
-    if numbers["p"] < stats.ALPHA:
-        return verdict(claim, None, "supported", why=counted, **numbers)
-    if (above if claim["kind"] == "rarely" else below) < stats.ALPHA:
-        return verdict(claim, None, "contradicted", why=counted, **numbers)
-    return verdict(
-        claim, None, "undecided", why=f"{counted} {runs_needed(claim, count / total)}", **numbers
-    )
+    if claim["metric"] == "acc_ref" and remarks:
+        remarks.append("It was chosen on the very pairs that it is judged on.")
+    if differing := estimates.differences_text(a, b):
+        remarks.append(f"They differ in {differing}.")
+    return PairChoice(a, b, " ".join(remarks))
 
 
-def runs_needed(claim: dict, rate: float) -> str:
-    if claim["kind"] == "rarely" and rate == 0:
-        runs = math.ceil(math.log(stats.ALPHA) / math.log(1 - claim["bound"]))
-        return f"It would take {runs} runs without one."
-    limit = claim["bound"] if claim["kind"] == "rarely" else claim["at_least"]
-    if rate == limit:
-        return "The rate is at the claimed limit itself."
-    runs = math.ceil((1.645 + 0.842) ** 2 * limit * (1 - limit) / (rate - limit) ** 2)
-    return f"It would take roughly {runs} runs, if the rate is as measured (80 % power)."
+def choose_series(claim: dict, candidates: Candidates, values: Values) -> SeriesChoice:
+    """The two series over beta that are compared. Raises NotMeasurable if there are none.
+
+    Of several series (of different tau or settings), a's is the one with the best cell by
+    validation accuracy, b's the one nearest to it in settings.
+    """
+    all_a, all_b = (estimates.beta_series(cells, values) for cells in candidates)
+    for side, all_series in (("a", all_a), ("b", all_b)):
+        if not all_series:
+            raise NotMeasurable(f"No series of at least two betas: {describe(claim[side])}.")
+
+    def choose(side: str, all_series: list[list[Cell]]) -> list[Cell]:
+        if len(all_series) == 1:
+            return all_series[0]
+        best = best_cell([cell for series in all_series for cell in series])
+        if best is None:
+            selector = describe(claim[side])
+            raise NotMeasurable(
+                f"Several series of {selector} and no validation accuracy to choose by."
+            )
+        return next(series for series in all_series if best in series)
+
+    a = choose("a", all_a)
+    near = estimates.nearest(a[0], [series[0] for series in all_b])
+    b = choose("b", [series for series in all_b if series[0] in near])
+    remarks = [
+        f"The series of {series[0].label} is one of {len(all_series)}, "
+        "chosen by validation accuracy."
+        for series, all_series in ((a, all_a), (b, all_b))
+        if len(all_series) > 1
+    ]
+    if differing := estimates.differences_text(a[0], b[0]):
+        remarks.append(f"They differ in {differing}.")
+    return SeriesChoice(a, b, " ".join(remarks))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pref.analysis.figure_parts import INTERVAL, Look, add_legend_below, distinct, series_style
 from pref.analysis.run_figures import points
+from pref.analysis.runs import Run
 from pref.files import drawing
 
 # ---- over optimiser steps -----------------------------------------------------------------------
@@ -33,17 +34,17 @@ CURVE_PANELS = (
 COMPARABLE = ("eval/acc_ref", "margin/rho")  # the same scale for all losses
 
 
-def has_curve(run: dict) -> bool:
+def has_curve(run: Run) -> bool:
     """Whether a run belongs into `draw_learning_curves`."""
-    return bool(run["args"]["loss"] and (run["steps"] or run["evals"]))
+    return not run.untrained and bool(run.steps or run.evals)
 
 
-def draw_learning_curves(stem: Path, runs: list[dict]) -> None:
+def draw_learning_curves(stem: Path, runs: list[Run]) -> None:
     """A column of panels per loss and a line per run: its colour is beta, its dashes are tau.
 
     runs: those of `has_curve`.
     """
-    losses = distinct(run["loss"] for run in runs)
+    losses = distinct(run.loss for run in runs)
     title = (
         "Learning curves by loss (a line a run; loss and gradient are not comparable across losses)"
     )
@@ -55,9 +56,10 @@ def draw_learning_curves(stem: Path, runs: list[dict]) -> None:
 
     styles = curve_styles(runs)
     for run, style in zip(runs, styles):
-        for panel, axis in zip(CURVE_PANELS, axes[:, losses.index(run["loss"])]):
+        for panel, axis in zip(CURVE_PANELS, axes[:, losses.index(run.loss)]):
             marker = "." if panel.source == "evals" else None
-            axis.plot(*points(run[panel.source], panel.key), marker=marker, linewidth=1, **style)
+            records = getattr(run, panel.source)
+            axis.plot(*points(records, panel.key), marker=marker, linewidth=1, **style)
 
     for loss, column in zip(losses, axes.T):
         top, bottom = column[0], column[-1]
@@ -77,16 +79,16 @@ def draw_learning_curves(stem: Path, runs: list[dict]) -> None:
     drawing.save_figure(figure, stem)
 
 
-def curve_styles(runs: list[dict]) -> list[dict]:
+def curve_styles(runs: list[Run]) -> list[dict]:
     """Colour, dashes and label of each run, by its beta and tau among those of all runs."""
     from matplotlib import colormaps
 
-    betas = sorted({run["args"]["beta"] for run in runs if run["args"]["beta"] is not None})
-    taus = sorted({run["args"]["tau"] for run in runs if run["args"]["tau"] is not None})
+    betas = sorted({run.beta for run in runs if run.beta is not None})
+    taus = sorted({run.tau for run in runs if run.tau is not None})
     palette = colormaps["viridis"]
     styles = []
     for run in runs:
-        beta, tau = run["args"]["beta"], run["args"]["tau"]
+        beta, tau = run.beta, run.tau
         colour, label, dashes = drawing.GREY, "no β", "-"
         if beta is not None:
             # From dark to light, without the palest yellow.

@@ -1,199 +1,200 @@
-"""From the runs of a results folder to comparisons: what analyze.py says beyond means.
+"""From runs to comparisons: which values, seeds and questions enter an estimate.
 
-"values": run_id -> unit -> part -> number. MT-Bench: question -> turn -> mean rating. Accuracy:
-validation pair -> 0 -> 0, 0.5 or 1. A comparison uses the units and parts that all of its runs
-have, so that no run has an easier exam.
-
-A "cell" is the runs that differ in their seed alone (analyze.make_cells). Formulas and assumptions:
-stats.py.
+Scores arrive as `Values` (runs.py): run id -> unit -> part -> score, where a unit is a question or
+a validation pair. `make_tables` turns the values of some runs into the (S, Q) arrays that stats.py
+and variation.py work on, over the units and parts that all of these runs have: no run gets an
+easier exam. The other functions choose the runs for one kind of comparison and return rows of
+tables.
 """
 
 import math
 from collections import defaultdict
-from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
-from pref.analysis import stats
-from pref.files import judgements
+from pref.analysis import stats, variation
+from pref.analysis.runs import Cell, Run, ScoredCell, Values
 
-LENGTH_BINS = 5
-SPREAD_KEYS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_forsythe_p")
-
-
-def accuracy_values(run: dict) -> dict:
-    """pair -> 0 -> whether rho > 0 at the best evaluation: a tie is one half, a pair with a
-    non-finite log-probability is wrong, as in the training stage.
-    """
-    return {
-        pair: {0: ranked_right(found)}
-        for pair, found in best_pairs(run["val"], run["summary"]).items()
-    }
+DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "rate", "rate_low", "rate_high")
+SPREAD_NUMBERS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_forsythe_p")
 
 
-def best_pairs(val: dict, summary: dict | None) -> dict:
-    """pair id -> (rho, delta) or None, at the best evaluation; empty for a run without one."""
-    return val.get((summary or {}).get("best_step"), {})
-
-
-def ranked_right(pair: tuple[float, float] | None) -> float:
-    return 0.5 * ((pair[0] > 0) + (pair[0] >= 0)) if pair else 0.0
-
-
-def rating_values(turns: dict[tuple[int, int], float]) -> dict:
-    """question -> turn -> mean rating, from (question, turn) -> mean rating."""
-    values: dict = defaultdict(dict)
-    for (question, turn), rating in turns.items():
-        values[question][turn] = rating
-    return dict(values)
+# ---- tables of values ---------------------------------------------------------------------------
 
 
 def shared_parts(runs: list[dict]) -> dict:
-    """unit -> the parts that all runs have, of the units of which all have one."""
+    """unit -> the parts that all runs have; units of which no part is shared are left out.
+
+    runs: unit -> part -> score of each run. With {81: {1: 6, 2: 4}, 82: {1: 8}} and
+    {81: {1: 7}, 83: {1: 9}}, only turn 1 of question 81 is shared: {81: {1}}.
+    """
     shared = [unit for unit in runs[0] if all(unit in run for run in runs)]
     parts = {unit: set.intersection(*(set(run[unit]) for run in runs)) for unit in sorted(shared)}
-    return {unit: found for unit, found in parts.items() if found}
+    return {unit: common for unit, common in parts.items() if common}
 
 
-def make_tables(values: dict, groups: list[list[str]]) -> list[np.ndarray]:
-    """(runs, units) of each group of run ids, over the units that all of these runs have; a unit's
-    value is the mean of the parts that all have. With a turn's judgement lost in one run, that turn
-    counts in none.
+def make_tables(values: Values, groups: list[list[str]]) -> list[np.ndarray]:
+    """Tables of scores, one for each group of run ids, over the units that all of the runs have.
+
+    Returns arrays (runs in the group, units). An entry is the mean of the parts that all runs have:
+    a turn whose judgement is lost in one run counts in none.
     """
     parts = shared_parts([values[run_id] for group in groups for run_id in group])
     return [
         np.array(
-            [[average(values[run_id][unit], parts[unit]) for unit in parts] for run_id in group]
+            [[mean_of_parts(values[run_id][unit], parts[unit]) for unit in parts] for run_id in ids]
         )
-        for group in groups
+        for ids in groups
     ]
 
 
-def average(found: dict, parts: set) -> float:
-    return sum(found[part] for part in parts) / len(parts)
+def mean_of_parts(scores: dict, parts: set) -> float:
+    return sum(scores[part] for part in parts) / len(parts)
 
 
-def runs_with_values(cell: dict, values: dict) -> dict:
+def runs_with_values(cell: Cell, values: Values) -> dict:
     """seed -> run id of the cell's runs that have values."""
-    return {run["args"]["seed"]: run["run_id"] for run in cell["runs"] if values.get(run["run_id"])}
+    return {run.seed: run.run_id for run in cell.runs if values.get(run.run_id)}
 
 
-def differences(one: dict, other: dict) -> list[str]:
-    """Settings that both cells have and that differ; null is "does not apply", not a difference."""
-    a, b = one["runs"][0]["settings"], other["runs"][0]["settings"]
+def cell_table(cell: Cell, values: Values) -> np.ndarray:
+    """(S, Q) table of one cell over the units that its own runs share."""
+    (table,) = make_tables(values, [list(runs_with_values(cell, values).values())])
+    return table
+
+
+# ---- settings in which cells differ -------------------------------------------------------------
+
+
+def differences(one: Cell, other: Cell) -> list[str]:
+    """Settings that both cells have and that differ; None is "does not apply", not a difference."""
+    a, b = one.runs[0].settings, other.runs[0].settings
     return sorted(
         key for key in a if a[key] is not None and b.get(key) is not None and a[key] != b[key]
     )
 
 
-def differences_text(one: dict, other: dict) -> str | None:
-    a, b = one["runs"][0]["settings"], other["runs"][0]["settings"]
-    return (
-        "; ".join(f"{key} {plain(a[key])} / {plain(b[key])}" for key in differences(one, other))
-        or None
-    )
+def differences_text(one: Cell, other: Cell) -> str | None:
+    a, b = one.runs[0].settings, other.runs[0].settings
+    pairs = [
+        f"{key} {setting_text(a[key])} / {setting_text(b[key])}" for key in differences(one, other)
+    ]
+    return "; ".join(pairs) or None
 
 
-def plain(value) -> str:
+def setting_text(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def nearest(one: dict, others: list[dict]) -> list[dict]:
-    """Those of `others` that differ from `one` in the fewest other settings."""
+def nearest(one: Cell, others: list[Cell]) -> list[Cell]:
+    """Those of `others` that differ from `one` in the fewest settings besides beta and tau."""
     fewest = min((len(differences(one, other)) for other in others), default=0)
     return [other for other in others if len(differences(one, other)) == fewest]
 
 
-def is_untrained(cell: dict) -> bool:
-    return cell["runs"][0]["args"]["loss"] is None
+# ---- differences of two cells -------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """The difference of two cells, and the tables that it was estimated from."""
+
+    difference: stats.Difference
+    table_a: np.ndarray  # (S_a, Q)
+    table_b: np.ndarray  # (S_b, Q)
 
 
 def cell_interval(
-    cell: dict, counted: list[str], values: dict, draws: int
+    cell: Cell, counted: list[str], values: Values, draws: int
 ) -> tuple[float | None, float | None]:
-    """Crossed-bootstrap interval of a cell's mean over its seeds and units; of one seed: over units
-    alone. None where not every run that counts in the mean (`counted`) has values.
+    """Crossed-bootstrap interval of a cell's mean over its seeds and units; of a single seed, over
+    units alone.
+
+    counted: ids of the runs that count in the mean beside which the interval is shown. (None, None)
+    if not all of them have values: the interval would be that of another mean.
     """
     runs = runs_with_values(cell, values)
     if not runs or set(runs.values()) != set(counted):
         return None, None
-    (table,) = make_tables(values, [list(runs.values())])
+    table = cell_table(cell, values)
     return stats.percentiles(stats.bootstrap(table, draws)) if table.size else (None, None)
 
 
-def compare_cells(
-    a: dict, b: dict, values: dict, draws: int
-) -> tuple[stats.Difference, np.ndarray, np.ndarray] | None:
-    """(difference, table of a, table of b), or None if they share no unit. Seeds that both have are
-    paired; where there are fewer than two of these, all seeds count, unpaired; a trained cell with
-    one seed says nothing about seeds.
+def compare_cells(a: Cell, b: Cell, values: Values, draws: int) -> Comparison | None:
+    """Difference of two cells' means; None if they share no unit.
+
+    Seeds that both cells have are paired. If there are fewer than two of these, all seeds count,
+    unpaired. A trained cell with a single seed says nothing about other seeds: then one seed of
+    each cell is compared, the same one where both have it.
     """
     seeds_a, seeds_b = runs_with_values(a, values), runs_with_values(b, values)
     if not seeds_a or not seeds_b:
         return None
     common = sorted(set(seeds_a) & set(seeds_b), key=str)
-    lone = any(
-        len(seeds) == 1 and not is_untrained(cell) for cell, seeds in ((a, seeds_a), (b, seeds_b))
+    one_seed = any(
+        len(seeds) == 1 and not cell.untrained for cell, seeds in ((a, seeds_a), (b, seeds_b))
     )
-    paired = bool(common) and (lone or len(common) > 1)
+    paired = bool(common) and (one_seed or len(common) > 1)
     if paired:
         groups = [[seeds[seed] for seed in common] for seeds in (seeds_a, seeds_b)]
-    elif lone:
+    elif one_seed:
         groups = [list(seeds_a.values())[:1], list(seeds_b.values())[:1]]
     else:
         groups = [list(seeds_a.values()), list(seeds_b.values())]
     table_a, table_b = make_tables(values, groups)
     if not table_a.size:
         return None
-    return stats.difference(table_a, table_b, paired, draws), table_a, table_b
+    return Comparison(stats.difference(table_a, table_b, paired, draws), table_a, table_b)
 
 
-def comparison_columns(found: tuple | None) -> dict:
-    """What a table of differences says about one, every key present."""
-    if found is None:
-        names = ("estimate", "se", "df", "low", "high", "rate", "rate_low", "rate_high")
-        return dict.fromkeys((*names, "p", "detectable", "n_units", "paired", "seeds_compared"))
-    difference, table_a, table_b = found
-    keys = ("estimate", "se", "df", "low", "high", "rate", "rate_low", "rate_high")
-    counts = {
+def comparison_columns(compared: Comparison | None) -> dict:
+    """Columns of a table of differences; every key is present, with None where there is no
+    comparison.
+    """
+    if compared is None:
+        others = ("p", "detectable", "n_units", "paired", "seeds_compared")
+        return dict.fromkeys((*DIFFERENCE_NUMBERS, *others))
+    difference, table_a, table_b = compared
+    seeds_compared = {
         "paired": f"{len(table_a)} paired",
         "unpaired": f"{len(table_a)} against {len(table_b)}, unpaired",
+        "one seed": "one seed",
     }
     return {
-        **{key: known(getattr(difference, key)) for key in keys},
-        "p": known(difference.p()),
-        "detectable": known(difference.minimum_detectable()),
+        **{key: finite(getattr(difference, key)) for key in DIFFERENCE_NUMBERS},
+        "p": finite(difference.p()),
+        "detectable": finite(difference.minimum_detectable()),
         "n_units": difference.n_questions,
         "paired": difference.seeds,
-        "seeds_compared": counts.get(difference.seeds, "one seed"),
+        "seeds_compared": seeds_compared[difference.seeds],
     }
 
 
-def known(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """`value`, or None if it is NaN or infinite: rows say "not known" with None."""
     return value if math.isfinite(value) else None
 
 
-def sensitivity_rows(label: str, baseline: str, found: tuple) -> list[dict]:
+def sensitivity_rows(label: str, baseline: str, compared: Comparison) -> list[dict]:
     """The primary test and the usual ones beside it, each with what it ignores."""
-    difference, table_a, table_b = found
+    difference, table_a, table_b = compared
     ignores = {
         "paired": "nothing of the two: questions and seeds are both sampled",
         "unpaired": "nothing of the two; the seeds differ, so that they are not paired",
         "one seed": "other seeds would differ: with one seed nothing is known of it",
     }
-    head = {"proposed": label, "baseline": baseline}
     primary = {
         "test": "primary: questions and seeds",
-        "p": known(difference.p()),
+        "p": finite(difference.p()),
         "ignores": ignores[difference.seeds],
     }
-    others = [row | {"p": known(row["p"])} for row in stats.sensitivity(table_a, table_b)]
-    return [head | row for row in (primary, *others)]
+    others = [row | {"p": finite(row["p"])} for row in stats.sensitivity(table_a, table_b)]
+    return [{"proposed": label, "baseline": baseline} | row for row in (primary, *others)]
 
 
-def mcnemar_rows(a: dict, b: dict, values: dict) -> list[dict]:
-    """Exact McNemar on the same validation pairs, seed by seed: pairs of several seeds are not
-    independent.
+def mcnemar_rows(a: Cell, b: Cell, values: Values) -> list[dict]:
+    """Exact McNemar test on the same validation pairs, one row per seed: the pairs of several seeds
+    are not independent.
     """
     seeds_a, seeds_b = runs_with_values(a, values), runs_with_values(b, values)
     rows = []
@@ -203,112 +204,129 @@ def mcnemar_rows(a: dict, b: dict, values: dict) -> list[dict]:
     return rows
 
 
-def beta_series(cells: list[dict], values: dict) -> dict[tuple, list[dict]]:
-    """(loss, tau, settings) -> its cells in order of beta, where there are at least two with
+# ---- a loss over beta ---------------------------------------------------------------------------
+
+
+class SpreadComparison(NamedTuple):
+    """Variance over beta of the series a against that of the series b."""
+
+    betas: list[float]  # those that both series have
+    spread_a: variation.BetaSpread
+    spread_b: variation.BetaSpread
+    ratio: float | None  # a's variance over beta / b's, and its interval
+    low: float | None
+    high: float | None
+    high_open: bool  # the interval has no upper limit
+    reduction_percent: float | None
+    n_seeds: int  # the smallest number in a cell
+    brown_forsythe_p: float | None
+
+
+def beta_series(cells: list[Cell], values: Values) -> list[list[Cell]]:
+    """Cells of equal loss, tau and settings, in order of beta; series of at least two cells with
     values.
     """
-    series: dict[tuple, list[dict]] = defaultdict(list)
+    series: dict[tuple, list[Cell]] = defaultdict(list)
     for cell in cells:
-        if cell["beta"] is not None and runs_with_values(cell, values):
-            series[cell["loss"], cell["tau"], str(cell["settings"])].append(cell)
-    return {
-        key: sorted(found, key=lambda cell: cell["beta"])
-        for key, found in series.items()
-        if len(found) > 1
-    }
+        if cell.beta is not None and runs_with_values(cell, values):
+            series[cell.loss, cell.tau, str(cell.settings)].append(cell)
+    return [sorted(line, key=lambda cell: cell.beta) for line in series.values() if len(line) > 1]
 
 
 def spread_of(
-    cells: list[dict], values: dict, draws: int, stream: int = 0
-) -> stats.BetaSpread | None:
-    """Variance over beta of the cells' values on common units; None without a common unit."""
-    runs = [dict(sorted(runs_with_values(cell, values).items(), key=str)) for cell in cells]
-    tables = make_tables(values, [list(found.values()) for found in runs])
-    same_seeds = all(list(found) == list(runs[0]) for found in runs) and len(runs[0]) > 1
-    return stats.beta_spread(tables, same_seeds, draws, stream) if tables[0].size else None
+    cells: list[Cell], values: Values, draws: int, stream: int = 0
+) -> variation.BetaSpread | None:
+    """Variance over beta of the cells' values on their common units; None without a common unit."""
+    by_cell = [dict(sorted(runs_with_values(cell, values).items(), key=str)) for cell in cells]
+    tables = make_tables(values, [list(runs.values()) for runs in by_cell])
+    same_seeds = all(list(runs) == list(by_cell[0]) for runs in by_cell) and len(by_cell[0]) > 1
+    if not tables[0].size:
+        return None
+    return variation.beta_spread(tables, same_seeds, draws, stream)
 
 
-def compare_spreads(a: list[dict], b: list[dict], values: dict, draws: int) -> dict | None:
-    """Variance over beta of the cells a against the cells b, a cell a beta, at the betas that both
-    have.
+def compare_spreads(
+    a: list[Cell], b: list[Cell], values: Values, draws: int
+) -> SpreadComparison | None:
+    """Variance over beta of the series a against the series b, at the betas that both have; None
+    with fewer than two such betas, or without a common unit.
     """
-    betas = sorted({cell["beta"] for cell in a} & {cell["beta"] for cell in b})
-    a, b = ([cell for cell in cells if cell["beta"] in betas] for cells in (a, b))
-    assert len(a) == len(b) == len(betas), "a beta stands twice"
+    betas = sorted({cell.beta for cell in a} & {cell.beta for cell in b})
+    a, b = ([cell for cell in cells if cell.beta in betas] for cells in (a, b))
+    assert len(a) == len(b) == len(betas), "a beta appears twice"
     if len(betas) < 2:
         return None
-    spreads = spread_of(a, values, draws), spread_of(b, values, draws, stream=100)
-    if None in spreads:
+    spread_a = spread_of(a, values, draws)
+    spread_b = spread_of(b, values, draws, stream=100)  # seeds resampled independently of a's
+    if spread_a is None or spread_b is None:
         return None
-    ratio = stats.variance_ratio(*spreads)
-    means = [[cell_mean(cell, values) for cell in cells] for cells in (a, b)]
-    return {
-        "betas": betas,
-        "spreads": spreads,
+    ratio = variation.variance_ratio(spread_a, spread_b)
+    means_a, means_b = (
+        [float(cell_table(cell, values).mean()) for cell in cells] for cells in (a, b)
+    )
+    return SpreadComparison(
+        betas=betas,
+        spread_a=spread_a,
+        spread_b=spread_b,
         **ratio,
-        "high_open": ratio["high"] == math.inf,
-        "reduction_percent": None if ratio["ratio"] is None else 100 * (1 - ratio["ratio"]),
-        "n_seeds": min(len(runs_with_values(cell, values)) for cell in (*a, *b)),
-        "brown_forsythe_p": known(stats.brown_forsythe(*means)),
-    }
+        high_open=ratio["high"] == math.inf,
+        reduction_percent=None if ratio["ratio"] is None else 100 * (1 - ratio["ratio"]),
+        n_seeds=min(len(runs_with_values(cell, values)) for cell in (*a, *b)),
+        brown_forsythe_p=finite(variation.brown_forsythe(means_a, means_b)),
+    )
 
 
-def cell_mean(cell: dict, values: dict) -> float:
-    (table,) = make_tables(values, [list(runs_with_values(cell, values).values())])
-    return float(table.mean())
-
-
-def spread_rows(cells: list[dict], values: dict, baseline: str, draws: int) -> list[dict]:
+def spread_rows(cells: list[Cell], values: Values, baseline: str, draws: int) -> list[dict]:
     """Variance over beta of each loss and tau, against the baseline's series that differs in the
     fewest settings.
     """
-    series = beta_series(cells, values)
-    references = [found for (loss, *_), found in series.items() if loss == baseline]
+    all_series = beta_series(cells, values)
+    references = {series[0]: series for series in all_series if series[0].loss == baseline}
     rows = []
-    for (loss, tau, _), found in series.items():
-        if (spread := spread_of(found, values, draws)) is None:
+    for series in all_series:
+        if (spread := spread_of(series, values, draws)) is None:
             continue
-        first = nearest(found[0], [reference[0] for reference in references])
-        reference = next((one for one in references if first and one[0] is first[0]), None)
-        against = {}
-        if reference and loss != baseline:
-            against = compare_spreads(found, reference, values, draws) or {}
+        first, reference, against = series[0], None, None
+        if references and first.loss != baseline:
+            reference = references[nearest(first, list(references))[0]]
+            against = compare_spreads(series, reference, values, draws)
+        settings = [f"{key}={setting_text(value)}" for key, value in first.settings.items()]
         rows.append(
             {
-                "loss": loss,
-                "tau": tau,
-                "settings": " ".join(
-                    f"{key}={plain(value)}" for key, value in found[0]["settings"].items()
-                )
-                or None,
-                "betas": [cell["beta"] for cell in found],
+                "loss": first.loss,
+                "tau": first.tau,
+                "settings": " ".join(settings) or None,
+                "betas": [cell.beta for cell in series],
                 "variance_of_means": spread.raw,
                 "of_it_noise": spread.noise,
                 "variance": spread.variance,
-                **{key: against.get(key) for key in SPREAD_KEYS},
-                "differs_in": differences_text(found[0], reference[0]) if against else None,
+                **{key: getattr(against, key, None) for key in SPREAD_NUMBERS},
+                "differs_in": differences_text(first, reference[0]) if against else None,
             }
         )
     return rows
 
 
-def selection_rows(
-    cells: list[dict], rows: list[dict | None], metric: str, baseline: str
-) -> list[dict]:
+# ---- a loss over its grid -----------------------------------------------------------------------
+
+
+def selection_rows(scored: list[ScoredCell], metric: str, baseline: str) -> list[dict]:
     """The best cell of each loss by validation accuracy, and what its grid and the baseline's would
-    give at equal budget: the expected score of the best of k cells drawn at random
-    (stats.expected_best), k the smaller grid's.
+    give at equal budget.
+
+    The budget is the number of cells of the smaller grid; what a grid gives is the expected score
+    of the best of that many cells, drawn at random (variation.expected_best).
     """
-    grids: dict[str, list[tuple]] = defaultdict(list)
-    for cell, row in zip(cells, rows):
-        if row and row[metric] is not None and not is_untrained(cell):
-            grids[cell["loss"]].append((cell.get("accuracy"), row))
-    found = []
+    grids: dict[str, list[ScoredCell]] = defaultdict(list)
+    for one in scored:
+        if one.row[metric] is not None and not one.cell.untrained:
+            grids[one.cell.loss].append(one)
+    rows = []
     for loss, grid in grids.items():
         scores, selector, how = grid_scores(grid, metric)
-        best = grid[selector.index(max(selector))][1]
-        theirs = grids.get(baseline)
-        budget = min(len(grid), len(theirs or grid))
+        best = grid[selector.index(max(selector))].row
+        baseline_grid = grids.get(baseline)
+        budget = min(len(grid), len(baseline_grid or grid))
         row = {
             "loss": loss,
             "cells": len(grid),
@@ -316,49 +334,53 @@ def selection_rows(
             "selected_by": how,
             "value": best[metric],
             "budget": budget,
-            "expected_selected": stats.expected_best(selector, scores, budget),
-            "expected_maximum": stats.expected_best(scores, scores, budget),
+            "expected_selected": variation.expected_best(selector, scores, budget),
+            "expected_maximum": variation.expected_best(scores, scores, budget),
             "maximum": max(scores),
         }
-        if theirs:
-            base_scores, base_selector, _ = grid_scores(theirs, metric)
-            row["baseline_expected_selected"] = stats.expected_best(
-                base_selector, base_scores, budget
+        if baseline_grid:
+            of_baseline = grid_scores(baseline_grid, metric)
+            row["baseline_expected_selected"] = variation.expected_best(
+                of_baseline.selector, of_baseline.scores, budget
             )
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def grid_scores(grid: list[tuple], metric: str) -> tuple[list[float], list[float], str]:
-    """(scores, what the best is selected by, its name) of a loss's cells."""
-    scores = [row[metric] for _, row in grid]
-    if metric != "best_acc_ref" and all(accuracy is not None for accuracy, _ in grid):
-        return scores, [accuracy for accuracy, _ in grid], "validation accuracy"
-    return scores, scores, "the score itself"
+class GridScores(NamedTuple):
+    """Scores of a loss's cells, and what the best cell is selected by."""
+
+    scores: list[float]
+    selector: list[float]
+    selected_by: str
 
 
-def stability_rows(cells: list[dict]) -> list[dict]:
+def grid_scores(grid: list[ScoredCell], metric: str) -> GridScores:
+    scores = [one.row[metric] for one in grid]
+    accuracies = [one.cell.accuracy for one in grid]
+    if metric != "best_acc_ref" and None not in accuracies:
+        return GridScores(scores, accuracies, "validation accuracy")
+    return GridScores(scores, scores, "the score itself")
+
+
+def stability_rows(cells: list[Cell]) -> list[dict]:
     """Runs that diverged, runs with a non-finite step, and such steps, by loss and beta, with exact
     intervals.
     """
-    groups: dict[tuple, list[dict]] = defaultdict(list)
+    groups: dict[tuple, list[Run]] = defaultdict(list)
     for cell in cells:
-        if not is_untrained(cell):
-            groups[cell["loss"], cell["beta"]] += [run for run in cell["runs"] if run["summary"]]
+        if not cell.untrained:
+            groups[cell.loss, cell.beta] += [run for run in cell.runs if run.summary]
     rows = []
     for (loss, beta), runs in groups.items():
         if not runs:
             continue
-        counts = {
-            "diverged": (sum(run["status"] == "diverged" for run in runs), len(runs)),
-            "nonfinite_runs": (
-                sum(bool(run["summary"]["nonfinite_steps"]) for run in runs),
-                len(runs),
-            ),
-            "nonfinite_steps": (
-                sum(run["summary"]["nonfinite_steps"] or 0 for run in runs),
-                sum((run["summary"]["steps"] or 0) for run in runs),
-            ),
+        bad_steps = [run.summary["nonfinite_steps"] or 0 for run in runs]
+        n_steps = sum(run.summary["steps"] or 0 for run in runs)
+        counts = {  # name: (count, total)
+            "diverged": (sum(run.status == "diverged" for run in runs), len(runs)),
+            "nonfinite_runs": (sum(map(bool, bad_steps)), len(runs)),
+            "nonfinite_steps": (sum(bad_steps), n_steps),
         }
         row = {"loss": loss, "beta": beta}
         for name, (count, total) in counts.items():
@@ -369,212 +391,33 @@ def stability_rows(cells: list[dict]) -> list[dict]:
     return rows
 
 
-def judge_rows(judged: dict[str, list[dict]], answers: dict[str, dict]) -> dict:
-    """Retest reliability (where answers were judged several times) and the correlation of score and
-    answer length.
-    """
-    items: dict[tuple, list[float]] = defaultdict(list)
-    scores, lengths, groups = [], [], []
-    for run_id, rows in judged.items():
-        for row in rows:
-            if row["status"] == "ok":
-                items[run_id, row["question_id"], row["turn"], row["choice"]].append(row["score"])
-    for (run_id, question, turn, choice), ratings in items.items():
-        turns = answers.get(run_id, {}).get((question, choice), {}).get("turns")
-        if turns:
-            scores.append(fmean(ratings))
-            lengths.append(len(turns[turn - 1]))
-            groups.append((question, turn))
-    length = (
-        stats.length_correlation(np.array(scores), np.array(lengths), groups) if scores else None
-    )
-    return {"retest": stats.retest(list(items.values())), "length": length}
+def variance_rows(cells: list[Cell], values: Values, retest: dict | None) -> list[dict]:
+    """Variance of a question's score, split by source: question, beta and tau, seed, judge.
 
-
-def variance_rows(cells: list[dict], values: dict, retest: dict | None) -> list[dict]:
-    """Variance of a question's score split into question, beta and tau, seed, and judge, for each
-    loss with at least two cells of two common seeds.
+    For each loss with at least two cells that share at least two seeds. retest: of
+    run_metrics.judge_reliability, whose `sd` gives the judge's part.
     """
-    by_loss: dict[str, list[dict]] = defaultdict(list)
+    by_loss: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
         if len(runs_with_values(cell, values)) > 1:
-            by_loss[cell["loss"]].append(cell)
+            by_loss[cell.loss].append(cell)
     rows = []
-    for loss, found in by_loss.items():
-        seeds = set.intersection(*(set(runs_with_values(cell, values)) for cell in found))
-        if len(found) < 2 or len(seeds) < 2:
+    for loss, grid in by_loss.items():
+        by_seed = [runs_with_values(cell, values) for cell in grid]
+        seeds = sorted(set.intersection(*map(set, by_seed)), key=str)
+        if len(grid) < 2 or len(seeds) < 2:
             continue
-        runs = [
-            [runs_with_values(cell, values)[seed] for seed in sorted(seeds, key=str)]
-            for cell in found
-        ]
-        cube = np.array(make_tables(values, runs))
+        groups = [[runs[seed] for seed in seeds] for runs in by_seed]
+        cube = np.array(make_tables(values, groups))  # (C, S, Q)
         if cube.shape[-1] < 2:
             continue
-        parts = stats.variance_parts(cube)
+        parts = variation.variance_parts(cube)
         total = sum(parts.values())
-        judge = retest["sd"] ** 2 if retest else None
-        rows += [
-            {
-                "loss": loss,
-                "source": name,
-                "variance": value,
-                "share": value / total if total else None,
-            }
-            for name, value in parts.items()
-        ]
-        if judge is not None:
-            rows.append(
-                {
-                    "loss": loss,
-                    "source": "judge, one rating (within residual)",
-                    "variance": judge,
-                    "share": None,
-                }
-            )
-    return rows
-
-
-def run_kl(answers: dict) -> dict | None:
-    """On-policy KL(policy || base) of a run's answers: mean log-ratio of what the policy itself
-    wrote (the k1 estimator), in nats an answer and a token, with the standard error over questions.
-    None where answers carry no log-probs.
-    """
-    by_question: dict[int, list[float]] = defaultdict(list)
-    total, tokens = 0.0, 0
-    for (question, index), row in answers.items():
-        choice = next(choice for choice in row["choices"] if choice["index"] == index)
-        if not all(
-            isinstance(choice.get(key), list) for key in ("logp", "logp_base", "logp_tokens")
-        ):
-            continue
-        for policy, base, n in zip(choice["logp"], choice["logp_base"], choice["logp_tokens"]):
-            if None in (policy, base, n) or not math.isfinite(policy - base):
-                continue
-            by_question[question].append(policy - base)
-            total, tokens = total + policy - base, tokens + n
-    if not by_question:
-        return None
-    means = [fmean(found) for found in by_question.values()]
-    se = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
-    return {
-        "kl": fmean(means),
-        "kl_se": se,
-        "kl_per_token": total / tokens if tokens else None,
-        "n_questions": len(means),
-    }
-
-
-def pair_outcomes(rows: list[dict]) -> dict[tuple, dict[int, dict[tuple, float]]]:
-    """(judge, prompts, refs, baseline) -> question -> (turn, choice, repeat) -> 1 run wins, 0
-    baseline wins, 0.5 tie.
-
-    Both orders of a pair together: where they disagree it is a tie; one without both verdicts
-    counts nowhere.
-    """
-    matches: dict[tuple, dict] = defaultdict(dict)
-    for row in rows:
-        key = tuple(row[name] for name in ("judge", "prompts", "refs", "baseline"))
-        place = (row["turn"], row["choice"], row["repeat"])
-        matches[key, row["question_id"], place][row["order"]] = (
-            row["winner"] if row["status"] == "ok" else None
-        )
-    outcomes: dict[tuple, dict] = defaultdict(lambda: defaultdict(dict))
-    for (key, question, place), winners in matches.items():
-        if len(winners) == 2 and None not in winners.values():
-            agreed = set(winners.values()) if len(set(winners.values())) == 1 else {"tie"}
-            outcomes[key][question][place] = 0.5 if agreed == {"tie"} else float(agreed != {key[3]})
-    return {key: dict(found) for key, found in outcomes.items()}
-
-
-def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
-    """(billions of parameters if they are known, whether that is too few for the judgements to
-    measure anything).
-    """
-    sizes = [
-        row["judge_params_b"]
-        for row in rows
-        if row["judge"] == judge and row.get("judge_params_b") is not None
-    ]
-    size = min(sizes) if sizes else judgements.params_from_name(judge)
-    return size, size is not None and size < judgements.SMOKE_TEST_BELOW_B
-
-
-def win_rows(cells: list[dict], draws: int) -> list[dict]:
-    """Win rate of each cell against each baseline run it was judged against (a tie is one half),
-    with the crossed-bootstrap interval over questions and seeds.
-    """
-    rows = []
-    for cell in cells:
-        by_judge: dict[tuple, dict] = defaultdict(dict)
-        for run in cell["runs"]:
-            for key, outcomes in pair_outcomes(run["pairs"]).items():
-                by_judge[key][run["run_id"]] = outcomes
-        for (judge, prompts, refs, baseline), values in sorted(by_judge.items(), key=str):
-            (table,) = make_tables(values, [list(values)])
-            if not table.size:
-                continue
-            low, high = stats.percentiles(stats.bootstrap(table, draws))
-            parts = shared_parts(list(values.values()))
-            outcomes = [
-                run[q][place]
-                for run in values.values()
-                for q, places in parts.items()
-                for place in places
-            ]
-            rows.append(
-                {
-                    "judge": judge,
-                    "prompts": prompts,
-                    "refs": refs,
-                    "label": cell["label"],
-                    "loss": cell["loss"],
-                    "baseline": baseline,
-                    "win_rate": float(table.mean()),
-                    "low": low,
-                    "high": high,
-                    "wins": outcomes.count(1),
-                    "ties": outcomes.count(0.5),
-                    "losses": outcomes.count(0),
-                    "n_questions": table.shape[1],
-                    "n_seeds": len(values),
-                    "smoke_test": judge_size(
-                        judge, [row for run in cell["runs"] for row in run["pairs"]]
-                    )[1],
-                }
-            )
-    return rows
-
-
-def length_bias(pairs: dict[str, tuple], lengths: dict[str, int]) -> list[dict]:
-    """Accuracy (rho > 0) by how much longer the chosen response is, in tokens: at most five groups
-    of equal size. A model that has learned length is right where the chosen response is the longer
-    one.
-    """
-    found = sorted((lengths[pair], ranked_right(value)) for pair, value in pairs.items())
-    if not found:
-        return []
-    edges = np.unique(
-        np.quantile([length for length, _ in found], np.linspace(0, 1, LENGTH_BINS + 1))
-    )
-    bins = np.clip(
-        np.searchsorted(edges, [length for length, _ in found], side="right") - 1,
-        0,
-        max(0, len(edges) - 2),
-    )
-    rows = []
-    for i in sorted(set(bins.tolist())):
-        mine = [pair for pair, j in zip(found, bins) if i == j]
-        hits = [hit for _, hit in mine]
-        low, high = stats.exact_interval(round(sum(hits)), len(hits))
-        rows.append(
-            {
-                "from": mine[0][0],
-                "to": mine[-1][0],
-                "n_pairs": len(hits),
-                "accuracy": fmean(hits),
-                "low": low,
-                "high": high,
-            }
-        )
+        for source, variance in parts.items():
+            share = variance / total if total else None
+            rows.append({"loss": loss, "source": source, "variance": variance, "share": share})
+        if retest:
+            source = "judge, one rating (within residual)"
+            variance = retest["sd"] ** 2
+            rows.append({"loss": loss, "source": source, "variance": variance, "share": None})
     return rows

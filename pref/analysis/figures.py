@@ -25,6 +25,7 @@ from pathlib import Path
 
 from pref.analysis import curve_figures, pair_figures, run_figures, run_metrics, score_figures
 from pref.analysis.figure_parts import Look
+from pref.analysis.runs import Run
 from pref.files import console
 
 WORTH_PROCESSES = 40  # figures: a process takes seconds to import what it draws with
@@ -67,14 +68,14 @@ def figure_title(path: Path) -> str:
     return FIGURE_TITLES[kind] + (f", {judge}" if judge else "")
 
 
-def draw_all(runs: list[dict], comparison: dict, folder: Path) -> None:
+def draw_all(runs: list[Run], comparison: dict, folder: Path) -> None:
     """Draw the figure of each run, in its folder, and those of the comparison, in `folder`.
 
     comparison: aggregated_metrics.json. Notes about figures that cannot be drawn are added to it.
     """
     for old in folder.glob("comparison_*.*"):
         old.unlink()
-    runs = [{key: run[key] for key in run_figures.RUN_KEYS} for run in runs]
+    runs = [run_figures.without_texts(run) for run in runs]
     jobs = [partial(run_figures.draw_run, run) for run in runs]
     jobs += comparison_jobs(folder, comparison, runs)
     if len(jobs) < WORTH_PROCESSES:
@@ -89,7 +90,7 @@ def draw_all(runs: list[dict], comparison: dict, folder: Path) -> None:
             future.result()
 
 
-def comparison_jobs(folder: Path, comparison: dict, runs: list[dict]) -> list[Callable[[], None]]:
+def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Callable[[], None]]:
     """A function for each figure of the comparison that there are data for.
 
     A heat map that cannot be drawn is reported in comparison["notes"].

@@ -1,157 +1,194 @@
-"""what must be said, what is missing"""
+"""What a reader must know besides the numbers: notes on runs and judges, and what is missing.
+
+A note is one line of text. A gap is a dict with `what` could not be done, of which `runs` (all of
+them if the list is empty), and the command that comes `next`.
+"""
 
 import argparse
 from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
-from pref.analysis import estimates, run_metrics
+from pref.analysis import run_metrics
+from pref.analysis.cell_rows import CommonQuestions
+from pref.analysis.runs import Cell, JudgeKey, Run
 from pref.files import judgements
 
+ORDINARY_STATUSES = ("finished", "untrained", "no training record")
 
-def note_runs(runs: list[dict], cells: list[dict], notes: list[str]) -> None:
+
+def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
+    """Runs that did not end well, non-finite validation pairs, and seeds that a cell lacks."""
+    notes = [note for run in runs if (note := note_status(run))]
     for run in runs:
-        if run["status"] == "diverged":
-            steps = run["summary"]["nonfinite_steps"]
-            count = f" ({steps} non-finite steps)" if steps else ""
+        if bad := sum(margins is None for margins in run.best_val.values()):
             notes.append(
-                f"diverged: {run['run_id']}{count}; counted, and the numbers it has are in the means"
+                f"{run.run_id}: {bad} validation pairs have a non-finite log-probability, "
+                "counted as wrong"
             )
-        elif run["status"] == "unfinished":
-            notes.append(
-                f"unfinished, left out of the comparison: {run['run_id']} (no summary.json)"
-            )
-        elif run["status"] not in ("finished", "untrained", "no training record"):
-            notes.append(
-                f"status of {run['run_id']} is {run['status']!r}; its numbers are averaged with the others"
-            )
-    for run in runs:
-        bad = sum(
-            pair is None for pair in estimates.best_pairs(run["val"], run["summary"]).values()
-        )
-        if bad:
-            notes.append(
-                f"{run['run_id']}: {bad} validation pairs have a non-finite log-probability, counted as wrong"
-            )
-    trained = [cell for cell in cells if cell["runs"][0]["args"]["loss"]]
+    trained = [cell for cell in cells if not cell.untrained]
     seeds = {seed for cell in trained for seed in cell_seeds(cell)}
     for cell in trained:
         if lacking := seeds - cell_seeds(cell):
-            notes.append(
-                f"unbalanced grid: {cell['label']} has no seed {', '.join(map(str, sorted(lacking)))}"
-            )
+            listed = ", ".join(map(str, sorted(lacking)))
+            notes.append(f"unbalanced grid: {cell.label} has no seed {listed}")
+    return notes
 
 
-def cell_seeds(cell: dict) -> set[int]:
-    return {run["args"]["seed"] for run in cell["runs"] if run["args"]["seed"] is not None}
+def note_status(run: Run) -> str | None:
+    if run.status == "diverged":
+        steps = run.summary["nonfinite_steps"]
+        count = f" ({steps} non-finite steps)" if steps else ""
+        return f"diverged: {run.run_id}{count}; counted, and the numbers it has are in the means"
+    if run.status == "unfinished":
+        return f"unfinished, left out of the comparison: {run.run_id} (no summary.json)"
+    if run.status not in ORDINARY_STATUSES:
+        return f"status of {run.run_id} is {run.status!r}; its numbers are averaged with the others"
+    return None
 
 
-def note_judge(judge: dict, judged: dict, questions: set, left_out: dict, notes: list[str]) -> None:
-    name = run_metrics.judge_title(judge)
+def cell_seeds(cell: Cell) -> set[int]:
+    return {run.seed for run in cell.runs if run.seed is not None}
+
+
+def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQuestions) -> list[str]:
+    """What limits the scores of one judge: its size, questions left out, failed judgements.
+
+    judge: of run_metrics.describe_judge. judged: run id -> all of its judgements by this judge.
+    """
+    name, notes = run_metrics.judge_title(judge), []
     if mark := run_metrics.smoke_mark(judge):
         notes.append(f"{name}: {mark}")
     elif judge["judge_params_b"] is None:
         notes.append(
             f"{name}: its size is not known; taken as {judgements.SMOKE_TEST_BELOW_B:g}B or more"
         )
-    if left_out:
-        runs = sorted({run_id for lacking in left_out.values() for run_id in lacking})
+    if questions.left_out:
+        runs = sorted({run_id for lacking in questions.left_out.values() for run_id in lacking})
+        n_common = len(questions.common)
         notes.append(
-            f"{name}: compared on the {len(questions)} of {len(questions) + len(left_out)} questions that all runs "
-            f"were judged on; left out {', '.join(map(str, left_out))} (lacking or partly judged in {', '.join(runs)})"
+            f"{name}: compared on the {n_common} of {n_common + len(questions.left_out)} questions "
+            f"that all runs were judged on; left out {', '.join(map(str, questions.left_out))} "
+            f"(lacking or partly judged in {', '.join(runs)})"
         )
     for run_id, rows in judged.items():
         if failed := Counter(str(row["status"]) for row in rows if row["status"] != "ok"):
             why = ", ".join(f"{status} {n}" for status, n in sorted(failed.items()))
             notes.append(
-                f"{name}: {run_id}: {failed.total()} of {len(rows)} judgements have no score ({why})"
+                f"{name}: {run_id}: {failed.total()} of {len(rows)} judgements have no score "
+                f"({why})"
             )
     served = {row["served_model"] for rows in judged.values() for row in rows} - {None}
     if len(served) > 1:
-        notes.append(
-            f"{name}: answered by different versions of the model: {', '.join(sorted(served))}"
-        )
+        listed = ", ".join(sorted(served))
+        notes.append(f"{name}: answered by different versions of the model: {listed}")
+    return notes
 
 
-def find_missing(runs: list[dict], judges: list[dict], args: argparse.Namespace) -> list[dict]:
-    """What could not be done, of which runs, and what would supply it."""
-    trained = [run for run in runs if run["args"]["loss"]]
-    unfinished = [run for run in trained if run["status"] == "unfinished"]
-    unrecorded = [run for run in trained if run["status"] == "no training record"]
-    ended = [run for run in trained if run["summary"]]
-    # A run that diverged before its first evaluation has no adapter: nothing to judge, no best
-    # evaluation.
-    useless = [*unfinished, *(run for run in ended if run["summary"]["best_step"] is None)]
-    usable = [run for run in runs if run not in useless]
+# ---- what is missing ----------------------------------------------------------------------------
+
+
+class Lack(NamedTuple):
+    """Something that some runs lack, and the command that would supply it."""
+
+    what: str
+    runs: list[Run]
+    next: str
+
+
+def find_missing(runs: list[Run], judges: list[dict], args: argparse.Namespace) -> list[dict]:
+    """What could not be done, of which runs, and what would supply it.
+
+    judges: of run_metrics.describe_judge, one for each judge of the study.
+    """
     gaps = [
-        ("accuracy (unfinished)", unfinished, "the same train_pref.py command again"),
-        ("accuracy (no summary.json)", unrecorded, "train_pref.py"),
-        (
-            "learning curve (no metrics.jsonl)",
-            [r for r in ended if not r["steps"] and not r["evals"]],
-            "train_pref.py",
-        ),
-        (
-            "margins (no val_pairs.jsonl)",
-            [r for r in ended if r in usable and not r["val"]],
-            "train_pref.py",
-        ),
-        (
-            "MT-Bench (no judgements)",
-            [r for r in usable if not r["judged"]],
-            "gen_mtbench.py, then judge.py",
-        ),
+        {"what": lack.what, "runs": [run.run_id for run in lack.runs], "next": lack.next}
+        for lack in run_gaps(runs, judges)
+        if lack.runs
+    ]
+    return gaps + study_gaps(runs, args)
+
+
+def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
+    """What single runs lack; `runs` of a lack may be empty."""
+    trained = [run for run in runs if not run.untrained]
+    ended = [run for run in trained if run.summary]
+    usable = usable_runs(runs)
+    unfinished = [run for run in trained if run.status == "unfinished"]
+    unrecorded = [run for run in trained if run.status == "no training record"]
+    no_curve = [run for run in ended if not run.steps and not run.evals]
+    no_pairs = [run for run in ended if run in usable and not run.val]
+    no_judge = [run for run in usable if not run.judged]
+    lacks = [
+        Lack("accuracy (unfinished)", unfinished, "the same train_pref.py command again"),
+        Lack("accuracy (no summary.json)", unrecorded, "train_pref.py"),
+        Lack("learning curve (no metrics.jsonl)", no_curve, "train_pref.py"),
+        Lack("margins (no val_pairs.jsonl)", no_pairs, "train_pref.py"),
+        Lack("MT-Bench (no judgements)", no_judge, "gen_mtbench.py, then judge.py"),
     ]
     for judge in judges if len(judges) > 1 else ():
-        key = tuple(judge[name] for name in ("judge", "prompts", "refs"))
-        lacking = [run for run in usable if run["judged"] and key not in run["judged"]]
-        gaps.append(
-            (
-                f"MT-Bench by {run_metrics.judge_title(judge)}",
-                lacking,
-                f"judge.py --judge {judge['judge']}",
-            )
-        )
-    missing = [
-        {"what": what, "runs": [r["run_id"] for r in found], "next": next_}
-        for what, found, next_ in gaps
-        if found
+        key = JudgeKey(judge["judge"], judge["prompts"], judge["refs"])
+        lacking = [run for run in usable if run.judged and key not in run.judged]
+        what = f"MT-Bench by {run_metrics.judge_title(judge)}"
+        lacks.append(Lack(what, lacking, f"judge.py --judge {judge['judge']}"))
+    return lacks
+
+
+def usable_runs(runs: list[Run]) -> list[Run]:
+    """Runs whose model can be judged: neither unfinished, nor diverged before the first evaluation,
+    which leaves no adapter.
+    """
+    return [
+        run
+        for run in runs
+        if run.untrained
+        or (run.status != "unfinished" and not (run.summary and run.best_step is None))
     ]
-    if not any(run["pairs"] for run in runs):
-        missing.append(
-            {
-                "what": "win rates (no pairwise judgements)",
-                "runs": [],
-                "next": "judge.py --grading pair",
-            }
-        )
-    if not any(run["kl"] for run in usable):
-        missing.append(
-            {
-                "what": "score against KL (no log-probs in answers)",
-                "runs": [],
-                "next": "gen_mtbench.py --kl",
-            }
-        )
-    if len(trained) == len(runs):
-        missing.append(
-            {
-                "what": "the untrained model (run base)",
-                "runs": [],
-                "next": "gen_mtbench.py and judge.py",
-            }
-        )
-    for flag in ("baseline", "proposed"):
-        if (loss := getattr(args, flag)) not in {run["loss"] for run in runs}:
+
+
+def study_gaps(runs: list[Run], args: argparse.Namespace) -> list[dict]:
+    """What the study lacks as a whole."""
+    gaps = []
+
+    def add(what: str, next_step: str) -> None:
+        gaps.append({"what": what, "runs": [], "next": next_step})
+
+    if not any(run.judged_pairs for run in runs):
+        add("win rates (no pairwise judgements)", "judge.py --grading pair")
+    if not any(run.kl for run in usable_runs(runs)):
+        add("score against KL (no log-probs in answers)", "gen_mtbench.py --kl")
+    if not any(run.untrained for run in runs):
+        add("the untrained model (run base)", "gen_mtbench.py and judge.py")
+    losses = {run.loss for run in runs}
+    for flag, loss in (("baseline", args.baseline), ("proposed", args.proposed)):
+        if loss not in losses:
             what = f"improvement of {args.proposed} over {args.baseline} (no run of {loss})"
-            missing.append(
-                {
-                    "what": what,
-                    "runs": [],
-                    "next": f"train_pref.py --loss {loss}, or another --{flag}",
-                }
-            )
-    return missing
+            add(what, f"train_pref.py --loss {loss}, or another --{flag}")
+    return gaps
 
 
 def missing_text(gap: dict) -> str:
     of = f" of {', '.join(gap['runs'])}" if gap["runs"] else ""
     return f"{gap['what']}{of}; next: {gap['next']}"
+
+
+# ---- at the end of analyze.py -------------------------------------------------------------------
+
+
+def print_summary(results_dir: Path, comparison: dict) -> None:
+    """Print the runs by status, notes, gaps, and where the results are."""
+    statuses = Counter(run["status"] for run in comparison["runs"])
+    by_status = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
+    print(f"\n{len(comparison['runs'])} runs: {by_status}")
+    for note in comparison["notes"]:
+        print(f"  note: {note}")
+    for gap in comparison["missing"]:
+        print(f"  missing: {missing_text(gap)}")
+    if not comparison["missing"]:
+        print("  nothing is missing")
+    folder = results_dir / "comparison"
+    print(f"report: {folder / 'report.html'}")
+    print(f"results: {folder / 'aggregated_metrics.json'}, {results_dir}/<run_id>/metrics.json")
+    for name in ("tables", "figures"):
+        if stems := sorted({path.stem for path in (folder / name).glob("*.*")}):
+            print(f"{name}: {folder / name}/ ({', '.join(stems)})")

@@ -1,100 +1,60 @@
-"""a results folder read and checked"""
+"""Read a results folder: every run's files, checked, as `Run`s.
+
+    results/<run_id>/args.json            required: without it a folder is not a run
+                     summary.json         status, accuracies, cost of training
+                     metrics.jsonl        learning curves
+                     val_pairs.jsonl      log-probabilities of the validation pairs
+                     mt_bench/answers.jsonl, mt_bench/judgements.csv
+
+Whatever else is missing leaves a field of `Run` empty. Whatever is there but unreadable raises a
+UserError that names file and line: a number that is silently dropped would change a mean.
+"""
 
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
-from pref.analysis import estimates
+from pref.analysis import run_metrics
+from pref.analysis.runs import SUMMARY_KEYS, JudgeKey, Margins, Run
 from pref.files import disk, judgements, mt_bench, run_folders
 from pref.files.console import UserError
 
-# Arguments that do not change what a run estimates, or that have a place of their own (loss, beta,
-# tau, seed, ...). Any other argument that differs makes another cell: a setting nobody thought of
-# must not pass for a seed.
+# Arguments that do not make another cell. Any other argument that differs does: a setting that
+# nobody thought of must not pass for a seed.
 NOT_SETTINGS = {
-    "run_id",
-    "loss",
-    "beta",
-    "tau",
-    "seed",
-    "mode",
-    "model",
-    "data",
-    "data_sha256",
-    "reference",
-    "versions",
-    "git",
-    "results_dir",
-    "per_device_batch",
-    "world_size",
-    "shard",
-    "checkpointing",
-    "compile",
-    "tokens_per_microbatch",
-    "prefix_sharing",
-    "packing",
-    "loss_file",
-    "init_adapter",
-    "save_steps",
-    "command",
-    "starts",
-    "planned_gib",
-    "planned_steps",
-    "couples_batch",
-    "truncated_prompts",
-    "truncated_responses",
+    # They have fields of their own, or are checked on their own.
+    *("run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256"),
+    # Paths, and how it was started; where a file matters, its hash is another argument.
+    *("results_dir", "command", "starts", "versions", "git", "loss_file", "init_adapter"),
+    # How the same numbers are computed.
+    *("reference", "per_device_batch", "world_size", "shard", "checkpointing", "compile"),
+    *("tokens_per_microbatch", "prefix_sharing", "packing", "save_steps", "couples_batch"),
+    # What was planned or counted.
+    *("planned_gib", "planned_steps", "truncated_prompts", "truncated_responses"),
     "merged_boundaries",
 }
 CURVE_KEYS = (
-    "loss",
-    "rewards/accuracies",
-    "margin/rho",
-    "margin/delta",
-    "grad_norm",
-    "lr",
-    "anchor",
-    "eval/loss",
-    "eval/acc_ref",
-    "eval/acc_sum",
-    "eval/acc_mean",
-    "eval/margin/rho",
-    "eval/margin/delta",
+    *("loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr", "anchor"),
+    *("eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean"),
+    *("eval/margin/rho", "eval/margin/delta"),
 )
-ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
-SUMMARY_KEYS = (
-    *ACCURACIES,
-    "best_step",
-    "steps",
-    "nonfinite_steps",
-    "wall_s",
-    "tokens",
-    "peak_gib",
-)
+JUDGED_ONCE = ("grading", "baseline", "order", "question_id", "turn", "choice", "repeat")
 VAL_KEYS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 
 
 def load_runs(
-    results_dir: Path, run_ids: list[str] | None, notes: list[str], skip_bad: bool = False
-) -> list[dict]:
-    """Every full run of `results_dir` (or those in `run_ids`), read and checked. Trial runs are
-    named in `notes`.
+    results_dir: Path, run_ids: list[str] | None = None, skip_bad: bool = False
+) -> tuple[list[Run], list[str]]:
+    """Read the full runs of `results_dir`, or those in `run_ids`.
 
-    Raises UserError, a line a run, for files that cannot be read; with `skip_bad` these runs are
-    named in `notes`.
+    Returns (runs, notes). The notes name what was left out: trial runs and, with `skip_bad`, runs
+    whose files cannot be read. Raises UserError, one line per run, for unreadable files without
+    `skip_bad`, for an unknown run id, and for runs of different models or data.
     """
-    if (results_dir / "args.json").is_file():
-        raise UserError(
-            f"{results_dir}: is one run; give the results folder above it and choose with --run_ids"
-        )
-    paths = {path.name: path for path in run_folders.find_runs([results_dir], check=False)}
-    if unknown := sorted(set(run_ids or ()) - set(paths)):
-        raise UserError(
-            f"--run_ids: no {', '.join(unknown)} in {results_dir}; there are {', '.join(paths)}"
-        )
-    chosen = [path for name, path in paths.items() if run_ids is None or name in run_ids]
     runs, trial, bad = [], [], []
-    for path in chosen:
+    for path in choose_folders(results_dir, run_ids):
         try:
             args = read_args(path / "args.json")
             if args["mode"] == "trial":
@@ -105,7 +65,7 @@ def load_runs(
             bad.append(str(error))
     if bad and not (skip_bad and runs):
         raise UserError("\n       ".join(bad) + "; or leave out what cannot be read: --skip_bad")
-    notes += [f"left out, cannot be read: {error}" for error in bad]
+    notes = [f"left out, cannot be read: {error}" for error in bad]
     if trial:
         notes.append(
             f"left out, trial runs (they test the path, not the method): {', '.join(trial)}"
@@ -116,91 +76,110 @@ def load_runs(
             "train with train_pref.py --mode full"
         )
     check_same_model_and_data(runs)
-    return runs
+    return runs, notes
 
 
-def load_run(path: Path, args: dict) -> dict:
-    """All that stands in one run folder; what is missing is None or empty."""
-    summary = read_summary(path / "summary.json") if (path / "summary.json").exists() else None
-    steps, evals = (
-        read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else ([], [])
-    )
-    val, lengths = (
-        read_val_pairs(path / "val_pairs.jsonl")
-        if (path / "val_pairs.jsonl").exists()
-        else ({}, {})
-    )
+def choose_folders(results_dir: Path, run_ids: list[str] | None) -> list[Path]:
+    """Run folders of `results_dir`, the untrained model first; those in `run_ids` if given."""
+    if (results_dir / "args.json").is_file():
+        raise UserError(
+            f"{results_dir}: is one run; give the results folder above it and choose with --run_ids"
+        )
+    paths = {path.name: path for path in run_folders.find_runs([results_dir], check=False)}
+    if unknown := sorted(set(run_ids or ()) - set(paths)):
+        raise UserError(
+            f"--run_ids: no {', '.join(unknown)} in {results_dir}; there are {', '.join(paths)}"
+        )
+    return [path for name, path in paths.items() if run_ids is None or name in run_ids]
+
+
+def load_run(path: Path, args: dict) -> Run:
+    """Read the files of one run folder; `args` are those of `read_args`."""
+    summary = read_summary(path / "summary.json")
+    steps, evals = read_metrics(path / "metrics.jsonl")
+    val, length_differences = read_val_pairs(path / "val_pairs.jsonl")
+    judged, judged_pairs = load_judgements(path / "mt_bench" / "judgements.csv")
     answers_path = path / "mt_bench" / "answers.jsonl"
-    answers = mt_bench.read_answers(answers_path) if answers_path.exists() else {}
-    judged, pairs = read_ratings(path / "mt_bench" / "judgements.csv")
-    return {
-        "run_id": path.name,
-        "path": path,
-        "args": args,
-        "loss": args["loss"] or path.name,  # an untrained model has no loss: it goes by its run id
-        "settings": {
-            key: plain(value) for key, value in args.items() if is_setting(key, value, args)
+    run = Run(
+        run_id=path.name,
+        path=path,
+        loss=args["loss"] or path.name,
+        args=args,
+        settings={
+            key: hashable(value) for key, value in args.items() if is_setting(key, value, args)
         },
-        "status": run_status(args, summary, has_metrics=bool(steps or evals)),
-        "summary": summary,
-        "steps": steps,
-        "evals": evals,
-        "val": val,
-        "length_bias": run_length_bias(val, lengths, summary),
-        "judged": judged,
-        "pairs": pairs,
-        "answers": answers,
-        "kl": estimates.run_kl(answers),
-    }
+        status=run_status(args, summary, has_metrics=bool(steps or evals)),
+        summary=summary,
+        steps=steps,
+        evals=evals,
+        val=val,
+        judged=judged,
+        judged_pairs=judged_pairs,
+        answers=mt_bench.read_answers(answers_path) if answers_path.exists() else {},
+    )
+    return replace(
+        run,
+        length_bias=run_metrics.length_bias(run.best_val, length_differences),
+        kl=run_metrics.run_kl(run.answers),
+    )
 
 
 def read_args(path: Path) -> dict:
+    """args.json, checked; beta, tau and seed are finite numbers or None."""
     args = disk.read_json(path)
     for key in ("loss", "model", "mode"):
         if not isinstance(args.get(key), str) and not (key == "loss" and args.get(key) is None):
             raise UserError(
-                f"{path}: {key!r} must be text, found {args.get(key)!r}; was it written by train_pref.py?"
+                f"{path}: {key!r} must be text, found {args.get(key)!r}; "
+                "was it written by train_pref.py?"
             )
     if args["mode"] not in ("full", "trial"):
         raise UserError(f"{path}: mode {args['mode']!r} must be full or trial")
     for name in (path.parent.name, args.get("run_id", path.parent.name)):
         run_folders.check_run_id(str(name), path)
-    return args | {key: number(args, key, path) for key in ("beta", "tau", "seed")}
+    return args | {key: read_number(args, key, path) for key in ("beta", "tau", "seed")}
 
 
 def is_setting(key: str, value, args: dict) -> bool:
+    """Whether a run that differs in argument `key` belongs to another cell."""
     if key in ("per_device_batch", "world_size") and args.get("couples_batch"):
-        return True  # such a loss depends on how its batches are cut
+        return True  # the value of such a loss depends on how its batches are cut
     return key not in NOT_SETTINGS and not isinstance(value, dict)
 
 
-def plain(value):
+def hashable(value):
+    """A list as JSON text, so that settings can be compared in sets."""
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def number(row: dict, key: str, place: str | Path) -> float | None:
-    """The number in `row[key]`; None for null, for a missing key, and for NaN or inf. Raises
-    UserError for others.
+def read_number(row: dict, key: str, place: str | Path) -> float | None:
+    """The number in `row[key]`; None for null, for a missing key, and for NaN or inf.
+
+    Raises UserError for any other value.
     """
     value = row.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not disk.is_number(value):
         raise UserError(f"{place}: {key!r} must be a number or null, found {value!r}")
     return value if math.isfinite(value) else None
 
 
-def step_of(row: dict, place: str) -> float:
-    if (step := number(row, "step", place)) is None:
+def read_step(row: dict, place: str) -> float:
+    if (step := read_number(row, "step", place)) is None:
         raise UserError(f"{place}: no 'step'; rerun train_pref.py")
     return step
 
 
-def read_summary(path: Path) -> dict:
+def read_summary(path: Path) -> dict | None:
+    """`status` and SUMMARY_KEYS of summary.json; None if there is no such file."""
+    if not path.exists():
+        return None
     summary = disk.read_json(path)
     if not isinstance(summary.get("status"), str):
         raise UserError(f"{path}: no 'status'; delete the file and rerun train_pref.py")
-    return {"status": summary["status"]} | {key: number(summary, key, path) for key in SUMMARY_KEYS}
+    numbers = {key: read_number(summary, key, path) for key in SUMMARY_KEYS}
+    return {"status": summary["status"]} | numbers
 
 
 def run_status(args: dict, summary: dict | None, has_metrics: bool) -> str:
@@ -212,77 +191,81 @@ def run_status(args: dict, summary: dict | None, has_metrics: bool) -> str:
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """(optimiser steps, evaluations) of metrics.jsonl in order of step."""
+    """Optimiser steps and evaluations of metrics.jsonl, each in order of step; empty lists if there
+    is no such file.
+    """
     steps, evals = {}, {}
-    for line, row in disk.read_jsonl(path):
+    for line, row in disk.read_jsonl(path) if path.exists() else ():
         place = f"{path}:{line}"
-        step = step_of(row, place)
-        kind = evals if any(key.startswith("eval/") for key in row) else steps
-        # A resumed run repeats the steps after its checkpoint: the later record of a step is the
-        # one that counts.
-        kind[step] = {"step": step} | {
-            key: number(row, key, place) for key in CURVE_KEYS if key in row
+        step = read_step(row, place)
+        records = evals if any(key.startswith("eval/") for key in row) else steps
+        # A resumed run repeats the steps after its checkpoint: the later record of a step counts.
+        records[step] = {"step": step} | {
+            key: read_number(row, key, place) for key in CURVE_KEYS if key in row
         }
     return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)]
 
 
 def read_val_pairs(
     path: Path,
-) -> tuple[dict[int, dict[str, tuple[float, float] | None]], dict[str, int]]:
-    """step -> pair id -> (rho, delta) in nats, or None for a pair with a non-finite
-    log-probability; and pair id -> tokens of the chosen response less those of the rejected one,
-    where the file has them.
+) -> tuple[dict[float, dict[str, Margins | None]], dict[str, float]]:
+    """Margins and length differences of val_pairs.jsonl; empty dicts if there is no such file.
+
+    Returns
+    -------
+    margins : step -> pair id -> Margins, or None for a pair with a non-finite log-probability
+    length_differences : pair id -> tokens of the chosen response less those of the rejected one,
+        for pairs whose lengths the file has
     """
-    pairs: dict[int, dict] = defaultdict(dict)
-    lengths = {}
-    for line, row in disk.read_jsonl(path):
+    margins: dict[float, dict] = defaultdict(dict)
+    length_differences = {}
+    for line, row in disk.read_jsonl(path) if path.exists() else ():
         place = f"{path}:{line}"
         if missing := [key for key in ("id", "step", *VAL_KEYS) if key not in row]:
             raise UserError(
                 f"{place}: no {', '.join(missing)}; rerun train_pref.py to write the file again"
             )
-        step, pair_id = step_of(row, place), str(row["id"])
-        if pair_id in pairs[step]:
+        step, pair_id = read_step(row, place), str(row["id"])
+        if pair_id in margins[step]:
             raise UserError(
-                f"{place}: pair {pair_id} stands twice at step {step}; rerun train_pref.py"
+                f"{place}: pair {pair_id} appears twice at step {step}; rerun train_pref.py"
             )
-        logps = [number(row, key, place) for key in VAL_KEYS]
-        pairs[step][pair_id] = None if None in logps else rho_and_delta(*logps)
-        tokens = [number(row, key, place) for key in ("len_chosen", "len_rejected")]
-        if None not in tokens:
-            lengths[pair_id] = tokens[0] - tokens[1]
-    return dict(pairs), lengths
+        logps = {key: read_number(row, key, place) for key in VAL_KEYS}
+        margins[step][pair_id] = None if None in logps.values() else pair_margins(**logps)
+        n_chosen, n_rejected = (
+            read_number(row, key, place) for key in ("len_chosen", "len_rejected")
+        )
+        if n_chosen is not None and n_rejected is not None:
+            length_differences[pair_id] = n_chosen - n_rejected
+    return dict(margins), length_differences
 
 
-def rho_and_delta(
+def pair_margins(
     policy_chosen: float, policy_rejected: float, ref_chosen: float, ref_rejected: float
-) -> tuple[float, float]:
-    return (policy_chosen - ref_chosen) - (
-        policy_rejected - ref_rejected
-    ), policy_chosen - policy_rejected
+) -> Margins:
+    return Margins(
+        rho=(policy_chosen - ref_chosen) - (policy_rejected - ref_rejected),
+        delta=policy_chosen - policy_rejected,
+    )
 
 
-def read_ratings(path: Path) -> tuple[dict[tuple, list[dict]], list[dict]]:
-    """(judge, prompts, refs) -> its single-answer rows, and the rows of pairs. Raises UserError for
-    a judgement that stands twice.
+def load_judgements(path: Path) -> tuple[dict[JudgeKey, list[dict]], list[dict]]:
+    """Single-answer judgements by judge, and pairwise judgements, of judgements.csv.
+
+    Empty if there is no such file. Raises UserError for a judgement that appears twice.
     """
     if not path.exists():
         return {}, []
     judged, pairs, seen = defaultdict(list), [], set()
     for row in judgements.read_judgements(path):
         check_judgement(row, path)
-        judge = tuple(row[k] for k in ("judge", "prompts", "refs"))
-        key = (
-            *judge,
-            *(
-                row[k]
-                for k in ("grading", "baseline", "order", "question_id", "turn", "choice", "repeat")
-            ),
-        )
+        judge = JudgeKey(row["judge"], row["prompts"], row["refs"])
+        key = (judge, *(row[name] for name in JUDGED_ONCE))
         if key in seen:
             raise UserError(
-                f"{path}: question {row['question_id']}, turn {row['turn']}, choice {row['choice']}, repeat "
-                f"{row['repeat']} is judged twice by {row['judge']}; rerun judge.py to write the file again"
+                f"{path}: question {row['question_id']}, turn {row['turn']}, "
+                f"choice {row['choice']}, repeat {row['repeat']} is judged twice by "
+                f"{row['judge']}; rerun judge.py to write the file again"
             )
         seen.add(key)
         if row["grading"] == "single":
@@ -293,30 +276,26 @@ def read_ratings(path: Path) -> tuple[dict[tuple, list[dict]], list[dict]]:
 
 
 def check_judgement(row: dict, path: Path) -> None:
-    if (
-        row["question_id"] is None
-        or row["turn"] not in (1, 2)
-        or not (row["judge"] and row["category"])
-    ):
-        found = {key: row[key] for key in ("question_id", "turn", "category", "judge")}
+    known = row["question_id"] is not None and row["turn"] in (1, 2)
+    if not (known and row["judge"] and row["category"]):
+        fields = {key: row[key] for key in ("question_id", "turn", "category", "judge")}
         raise UserError(
-            f"{path}: a row without question, turn 1 or 2, category or judge: {found}; rerun judge.py"
+            f"{path}: a row without question, turn 1 or 2, category or judge: {fields}; "
+            "rerun judge.py"
         )
 
 
-def check_same_model_and_data(runs: list[dict]) -> None:
-    """Raise UserError, listing the groups, if the runs are of different models or of different
-    data.
-    """
-    groups: dict[tuple, list[str]] = {}
-    for run in sorted(runs, key=lambda run: run["args"].get("data_sha256") is None):
-        model, data = run["args"]["model"], run["args"].get("data_sha256")
+def check_same_model_and_data(runs: list[Run]) -> None:
+    """Raise UserError, listing the groups, if runs are of different models or different data."""
+    groups: dict[tuple, list[str]] = {}  # (model, hash of the data as JSON) -> run ids
+    for run in sorted(runs, key=lambda run: run.args.get("data_sha256") is None):
+        model, data = run.args["model"], run.args.get("data_sha256")
         key = (model, json.dumps(data, sort_keys=True))
-        if (
-            data is None
-        ):  # the untrained model has seen no data: it belongs with the runs trained from it
+        if data is None:
+            # The untrained model has seen no data: it belongs with the runs trained from it, which
+            # the sorting has put first.
             key = next((known for known in groups if known[0] == model), key)
-        groups.setdefault(key, []).append(run["run_id"])
+        groups.setdefault(key, []).append(run.run_id)
     if len(groups) > 1:
         listed = [
             f"\n  model {model}, data {data[:60]}: {json.dumps(ids)}"
@@ -326,10 +305,3 @@ def check_same_model_and_data(runs: list[dict]) -> None:
             f"runs of {len(groups)} groups with different model or data, which cannot be compared; "
             f"give one of these lists as --run_ids:{''.join(listed)}"
         )
-
-
-def run_length_bias(val: dict, lengths: dict[str, int], summary: dict | None) -> list[dict]:
-    best = estimates.best_pairs(val, summary)
-    return estimates.length_bias(
-        {pair: value for pair, value in best.items() if pair in lengths}, lengths
-    )

@@ -1,85 +1,159 @@
-"""numbers of one run"""
+"""Numbers of one run: accuracy, margins, MT-Bench scores by judge, KL; and how judges are named.
+
+`run_metrics` collects what metrics.json holds. The other functions are also used where runs are
+compared, so that a number has one definition.
+"""
 
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from statistics import fmean, stdev
+from statistics import fmean
 
-from pref.analysis import estimates, results_folder
-from pref.files import mt_bench
+import numpy as np
 
+from pref.analysis import stats, variation
+from pref.analysis.runs import ACCURACIES, TRAINING_NUMBERS, JudgeKey, Margins, Run
+from pref.files import judgements, mt_bench
 
-def mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return fmean(values) if values else None
-
-
-def sd(values: Iterable[float]) -> float | None:
-    """Sample standard deviation (n - 1); None for fewer than two values."""
-    values = list(values)
-    return stdev(values) if len(values) > 1 else None
+LENGTH_BINS = 5
 
 
-def standard_error(values: list[float]) -> float | None:
-    return sd(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def run_metrics(run: Run) -> dict:
+    """What metrics.json of one run holds. Its MT-Bench scores are over all questions that this run
+    was judged on.
+    """
+    training = {key: run.summary[key] for key in TRAINING_NUMBERS} if run.summary else None
+    return {
+        "run_id": run.run_id,
+        **{key: run.args[key] for key in ("loss", "beta", "tau", "seed", "mode", "model")},
+        "status": run.status,
+        "accuracy": run_accuracy(run),
+        "margins": run_margins(run),
+        "length_bias": run.length_bias,
+        "training": training,
+        "mt_bench": [
+            describe_judge(key, rows)
+            | score_ratings(rows)
+            | judge_reliability({run.run_id: rows}, {run.run_id: run.answers})
+            for key, rows in sorted(run.judged.items(), key=lambda item: str(item[0]))
+        ],
+        "kl_to_base": run.kl,
+    }
 
 
-def run_accuracy(run: dict) -> dict | None:
+# ---- validation pairs ---------------------------------------------------------------------------
+
+
+def ranked_right(margins: Margins | None) -> float:
+    """1 if rho > 0, 0.5 for a tie, 0 otherwise; a pair with a non-finite log-probability is wrong,
+    as in training.
+    """
+    return 0.5 * ((margins.rho > 0) + (margins.rho >= 0)) if margins else 0.0
+
+
+def accuracy_values(run: Run) -> dict:
+    """pair id -> 0 -> whether the pair is ranked correctly at the best evaluation, as `Values`
+    hold it.
+    """
+    return {pair: {0: ranked_right(margins)} for pair, margins in run.best_val.items()}
+
+
+def run_accuracy(run: Run) -> dict | None:
     """Validation accuracies of a run that ended; the standard error is over pairs, at the best
     evaluation.
     """
-    if run["summary"] is None:
+    if run.summary is None:
         return None
-    best = estimates.best_pairs(run["val"], run["summary"])
-    hits = [estimates.ranked_right(pair) for pair in best.values()]
-    accuracy = {key: run["summary"][key] for key in (*results_folder.ACCURACIES, "best_step")}
-    return accuracy | {"n_pairs": len(hits), "se_over_pairs": standard_error(hits)}
+    hits = [ranked_right(margins) for margins in run.best_val.values()]
+    accuracy = {key: run.summary[key] for key in (*ACCURACIES, "best_step")}
+    return accuracy | {"n_pairs": len(hits), "se_over_pairs": stats.standard_error(hits)}
 
 
-def run_margins(run: dict) -> dict | None:
+def run_margins(run: Run) -> dict | None:
     """Mean rho and delta (nats) with standard error over validation pairs, at the first and the
     best evaluation.
     """
-    if not run["val"]:
+    if not run.val:
         return None
-    best_step = (run["summary"] or {}).get("best_step")
-    steps = {
-        "first": min(run["val"]),
-        "best": best_step if best_step in run["val"] else max(run["val"]),
-    }
-    return {name: margin_at(step, run["val"][step]) for name, step in steps.items()}
+    best = run.best_step if run.best_step in run.val else max(run.val)
+    steps = {"first": min(run.val), "best": best}
+    return {name: margins_at(step, run.val[step]) for name, step in steps.items()}
 
 
-def margin_at(step: int, pairs: dict) -> dict:
-    finite = [pair for pair in pairs.values() if pair]
-    margin = {"step": step, "n_pairs": len(finite), "n_nonfinite": len(pairs) - len(finite)}
-    for i, name in enumerate(("rho", "delta")):
-        values = [pair[i] for pair in finite]
-        margin[name] = {"mean": mean(values), "se": standard_error(values)}
-    return margin
-
-
-def score_ratings(rows: list[dict], questions: set[int] | None = None) -> dict:
-    """MT-Bench scores of one run by one judge, over `questions` or all of them.
-
-    Choices and repeats are averaged within a question's turn first. turn_1, turn_2 and score are
-    then means over those: score over all turns that have a rating, as FastChat's show_result.py. A
-    row without a rating counts in n_judged and in no mean. se_over_questions: clustered by
-    question, since two turns of one are not independent.
-    """
-    rows = [row for row in rows if questions is None or row["question_id"] in questions]
-    turns = turn_means(rows)
-    by_turn = {
-        which: [rating for (_, turn), rating in turns.items() if turn == which] for which in (1, 2)
-    }
+def margins_at(step: float, pairs: dict[str, Margins | None]) -> dict:
+    finite = [margins for margins in pairs.values() if margins]
+    rho, delta = [margins.rho for margins in finite], [margins.delta for margins in finite]
     return {
-        "score": mean(turns.values()),
-        "turn_1": mean(by_turn[1]),
-        "turn_1_se": standard_error(by_turn[1]),
-        "turn_2": mean(by_turn[2]),
-        "turn_2_se": standard_error(by_turn[2]),
-        "score_without_wrong_references": mean(
+        "step": step,
+        "n_pairs": len(finite),
+        "n_nonfinite": len(pairs) - len(finite),
+        "rho": {"mean": stats.mean(rho), "se": stats.standard_error(rho)},
+        "delta": {"mean": stats.mean(delta), "se": stats.standard_error(delta)},
+    }
+
+
+def length_bias(
+    pairs: dict[str, Margins | None], length_differences: dict[str, float]
+) -> list[dict]:
+    """Accuracy by how much longer the chosen response is, in tokens: at most LENGTH_BINS bins of
+    about equal numbers of pairs, with exact intervals.
+
+    A model that has learned length ranks those pairs correctly whose chosen response is longer.
+    Pairs without a known length are left out.
+    """
+    hits = sorted(
+        (length_differences[pair], ranked_right(margins))
+        for pair, margins in pairs.items()
+        if pair in length_differences
+    )
+    if not hits:
+        return []
+    lengths = [length for length, _ in hits]
+    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS + 1)))
+    last_bin = max(0, len(edges) - 2)
+    bins = np.clip(np.searchsorted(edges, lengths, side="right") - 1, 0, last_bin)
+    rows = []
+    for number in sorted(set(bins.tolist())):
+        in_bin = [hit for hit, own in zip(hits, bins) if own == number]
+        right = [hit for _, hit in in_bin]
+        (shortest, _), (longest, _) = in_bin[0], in_bin[-1]
+        low, high = stats.exact_interval(round(sum(right)), len(right))
+        rows.append(
+            {
+                "from": shortest,
+                "to": longest,
+                "n_pairs": len(right),
+                "accuracy": fmean(right),
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows
+
+
+# ---- MT-Bench -----------------------------------------------------------------------------------
+
+
+def score_ratings(rows: list[dict]) -> dict:
+    """MT-Bench scores of one run by one judge.
+
+    Choices and repeats are first averaged within a question's turn. turn_1, turn_2 and score are
+    means over those averages; score is over all turns that have a rating, as in FastChat's
+    show_result.py. A row without a rating counts in n_judged and in no mean. se_over_questions is
+    clustered by question, because the two turns of a question are not independent.
+    """
+    turns = turn_means(rows)
+    turn_1, turn_2 = (
+        [rating for (_, turn), rating in turns.items() if turn == which] for which in (1, 2)
+    )
+    failures = Counter(str(row["status"]) for row in rows if row["status"] != "ok")
+    return {
+        "score": stats.mean(turns.values()),
+        "turn_1": stats.mean(turn_1),
+        "turn_1_se": stats.standard_error(turn_1),
+        "turn_2": stats.mean(turn_2),
+        "turn_2_se": stats.standard_error(turn_2),
+        "score_without_wrong_references": stats.mean(
             rating
             for (question, _), rating in turns.items()
             if question not in mt_bench.WRONG_REFERENCES
@@ -87,16 +161,32 @@ def score_ratings(rows: list[dict], questions: set[int] | None = None) -> dict:
         "se_over_questions": clustered_error(turns),
         "n_questions": len({row["question_id"] for row in rows}),
         **count_ratings(rows),
-        "failures": dict(
-            sorted(Counter(str(row["status"]) for row in rows if row["status"] != "ok").items())
-        ),
+        "failures": dict(sorted(failures.items())),
         "categories": {name: score_category(rows, name) for name in category_order(rows)},
     }
 
 
+def turn_means(rows: list[dict]) -> dict[tuple[int, int], float]:
+    """(question, turn) -> mean rating over choices and repeats."""
+    ratings = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok":
+            ratings[row["question_id"], row["turn"]].append(row["score"])
+    return {key: fmean(scores) for key, scores in sorted(ratings.items())}
+
+
+def rating_values(turns: dict[tuple[int, int], float]) -> dict:
+    """Mean ratings by (question, turn), as `Values` hold them: question -> turn -> mean rating."""
+    values: dict = defaultdict(dict)
+    for (question, turn), rating in turns.items():
+        values[question][turn] = rating
+    return dict(values)
+
+
 def clustered_error(turns: dict[tuple[int, int], float]) -> float | None:
-    """Standard error of the mean rating, clustered by question: of the question means where all
-    have both turns.
+    """Standard error of the mean rating, clustered by question.
+
+    If all questions have both turns, it is the standard error of the question means.
     """
     by_question = defaultdict(list)
     for (question, _), rating in turns.items():
@@ -109,19 +199,14 @@ def clustered_error(turns: dict[tuple[int, int], float]) -> float | None:
     return math.sqrt(n / (n - 1) * squares) / total
 
 
-def turn_means(rows: list[dict]) -> dict[tuple[int, int], float]:
-    """(question, turn) -> mean rating over choices and repeats."""
-    ratings = defaultdict(list)
-    for row in rows:
-        if row["status"] == "ok":
-            ratings[row["question_id"], row["turn"]].append(row["score"])
-    return {key: fmean(values) for key, values in sorted(ratings.items())}
-
-
 def score_category(rows: list[dict], name: str) -> dict:
     rows = [row for row in rows if row["category"] == name]
     turns = turn_means(rows)
-    return {"score": mean(turns.values()), "se": clustered_error(turns), **count_ratings(rows)}
+    return {
+        "score": stats.mean(turns.values()),
+        "se": clustered_error(turns),
+        **count_ratings(rows),
+    }
 
 
 def count_ratings(rows: list[dict]) -> dict:
@@ -129,49 +214,97 @@ def count_ratings(rows: list[dict]) -> dict:
 
 
 def category_order(rows: list[dict]) -> list[str]:
-    found = {row["category"] for row in rows}
-    return [name for name in mt_bench.CATEGORIES if name in found] + sorted(
-        found - set(mt_bench.CATEGORIES)
-    )
+    """Categories of the rows: MT-Bench's in its order, then others by name."""
+    names = {row["category"] for row in rows}
+    known = [name for name in mt_bench.CATEGORIES if name in names]
+    return known + sorted(names - set(mt_bench.CATEGORIES))
 
 
-def describe_judge(key: tuple, rows: list[dict]) -> dict:
+def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
+    """On-policy KL(policy || base), estimated on a run's own answers.
+
+    answers: (question, choice) -> row of answers.jsonl whose choices carry `logp`, `logp_base`
+    (nats, one value per turn) and `logp_tokens`; None if none does.
+
+    The estimate is the mean log-ratio of what the policy itself wrote (the k1 estimator), in nats
+    per answer and per token, with the standard error over questions.
+    """
+    by_question: dict[int, list[float]] = defaultdict(list)
+    total, tokens = 0.0, 0
+    for (question, index), row in answers.items():
+        choice = next(choice for choice in row["choices"] if choice["index"] == index)
+        columns = [choice.get(key) for key in ("logp", "logp_base", "logp_tokens")]
+        if not all(isinstance(column, list) for column in columns):
+            continue
+        for policy, base, n in zip(*columns):
+            if None in (policy, base, n) or not math.isfinite(policy - base):
+                continue
+            by_question[question].append(policy - base)
+            total, tokens = total + policy - base, tokens + n
+    if not by_question:
+        return None
+    means = [fmean(log_ratios) for log_ratios in by_question.values()]
+    se = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+    return {
+        "kl": fmean(means),
+        "kl_se": se,
+        "kl_per_token": total / tokens if tokens else None,
+        "n_questions": len(means),
+    }
+
+
+# ---- judges -------------------------------------------------------------------------------------
+
+
+def describe_judge(key: JudgeKey, rows: list[dict]) -> dict:
     """What a score depends on besides the answers, and whether it measures anything."""
     judge, prompts, refs = key
-    params_b, smoke = estimates.judge_size(judge, rows)
+    params_b, smoke_test = judge_size(judge, rows)
     return {
         "judge": judge,
         "judge_params_b": params_b,
-        "smoke_test": smoke,
+        "smoke_test": smoke_test,
         "prompts": prompts,
         "refs": refs,
         "grading": "single",
     }
 
 
-def run_metrics(run: dict) -> dict:
-    """What metrics.json of one run holds. Its MT-Bench scores are over all questions that this run
-    was judged on.
+def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
+    """Billions of parameters of a judge, None if unknown; and whether that is too few for its
+    judgements to measure anything.
     """
-    args = run["args"]
-    return {
-        "run_id": run["run_id"],
-        **{key: args[key] for key in ("loss", "beta", "tau", "seed", "mode", "model")},
-        "status": run["status"],
-        "accuracy": run_accuracy(run),
-        "margins": run_margins(run),
-        "length_bias": run["length_bias"],
-        "training": {key: run["summary"][key] for key in results_folder.SUMMARY_KEYS[5:]}
-        if run["summary"]
-        else None,
-        "mt_bench": [
-            describe_judge(key, rows)
-            | score_ratings(rows)
-            | estimates.judge_rows({run["run_id"]: rows}, {run["run_id"]: run["answers"]})
-            for key, rows in sorted(run["judged"].items(), key=lambda item: str(item[0]))
-        ],
-        "kl_to_base": run["kl"],
-    }
+    sizes = [
+        row["judge_params_b"]
+        for row in rows
+        if row["judge"] == judge and row.get("judge_params_b") is not None
+    ]
+    size = min(sizes) if sizes else judgements.params_from_name(judge)
+    return size, size is not None and size < judgements.SMOKE_TEST_BELOW_B
+
+
+def judge_reliability(judged: dict[str, list[dict]], answers: dict[str, dict]) -> dict:
+    """Retest reliability, where answers were judged several times, and the correlation of score and
+    answer length in characters.
+
+    judged: run id -> ratings. answers: run id -> (question, choice) -> answer row.
+    """
+    items: dict[tuple, list[float]] = defaultdict(list)  # one answer turn -> its ratings
+    for run_id, rows in judged.items():
+        for row in rows:
+            if row["status"] == "ok":
+                items[run_id, row["question_id"], row["turn"], row["choice"]].append(row["score"])
+    scores, lengths, groups = [], [], []
+    for (run_id, question, turn, choice), ratings in items.items():
+        turns = answers.get(run_id, {}).get((question, choice), {}).get("turns")
+        if turns:
+            scores.append(fmean(ratings))
+            lengths.append(len(turns[turn - 1]))
+            groups.append((question, turn))
+    length = None
+    if scores:
+        length = variation.length_correlation(np.array(scores), np.array(lengths), groups)
+    return {"retest": variation.retest(list(items.values())), "length": length}
 
 
 def judge_title(judge: dict) -> str:
@@ -181,17 +314,21 @@ def judge_title(judge: dict) -> str:
 
 
 def smoke_mark(judge: dict) -> str:
+    """The label of scores by a judge that is too small, or ""."""
     if not judge["smoke_test"]:
         return ""
-    return f"SMOKE TEST: judge of {judge['judge_params_b']:.3g}B parameters, these scores measure nothing"
+    return (
+        f"SMOKE TEST: judge of {judge['judge_params_b']:.3g}B parameters, "
+        "these scores measure nothing"
+    )
 
 
 def judge_suffix(judge: dict, judges: list[dict]) -> str:
-    """What a judge's files carry in their names: nothing where there is one judge."""
+    """What a judge's files carry in their names: nothing if there is one judge."""
     if len(judges) == 1:
         return ""
     same = [other for other in judges if other["judge"] == judge["judge"]]
-    name = (
-        judge["judge"] if len(same) == 1 else f"{judge['judge']}_{judge['prompts']}_{judge['refs']}"
-    )
+    name = judge["judge"]
+    if len(same) > 1:
+        name += f"_{judge['prompts']}_{judge['refs']}"
     return "_" + re.sub(r"[^A-Za-z0-9.-]+", "-", name)

@@ -1,17 +1,20 @@
-"""The statistics of analyze.py: small functions on arrays, each with its assumptions, on top of
-SciPy.
+"""Differences between two cells of the grid: tests, intervals, multiplicity, required sizes.
 
-A "table" is scores (S, Q) of one cell of the grid: S seeds (training runs) by Q questions.
-MT-Bench: a value is a question's mean rating over the turns that all compared runs have. Accuracy:
-Q validation pairs, values 0, 0.5 or 1.
+Functions on arrays, on top of SciPy. A "table" is the scores of one cell: shape (S, Q), with S
+seeds (training runs) and Q questions. For MT-Bench, an entry is a question's mean rating over the
+turns that all compared runs have. For validation accuracy, the "questions" are validation pairs
+and an entry is 0, 0.5 (a tie) or 1.
 
-Two things are sampled in such a study, questions and seeds, and both count as error: a rating of
-another turn, run or question of the same seed is no independent observation. bench/calibration.py
-simulates how often these procedures err.
+Such a study samples two things, questions and seeds, and both contribute to the error: ratings of
+another turn, or of another question in the same run, are not independent observations.
+bench/calibration.py simulates how often these procedures err. Statistics of variation (over beta,
+between sources, of a judge) are in variation.py.
 """
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -19,246 +22,392 @@ from scipy import stats as scipy_stats
 
 ALPHA = 0.05
 POWER = 0.8
-DRAWS = 10_000
-QUESTIONS = 2**32 - 1  # the stream of draws that questions have, far from the seeds'
+DRAWS = 10_000  # of a bootstrap, unless told otherwise
+QUESTION_STREAM = 2**32 - 1  # random stream of resampled questions; seeds use 0, 1, ...
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """Arithmetic mean; None of no values."""
+    values = list(values)
+    return fmean(values) if values else None
+
+
+def sd(values: Iterable[float]) -> float | None:
+    """Sample standard deviation (n - 1); None for fewer than two values."""
+    values = list(values)
+    return stdev(values) if len(values) > 1 else None
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Standard error of the mean of independent values; None for fewer than two."""
+    return sd(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 class MeanSquares(NamedTuple):
-    """Two-way layout without replication, seeds x questions; `residual` is their interaction with
-    the noise.
-    """
+    """Mean squares of a two-way layout, seeds x questions, without replication."""
 
     question: float
     seed: float
-    residual: float
+    residual: float  # the interaction of both factors, together with the noise
 
 
 def mean_squares(table: np.ndarray) -> MeanSquares:
-    """Mean squares of (S, Q) scores; those of a factor with one level are 0."""
+    """Mean squares of the rows, columns and residuals of a table.
+
+    Parameters
+    ----------
+    table : (S, Q) array
+        Scores of one cell, or paired differences of two.
+
+    Returns
+    -------
+    MeanSquares
+        A factor with a single level has mean square 0, and so has the residual then.
+    """
     n_seeds, n_questions = table.shape
-    mean, by_question, by_seed = table.mean(), table.mean(0), table.mean(1)
-    residuals = table - by_question - by_seed[:, None] + mean
+    grand, by_question, by_seed = table.mean(), table.mean(0), table.mean(1)
+    residuals = table - by_question - by_seed[:, None] + grand  # (S, Q)
     return MeanSquares(
-        question=n_seeds * ((by_question - mean) ** 2).sum() / max(1, n_questions - 1),
-        seed=n_questions * ((by_seed - mean) ** 2).sum() / max(1, n_seeds - 1),
+        question=n_seeds * ((by_question - grand) ** 2).sum() / max(1, n_questions - 1),
+        seed=n_questions * ((by_seed - grand) ** 2).sum() / max(1, n_seeds - 1),
         residual=(residuals**2).sum() / max(1, (n_seeds - 1) * (n_questions - 1)),
     )
 
 
-class Difference(NamedTuple):
-    """Mean of a minus mean of b. `se`, `df`: over questions and seeds (see `difference`); NaN where
-    unknown.
+class Arm(NamedTuple):
+    """Seeds whose variance enters a standard error: one arm if paired, else one for each cell."""
 
-    variances: one question's, one seed's and one rating's part of the variance; the squared
-    standard error is question / Q + seed / S + residual / (Q S).
+    squares: MeanSquares
+    n_seeds: int
+
+
+class Variances(NamedTuple):
+    """Variance components of a difference.
+
+    The squared standard error is question / Q + seed / S + residual / (Q S).
     """
 
+    question: float  # NaN with a single question
+    seed: float
+    residual: float
+
+
+class Difference(NamedTuple):
+    """Mean of a minus mean of b, as `difference` estimates it. NaN where a value is unknown."""
+
     estimate: float
-    se: float
-    df: float
-    low: float
+    se: float  # standard error over questions and seeds
+    df: float  # its degrees of freedom
+    low: float  # bootstrap interval of the estimate
     high: float
-    rate: float
+    rate: float  # estimate / mean of b, and its bootstrap interval
     rate_low: float
     rate_high: float
     n_questions: int
-    n_seeds: int
-    seeds: str  # paired, unpaired, or "one seed": then nothing is known about other seeds
-    variances: tuple[float, float, float]
+    n_seeds: int  # the smaller number of the two cells
+    seeds: str  # "paired", "unpaired", or "one seed": nothing is known about other seeds
+    variances: Variances
 
     def p(self, null: float = 0.0, side: int = 0) -> float:
-        """p-value of "the difference is `null`"; side 1: against a larger one, -1: a smaller one,
-        0: either.
+        """p-value of the t-test of the hypothesis that the true difference is `null`.
+
+        Parameters
+        ----------
+        null : float
+            The hypothesised difference.
+        side : {0, 1, -1}
+            The alternative: 0 either side, 1 a larger difference, -1 a smaller one.
+
+        Returns
+        -------
+        float
+            NaN if nothing measures the error: a single question, or equal differences throughout.
         """
-        if not self.se > 1e-12 * max(
-            1.0, abs(self.estimate)
-        ):  # all differences are equal: no error to test against
+        if not self.se > 1e-12 * max(1.0, abs(self.estimate)):
             return math.nan
         t = (self.estimate - null) / self.se
-        return float(
-            2 * scipy_stats.t.sf(abs(t), self.df)
-            if side == 0
-            else scipy_stats.t.sf(side * t, self.df)
-        )
+        if side == 0:
+            return float(2 * scipy_stats.t.sf(abs(t), self.df))
+        return float(scipy_stats.t.sf(side * t, self.df))
 
     def p_equivalent(self, margin: float) -> float:
-        """Two one-sided tests (Schuirmann 1987): p-value against "the difference is `margin` or
-        more either way".
+        """p-value of the equivalence test with limits -margin and margin.
+
+        Two one-sided tests (Schuirmann 1987) of the hypothesis that the true difference is
+        `margin` or more in either direction.
         """
         return max(self.p(-margin, side=1), self.p(margin, side=-1))
 
     def minimum_detectable(self) -> float:
-        """The true difference that this design finds with probability POWER at ALPHA, two-sided."""
+        """True difference that this design finds with probability POWER, two-sided at ALPHA."""
         if math.isnan(self.p()):
             return math.nan
-        return float(
-            self.se
-            * (scipy_stats.t.ppf(1 - ALPHA / 2, self.df) + scipy_stats.t.ppf(POWER, self.df))
-        )
+        quantiles = scipy_stats.t.ppf(1 - ALPHA / 2, self.df) + scipy_stats.t.ppf(POWER, self.df)
+        return float(self.se * quantiles)
 
 
 def difference(a: np.ndarray, b: np.ndarray, paired: bool, draws: int = DRAWS) -> Difference:
-    """Compare two cells on the same questions: a (S_a, Q), b (S_b, Q), rows in the same order of
-    seeds if `paired`.
+    """Compare the mean scores of two cells on the same questions.
+
+    Parameters
+    ----------
+    a : (S_a, Q) array
+    b : (S_b, Q) array
+        Columns are the same questions in both. If `paired`, rows are the same seeds in both.
+    paired : bool
+        Whether row s of `a` and row s of `b` share a training seed.
+    draws : int
+        Number of bootstrap draws.
+
+    Returns
+    -------
+    Difference
+
+    Notes
+    -----
+    Assumes questions and seeds that are sampled independently of each other and residuals of
+    equal variance (a two-way random-effects model).
 
     Standard error: question component + seed component - residual of the differences, which for
-    paired seeds is (MS_question + MS_seed - MS_residual) / (Q S): a two-way random-effects model;
-    degrees of freedom by Satterthwaite (1946). A seed component estimated below 0 counts as 0, but
-    not in the degrees of freedom: with so few seeds that is no proof that seeds do not matter.
-    Interval: percentile bootstrap that resamples questions and seeds, crossed (Owen 2007), which
-    counts the residual twice and so errs to the wide side with few questions.
+    paired seeds is (MS_question + MS_seed - MS_residual) / (Q S), with the degrees of freedom of
+    Satterthwaite (1946). A seed component estimated below 0 counts as 0 in the standard error but
+    not in the degrees of freedom: with so few seeds, it does not show that seeds do not matter.
+
+    Interval: percentile bootstrap that resamples questions and seeds, crossed (Owen 2007). It
+    counts the residual twice, and is therefore too wide rather than too narrow with few questions.
     """
     (n_a, n_questions), n_b = a.shape, b.shape[0]
-    by_question = a.mean(0) - b.mean(0)
+    by_question = a.mean(0) - b.mean(0)  # (Q,)
     estimate = float(by_question.mean())
-    arms = [a - b] if paired else [a, b]
-    squares = [(mean_squares(arm), arm.shape[0]) for arm in arms if arm.shape[0] > 1]
+    tables = [a - b] if paired else [a, b]
+    arms = [Arm(mean_squares(table), len(table)) for table in tables if len(table) > 1]
+    se, df = crossed_standard_error(by_question, arms)
+
     boot_a, boot_b = bootstrap(a, draws, 0), bootstrap(b, draws, 0 if paired else 1)
     low, high = percentiles(boot_a - boot_b)
-    rate = (boot_a - boot_b) / boot_b if (boot_b > 0).all() else None
-    rate_low, rate_high = percentiles(rate) if rate is not None else (math.nan, math.nan)
-    se, df = standard_error(by_question, squares)
-    residual = sum(square.residual / n for square, n in squares)
+    rate_low = rate_high = math.nan
+    if (boot_b > 0).all():
+        rate_low, rate_high = percentiles((boot_a - boot_b) / boot_b)
+
+    residual = sum(arm.squares.residual / arm.n_seeds for arm in arms)
     return Difference(
-        estimate,
-        se,
-        df,
-        low,
-        high,
-        estimate / b.mean() if b.mean() > 0 else math.nan,
-        rate_low,
-        rate_high,
-        n_questions,
-        min(n_a, n_b),
-        "one seed" if not squares else "paired" if paired else "unpaired",
-        variances=(
-            max(0.0, by_question.var(ddof=1) - residual) if n_questions > 1 else math.nan,
-            sum(max(0.0, square.seed - square.residual) / n_questions for square, _ in squares),
-            sum(square.residual for square, _ in squares),
+        estimate=estimate,
+        se=se,
+        df=df,
+        low=low,
+        high=high,
+        rate=estimate / b.mean() if b.mean() > 0 else math.nan,
+        rate_low=rate_low,
+        rate_high=rate_high,
+        n_questions=n_questions,
+        n_seeds=min(n_a, n_b),
+        seeds="one seed" if not arms else "paired" if paired else "unpaired",
+        variances=Variances(
+            question=max(0.0, by_question.var(ddof=1) - residual) if n_questions > 1 else math.nan,
+            seed=sum(
+                max(0.0, squares.seed - squares.residual) / n_questions for squares, _ in arms
+            ),
+            residual=sum(arm.squares.residual for arm in arms),
         ),
     )
 
 
-def standard_error(
-    by_question: np.ndarray, squares: list[tuple[MeanSquares, int]]
-) -> tuple[float, float]:
-    """(standard error, degrees of freedom) of the mean of (Q,) differences and the seeds' mean
-    squares.
+def crossed_standard_error(by_question: np.ndarray, arms: list[Arm]) -> tuple[float, float]:
+    """Standard error of a mean difference, and its degrees of freedom.
+
+    Parameters
+    ----------
+    by_question : (Q,) array
+        Differences of the two cells' means, one for each question.
+    arms : list of Arm
+        Cells (or the paired differences) with at least two seeds; empty with one seed, where the
+        test becomes the paired t-test over questions.
+
+    Returns
+    -------
+    se, df : float
+        NaN with a single question. The components' degrees of freedom are combined by
+        Satterthwaite (1946).
     """
     n = len(by_question)
     if n < 2:
         return math.nan, math.nan
-    questions = by_question.var(ddof=1) / n
-    if not squares:
-        return math.sqrt(questions), n - 1
-    seeds = sum((square.seed - square.residual) / (n * s) for square, s in squares)
-    parts = [(questions, n - 1)]
-    for square, s in squares:
-        parts += [(square.seed / (n * s), s - 1), (square.residual / (n * s), (n - 1) * (s - 1))]
-    known = sum(part**2 / df for part, df in parts)
-    df = max(1.0, (questions + seeds) ** 2 / known) if questions + seeds > 0 and known > 0 else 1.0
-    return math.sqrt(questions + max(0.0, seeds)), df
+    question_part = by_question.var(ddof=1) / n
+    if not arms:
+        return math.sqrt(question_part), n - 1
+    seed_part = sum((arm.squares.seed - arm.squares.residual) / (n * arm.n_seeds) for arm in arms)
+    parts = [(question_part, n - 1)]  # (mean square in units of the error variance, its df)
+    for squares, n_seeds in arms:
+        parts += [
+            (squares.seed / (n * n_seeds), n_seeds - 1),
+            (squares.residual / (n * n_seeds), (n - 1) * (n_seeds - 1)),
+        ]
+    variance = question_part + seed_part
+    weight = sum(part**2 / df for part, df in parts)
+    df = max(1.0, variance**2 / weight) if variance > 0 and weight > 0 else 1.0
+    return math.sqrt(question_part + max(0.0, seed_part)), df
 
 
 @lru_cache(maxsize=8)  # 60 MB each at 750 validation pairs
-def resampled(n: int, draws: int, stream: int) -> np.ndarray:
-    """(draws, n) weights of a bootstrap: how often each of n units is drawn, divided by n. Same for
-    same arguments.
+def bootstrap_weights(n: int, draws: int, stream: int) -> np.ndarray:
+    """(draws, n) weights of a bootstrap: how often each of n units is drawn, divided by n.
+
+    The same arguments give the same weights.
     """
     counts = np.random.default_rng([n, stream]).multinomial(n, np.full(n, 1 / n), draws)
     return counts / n
 
 
 def bootstrap(table: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
-    """(draws,) means of (S, Q) scores, seeds and questions resampled independently (crossed).
+    """Bootstrap draws of a table's mean, seeds and questions resampled independently (crossed).
 
-    Questions are drawn alike for every table with the same Q, seeds for every table with the same S
-    and `stream`: so differences of two tables are paired. Resampled seeds have only (S-1)/S of the
-    seeds' variance, a third too little with three: their weights are spread by the root of S/(S-1).
+    Parameters
+    ----------
+    table : (S, Q) array
+    draws : int
+    stream : int
+        Random stream of the seeds. Questions are drawn alike for every table with the same Q, and
+        seeds for every table with the same S and `stream`: differences of the draws of two tables
+        are then paired draws.
+
+    Returns
+    -------
+    (draws,) array
+
+    Notes
+    -----
+    Crossed bootstrap of Owen (2007). Resampled seeds show only (S - 1) / S of the seeds' variance,
+    which with three seeds is a third too little: their weights are spread by sqrt(S / (S - 1)).
     """
     n_seeds, n_questions = table.shape
-    questions, seeds = resampled(n_questions, draws, QUESTIONS), resampled(n_seeds, draws, stream)
+    questions = bootstrap_weights(n_questions, draws, QUESTION_STREAM)  # (draws, Q)
+    seeds = bootstrap_weights(n_seeds, draws, stream)  # (draws, S)
     if n_seeds > 1:
         seeds = 1 / n_seeds + (seeds - 1 / n_seeds) * math.sqrt(n_seeds / (n_seeds - 1))
     return ((questions @ table.T) * seeds).sum(1)
 
 
 def percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """The (1 - ALPHA) percentile interval; an infinite draw stays infinite."""
+    """The (1 - ALPHA) percentile interval of bootstrap draws; an infinite draw stays infinite."""
     low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], method="nearest")
     return float(low), float(high)
 
 
 def sensitivity(a: np.ndarray, b: np.ndarray) -> list[dict]:
-    """Usual tests of the same difference (two-sided p), each with what it takes for granted. Not to
-    be headlined.
+    """The usual tests of the same difference, each with what it ignores.
+
+    Parameters
+    ----------
+    a, b : (S_a, Q) and (S_b, Q) arrays
+        As for `difference`.
+
+    Returns
+    -------
+    list of dict
+        `test`, `p` (two-sided; NaN if not computed) and `ignores`. Tests over questions need two
+        questions, tests over seeds two seeds in both cells.
     """
-    by_question = a.mean(0) - b.mean(0)
-    n_seeds = min(len(a), len(b))
     rows = []
+    by_question = a.mean(0) - b.mean(0)  # (Q,)
     if len(by_question) > 1:
-        constant = by_question.std() == 0
-        t = math.nan if constant else scipy_stats.ttest_1samp(by_question, 0).pvalue
-        wilcoxon = math.nan if constant else scipy_stats.wilcoxon(by_question).pvalue
-        flips = scipy_stats.permutation_test(
-            (by_question,),
-            np.mean,
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=9999,
-            rng=np.random.default_rng(0),
-        ).pvalue
-        ignores = "ignores that other seeds would differ"
-        rows += [
-            {"test": "paired t on questions", "p": t, "ignores": ignores},
-            {"test": "Wilcoxon signed rank on questions", "p": wilcoxon, "ignores": ignores},
-            {"test": "sign-flip permutation on questions", "p": flips, "ignores": ignores},
-        ]
-    if n_seeds > 1:
-        means = a.mean(1), b.mean(1)
-        p = (
-            math.nan
-            if means[0].std() + means[1].std() == 0
-            else scipy_stats.ttest_ind(*means, equal_var=False).pvalue
-        )
-        ignores = "ignores that other questions would differ, and that seeds are paired"
-        rows.append({"test": "Welch t on seed means", "p": p, "ignores": ignores})
-        least = 2 / math.comb(len(a) + len(b), len(a))
-        if least > ALPHA:
-            why = f"not computed: with {len(a)} against {len(b)} seeds its p cannot be below {least:.2g}"
-            rows.append({"test": "exact permutation of seeds", "p": math.nan, "ignores": why})
+        rows += question_tests(by_question)
+    if min(len(a), len(b)) > 1:
+        rows += seed_tests(a, b)
     return [row | {"p": float(row["p"])} for row in rows]
 
 
-def needed(
-    found: Difference, gap: float, equivalent: bool = False
-) -> tuple[int | None, int | None]:
-    """(seeds at these questions, questions at these seeds) at which a true value `gap` away from a
-    limit is found with POWER, roughly; None: no number is enough. `equivalent`: both limits of an
-    equivalence test are `gap` away.
+def question_tests(by_question: np.ndarray) -> list[dict]:
+    """Tests that take (Q,) mean differences as independent observations."""
+    constant = by_question.std() == 0
+    flips = scipy_stats.permutation_test(
+        (by_question,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        rng=np.random.default_rng(0),
+    )
+    p_values = {
+        "paired t on questions": (
+            math.nan if constant else scipy_stats.ttest_1samp(by_question, 0).pvalue
+        ),
+        "Wilcoxon signed rank on questions": (
+            math.nan if constant else scipy_stats.wilcoxon(by_question).pvalue
+        ),
+        "sign-flip permutation on questions": flips.pvalue,
+    }
+    ignores = "ignores that other seeds would differ"
+    return [{"test": test, "p": p, "ignores": ignores} for test, p in p_values.items()]
 
-    From the variances that `found` estimates, which are themselves rough with three seeds; normal
-    quantiles, and room for the 95 % interval to agree with the test.
+
+def seed_tests(a: np.ndarray, b: np.ndarray) -> list[dict]:
+    """Tests that take each seed's mean over questions as an independent observation."""
+    means_a, means_b = a.mean(1), b.mean(1)
+    constant = means_a.std() + means_b.std() == 0
+    p = math.nan if constant else scipy_stats.ttest_ind(means_a, means_b, equal_var=False).pvalue
+    ignores = "ignores that other questions would differ, and that seeds are paired"
+    rows = [{"test": "Welch t on seed means", "p": p, "ignores": ignores}]
+    # Of the C(S_a + S_b, S_a) ways to assign the seeds, two are as extreme as can be: with three
+    # against three seeds the least p-value is 2 / 20 = 0.1.
+    least = 2 / math.comb(len(a) + len(b), len(a))
+    if least > ALPHA:
+        design = f"{len(a)} against {len(b)} seeds"
+        why = f"not computed: with {design} its p cannot be below {least:.2g}"
+        rows.append({"test": "exact permutation of seeds", "p": math.nan, "ignores": why})
+    return rows
+
+
+class RequiredSizes(NamedTuple):
+    """Sizes at which a study would decide; None where no number is large enough."""
+
+    seeds: int | None  # with the questions of this study
+    questions: int | None  # with the seeds of this study
+
+
+def required_sizes(measured: Difference, gap: float, equivalent: bool = False) -> RequiredSizes:
+    """Number of seeds, or of questions, at which a claim is decided with probability POWER.
+
+    Parameters
+    ----------
+    measured : Difference
+        The measured difference; its variance components are taken as the true ones.
+    gap : float
+        Distance of the true difference from the claim's limit.
+    equivalent : bool
+        Whether both limits of an equivalence test are `gap` away.
+
+    Returns
+    -------
+    RequiredSizes
+
+    Notes
+    -----
+    An approximation: the components are themselves rough with three seeds, and quantiles are
+    normal. It leaves room for the 95 % interval to agree with the test.
     """
-    if math.isnan(found.p()) or not gap > 0:
-        return None, None
-    question, seed, residual = found.variances
+    if math.isnan(measured.p()) or not gap > 0:
+        return RequiredSizes(None, None)
     power = (1 + POWER) / 2 if equivalent else POWER  # an equivalence test can fail on either side
     target = (gap / (scipy_stats.norm.ppf(1 - ALPHA / 2) + scipy_stats.norm.ppf(power))) ** 2
 
-    def least(fixed: float, per_unit: float) -> int | None:  # fixed + per_unit / n <= target
+    def least_n(fixed: float, per_unit: float) -> int | None:
+        """Least n with fixed + per_unit / n <= target."""
         if fixed == 0 and per_unit == 0:
             return 1
         return math.ceil(per_unit / (target - fixed)) if target > fixed else None
 
-    q, s = found.n_questions, found.n_seeds
-    seeds = least(question / q, seed + residual / q) if found.seeds != "one seed" else None
-    return seeds, least(seed / s, question + residual / s)
+    question, seed, residual = measured.variances
+    q, s = measured.n_questions, measured.n_seeds
+    seeds = None
+    if measured.seeds != "one seed":
+        seeds = least_n(question / q, seed + residual / q)
+    return RequiredSizes(seeds, questions=least_n(seed / s, question + residual / s))
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: the family-wise error rate is held. NaN stays NaN and counts
-    in no family.
+    """Adjusted p-values of Holm (1979), which hold the family-wise error rate.
+
+    NaN stays NaN and does not count as a member of the family.
     """
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, largest = [math.nan] * len(p_values), 0.0
@@ -269,7 +418,10 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def benjamini_hochberg(p_values: list[float]) -> list[float]:
-    """False-discovery-rate adjusted p-values (SciPy's); NaN stays NaN."""
+    """Adjusted p-values of Benjamini and Hochberg (1995), which hold the false discovery rate.
+
+    SciPy's `false_discovery_control`; NaN stays NaN and does not count as a member of the family.
+    """
     known = [i for i, p in enumerate(p_values) if not math.isnan(p)]
     adjusted = [math.nan] * len(p_values)
     if known:
@@ -279,174 +431,32 @@ def benjamini_hochberg(p_values: list[float]) -> list[float]:
 
 
 def exact_interval(count: int, total: int) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a rate; (0, 1) for nothing observed."""
+    """Interval of a rate by Clopper and Pearson (1934); (0, 1) if nothing was observed.
+
+    Assumes `total` independent trials.
+    """
     if total == 0:
         return 0.0, 1.0
-    found = scipy_stats.binomtest(count, total).proportion_ci(1 - ALPHA, method="exact")
-    return float(found.low), float(found.high)
+    interval = scipy_stats.binomtest(count, total).proportion_ci(1 - ALPHA, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
-    """Exact McNemar test of (Q,) right or wrong (1, 0) on the same pairs. A tie (0.5) is left out,
-    and counted.
+    """Exact McNemar (1947) test of two classifiers on the same pairs.
+
+    Parameters
+    ----------
+    a, b : (Q,) arrays
+        1 right, 0 wrong, 0.5 a tie. A pair in which either has a tie is left out and counted.
+
+    Returns
+    -------
+    dict
+        `only_a` and `only_b` (pairs that only one of the two ranks correctly), `ties`, and `p`,
+        two-sided; 1 without a discordant pair.
     """
     tie = (a == 0.5) | (b == 0.5)
-    only_a, only_b = (int(((a == x) & (b == 1 - x))[~tie].sum()) for x in (1, 0))
+    only_a = int(((a == 1) & (b == 0))[~tie].sum())
+    only_b = int(((a == 0) & (b == 1))[~tie].sum())
     p = float(scipy_stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
     return {"only_a": only_a, "only_b": only_b, "ties": int(tie.sum()), "p": p}
-
-
-class BetaSpread(NamedTuple):
-    """How much the score of a loss moves with beta. `variance` is `raw` less what seeds and
-    questions put there.
-    """
-
-    raw: float
-    noise: float
-    variance: float
-    draws: np.ndarray  # (draws,) of `variance`
-
-
-def beta_spread(
-    tables: list[np.ndarray], same_seeds: bool, draws: int = DRAWS, stream: int = 0
-) -> BetaSpread:
-    """Variance of the true means over B betas, from their (S, Q) tables, one a beta.
-
-    raw: sample variance of the B means. noise: the variance that such means have around the true
-    ones, from the questions' interaction with beta, the seeds and the rest; what all betas have in
-    common drops out, the questions' difficulty and, if `same_seeds` (rows in the same order of
-    seeds), a seed's level. Bootstrap: questions alike for all betas, seeds too if they are the
-    same; the draws are centred on `raw` (resampling adds the noise a second time) and less `noise`.
-    """
-    n_betas, n_questions = len(tables), tables[0].shape[1]
-    means = np.array([table.mean() for table in tables])
-    crossed = np.array([table.mean(0) for table in tables])  # (B, Q)
-    crossed = crossed - crossed.mean(0) - crossed.mean(1, keepdims=True) + crossed.mean()
-    noise = (crossed**2).sum() / ((n_betas - 1) * max(1, n_questions - 1) * n_questions)
-    own = tables
-    if same_seeds:
-        common = np.mean(tables, axis=0)
-        own = [(table - common) * math.sqrt(n_betas / (n_betas - 1)) for table in tables]
-    squares = [(mean_squares(table), len(table)) for table in own if len(table) > 1]
-    noise += max(
-        0.0,
-        sum((square.seed - square.residual) / (n_questions * n) for square, n in squares) / n_betas,
-    )
-    streams = [stream if same_seeds else stream + beta for beta in range(n_betas)]
-    boot = np.stack([bootstrap(table, draws, one) for table, one in zip(tables, streams)])
-    raw, spread = float(means.var(ddof=1)), boot.var(axis=0, ddof=1)
-    return BetaSpread(raw, float(noise), raw - float(noise), spread - spread.mean() + raw - noise)
-
-
-def variance_ratio(a: BetaSpread, b: BetaSpread) -> dict:
-    """a's variance over beta divided by b's, with its bootstrap interval; undefined (None) unless
-    both are positive.
-
-    A draw in which b's variance is not positive makes the ratio infinite: an infinite upper end
-    says that the data give none.
-    """
-    if a.variance <= 0 or b.variance <= 0:
-        return {"ratio": None, "low": None, "high": None}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.where(b.draws > 0, np.maximum(a.draws, 0) / b.draws, np.inf)
-    low, high = percentiles(ratios)
-    return {"ratio": a.variance / b.variance, "low": low, "high": high}
-
-
-def brown_forsythe(a: list[float], b: list[float]) -> float:
-    """p-value of equal spread of two losses' beta means (Levene's test about the median); NaN below
-    3 betas.
-    """
-    if min(len(a), len(b)) < 3 or np.ptp(a) == np.ptp(b) == 0:
-        return math.nan
-    return float(scipy_stats.levene(a, b, center="median").pvalue)
-
-
-def expected_best(selected_by: list[float], scores: list[float], budget: int) -> float:
-    """Expected score of the cell with the highest `selected_by` among `budget` cells drawn at
-    random, no cell twice.
-
-    Dodge et al. (2019) with the finite grid itself: cell i is the best of k of n with probability
-    C(r_i, k-1) / C(n, k) where r_i cells rank below it. With `scores` as its own selector it is the
-    expected maximum.
-    """
-    order = sorted(range(len(scores)), key=lambda i: (selected_by[i], i))
-    total = math.comb(len(scores), budget)
-    return sum(math.comb(rank, budget - 1) / total * scores[i] for rank, i in enumerate(order))
-
-
-def variance_parts(cube: np.ndarray) -> dict[str, float]:
-    """Variance components of (C cells, S seeds, Q questions) scores by the method of moments; every
-    cell has the same seeds, in the same order.
-
-    question: difficulty; beta and tau: the cell; seed: what a seed's level has in common over
-    cells; the two crossed with the cell; residual: the rest, and the judge. Estimates below 0 are
-    reported as 0. Needs two of each.
-    """
-    n_cells, n_seeds, n_questions = cube.shape
-    mean, cell, seed, question = (
-        cube.mean(),
-        cube.mean((1, 2)),
-        cube.mean((0, 2)),
-        cube.mean((0, 1)),
-    )
-    run, both = cube.mean(2), cube.mean(1)  # (C, S), (C, Q)
-    cell_seed = run - cell[:, None] - seed + mean
-    cell_question = both - cell[:, None] - question + mean
-    rest = cube - both[:, None] - run[:, :, None] + cell[:, None, None]
-    ms_cell = n_seeds * n_questions * ((cell - mean) ** 2).sum() / (n_cells - 1)
-    ms_seed = n_cells * n_questions * ((seed - mean) ** 2).sum() / (n_seeds - 1)
-    ms_question = n_cells * n_seeds * ((question - mean) ** 2).sum() / (n_questions - 1)
-    ms_cell_seed = n_questions * (cell_seed**2).sum() / ((n_cells - 1) * (n_seeds - 1))
-    ms_cell_question = n_seeds * (cell_question**2).sum() / ((n_cells - 1) * (n_questions - 1))
-    ms_rest = (rest**2).sum() / (n_cells * (n_seeds - 1) * (n_questions - 1))
-    parts = {
-        "question": (ms_question - ms_cell_question) / (n_cells * n_seeds),
-        "beta and tau": (ms_cell - ms_cell_question - ms_cell_seed + ms_rest)
-        / (n_seeds * n_questions),
-        "seed": (ms_seed - ms_cell_seed) / (n_cells * n_questions),
-        "seed x beta and tau": (ms_cell_seed - ms_rest) / n_questions,
-        "question x beta and tau": (ms_cell_question - ms_rest) / n_seeds,
-        "residual": ms_rest,
-    }
-    return {name: max(0.0, float(value)) for name, value in parts.items()}
-
-
-def retest(ratings: list[list[float]]) -> dict | None:
-    """Reliability of a judge that rated each of n items k >= 2 times: ICC(1,1) (Shrout and Fleiss
-    1979), the SD of one rating around its item's mean, and how many items got the same rating each
-    time. None without repeats.
-    """
-    ratings = [item for item in ratings if len(item) > 1]
-    if len(ratings) < 2:
-        return None
-    within_df = sum(len(item) - 1 for item in ratings)
-    within = sum(((np.array(item) - np.mean(item)) ** 2).sum() for item in ratings) / within_df
-    n_total, n_items = sum(map(len, ratings)), len(ratings)
-    grand = sum(map(sum, ratings)) / n_total
-    between = sum(len(item) * (np.mean(item) - grand) ** 2 for item in ratings) / (n_items - 1)
-    k = (n_total - sum(len(item) ** 2 for item in ratings) / n_total) / (n_items - 1)
-    total = between + (k - 1) * within
-    return {
-        "n_items": n_items,
-        "icc": float((between - within) / total) if total > 0 else None,
-        "sd": math.sqrt(within),
-        "identical": sum(len(set(item)) == 1 for item in ratings) / n_items,
-    }
-
-
-def length_correlation(scores: np.ndarray, lengths: np.ndarray, groups: list) -> dict | None:
-    """Spearman correlation of score and answer length within groups (a question's turn): do longer
-    answers of the same question score higher? (n,) each; both are centred on their group. None
-    without variation.
-    """
-    by_group: dict = {}
-    for i, group in enumerate(groups):
-        by_group.setdefault(group, []).append(i)
-    centred = [np.array(values, dtype=float) for values in (scores, lengths)]
-    for rows in by_group.values():
-        for values in centred:
-            values[rows] -= values[rows].mean()
-    if len(scores) < 3 or any(values.std() == 0 for values in centred):
-        return None
-    return {"n": len(scores), "spearman": float(scipy_stats.spearmanr(*centred).statistic)}

@@ -1,0 +1,146 @@
+"""Rows of score tables: a cell's means over its seeds, and the questions they are taken over."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pref.analysis import run_metrics, stats, texts
+from pref.analysis.runs import ACCURACIES, Cell, Run
+
+ACCURACY_COLUMNS = (*ACCURACIES, "margin_rho_first", "margin_rho_best")
+SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
+
+
+def cell_label(loss: str, beta: float | None, tau: float | None, settings: dict) -> str:
+    """The name of a cell in tables: td_dpo β=0.1 τ=2 learning_rate=1e-05."""
+    parts = [loss]
+    parts += [f"{letter}={x:g}" for letter, x in (("β", beta), ("τ", tau)) if x is not None]
+    parts += [settings_text(settings)] if settings else []
+    return " ".join(parts)
+
+
+def settings_text(settings: dict) -> str:
+    return " ".join(f"{key}={texts.show(value)}" for key, value in settings.items())
+
+
+def cell_columns(cell: Cell) -> dict:
+    """The columns that say which cell a row is of."""
+    return {
+        "label": cell.label,
+        "untrained": cell.untrained,
+        "loss": cell.loss,
+        "beta": cell.beta,
+        "tau": cell.tau,
+        "settings": settings_text(cell.settings) or None,
+    }
+
+
+def cell_row(
+    cell: Cell, numbers: dict[str, dict], names: tuple[str, ...], se_name: str
+) -> dict | None:
+    """One row of a table of scores.
+
+    Parameters
+    ----------
+    cell : Cell
+    numbers : run id -> name -> number or None
+    names : names of which the row has the mean, the SD (`<name>_sd`) and the count (`<name>_n`)
+        over seeds; the first one decides which runs count as seeds
+    se_name : a standard error within a run, kept if exactly one run counts
+
+    Returns
+    -------
+    dict or None
+        None if no run of the cell has numbers and none diverged. The numbers that a diverged run
+        has are in the means, and a cell whose runs all diverged keeps its row: without them, the
+        loss would look better than it is.
+    """
+    with_numbers = [run for run in cell.runs if run.run_id in numbers]
+    n_diverged = sum(run.status == "diverged" for run in cell.runs)
+    if not with_numbers and not n_diverged:
+        return None
+    counted = [run for run in with_numbers if numbers[run.run_id][names[0]] is not None]
+    row = cell_columns(cell) | {
+        "runs": [run.run_id for run in counted],
+        "seeds": [run.seed for run in counted],
+        "n_seeds": len(counted),
+        "n_diverged": n_diverged,
+    }
+    for name in names:
+        over_seeds = [numbers[run.run_id][name] for run in with_numbers]
+        over_seeds = [number for number in over_seeds if number is not None]
+        row |= {
+            name: stats.mean(over_seeds),
+            f"{name}_sd": stats.sd(over_seeds),
+            f"{name}_n": len(over_seeds),
+        }
+    return row | {se_name: numbers[counted[0].run_id][se_name] if len(counted) == 1 else None}
+
+
+def accuracy_numbers(run: Run) -> dict:
+    """Numbers of one run for a row of the accuracy table."""
+    margins = run_metrics.run_margins(run)
+    rho = {
+        f"margin_rho_{when}": margins[when]["rho"]["mean"] if margins else None
+        for when in ("first", "best")
+    }
+    return run_metrics.run_accuracy(run) | rho
+
+
+def mt_bench_row(cell: Cell, run_scores: dict[str, dict]) -> dict | None:
+    """One row of the MT-Bench table; run_scores: run id -> run_metrics.score_ratings."""
+    row = cell_row(cell, run_scores, SCORE_COLUMNS, "se_over_questions")
+    if row is None:
+        return None
+    return row | sum_counts(run_scores[run.run_id] for run in cell.runs if run.run_id in run_scores)
+
+
+def category_rows(cell: Cell, run_scores: dict[str, dict]) -> list[dict]:
+    """MT-Bench by category: a cell's row for each category that it was judged on."""
+    by_run = [run_scores[run.run_id]["categories"] for run in cell.runs if run.run_id in run_scores]
+    rows = []
+    for name in dict.fromkeys(name for categories in by_run for name in categories):
+        scored = [categories[name] for categories in by_run if name in categories]
+        over_seeds = [one["score"] for one in scored if one["score"] is not None]
+        numbers = {
+            "category": name,
+            "score": stats.mean(over_seeds),
+            "score_sd": stats.sd(over_seeds),
+            "n_seeds": len(over_seeds),
+        }
+        rows.append(cell_columns(cell) | numbers | sum_counts(scored))
+    return rows
+
+
+def sum_counts(scored: Iterable[dict]) -> dict:
+    scored = list(scored)
+    return {key: sum(one[key] for one in scored) for key in ("n_scored", "n_judged")}
+
+
+class CommonQuestions(NamedTuple):
+    """Questions on which all runs can be compared, and the others."""
+
+    common: set[int]
+    left_out: dict[int, list[str]]  # question -> runs that lack it or one of its turns
+
+
+def common_questions(judged: dict[str, list[dict]]) -> CommonQuestions:
+    """Questions that were judged in every run on the same turns; judged: run id -> judgements.
+
+    A question whose judgement failed counts as judged. Otherwise 1 % of failures in each of 40 runs
+    would leave few questions.
+    """
+    turns = {run_id: defaultdict(set) for run_id in judged}  # run id -> question -> turns
+    all_turns = defaultdict(set)
+    for run_id, rows in judged.items():
+        for row in rows:
+            turns[run_id][row["question_id"]].add(row["turn"])
+            all_turns[row["question_id"]].add(row["turn"])
+    lacking = {
+        question: [run_id for run_id in judged if turns[run_id][question] != all_turns[question]]
+        for question in sorted(all_turns)
+    }
+    return CommonQuestions(
+        common={question for question, runs in lacking.items() if not runs},
+        left_out={question: runs for question, runs in lacking.items() if runs},
+    )

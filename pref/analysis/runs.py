@@ -1,0 +1,117 @@
+"""The records that the analysis passes on: a training run, and a cell of the grid.
+
+results_folder.py reads a `Run` from each run folder, analyze.py groups runs into `Cell`s, and every
+comparison is between cells. Rows of tables are plain dicts instead, because their keys are the
+format of aggregated_metrics.json and of the CSV files.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from pref.files.mt_bench import AnswerKey
+
+ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
+TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
+SUMMARY_KEYS = (*ACCURACIES, "best_step", *TRAINING_NUMBERS)  # what is read of summary.json
+
+# run id -> unit -> part -> score. MT-Bench: question -> turn -> mean rating. Validation accuracy:
+# pair id -> 0 -> 0, 0.5 or 1. Pairwise judgements: question -> (turn, choice, repeat) -> 0, 0.5, 1.
+Values = dict[str, dict]
+
+
+class Margins(NamedTuple):
+    """Margins of one validation pair in nats; log-probabilities are sums over response tokens."""
+
+    rho: float  # (policy - reference) of the chosen response, less that of the rejected one
+    delta: float  # policy: chosen response less rejected one
+
+
+class JudgeKey(NamedTuple):
+    """What makes ratings comparable: ratings with different keys are never averaged."""
+
+    judge: str
+    prompts: str | None
+    refs: str | None  # the reference answers that the judge was shown
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run folder, read and checked. What the folder lacks is None or empty."""
+
+    run_id: str
+    path: Path
+    loss: str  # an untrained model has no loss: it goes by its run id
+    args: dict  # args.json; beta, tau and seed are finite or None
+    settings: dict  # the arguments that make another cell if they differ (besides beta and tau)
+    status: str  # of summary.json, or "untrained", "unfinished", "no training record"
+    summary: dict | None = None  # SUMMARY_KEYS of summary.json, finite or None
+    steps: list[dict] = field(default_factory=list)  # metrics.jsonl: optimiser steps, in order
+    evals: list[dict] = field(default_factory=list)  # metrics.jsonl: evaluations, in order
+    # val_pairs.jsonl: step -> pair id -> margins, None where a log-probability is not finite
+    val: dict[float, dict[str, Margins | None]] = field(default_factory=dict)
+    length_bias: list[dict] = field(default_factory=list)  # accuracy by length difference
+    judged: dict[JudgeKey, list[dict]] = field(default_factory=dict)  # single-answer judgements
+    judged_pairs: list[dict] = field(default_factory=list)  # pairwise judgements
+    answers: dict[AnswerKey, dict] = field(default_factory=dict)  # rows of answers.jsonl
+    kl: dict | None = None  # on-policy KL to the base model
+
+    @property
+    def beta(self) -> float | None:
+        return self.args["beta"]
+
+    @property
+    def tau(self) -> float | None:
+        return self.args["tau"]
+
+    @property
+    def seed(self) -> float | None:
+        return self.args["seed"]
+
+    @property
+    def untrained(self) -> bool:
+        return self.args["loss"] is None
+
+    @property
+    def best_step(self) -> float | None:
+        """Optimiser step of the best evaluation, whose adapter is kept; None if there was none."""
+        return self.summary["best_step"] if self.summary else None
+
+    @property
+    def best_val(self) -> dict[str, Margins | None]:
+        """Validation pairs at the best evaluation; empty for a run without one."""
+        return self.val.get(self.best_step, {})
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Runs that differ in their seed alone."""
+
+    loss: str
+    beta: float | None
+    tau: float | None
+    settings: dict  # those in which the runs of this loss differ, besides beta and tau
+    runs: list[Run]
+    label: str  # its name in tables and figures
+    accuracy: float | None = None  # mean best_acc_ref over its runs; None if none has it
+
+    @property
+    def untrained(self) -> bool:
+        return self.runs[0].untrained
+
+
+class ScoredCell(NamedTuple):
+    """A cell together with its row in a table of scores."""
+
+    cell: Cell
+    row: dict
+
+
+class Scores(NamedTuple):
+    """Everything measured in one way: validation accuracy, or MT-Bench by one judge."""
+
+    metric: str  # "acc_ref" or "mt_bench"
+    judge: str | None  # the judge's title, None for validation accuracy
+    smoke: str  # why the scores measure nothing, or ""
+    values: Values
+    results: dict  # this part of aggregated_metrics.json

@@ -1,0 +1,245 @@
+"""Variation of scores: over beta, between cells of a grid, by source, and of a judge.
+
+Functions on arrays, on top of SciPy; "table" is as in stats.py: (S, Q) scores of one cell, S seeds
+by Q questions.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from pref.analysis import stats
+
+
+class BetaSpread(NamedTuple):
+    """How much the score of a loss moves with beta, as `beta_spread` estimates it."""
+
+    raw: float  # sample variance of the observed means over beta
+    noise: float  # the part of it that questions and seeds contribute
+    variance: float  # raw - noise: the estimate of the true means' variance; may be negative
+    draws: np.ndarray  # (draws,) bootstrap draws of `variance`
+
+
+def beta_spread(
+    tables: list[np.ndarray], same_seeds: bool, draws: int = stats.DRAWS, stream: int = 0
+) -> BetaSpread:
+    """Variance of a loss's true mean scores over B betas.
+
+    Parameters
+    ----------
+    tables : list of B arrays (S_b, Q)
+        One table for each beta, on the same questions.
+    same_seeds : bool
+        Whether the rows of all tables are the same seeds in the same order.
+    draws : int
+        Number of bootstrap draws.
+    stream : int
+        First random stream of the resampled seeds (see `stats.bootstrap`).
+
+    Returns
+    -------
+    BetaSpread
+
+    Notes
+    -----
+    Noise: the variance that the B means have around the true ones, from the interaction of
+    questions and beta, from the seeds, and from the residual. Whatever all betas share cancels:
+    the questions' difficulty and, if `same_seeds`, the level of a seed.
+
+    Bootstrap: questions are drawn alike for all betas, and so are seeds that are the same.
+    Resampling adds the noise a second time; the draws are therefore centred on `raw` and lowered
+    by `noise`.
+    """
+    n_betas, n_questions = len(tables), tables[0].shape[1]
+    means = np.array([table.mean() for table in tables])  # (B,)
+
+    # Questions: the interaction left after taking out each beta's and each question's mean.
+    crossed = np.array([table.mean(0) for table in tables])  # (B, Q)
+    crossed = crossed - crossed.mean(0) - crossed.mean(1, keepdims=True) + crossed.mean()
+    noise = (crossed**2).sum() / ((n_betas - 1) * max(1, n_questions - 1) * n_questions)
+
+    # Seeds: where they are the same at every beta, only their deviation from the mean over betas.
+    own = tables
+    if same_seeds:
+        common = np.mean(tables, axis=0)  # (S, Q)
+        own = [(table - common) * math.sqrt(n_betas / (n_betas - 1)) for table in tables]
+    seed_parts = [seed_part(table) for table in own if len(table) > 1]
+    noise += max(0.0, sum(seed_parts) / n_betas)
+
+    streams = [stream if same_seeds else stream + beta for beta in range(n_betas)]
+    boot = np.stack(
+        [stats.bootstrap(table, draws, one) for table, one in zip(tables, streams)]
+    )  # (B, draws)
+    raw, spread = float(means.var(ddof=1)), boot.var(axis=0, ddof=1)
+    return BetaSpread(
+        raw=raw,
+        noise=float(noise),
+        variance=raw - float(noise),
+        draws=spread - spread.mean() + raw - noise,
+    )
+
+
+def seed_part(table: np.ndarray) -> float:
+    """Variance of an (S, Q) table's mean that is due to its seeds; unbiased, may be negative."""
+    n_seeds, n_questions = table.shape
+    squares = stats.mean_squares(table)
+    return (squares.seed - squares.residual) / (n_questions * n_seeds)
+
+
+def variance_ratio(a: BetaSpread, b: BetaSpread) -> dict:
+    """Variance over beta of one loss divided by that of another.
+
+    Returns
+    -------
+    dict
+        `ratio` and its bootstrap interval `low`, `high`; all None unless both variances are
+        positive. A draw in which b's variance is not positive makes the ratio infinite: an
+        infinite `high` says that the data give no upper limit.
+    """
+    if a.variance <= 0 or b.variance <= 0:
+        return {"ratio": None, "low": None, "high": None}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(b.draws > 0, np.maximum(a.draws, 0) / b.draws, np.inf)
+    low, high = stats.percentiles(ratios)
+    return {"ratio": a.variance / b.variance, "low": low, "high": high}
+
+
+def brown_forsythe(a: list[float], b: list[float]) -> float:
+    """p-value of the test of Brown and Forsythe (1974) that two losses' means over beta are
+    equally spread (Levene's test about the median). NaN below three betas.
+    """
+    if min(len(a), len(b)) < 3 or np.ptp(a) == np.ptp(b) == 0:
+        return math.nan
+    return float(scipy_stats.levene(a, b, center="median").pvalue)
+
+
+def expected_best(selected_by: list[float], scores: list[float], budget: int) -> float:
+    """Expected score of the best of `budget` cells drawn at random from a grid, without repeats.
+
+    Parameters
+    ----------
+    selected_by : list of n floats
+        What the best cell is selected by, such as validation accuracy.
+    scores : list of n floats
+        What is reported of the selected cell. With `scores` as its own selector, the result is
+        the expected maximum.
+    budget : int
+        Number of cells drawn, k <= n.
+
+    Notes
+    -----
+    Dodge et al. (2019) with the finite grid itself: the cell with rank r (r cells rank below it)
+    is the best of k with probability C(r, k - 1) / C(n, k). With k = 2 of n = 3 cells ranked
+    1 < 2 < 3, these are 0, 1/3 and 2/3.
+    """
+    order = sorted(range(len(scores)), key=lambda i: (selected_by[i], i))
+    total = math.comb(len(scores), budget)
+    return sum(math.comb(rank, budget - 1) / total * scores[i] for rank, i in enumerate(order))
+
+
+def variance_parts(cube: np.ndarray) -> dict[str, float]:
+    """Variance components of the scores of one loss, by the method of moments.
+
+    Parameters
+    ----------
+    cube : (C, S, Q) array
+        C cells by S seeds by Q questions, at least two of each; every cell has the same seeds in
+        the same order.
+
+    Returns
+    -------
+    dict
+        Component by source, in this order: question (its difficulty), beta and tau (the cell),
+        seed (what a seed's level shares over cells), the interactions of both with the cell, and
+        the residual, which includes the judge. Estimates below 0 are reported as 0.
+    """
+    n_cells, n_seeds, n_questions = cube.shape
+    grand = cube.mean()
+    cell, seed, question = cube.mean((1, 2)), cube.mean((0, 2)), cube.mean((0, 1))  # (C,) (S,) (Q,)
+    by_run, by_cell_question = cube.mean(2), cube.mean(1)  # (C, S), (C, Q)
+    cell_seed = by_run - cell[:, None] - seed + grand  # (C, S)
+    cell_question = by_cell_question - cell[:, None] - question + grand  # (C, Q)
+    rest = cube - by_cell_question[:, None] - by_run[:, :, None] + cell[:, None, None]  # (C, S, Q)
+
+    ms_cell = n_seeds * n_questions * ((cell - grand) ** 2).sum() / (n_cells - 1)
+    ms_seed = n_cells * n_questions * ((seed - grand) ** 2).sum() / (n_seeds - 1)
+    ms_question = n_cells * n_seeds * ((question - grand) ** 2).sum() / (n_questions - 1)
+    ms_cell_seed = n_questions * (cell_seed**2).sum() / ((n_cells - 1) * (n_seeds - 1))
+    ms_cell_question = n_seeds * (cell_question**2).sum() / ((n_cells - 1) * (n_questions - 1))
+    ms_rest = (rest**2).sum() / (n_cells * (n_seeds - 1) * (n_questions - 1))
+
+    n_per_cell = n_seeds * n_questions
+    parts = {
+        "question": (ms_question - ms_cell_question) / (n_cells * n_seeds),
+        "beta and tau": (ms_cell - ms_cell_question - ms_cell_seed + ms_rest) / n_per_cell,
+        "seed": (ms_seed - ms_cell_seed) / (n_cells * n_questions),
+        "seed x beta and tau": (ms_cell_seed - ms_rest) / n_questions,
+        "question x beta and tau": (ms_cell_question - ms_rest) / n_seeds,
+        "residual": ms_rest,
+    }
+    return {name: max(0.0, float(value)) for name, value in parts.items()}
+
+
+def retest(ratings: list[list[float]]) -> dict | None:
+    """Reliability of a judge that rated the same answers several times.
+
+    Parameters
+    ----------
+    ratings : list of lists
+        The ratings of each item; items with a single rating are left out.
+
+    Returns
+    -------
+    dict or None
+        `n_items`; `icc`, the intraclass correlation ICC(1,1) of Shrout and Fleiss (1979), None if
+        all ratings are equal; `sd` of one rating around its item's mean; `identical`, the share of
+        items that got the same rating each time. None with fewer than two items.
+    """
+    ratings = [item for item in ratings if len(item) > 1]
+    if len(ratings) < 2:
+        return None
+    within_df = sum(len(item) - 1 for item in ratings)
+    within = sum(((np.array(item) - np.mean(item)) ** 2).sum() for item in ratings) / within_df
+    n_total, n_items = sum(map(len, ratings)), len(ratings)
+    grand = sum(map(sum, ratings)) / n_total
+    between = sum(len(item) * (np.mean(item) - grand) ** 2 for item in ratings) / (n_items - 1)
+    # Effective number of ratings per item: equal to it where all items have the same number.
+    k = (n_total - sum(len(item) ** 2 for item in ratings) / n_total) / (n_items - 1)
+    total = between + (k - 1) * within
+    return {
+        "n_items": n_items,
+        "icc": float((between - within) / total) if total > 0 else None,
+        "sd": math.sqrt(within),
+        "identical": sum(len(set(item)) == 1 for item in ratings) / n_items,
+    }
+
+
+def length_correlation(scores: np.ndarray, lengths: np.ndarray, groups: list) -> dict | None:
+    """Spearman correlation of score and answer length within groups.
+
+    Do longer answers to the same question score higher?
+
+    Parameters
+    ----------
+    scores, lengths : (n,) arrays
+        Both are centred on their group's mean before they are ranked.
+    groups : list of n hashable values
+        The group of each answer, such as (question, turn).
+
+    Returns
+    -------
+    dict or None
+        `n` and `spearman`; None below three answers or without variation.
+    """
+    rows_of: dict = {}
+    for i, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(i)
+    centred = [np.array(values, dtype=float) for values in (scores, lengths)]
+    for rows in rows_of.values():
+        for values in centred:
+            values[rows] -= values[rows].mean()
+    if len(scores) < 3 or any(values.std() == 0 for values in centred):
+        return None
+    return {"n": len(scores), "spearman": float(scipy_stats.spearmanr(*centred).statistic)}
