@@ -1,5 +1,6 @@
-"""A small WebDriver client: one headless Chromium through chromedriver's HTTP protocol, without a
-package for it.
+"""A small WebDriver client: one headless Chromium, driven through chromedriver's HTTP protocol.
+
+https://www.w3.org/TR/webdriver2/
 """
 
 import json
@@ -12,7 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key under which WebDriver hands elements over
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element in WebDriver's JSON
 ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",
@@ -34,12 +35,11 @@ def missing_browser() -> str | None:
 
 
 class Browser:
-    """One session; `folder` takes its profile. Close it, whatever happens."""
+    """One session with its profile in `folder`. Always `close` it: it owns two processes."""
 
     def __init__(self, folder: Path):
-        self.open_url = urllib.request.build_opener(
-            urllib.request.ProxyHandler({})
-        ).open  # loopback: never by a proxy
+        # Chromedriver is on this machine: never go through a proxy.
+        self.open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self.driver = subprocess.Popen(
             ["chromedriver", "--port=0"],
             stdout=subprocess.PIPE,
@@ -55,13 +55,12 @@ class Browser:
                 "binary": shutil.which("chromium") or shutil.which("google-chrome"),
                 "args": [*ARGUMENTS, f"--user-data-dir={folder / 'profile'}"],
             }
-            wanted = {
+            capabilities = {
                 "goog:chromeOptions": options,
                 "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
             }
-            self.session = self.call("POST", "", {"capabilities": {"alwaysMatch": wanted}})[
-                "sessionId"
-            ]
+            body = {"capabilities": {"alwaysMatch": capabilities}}
+            self.session = self.call("POST", "", body)["sessionId"]
         except BaseException:
             self.close()
             raise
@@ -73,15 +72,15 @@ class Browser:
         raise RuntimeError("chromedriver ended before it listened")
 
     def call(self, method: str, path: str, body: dict | None = None):
-        """One command; its value. Raises RuntimeError with WebDriver's name of the error (an open
-        alert is one).
+        """Send one command and return its value.
+
+        Raises RuntimeError with WebDriver's name of the error, such as "unexpected alert open".
         """
         url = self.address + (f"/{self.session}" if self.session else "") + path
         data = json.dumps(body or {}).encode() if method == "POST" else None
         try:
-            with self.open_url(
-                urllib.request.Request(url, data, method=method), timeout=30
-            ) as reply:
+            request = urllib.request.Request(url, data, method=method)
+            with self.open_url(request, timeout=30) as reply:
                 return json.load(reply)["value"]
         except urllib.error.HTTPError as error:
             value = json.load(error)["value"]
@@ -91,7 +90,7 @@ class Browser:
         self.call("POST", "/url", {"url": url})
 
     def run(self, script: str, *args):
-        """The value of a function body run in the page, where `arguments` are `args`; awaited if it
+        """Run the body of a function of `arguments` in the page and return its value, awaited if it
         is a promise.
         """
         return self.call("POST", "/execute/sync", {"script": script, "args": args})
@@ -106,15 +105,15 @@ class Browser:
         return self.call("POST", "/element", {"using": "css selector", "value": selector})
 
     def press(self, *keys: str) -> None:
-        """Keys one after the other, to what has the focus."""
+        """Press keys, one after the other, in the element that has the focus."""
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.call(
             "POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]}
         )
 
     def log(self, kind: str) -> list[dict]:
-        """What came since the last call, of the browser's console ('browser') or of its network
-        ('performance').
+        """Entries since the last call of the console ("browser") or of the network
+        ("performance").
         """
         return self.call("POST", "/se/log", {"type": kind})
 

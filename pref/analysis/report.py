@@ -1,16 +1,19 @@
-"""Lay a comparison out as one HTML file that needs nothing else: no network, no server, no library.
-
-Reads   the figures' PNG files and report_template.html; everything else is handed over by
-analyze.py Writes  results/comparison/report.html
+"""Lay out a comparison as one HTML file that needs nothing else: no network, server or library.
 
     from pref.analysis.report import write_report
-    write_report(Path("results/comparison/report.html"), {"title": "Four losses", "verdicts": [...],
-    "runs": [...]})
+    write_report(Path("results/comparison/report.html"), {"title": "Four losses", "verdicts": [...]})
 
-Nothing is computed here, only laid out. And nothing in a page is trusted: answers and judgements
-are what models wrote, run ids are folder names. What stands in the HTML is escaped; the texts
-travel as gzip in base64, which the script of the template unpacks and shows as text, never as HTML;
-and the page's content security policy lets no other script run. The same page gives the same bytes.
+Reads   report_template.{html,css,js} and the figures' PNG files; all else comes from analyze.py
+Writes  the report
+
+Nothing is computed here, and nothing in a page is trusted: answers and judgements are what models
+wrote, and run ids are names of folders.
+  - All text in the HTML is escaped.
+  - Answers and judgements travel as base64 of gzip of JSON. The script unpacks them and inserts them
+    as text nodes, never as HTML.
+  - The content security policy admits the template's script and style, by hash, and no others.
+
+The same page gives the same bytes.
 """
 
 import base64
@@ -24,64 +27,67 @@ import struct
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from pref.files import disk
 from pref.files.console import UserError
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
-NONE = "–"  # shown where there is no value
-VERDICTS = {  # verdict: (style class, sign): the sign and the word say it without the colour
-    "supported": ("supported", "✓"),
-    "contradicted": ("contradicted", "✗"),
-    "undecided": ("undecided", "≈"),
-    "not measured": ("unmeasured", "○"),
+NO_VALUE = "–"
+
+
+class Badge(NamedTuple):
+    style: str  # a class of the style sheet
+    sign: str
+
+
+# Sign and word say the same as the colour.
+BADGES = {
+    "supported": Badge("supported", "✓"),
+    "contradicted": Badge("contradicted", "✗"),
+    "undecided": Badge("undecided", "≈"),
+    "not measured": Badge("unmeasured", "○"),
 }
+UNKNOWN_VERDICT = Badge("unmeasured", "?")
 VERDICT_NUMBERS = ("estimate", "interval", "test", "judge")
-ANSWER_KEYS = ("run_id", "question_id", "choice", "turns")
-JUDGEMENT_KEYS = (
-    "run_id",
-    "question_id",
-    "turn",
-    "choice",
-    "repeat",
-    "judge",
-    "grading",
-    "score",
-    "winner",
-    "baseline",
-    "order",
-    "status",
-    "judgement",
+ANSWER_FIELDS = ("run_id", "question_id", "choice", "turns")
+JUDGEMENT_FIELDS = (
+    *("run_id", "question_id", "turn", "choice", "repeat", "judge", "grading", "score"),
+    *("winner", "baseline", "order", "status", "judgement"),
 )
-# Characters; a longer argument is cut in the table of runs, and whole where two runs are compared
-LONG_CELL = 40
+# In the table of runs, longer arguments are cut; where two runs are compared, they are complete.
+MAX_CELL_CHARACTERS = 40
 
 
 def write_report(path: Path, page: dict) -> None:
     """Write `page` to `path` as one HTML file. Any part may be empty or missing; its section then
     says so.
 
-    page: title, str
-          facts, [[label, value]]
-          verdicts, [{id, claim, judge, verdict, estimate, interval, test, why}], all str or None;
-          verdict is supported,
-            contradicted, undecided or not measured
-          notes and missing, [str]
-          tables, [{id, title, note, headers, rows}]; a cell is str, int, float or None
-          figures, [{title, png (path), alt}]
-          runs, [{run_id, status, arguments {name: JSON value}, numbers {name: float or None}}]
-          questions, {question id: {category, turns}}; turns None: the text is not at hand
-          answers, [{run_id, question_id, choice, turns}]
-          judgements, [{run_id, question_id, turn, choice, repeat, judge, grading, score, winner,
-          baseline, order,
-            status, judgement}], as in judgements.csv
-    Raises UserError for a figure that is missing or no PNG.
+    page:
+      title       str
+      facts       [[label, value]]
+      verdicts    [{id, claim, judge, verdict, estimate, interval, test, why}], all str or None;
+                  verdict is supported, contradicted, undecided or not measured
+      notes       [str]
+      missing     [str]
+      tables      [{id, title, note, headers, rows}]; a cell is str, int, float or None
+      figures     [{title, png (a path), alt}]
+      runs        [{run_id, status, arguments {name: JSON value}, numbers {name: float or None}}]
+      questions   {question id: {category, turns}}; turns is None if the text is not available
+      answers     [{run_id, question_id, choice, turns}]
+      judgements  [{run_id, question_id, turn, choice, repeat, judge, grading, score, winner,
+                  baseline, order, status, judgement}], as in judgements.csv
+
+    Raises UserError if a figure is missing or not a PNG.
     """
-    template = TEMPLATE.read_text(encoding="utf-8")
+    style = TEMPLATE.with_suffix(".css").read_text(encoding="utf-8")
+    script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     parts = {
-        "style_hash": inline_hash(template, "style"),
-        "script_hash": inline_hash(template, "script"),
+        "style": style,
+        "style_hash": policy_hash(style),
+        "script": script,
+        "script_hash": policy_hash(script),
         "title": escape(page.get("title") or "Comparison of runs"),
         "facts": facts_html(page.get("facts") or []),
         "verdicts": verdicts_html(page.get("verdicts") or []),
@@ -90,117 +96,128 @@ def write_report(path: Path, page: dict) -> None:
         "figures": figures_html(page.get("figures") or []),
         "tables": tables_html(page.get("tables") or []),
         "runs": runs_html(page.get("runs") or []),
-        "data": pack(page),
+        "data": pack_texts(page),
     }
-    disk.write_text(path, fill(template, parts))
+    disk.write_text(path, fill(TEMPLATE.read_text(encoding="utf-8"), parts))
 
 
 def fill(template: str, parts: dict[str, str]) -> str:
-    """`template` with its placeholders replaced in one pass: what looks like a placeholder in a
-    part stays as it is.
+    """Replace the placeholders of `template` in one pass: text in a part that looks like a
+    placeholder stays as it is.
     """
     return PLACEHOLDER.sub(lambda match: parts[match[1]], template)
 
 
-def inline_hash(template: str, tag: str) -> str:
-    """base64 of the sha256 of the template's one inline <style> or <script>, as a content security
-    policy wants it.
-    """
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-    assert not PLACEHOLDER.search(content), f"a placeholder in <{tag}> would change its hash"
+def policy_hash(content: str) -> str:
+    """base64 of the sha256 of an inline style or script, for the content security policy."""
     return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
 def escape(value) -> str:
-    """`value` as text in HTML, in attributes too. A lone surrogate, which UTF-8 has no bytes for,
+    """`value` as text in HTML, also in attributes. UTF-8 has no bytes for a lone surrogate, which
     becomes '?'.
     """
     return html.escape(str(value).encode("utf-8", "replace").decode())
 
 
 def anchor(kind: str, name: str, number: int) -> str:
-    """An id to link to, such as verdict-1-tau_helps: the number keeps apart what differs in signs
-    alone.
+    """An id to link to, such as verdict-1-tau_helps. The number tells apart names that differ only
+    in characters that an id cannot have.
     """
     return f"{kind}-{number}-{re.sub(r'[^A-Za-z0-9_]+', '-', str(name))}"
 
 
+def definitions_html(pairs: Iterable[tuple], style: str) -> str:
+    """A <dl> of (term, text) pairs."""
+    items = (f"<div><dt>{escape(term)}</dt><dd>{escape(text)}</dd></div>\n" for term, text in pairs)
+    return f'<dl class="{style}">\n{"".join(items)}</dl>'
+
+
+def none_html(sentence: str) -> str:
+    return f'<p class="none">{sentence}</p>'
+
+
+def note_html(note: str | None) -> str:
+    return f'<p class="note">{escape(note)}</p>\n' if note else ""
+
+
+# ---- facts, notes, verdicts ---------------------------------------------------------------------
+
+
 def facts_html(facts: list) -> str:
     if not facts:
-        return '<p class="none">No facts about this comparison were handed over.</p>'
-    pairs = (
-        f"<div><dt>{escape(label)}</dt><dd>{escape(shown(value, decimals([value])))}</dd></div>\n"
-        for label, value in facts
-    )
-    return f'<dl class="facts">\n{"".join(pairs)}</dl>'
+        return none_html("No facts about this comparison were given.")
+    pairs = ((label, format_value(value, column_digits([value]))) for label, value in facts)
+    return definitions_html(pairs, "facts")
 
 
-def list_html(items: list[str], none: str) -> str:
+def list_html(items: list[str], if_empty: str) -> str:
     if not items:
-        return f'<p class="none">{none}</p>'
+        return none_html(if_empty)
     return "<ul>\n" + "".join(f"<li>{escape(item)}</li>\n" for item in items) + "</ul>"
 
 
-def verdicts_html(verdicts: list[dict]) -> str:
-    if not verdicts:
-        return '<p class="none">There are no verdicts: no claim was put to a test.</p>'
-    counts = Counter(verdict_word(row) for row in verdicts)
+def verdicts_html(rows: list[dict]) -> str:
+    """How many claims got which verdict, then a card per claim."""
+    if not rows:
+        return none_html("There are no verdicts: no claim was tested.")
+    counts = Counter(map(verdict_of, rows))
+    unknown = sorted(verdict for verdict in counts if verdict not in BADGES)
     tally = "".join(
-        f"<li>{badge(word)} {counts.pop(word)}</li>" for word in [*VERDICTS] if word in counts
+        f"<li>{badge_html(verdict)} {counts[verdict]}</li>"
+        for verdict in [*BADGES, *unknown]
+        if verdict in counts
     )
-    tally += "".join(f"<li>{badge(word)} {count}</li>" for word, count in sorted(counts.items()))
-    cards = "".join(verdict_html(row, number) for number, row in enumerate(verdicts, 1))
+    cards = "".join(verdict_html(row, number) for number, row in enumerate(rows, 1))
     return f'<ul class="tally">{tally}</ul>\n<div class="verdicts">\n{cards}</div>'
 
 
-def verdict_word(row: dict) -> str:
+def verdict_of(row: dict) -> str:
     return row.get("verdict") or "not measured"
 
 
-def badge(word: str) -> str:
-    style, sign = VERDICTS.get(word, ("unmeasured", "?"))
-    return (
-        f'<span class="badge {style}"><span aria-hidden="true">{sign}</span> {escape(word)}</span>'
-    )
+def badge_html(verdict: str) -> str:
+    style, sign = BADGES.get(verdict, UNKNOWN_VERDICT)
+    sign = f'<span aria-hidden="true">{sign}</span>'
+    return f'<span class="badge {style}">{sign} {escape(verdict)}</span>'
 
 
 def verdict_html(row: dict, number: int) -> str:
-    style, _ = VERDICTS.get(verdict_word(row), ("unmeasured", ""))
+    verdict = verdict_of(row)
+    style = BADGES.get(verdict, UNKNOWN_VERDICT).style
     name = row.get("id") or str(number)
     link = anchor("verdict", name, number)
-    numbers = "".join(
-        f"<div><dt>{key}</dt><dd>{escape(row[key])}</dd></div>"
-        for key in VERDICT_NUMBERS
-        if row.get(key) is not None
-    )
+    numbers = [(key, row[key]) for key in VERDICT_NUMBERS if row.get(key) is not None]
     why = f'<p class="why">{escape(row["why"])}</p>\n' if row.get("why") else ""
     return (
         f'<article class="verdict {style}" id="{link}">\n'
-        f'<p class="mark">{badge(verdict_word(row))}<a href="#{link}">{escape(name)}</a></p>\n'
-        f'<div>\n<h3 class="claim">{escape(row.get("claim") or "A claim without words")}</h3>\n'
-        + (f'<dl class="numbers">{numbers}</dl>\n' if numbers else "")
+        f'<p class="mark">{badge_html(verdict)}<a href="#{link}">{escape(name)}</a></p>\n'
+        f'<div>\n<h3 class="claim">{escape(row.get("claim") or "A claim without a text")}</h3>\n'
+        + (f"{definitions_html(numbers, 'numbers')}\n" if numbers else "")
         + f"{why}</div>\n</article>\n"
     )
 
 
+# ---- figures ------------------------------------------------------------------------------------
+
+
 def figures_html(figures: list[dict]) -> str:
     if not figures:
-        return '<p class="none">There are no figures.</p>'
+        return none_html("There are no figures.")
     return '<div class="figures">\n' + "".join(map(figure_html, figures)) + "</div>"
 
 
 def figure_html(figure: dict) -> str:
-    data = read_png(Path(figure["png"]))
-    width, height = struct.unpack(
-        ">II", data[16:24]
-    )  # the browser keeps the place before it has decoded the image
-    title, alt = (
-        escape(figure.get("title") or ""),
-        escape(figure.get("alt") or figure.get("title") or ""),
-    )
-    image = f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" height="{height}"'
+    """A figure as a button that enlarges it."""
+    png = read_png(Path(figure["png"]))
+    # The size lets the browser reserve the place before it has decoded the image.
+    width, height = struct.unpack(">II", png[16:24])
+    title = escape(figure.get("title") or "")
+    alt = escape(figure.get("alt") or figure.get("title") or "")
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    image = f'<img src="{source}" width="{width}" height="{height}" alt="{alt}">'
     return (
-        f'<figure>\n<button type="button" class="enlarge" title="Enlarge">{image} alt="{alt}"></button>\n'
+        f'<figure>\n<button type="button" class="enlarge" title="Enlarge">{image}</button>\n'
         f"<figcaption>{title}</figcaption>\n</figure>\n"
     )
 
@@ -215,74 +232,95 @@ def read_png(path: Path) -> bytes:
     return data
 
 
+# ---- tables -------------------------------------------------------------------------------------
+
+
 def tables_html(tables: list[dict]) -> str:
+    """The tables, below a list of links if there are more than two."""
     if not tables:
-        return '<p class="none">There are no tables.</p>'
-    links = [
-        anchor("table", table.get("id") or "", number) for number, table in enumerate(tables, 1)
-    ]
-    titles = [escape(table.get("title") or table.get("id") or "Table") for table in tables]
-    contents = "".join(
-        f'<li><a href="#{link}">{title}</a></li>\n' for link, title in zip(links, titles)
-    )
-    listing = f'<ul class="contents">\n{contents}</ul>\n' if len(tables) > 2 else ""
-    return listing + "".join(
-        f'<section class="table" id="{link}">\n<h3>{title}</h3>\n{note_html(table.get("note"))}'
-        f"{table_html(table.get('headers') or [], table.get('rows') or [], title)}</section>\n"
-        for link, title, table in zip(links, titles, tables)
-    )
+        return none_html("There are no tables.")
+    links, sections = "", ""
+    for number, table in enumerate(tables, 1):
+        link = anchor("table", table.get("id") or "", number)
+        title = escape(table.get("title") or table.get("id") or "Table")
+        content = table_html(table.get("headers") or [], table.get("rows") or [], title)
+        links += f'<li><a href="#{link}">{title}</a></li>\n'
+        sections += (
+            f'<section class="table" id="{link}">\n<h3>{title}</h3>\n'
+            f"{note_html(table.get('note'))}{content}</section>\n"
+        )
+    contents = f'<ul class="contents">\n{links}</ul>\n' if len(tables) > 2 else ""
+    return contents + sections
 
 
-def note_html(note: str | None) -> str:
-    return f'<p class="note">{escape(note)}</p>\n' if note else ""
+def table_html(
+    headers: list[str], rows: list[list], title: str, max_characters: int | None = None
+) -> str:
+    """A table in a box that scrolls, with headers that are buttons to sort by.
 
-
-def table_html(headers: list[str], rows: list[list], title: str, cut: int | None = None) -> str:
-    """A table in a box that scrolls; its headers become buttons that sort. cut: characters of a
-    cell's text shown.
+    title: already escaped. max_characters: longer texts are cut and shown in full as a tooltip.
     """
     if not rows:
-        return '<p class="none">This table has no rows.</p>\n'
-    columns = [
-        [row[i] if i < len(row) else None for row in rows]
-        for i in range(max(map(len, [headers, *rows])))
-    ]
-    names = [*headers, *[""] * (len(columns) - len(headers))]
-    styles = [' class="number"' if is_number_column(column) else "" for column in columns]
-    head = "".join(
-        f'<th scope="col"{style}><button type="button">{escape(name)}</button></th>'
-        for name, style in zip(names, styles)
-    )
-    cells = [column_html(column, style, cut) for column, style in zip(columns, styles)]
-    body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in zip(*cells))
+        return none_html("This table has no rows.") + "\n"
+    n_columns = max(map(len, [headers, *rows]))
+    headers = [*headers, *[""] * (n_columns - len(headers))]
+    rows = [[*row, *[None] * (n_columns - len(row))] for row in rows]
+    head, columns = "", []
+    for name, column in zip(headers, zip(*rows)):
+        style = ' class="number"' if is_number_column(column) else ""
+        head += f'<th scope="col"{style}><button type="button">{escape(name)}</button></th>'
+        columns.append(column_cells(column, style, max_characters))
+    body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in zip(*columns))
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">\n<table class="sortable">\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n</div>\n"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">\n'
+        f'<table class="sortable">\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table>\n</div>\n"
     )
 
 
-def is_number_column(column: list) -> bool:
-    given = [value for value in column if value is not None]
-    return bool(given) and all(map(disk.is_number, given))
-
-
-def decimals(column: list) -> int:
-    """Digits after the point for all of a column: four significant ones in its largest number, and
-    no more than any of its numbers has.
+def column_cells(column: Iterable, style: str, max_characters: int | None) -> list[str]:
+    """The <td> elements of a column. Those of numbers also carry the full value, which the script
+    sorts by.
     """
-    numbers = [abs(value) for value in column if isinstance(value, float) and math.isfinite(value)]
-    if not any(numbers):
+    column = list(column)
+    digits = column_digits(column)
+    cells = []
+    for value in column:
+        text = escape(format_value(value, digits))
+        if disk.is_number(value) and math.isfinite(value):
+            cells.append(f'<td{style} data-value="{float(value)!r}">{text}</td>')
+        elif max_characters and len(str(value)) > max_characters:
+            start = escape(str(value)[:max_characters])
+            cells.append(f'<td class="cut" title="{text}">{start}…</td>')
+        else:
+            cells.append(f"<td{style}>{text}</td>")
+    return cells
+
+
+def is_number_column(column: Iterable) -> bool:
+    values = [value for value in column if value is not None]
+    return bool(values) and all(map(disk.is_number, values))
+
+
+def column_digits(column: list) -> int:
+    """Digits after the decimal point for all floats of a column: as many as give its largest number
+    four significant digits, at most 4, and no more than any of them needs.
+
+    E.g. 2 for 0.05, 0.1 and 2.5.
+    """
+    floats = [abs(value) for value in column if isinstance(value, float) and math.isfinite(value)]
+    if not any(floats):
         return 0
-    wanted = min(4, max(0, 3 - math.floor(math.log10(max(numbers)))))
-    return max(len(f"{value:.{wanted}f}".rstrip("0").partition(".")[2]) for value in numbers)
+    digits = min(4, max(0, 3 - math.floor(math.log10(max(floats)))))
+    return max(len(f"{value:.{digits}f}".rstrip("0").partition(".")[2]) for value in floats)
 
 
-def shown(value, digits: int) -> str:
-    """`value` as text: a float with `digits` after the point, or with two significant ones where
-    that is too few.
+def format_value(value, digits: int) -> str:
+    """`value` as text: a float with `digits` after the decimal point, or with two significant
+    digits where that would be too few.
     """
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return NONE
+        return NO_VALUE
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, float):
@@ -292,32 +330,18 @@ def shown(value, digits: int) -> str:
     return f"{value:.{digits}f}"
 
 
-def column_html(column: list, style: str, cut: int | None) -> list[str]:
-    """The cells of a column. A number's full value travels beside what is shown: the script sorts
-    by it.
-    """
-    digits = decimals(column)
-    cells = []
-    for value in column:
-        text = escape(shown(value, digits))
-        if disk.is_number(value) and math.isfinite(value):
-            cells.append(f'<td{style} data-value="{float(value)!r}">{text}</td>')
-        elif cut and len(str(value)) > cut:
-            cells.append(f'<td class="cut" title="{text}">{escape(str(value)[:cut])}…</td>')
-        else:
-            cells.append(f"<td{style}>{text}</td>")
-    return cells
+# ---- runs and their arguments -------------------------------------------------------------------
 
 
 def runs_html(runs: list[dict]) -> str:
-    """All runs with their numbers and the arguments in which they differ; then those that are
-    alike.
+    """A table of all runs with their numbers and the arguments in which they differ, then the
+    arguments that are the same in all of them.
     """
     if not runs:
-        return '<p class="none">There are no runs.</p>'
+        return none_html("There are no runs.")
     arguments = [flatten(run.get("arguments") or {}) for run in runs]
+    differing, common = split_arguments(arguments)
     numbers = list(dict.fromkeys(key for run in runs for key in run.get("numbers") or {}))
-    differing, alike = split_arguments(arguments)
     headers = ["run", "status", *numbers, *differing]
     rows = [
         [
@@ -328,33 +352,31 @@ def runs_html(runs: list[dict]) -> str:
         ]
         for run, flat in zip(runs, arguments)
     ]
-    note = "The arguments that differ between runs stand after the numbers." if differing else ""
-    return note_html(note) + table_html(headers, rows, "Runs", LONG_CELL) + alike_html(alike)
+    note = "The arguments that differ between runs follow the numbers." if differing else ""
+    table = table_html(headers, rows, "Runs", MAX_CELL_CHARACTERS)
+    return note_html(note) + table + common_html(common)
 
 
 def flatten(arguments: dict, prefix: str = "") -> dict:
-    """Arguments with those in objects under names of their own: {"versions": {"torch": ..}} has
-    versions.torch.
-    """
+    """Arguments without nesting: {"versions": {"torch": "2"}} becomes {"versions.torch": "2"}."""
     flat = {}
     for key, value in arguments.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
-def split_arguments(arguments: list[dict]) -> tuple[list[str], dict]:
-    """(names of the arguments whose values differ, {name: value} of the others); a run without it
-    does not count.
+def split_arguments(arguments: list[dict]) -> tuple[list[str], dict[str, str]]:
+    """(names of the arguments whose values differ, {name: value} of the others). Runs that lack an
+    argument are not considered.
     """
-    names = dict.fromkeys(key for flat in arguments for key in flat)
-    values = {name: {as_text(flat[name]) for flat in arguments if name in flat} for name in names}
-    return [name for name in names if len(values[name]) > 1], {
-        name: min(values[name]) for name in names if len(values[name]) == 1
-    }
+    values: dict[str, set[str]] = {}
+    for flat in arguments:
+        for name, value in flat.items():
+            values.setdefault(name, set()).add(as_text(value))
+    differing = [name for name, texts in values.items() if len(texts) > 1]
+    common = {name: min(texts) for name, texts in values.items() if len(texts) == 1}
+    return differing, common
 
 
 def as_cell(value):
@@ -362,49 +384,45 @@ def as_cell(value):
 
 
 def as_text(value) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else json.dumps(disk.finite_or_null(value), ensure_ascii=False)
-    )
+    if isinstance(value, str):
+        return value
+    return json.dumps(disk.finite_or_null(value), ensure_ascii=False)
 
 
-def alike_html(alike: dict[str, str]) -> str:
-    if not alike:
+def common_html(common: dict[str, str]) -> str:
+    if not common:
         return ""
-    pairs = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n"
-        for name, value in alike.items()
-    )
-    return (
-        f"<details><summary>{len(alike)} arguments are alike in all runs that have them</summary>\n"
-        + (f'<dl class="arguments">\n{pairs}</dl>\n</details>')
-    )
+    summary = f"{len(common)} arguments are the same in all runs that have them"
+    arguments = definitions_html(common.items(), "arguments")
+    return f"<details><summary>{summary}</summary>\n{arguments}\n</details>"
 
 
-def pack(page: dict) -> str:
-    """What the script shows, as base64 of gzip of JSON: no character of it means anything in
-    HTML.
+# ---- what the script shows ----------------------------------------------------------------------
+
+
+def pack_texts(page: dict) -> str:
+    """Arguments, questions, answers and judgements as base64 of gzip of JSON, whose characters mean
+    nothing in HTML.
     """
+    questions = page.get("questions") or {}
     runs = [
-        {"run_id": run.get("run_id"), "arguments": texts_of(run.get("arguments") or {})}
+        {"run_id": run.get("run_id"), "arguments": argument_texts(run.get("arguments") or {})}
         for run in page.get("runs") or []
     ]
     data = {
         "runs": runs,
-        "questions": {
-            str(key): value for key, value in sorted((page.get("questions") or {}).items())
-        },
-        "answers": pick(page.get("answers") or [], ANSWER_KEYS),
-        "judgements": pick(page.get("judgements") or [], JUDGEMENT_KEYS),
+        "questions": {str(question): value for question, value in sorted(questions.items())},
+        "answers": pick_fields(page.get("answers") or [], ANSWER_FIELDS),
+        "judgements": pick_fields(page.get("judgements") or [], JUDGEMENT_FIELDS),
     }
     text = json.dumps(disk.finite_or_null(data), separators=(",", ":"), allow_nan=False)
+    # Without a time stamp, which gzip would write into its header.
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 
-def texts_of(arguments: dict) -> dict[str, str]:
+def argument_texts(arguments: dict) -> dict[str, str]:
     return {name: as_text(value) for name, value in flatten(arguments).items()}
 
 
-def pick(rows: Iterable[dict], keys: tuple[str, ...]) -> list[dict]:
-    return [{key: row.get(key) for key in keys} for row in rows]
+def pick_fields(rows: Iterable[dict], fields: tuple[str, ...]) -> list[dict]:
+    return [{field: row.get(field) for field in fields} for row in rows]

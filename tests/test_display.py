@@ -1,0 +1,97 @@
+"""Tables and figures as files: headers, text formats, and when a figure is drawn again."""
+
+import csv
+import io
+
+import pytest
+
+from pref.analysis import paper_tables, table_files
+from pref.files import drawing
+
+JUDGE = {"judge": "judge-1", "judge_params_b": 0.1, "smoke_test": True, "prompts": "own"}
+
+
+def every_table() -> list[paper_tables.Table]:
+    """All tables that there are, each with one row. Only the headers are read, so no row needs more
+    than what decides in which table it is shown.
+    """
+    differences = [
+        {"comparison": "best of grid", "sensitivity": [{"p": 0.5}]},
+        {"comparison": "matched beta", "sensitivity": []},
+    ]
+    test = {"proposed": "a", "baseline": "b", "mcnemar": [{"seed": 1}]}
+    part = {"cells": [{}], "improvement": differences, "selection": [{}], "spread": [{}]}
+    judge = {"categories": [{}], "variance": [{}], "retest": {"n_items": 2}, "length": {"n": 3}}
+    comparison = {
+        "claims": [{}],
+        "accuracy": {**part, "improvement": [row | test for row in differences]},
+        "mt_bench": [{**part, **judge, **JUDGE, "refs": "original"}],
+        "stability": [{}],
+        "pairs": [{}],
+        "movement": [{"run_id": "a", "score, judge-1": 5.0, "score, judge-2": 6.0}],
+    }
+    return paper_tables.list_tables(comparison)
+
+
+TABLES = {table.id: table for table in every_table()}
+
+
+def test_every_layout_has_a_table():
+    shared = ("headline", "improvement", "sensitivity", "selection", "over_beta")
+    assert TABLES.keys() == {
+        *("verdicts", "accuracy", "accuracy_mcnemar", "stability", "pairs", "movement"),
+        *(f"{name}_{kind}" for name in ("accuracy", "mt_bench") for kind in shared),
+        *(f"mt_bench_{kind}" for kind in ("by_turn", "by_category", "variance", "judge")),
+    }
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_headers_are_unique_and_not_padded(name):
+    headers = TABLES[name].headers()
+    assert len(set(headers)) == len(headers)
+    assert all(header and header == header.strip() for header in headers)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_headers_of_a_csv_are_unique_and_not_padded(name):
+    rows = csv.reader(io.StringIO(table_files.csv_text(TABLES[name])))
+    headers = next(rows, [])
+    assert len(set(headers)) == len(headers)
+    assert all(header == header.strip() for header in headers)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name.startswith("mt_bench")])
+def test_every_table_of_a_small_judge_is_marked(name):
+    table = TABLES[name]
+    assert table.note.startswith("SMOKE TEST")
+    assert "smoke_test" in table_files.csv_text(table).partition("\n")[0].split(",")
+
+
+def test_drawing_code_is_part_of_the_version(tmp_path):
+    source, other = tmp_path / "source.py", tmp_path / "other.py"
+    source.write_text("a = 1")
+    other.write_text("a = 2")
+    versions = [drawing.drawing_version(*map(str, s)) for s in ([], [source], [other])]
+    assert len(set(versions)) == 3
+    drawing.drawing_version.cache_clear()
+    source.write_text("a = 2")
+    assert drawing.drawing_version(str(source)) == versions[2]
+
+
+def test_a_figure_is_the_same_bytes_and_carries_its_key(tmp_path):
+    def draw(name: str, key: str):
+        figure = drawing.new_figure(3, 2, "A figure")
+        axis = figure.subplots()
+        image = axis.imshow([[0, 1]])
+        figure.colorbar(image, ax=axis)  # a colour bar once left a layout engine that drew twice
+        drawing.save_figure(figure, tmp_path / name, key)
+
+    draw("a", "one")
+    draw("b", "one")
+    for suffix in (".pdf", ".png"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pdf", "a.png", "b.pdf", "b.png"}
+    assert drawing.is_drawn(tmp_path / "a", "one")
+    assert not drawing.is_drawn(tmp_path / "a", "another")
+    (tmp_path / "a.pdf").unlink()
+    assert not drawing.is_drawn(tmp_path / "a", "one")
