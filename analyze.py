@@ -7,7 +7,7 @@
 Reads   results/<run_id>/args.json                      without it, a folder is not a run
             summary.json, metrics.jsonl, val_pairs.jsonl            by train_pref.py
             mt_bench/answers.jsonl, mt_bench/judgements.csv         by gen_mtbench.py, judge.py
-        results/claims.json                             your own claims, beside the study's
+        results/claims.json                             your own claims, added to the study's
         question.jsonl in --mt_bench                    questions, as the report shows them
 Writes  results/comparison/report.html                  start here; one file, opens from disk
         results/comparison/aggregated_metrics.json      every number of the report

@@ -1,6 +1,6 @@
 """Claims: how they are stated, and which cells they are about. verdicts.py judges them.
 
-claims.json beside this file holds the claims of the study. RESULTS_DIR/claims.json, or the file
+claims.json next to this file holds the claims of the study. RESULTS_DIR/claims.json, or the file
 given with --claims, adds others in the same form: a list of objects. Every claim has
 
     id      a short name, unique over both files

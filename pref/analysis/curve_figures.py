@@ -35,19 +35,17 @@ COMPARABLE = ("eval/acc_ref", "margin/rho")  # the same scale for all losses
 
 
 def has_curve(run: Run) -> bool:
-    """Whether a run belongs into `draw_learning_curves`."""
+    """Whether a run belongs in `draw_learning_curves`."""
     return not run.untrained and bool(run.steps or run.evals)
 
 
 def draw_learning_curves(stem: Path, runs: list[Run]) -> None:
-    """A column of panels per loss and a line per run: its colour is beta, its dashes are tau.
+    """A column of panels per loss and a line per run, its colour for beta, its dashes for tau.
 
     runs: those of `has_curve`.
     """
     losses = distinct(run.loss for run in runs)
-    title = (
-        "Learning curves by loss (a line a run; loss and gradient are not comparable across losses)"
-    )
+    title = "Learning curves by loss (one line per run; loss and gradient are not comparable between them)"
     figure = drawing.new_figure(1.5 + 2.9 * len(losses), 10, title)
     axes = figure.subplots(len(CURVE_PANELS), len(losses), squeeze=False, sharex=True)
     for panel, row in zip(CURVE_PANELS, axes):
@@ -259,7 +257,7 @@ def draw_beta_curves(
 # ---- over the distance from the reference -------------------------------------------------------
 
 MOVEMENT_LABELS = {
-    "kl": "KL of own answers to the base (nats an answer)",
+    "kl": "KL of own answers to the base (nats per answer)",
     "anchor": "anchor 0.5 (a² + b²) at the end of training",
     "accuracy": "validation accuracy (best acc_ref)",
 }
@@ -292,7 +290,7 @@ def draw_movement(stem: Path, rows: list[dict], panels: list[MovementPanel]) -> 
     losses = distinct(row["loss"] for row in rows)
     n_columns = min(3, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
-    title = "What runs got for how far they went (a point a run)"
+    title = "Gain of each run against its distance from the reference (one point per run)"
     figure = drawing.new_figure(1 + 4.2 * n_columns, 1.2 + 3.7 * n_rows, title)
     axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels):

@@ -110,8 +110,8 @@ def cell_interval(
     """Crossed-bootstrap interval of a cell's mean over its seeds and units; of a single seed, over
     units alone.
 
-    counted: ids of the runs that count in the mean beside which the interval is shown. (None, None)
-    if not all of them have values: the interval would be that of another mean.
+    counted: ids of the runs in the mean that the interval is shown with. (None, None) if not all of
+    them have values: it would be the interval of another mean.
     """
     runs = runs_with_values(cell, values)
     if not runs or set(runs.values()) != set(counted):
@@ -176,12 +176,12 @@ def finite(value: float) -> float | None:
 
 
 def sensitivity_rows(label: str, baseline: str, compared: Comparison) -> list[dict]:
-    """The primary test and the usual ones beside it, each with what it ignores."""
+    """The primary test, then the usual ones, each with what it ignores."""
     difference, table_a, table_b = compared
     ignores = {
-        "paired": "nothing of the two: questions and seeds are both sampled",
-        "unpaired": "nothing of the two; the seeds differ, so that they are not paired",
-        "one seed": "other seeds would differ: with one seed nothing is known of it",
+        "paired": "neither: questions and seeds are both sampled",
+        "unpaired": "neither; the seeds differ, so they are not paired",
+        "one seed": "that other seeds would differ: one seed cannot show by how much",
     }
     primary = {
         "test": "primary: questions and seeds",

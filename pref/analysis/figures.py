@@ -118,7 +118,7 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
         if judge["cells"]:
             jobs += mt_bench_jobs(folder, judge, comparison)
 
-    # 3) What lies beside the scores.
+    # 3) Everything besides the scores.
     movement = comparison["movement"]
     if panels := curve_figures.find_movement_panels(movement):
         stem = folder / "comparison_movement"

@@ -40,8 +40,8 @@ def draw_differences(stem: Path, rows: list[dict], look: Look) -> None:
             color=style["color"],
             label=COMPARISON_NAMES[row["comparison"]],
         )
-        beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8}
-        axis.text(1.01, y, difference_text(row, look.digits), **beside)
+        text_style = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 8}
+        axis.text(1.01, y, difference_text(row, look.digits), **text_style)
     axis.axvline(0, color="black", linewidth=0.8)
     names = [f"{row['proposed']}  -  {row['baseline']}" for row in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=8)

@@ -17,7 +17,7 @@ class PairKey(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which answer of a run to a question was compared, and which time."""
+    """Which answer of a run to a question was compared, and in which repeat."""
 
     turn: int
     choice: int

@@ -213,7 +213,7 @@ SENSITIVITY = Layout(
         p_column("p", "p"),
         Column("ignores", "ignores"),
     ],
-    "The usual tests beside the primary one, each with what it ignores. Their p-values are not "
+    "The primary test and the usual ones, each with what it ignores. Their p-values are not "
     "adjusted and are not meant as headline results.",
 )
 MCNEMAR = Layout(
@@ -275,7 +275,7 @@ SPREAD = Layout(
     "of the two variances is not positive.",
 )
 
-# ---- layouts: the judge, and what lies beside the scores ----------------------------------------
+# ---- layouts: the judge, and everything besides the scores --------------------------------------
 
 VARIANCE = Layout(
     "where the variance comes from",

@@ -113,12 +113,14 @@ def page_answers(runs: list[Run]) -> list[dict]:
 
 
 def page_judgements(runs: list[Run]) -> list[dict]:
-    """Single-answer judgements of each run by judge, then its pairwise ones."""
-    page = []
+    """The page's judgements: of each run, the single-answer ones judge by judge, then the pairwise
+    ones.
+    """
+    rows = []
     for run in runs:
         single = [row for rows in run.judged.values() for row in rows]
         for row in [*single, *run.judged_pairs]:
             fields = {key: row[key] for key in JUDGEMENT_FIELDS}
             judge = run_metrics.judge_title(row).removeprefix("judge ")
-            page.append({"run_id": run.run_id, **fields, "judge": judge})
-    return page
+            rows.append({"run_id": run.run_id, **fields, "judge": judge})
+    return rows

@@ -82,7 +82,7 @@ class Points(NamedTuple):
 
 
 def points(rows: list[dict], key: str) -> Points:
-    """The curve of `key` in records of metrics.jsonl; records without it are passed over."""
+    """The curve of `key` in records of metrics.jsonl; records without it are skipped."""
     rows = [row for row in rows if key in row]
     return Points(
         steps=[row["step"] for row in rows],

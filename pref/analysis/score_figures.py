@@ -1,10 +1,10 @@
 """Figures of scores: how good is each cell, by validation accuracy or by MT-Bench?
 
-draw_bars        the mean of every cell, beside the untrained model and the baseline
+draw_bars        the mean of every cell, next to the untrained model and the baseline
 draw_boxes       every run, by loss: how much do beta, tau and the seed matter?
 draw_categories  MT-Bench by category, for the cell of each loss that validation selects
 
-Each number is written beside its bar, box or row, and each figure names what its error bars are.
+Each number is written next to its bar, box or row, and each figure names what its error bars are.
 """
 
 import math
@@ -35,8 +35,8 @@ def draw_bars(stem: Path, rows: list[dict], look: Look, reference_lines: dict[st
         if error is not None:
             style |= {"color": "black", "capsize": 3, "fmt": "none"}
             axis.errorbar(row[look.metric], y, xerr=error, **style)
-        beside = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 9}
-        axis.text(1.01, y, bar_text(row, look, error), **beside)
+        text_style = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 9}
+        axis.text(1.01, y, bar_text(row, look, error), **text_style)
 
     # 2) The lines that the bars are read against.
     for (name, value), dashes in zip(reference_lines.items(), ("--", ":", "-.")):

@@ -266,9 +266,9 @@ def bootstrap(table: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
     table : (S, Q) array
     draws : int
     stream : int
-        Random stream of the seeds. Questions are drawn alike for every table with the same Q, and
-        seeds for every table with the same S and `stream`: differences of the draws of two tables
-        are then paired draws.
+        Random stream of the seeds. Tables with the same Q get the same draws of questions, and
+        tables with the same S and `stream` the same draws of seeds, so that the draws of two
+        tables can be subtracted pair by pair.
 
     Returns
     -------
@@ -277,7 +277,8 @@ def bootstrap(table: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
     Notes
     -----
     Crossed bootstrap of Owen (2007). Resampled seeds show only (S - 1) / S of the seeds' variance,
-    which with three seeds is a third too little: their weights are spread by sqrt(S / (S - 1)).
+    which is a third too little with three seeds; their weights are therefore spread by
+    sqrt(S / (S - 1)).
     """
     n_seeds, n_questions = table.shape
     questions = bootstrap_weights(n_questions, draws, QUESTION_STREAM)  # (draws, Q)

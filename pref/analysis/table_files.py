@@ -33,7 +33,7 @@ def write_tables(folder: Path, tables: list[Table]) -> None:
 
 
 def csv_text(table: Table) -> str:
-    """All fields of all rows that are not records themselves; lists are separated by blanks."""
+    """All fields of all rows that are not records themselves; list items are joined by spaces."""
     judge = {key: table.judge[key] for key in JUDGE_FIELDS} if table.judge else {}
     rows = [
         judge | {key: csv_value(value) for key, value in row.items() if not is_nested(value)}

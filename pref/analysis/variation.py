@@ -48,7 +48,7 @@ def beta_spread(
     questions and beta, from the seeds, and from the residual. Whatever all betas share cancels:
     the questions' difficulty and, if `same_seeds`, the level of a seed.
 
-    Bootstrap: questions are drawn alike for all betas, and so are seeds that are the same.
+    Bootstrap: all betas get the same draws of questions and, if `same_seeds`, of seeds.
     Resampling adds the noise a second time; the draws are therefore centred on `raw` and lowered
     by `noise`.
     """
