@@ -53,10 +53,10 @@ from pref.judging import (
 from pref.judging.protocol import Bench, Judge
 from pref.judging.store import Item, Result
 
-NO_JUDGE = """--judge is missing, and there is no default: hosted models are withdrawn. Give either
+NO_JUDGE = """--judge is missing, and there is no default: hosted models come and go. Give either
   --judge MODEL [--base_url URL]   a model of an OpenAI-compatible server (key in OPENAI_API_KEY)
   --judge hf:PATH                  a local folder or hub id, scored here without a server
-OpenAI withdraws its gpt-4 family on 2026-10-23, GPT-4o and GPT-4.1 on 2027-01-14: choose a judge
+OpenAI's shutdown dates: gpt-4 family 2026-10-23, GPT-4o and GPT-4.1 2027-01-14. Choose a judge
 that will still be there when your last run is judged."""
 
 
@@ -203,8 +203,8 @@ def make_plan(
 ) -> Plan:
     """Find the requests to make, after a probe of the server where something is to be sent.
 
-    The probe settles the judge's parameters. They are part of every request, so that the items are
-    made anew if it changes them.
+    The probe settles the judge's parameters. They are part of every request, so the items are
+    rebuilt if the probe changes them.
     """
     items = make_items(runs, bench, judge, args)
     pending = store.find_pending(db, items, args.retry_failed)
@@ -313,7 +313,7 @@ def add_task_arguments(add: Callable) -> None:
         "--max_tokens",
         type=int,
         default=protocol.MAX_TOKENS,
-        help=f"limit of a judgement's length; default {protocol.MAX_TOKENS}, which is MT-Bench's: "
+        help=f"most tokens of a judgement; default {protocol.MAX_TOKENS}, which is MT-Bench's: "
         "another value is another protocol",
     )
     add(
@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = run_answers.read_runs(args.results, bench, args.allow_incomplete)
     results_dir = next(iter(runs)).resolve().parent
 
-    # 2) The lock and the store. Two judge.py at a time would pay for the same judgements.
+    # 2) The lock and the store. Two processes at once would pay twice for the same judgements.
     with (
         disk.locked(results_dir, ".judge.lock", "is being judged"),
         closing(store.open_store(results_dir / "judgements.sqlite")) as db,
@@ -493,8 +493,8 @@ def print_next_step(items: list[Item], results: dict[str, Result], paths: list[P
     missing = sum(status != "ok" for status in statuses)
     if missing:
         print(
-            f"{missing} of {len(statuses)} have no verdict: run the same command again to ask for "
-            "those not judged yet, with --retry_failed to repeat those that failed too"
+            f"{missing} of {len(statuses)} judgements have no verdict: run the same command again to "
+            "ask for those not judged yet; add --retry_failed to repeat those that failed as well"
         )
     print(f"next: python analyze.py {' '.join(map(str, paths))}")
     return 1 if missing else 0

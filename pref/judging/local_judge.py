@@ -1,8 +1,8 @@
 """A judge on this machine, which scores without generating text.
 
 `ask_local` computes the model's probability of each possible verdict after the judge prompt,
-"[[1]]" ... "[[10]]" or "[[A]]", "[[B]]", "[[C]]", and makes a score or a winner of these. There is
-nothing to parse, and every prompt that fits has a score.
+"[[1]]" ... "[[10]]" or "[[A]]", "[[B]]", "[[C]]", and turns these into a score or a winner. There
+is nothing to parse, and every prompt that fits has a score.
 
 torch and transformers are imported inside functions: a judge behind a server needs neither.
 """
@@ -111,7 +111,7 @@ def encode_ratings(
     return prompt_ids, continuations
 
 
-def rating_logps(model, prompt: list[int], ratings: list[list[int]]):
+def rating_logps(model, prompt: list[int], continuations: list[list[int]]):
     """Log-probability of each of R continuations of one prompt: summed over tokens, fp32, (R,).
 
     The prompt is run once. Its KV cache, repeated R times, serves all continuations as one batch,
@@ -120,12 +120,12 @@ def rating_logps(model, prompt: list[int], ratings: list[list[int]]):
     import torch
 
     # 1) Continuations of different lengths as one rectangle: L is the longest, `real` marks tokens.
-    width = max(map(len, ratings))
+    width = max(map(len, continuations))
     padded = torch.tensor(
-        [ids + [0] * (width - len(ids)) for ids in ratings], device=model.device
+        [ids + [0] * (width - len(ids)) for ids in continuations], device=model.device
     )  # (R, L)
     real = torch.tensor(
-        [[i < len(ids) for i in range(width)] for ids in ratings], device=model.device
+        [[i < len(ids) for i in range(width)] for ids in continuations], device=model.device
     )  # (R, L)
     with torch.inference_mode():
         # 2) The prompt's last logits predict each continuation's first token.
@@ -135,7 +135,7 @@ def rating_logps(model, prompt: list[int], ratings: list[list[int]]):
         # 3) The continuations' own logits predict the others: token i predicts token i + 1.
         if width > 1:
             cache = out.past_key_values
-            cache.batch_repeat_interleave(len(ratings))
+            cache.batch_repeat_interleave(len(continuations))
             out = model(padded[:, :-1], past_key_values=cache, use_cache=True)
             logps = torch.log_softmax(out.logits.float(), dim=-1)  # (R, L-1, V)
             logps = logps.gather(2, padded[:, 1:, None])[:, :, 0]  # (R, L-1)
@@ -159,16 +159,16 @@ def ask_local(model, tokenizer, request: dict) -> dict:
     is_pair = request.get("grading") == "pair"
     strings = tuple(protocol.VERDICTS) if is_pair else protocol.RATING_STRINGS
     prompt_text = chat.apply_template(tokenizer, request["messages"], generation_prompt=True)
-    prompt, ratings = encode_ratings(tokenizer, prompt_text, strings)
+    prompt, continuations = encode_ratings(tokenizer, prompt_text, strings)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     counts = {"prompt_tokens": len(prompt), "completion_tokens": 0}
 
     # 1) What cannot be scored: the prompt is too long for the model, or for the memory.
-    if len(prompt) + max(map(len, ratings)) > limit:
+    if len(prompt) + max(map(len, continuations)) > limit:
         text = f"prompt of {len(prompt)} tokens, context of {limit}"
         return {"status": "context", "judgement": text, **counts}
     try:
-        logps = rating_logps(model, prompt, ratings).double()  # (R,)
+        logps = rating_logps(model, prompt, continuations).double()  # (R,)
     except torch.OutOfMemoryError:
         text = f"a prompt of {len(prompt)} tokens needs more GPU memory"
         return {"status": "memory", "judgement": text, **counts}
@@ -187,5 +187,5 @@ def ask_local(model, tokenizer, request: dict) -> dict:
         return {"status": "ok", "winner": winner, "judgement": text, **counts}
     text = json.dumps(dict(zip(protocol.RATINGS, probabilities)))
     score = sum(rating * weight for rating, weight in zip(protocol.RATINGS, weights))
-    score = min(max(score, 1.0), 10.0)  # rounding may leave the scale by a hair
+    score = min(max(score, 1.0), 10.0)  # rounding may overshoot the scale slightly
     return {"status": "ok", "score": score, "judgement": text, **counts}

@@ -210,9 +210,9 @@ def check_prompt(place: str, row: dict, grading: str) -> None:
 def label_prompts(folder: Path) -> str:
     """Return "mt_bench" if the judge is asked with MT-Bench's own files, else "own".
 
-    Scores labelled "own" do not compare with published MT-Bench scores. With a manifest.json (as
-    prep_data.py writes it) its label counts, else the hashes of the files. Raises UserError if the
-    manifest claims "mt_bench" for prompts that are not MT-Bench's.
+    Scores labelled "own" are not comparable with published MT-Bench scores. The label in
+    manifest.json, which prep_data.py writes, decides; without one, the hashes of the files do. Raises
+    UserError if the manifest claims "mt_bench" for prompts that are not MT-Bench's.
     """
     differing = [
         name

@@ -82,9 +82,9 @@ def check_adapter(run: Path, answers: dict) -> None:
 
 
 def check_complete(runs: dict[Path, dict]) -> None:
-    """Raise UserError for a run that lacks answers which another run has, or has many empty ones.
+    """Raise UserError for a run that lacks answers another run has, or has many empty ones.
 
-    Mean scores over different questions do not compare. A run with many empty answers is more
+    Mean scores over different questions are not comparable. A run with many empty answers is more
     likely broken than bad.
     """
     all_keys = set().union(*runs.values())
@@ -111,7 +111,7 @@ def check_complete(runs: dict[Path, dict]) -> None:
 
 
 def read_baseline(runs: dict[Path, dict], name: str) -> dict:
-    """Answers of the run `name`, from `runs` or from its folder beside them.
+    """Answers of the run `name`, from `runs` or from its folder next to theirs.
 
     Raises UserError if it has none.
     """

@@ -155,7 +155,7 @@ def probe_server(client, name: str, parameters: dict) -> dict:
     import openai
 
     warn_of_shutdown(client, name)
-    print(f"asking {name} a first, short question", file=sys.stderr)
+    print(f"asking {name} one short question first", file=sys.stderr)
     # Few retries, so that a wrong address is reported soon.
     quick = client.with_options(max_retries=min(2, client.max_retries))
     text = None
@@ -214,6 +214,6 @@ def warn_of_shutdown(client, name: str) -> None:
             date = time.strftime("%Y-%m-%d", time.gmtime(date))
         print(
             f"warning: {name} will be shut down on {server.clean(client, str(date))}; what is "
-            "judged after that needs another judge, whose scores do not compare with these",
+            "judged after that needs another judge, whose scores are not comparable with these",
             file=sys.stderr,
         )

@@ -162,9 +162,9 @@ def open_store(path: Path) -> sqlite3.Connection:
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     except sqlite3.Error as error:
         raise UserError(
-            f"{path}: cannot be used as judgement store: {error}; if another program has it open, "
-            "close that; if it is damaged, move it away: everything is then asked, and paid for, "
-            "again"
+            f"{path}: cannot be used as a judgement store: {error}; if another program has it "
+            "open, close that program; if it is damaged, move it away: everything is then asked, "
+            "and paid for, again"
         ) from None
     return db
 

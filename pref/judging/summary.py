@@ -91,7 +91,7 @@ def print_results(
         "reference is known to be wrong"
     )
     if bench.label == "own":
-        print("own prompts: these scores do not compare with MT-Bench scores published elsewhere")
+        print("own prompts: these scores are not comparable with published MT-Bench scores")
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
