@@ -142,7 +142,7 @@ def columns_text(layout: Layout) -> str:
     return ", ".join(layout.columns.split()).replace("|", " or ")
 
 
-# ---- what readers are made of --------------------------------------------------------------------
+# ---- helpers of the readers ----------------------------------------------------------------------
 
 
 def prompt_messages(row: dict) -> list[dict]:
@@ -261,12 +261,12 @@ def with_system(messages: list[dict], system) -> list[dict]:
 
 
 def prompt_key(prompt: list[dict]) -> str:
-    """Equal for equal prompts; space around a message makes no difference."""
+    """The same hash for equal prompts; the space around a message makes no difference."""
     return disk.sha256_json([[message["role"], message["content"].strip()] for message in prompt])
 
 
 def drop_record(split: str, place: str, reason: str, row) -> dict:
-    """A line of dropped.jsonl. `what` is the start of the row, for recognising it."""
+    """A line of dropped.jsonl. `what` is the start of the row, to recognise it by."""
     text = json.dumps(row, ensure_ascii=False, default=str)[:200]
     what = text.encode(errors="replace").decode()
     return {"split": split, "place": place, "reason": reason, "what": what}
@@ -302,7 +302,7 @@ def make_sides(args: argparse.Namespace, splits: dict[str, Split], dropped: list
 def drop_seen_prompts(
     split: str, train: list[PlacedPair], val: list[PlacedPair], dropped: list[dict]
 ) -> list[PlacedPair]:
-    """`train` without prompts that are also in `val`, where they would measure memory."""
+    """`train` without prompts that are also in `val`, where they would reward memorisation."""
     val_keys = {prompt_key(item.pair["prompt"]) for item in val}
     unseen = []
     for place, pair in train:
@@ -410,7 +410,7 @@ def check_pair_args(args: argparse.Namespace, out: Path) -> None:
         )
     folder = source.parent if source.name in PAIR_FILES else source
     if source.exists() and folder.resolve() == out.resolve():
-        raise UserError(f"{out}: would write over its own source; give another --out")
+        raise UserError(f"{out}: would overwrite its own source; give another --out")
 
 
 def write_pairs(

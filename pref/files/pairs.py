@@ -69,7 +69,7 @@ def read_pairs(path: Path, limit: int | None = None) -> list[dict]:
             break
     if not pairs:
         raise UserError(
-            f"{path}: no pairs; dropped.jsonl beside it lists the rows that were left out, "
+            f"{path}: no pairs; dropped.jsonl next to it lists the rows that were left out, "
             "with reasons; correct the source and rerun prep_data.py"
         )
     return pairs

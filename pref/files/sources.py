@@ -204,8 +204,8 @@ def dataset_rows(source: str, split: str, dataset) -> Rows:
 
 
 def open_folder(path: Path, config: str | None) -> dict:
-    """{split: dataset} of a folder. Streamed, so that no copy goes to the cache and none from an
-    earlier state of the folder comes out of it.
+    """{split: dataset} of a folder. Streamed, so that nothing is copied to the cache, and no
+    copy of an earlier state of the folder is read from it.
     """
     datasets = import_datasets()
     try:
