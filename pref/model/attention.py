@@ -51,12 +51,13 @@ def needs_own_attention(model: str, longest: int) -> str | None:
 
 
 def block_mask(batch: Batch) -> BlockMask:
-    """FlexAttention's mask of a packed batch on CUDA."""
+    """FlexAttention's mask of a packed batch (1, T) on CUDA: what the module's docstring draws."""
     device, length = batch.input_ids.device, batch.input_ids.shape[1]
     # Per token: its row, and its part: 0 prompt, 1 first response, 2 second. Padding is row -1.
     row = torch.full((length,), -1, device=device)
     part = torch.zeros(length, dtype=torch.long, device=device)
     for number, (start, prompt, first, second) in enumerate(layout_rows(batch.mask)):
+        # `start` is an index, the other three are lengths.
         first_start = start + prompt
         second_start = first_start + first
         end = second_start + second

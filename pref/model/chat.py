@@ -21,7 +21,7 @@ from pref.files.console import UserError, first_line
 
 # What a template may ask for besides the messages. Templates ignore options that they do not know.
 TEMPLATE_OPTIONS = {
-    # Llama 3 writes today's date. With a fixed one, another day does not give another prompt.
+    # Llama 3 writes today's date. A fixed one keeps prompts the same from day to day.
     "date_string": "26 Jul 2024",
     # Qwen3 and others close an empty block of thoughts in the prompt. The response then begins with
     # the answer itself: in training the block is not scored as part of the response, an answer does
@@ -30,8 +30,8 @@ TEMPLATE_OPTIONS = {
 }
 
 # A prompt rendered for generation may lose its last token or two to the response's first one
-# (`[/INST] ` + `Hello`). A template that loses more writes a conversation in another way than its
-# prompt, so that there is no place to split it.
+# (`[/INST] ` + `Hello`). A template that loses more writes a conversation differently from its
+# prompt, so there is no place to split it.
 MAX_MERGED_TOKENS = 2
 MAX_MISALIGNED = 0.01  # share of pairs
 
@@ -97,7 +97,7 @@ def render(
     """`apply_template` for any conversation.
 
     If the template rejects a system message (Gemma, older Mistral), its text is put before the
-    first user message. Raises UserError if the template rejects the conversation all the same.
+    first user message. Raises UserError if the template still rejects the conversation.
     """
     try:
         return apply_template(tokenizer, messages, generation_prompt)

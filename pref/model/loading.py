@@ -54,7 +54,7 @@ def load_base(
     except (OSError, ValueError) as error:
         raise UserError(
             f"--model {model}: cannot be loaded ({first_line(error)}); give a folder, or a hub id "
-            "that this machine reaches (gated models need `hf auth login`)"
+            "that this machine can reach (gated models need `hf auth login`)"
         ) from None
     base.requires_grad_(False)
     base.config.use_cache = False

@@ -45,10 +45,10 @@ class TargetLogps(torch.autograd.Function):
         log p(y)    = z_y - logsumexp(z)
         d log p / dh = (onehot(y) - softmax(z)) W     (H,)
 
-    The second line needs nothing from later layers. So the forward pass computes it beside the
-    first, from the same chunk of logits, and saves it: (N, H) instead of logits (N, V). Backward
-    only multiplies each row by the incoming gradient. The head runs once, where recomputing the
-    logits in backward would run it twice.
+    The second line needs nothing from later layers. So the forward pass computes it along with
+    the first, from the same chunk of logits, and saves it: (N, H) instead of logits (N, V).
+    Backward only multiplies each row by the incoming gradient. The head runs once, where
+    recomputing the logits in backward would run it twice.
     """
 
     @staticmethod

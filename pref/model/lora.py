@@ -6,7 +6,7 @@ A LoRA layer adds a product of two small matrices to a frozen linear layer:
 
 B starts at zero, so that an untrained adapter is the identity and the policy equals its reference.
 With --init_adapter training starts from another run's adapter, and that start is part of the
-reference: its A and B are kept beside the trained ones (`initial_A`, `initial_B`).
+reference: its A and B are kept next to the trained ones (`initial_A`, `initial_B`).
 """
 
 import re
@@ -53,7 +53,7 @@ def add_lora(
     """`base` with LoRA adapters in fp32: A random from `seed` (the same for every loss), B zero.
 
     targets: 'all-linear' (every linear layer but the output head) or module names with commas.
-    init: the folder of an adapter to start from, which then is part of the reference too; its
+    init: the folder of an adapter to start from, which is then part of the reference too; its
     config replaces r, alpha and targets.
 
     Raises UserError if the targets are not in the model or `init` does not fit it.
@@ -153,7 +153,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     expected = {f"{name}.lora_{side}.weight" for name in layers for side in "AB"}
     if unmatched := sorted(expected ^ weights.keys()):
         raise UserError(
-            f"{folder}: does not fit this model ({unmatched[0]} is in one of them only)"
+            f"{folder}: does not fit this model ({unmatched[0]} is in only one of them)"
         )
     for name, layer in layers.items():
         if not isinstance(layer.get_base_layer(), nn.Linear):
@@ -206,8 +206,8 @@ def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Within it `model` is the frozen reference: every LoRA layer is its base alone, or has the
-    weights of --init_adapter.
+    """Context in which `model` is the frozen reference: every LoRA layer is its base alone, or has
+    the weights of --init_adapter.
 
     Not PEFT's `disable_adapter`, which also switches `requires_grad` and so confuses FSDP's
     parameter groups.
@@ -224,7 +224,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dropout(model: nn.Module, active: bool) -> Iterator[None]:
-    """Within it dropout is on or off; all else stays in train mode.
+    """Context in which dropout is on or off; everything else stays in train mode.
 
     Never `model.eval()`: on the CPU one eval forward of a 4-bit model repacks its weights, and from
     then on every gradient upstream is silently zero.

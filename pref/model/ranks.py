@@ -20,7 +20,7 @@ class Ranks(NamedTuple):
     rank: int
     world: int
     device: torch.device
-    # A gloo group beside NCCL's: its collectives do not wait for the devices. None: not needed.
+    # A gloo group besides NCCL's: its collectives do not wait for the devices. None: not needed.
     hosts: dist.ProcessGroup | None = None
 
     @property

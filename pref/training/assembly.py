@@ -49,7 +49,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
     counts = {split: len(pairs) for split, pairs in rows.items()}
     arguments.check_micro_batches(args, counts, ranks.world, ranks.main)
 
-    # 3) The run's name, made of what the user gave; then what `auto` comes to on this device.
+    # 3) The run's name, from what the user gave; then each `auto`, resolved for this device.
     args = settings.replaced(args, run_id=run_id.choose(args, parameters))
     args = settings.for_device(args, ranks)
     return Prepared(

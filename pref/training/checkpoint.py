@@ -7,7 +7,7 @@ it had not.
                                                           validation pairs as it ranks them
     results/<run_id>/.lock                                held by the process that trains the run
 
-There is no more to save: the order of pairs, dropout and the learning rate are functions of seed
+Nothing else needs saving: the order of pairs, dropout and the learning rate are functions of seed
 and step. `checkpoint/` is removed when the run is finished.
 """
 
@@ -107,7 +107,7 @@ class Checkpoints:
         if not self.ranks.main:
             return
 
-        # 2) Write beside, then rename: a kill leaves the old state or the new one, never a part.
+        # 2) Write a temporary file, then rename it: a kill leaves the old state or the new one.
         path = self.folder / f"step-{progress.step:06}.safetensors"
         temporary = path.with_suffix(".tmp")
         text = json.dumps(asdict(progress))
@@ -172,8 +172,8 @@ class Checkpoints:
         return self.ranks.from_main(full)
 
     def newest(self) -> tuple[Progress | None, dict[str, Tensor]]:
-        """Progress and tensors of the newest checkpoint that can be used. A damaged one is named,
-        and set aside under another name.
+        """Progress and tensors of the newest checkpoint that can be used. A damaged one is
+        reported and renamed to *.damaged.
         """
         for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:

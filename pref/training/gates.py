@@ -12,9 +12,9 @@ from pref.model.ranks import Ranks
 from pref.training.reference import Split, response_lengths
 
 # Mean |policy - reference| per response token (nats) at step 0, where the adapter is the identity.
-# It is not zero: a pair meets other padding in the two passes, and matrix products then round
-# differently. The mean is taken because in bf16 a single short response can be off by 0.1, while a
-# stale reference or other weights move all responses.
+# It is not zero: the two passes put a pair into different micro-batches, and matrix products then
+# round differently. The mean is taken because in bf16 a single short response can be off by 0.1,
+# while a stale reference or other weights move all responses.
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -47,5 +47,6 @@ def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:
         raise UserError(
             f"{len(dead)} of {len(grads)} LoRA matrices B got a zero gradient in the first step "
             f"(the first is {dead[0]}): either the loss is saturated on every pair (try a smaller "
-            "beta or a larger tau), or 4-bit weights were repacked"
+            "beta or a larger tau), or 4-bit weights were repacked by a forward pass in eval mode "
+            "(see `dropout` in pref/model/lora.py)"
         )

@@ -42,7 +42,7 @@ class Report(NamedTuple):
     """The result of a self-test."""
 
     notes: list[str]  # worth knowing before training with the loss
-    failures: list[str]  # to be mended before training with the loss
+    failures: list[str]  # to be fixed before training with the loss
 
 
 def pairs_at(rho: Tensor, tokens: float = 100.0) -> PairLogps:

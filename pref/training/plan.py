@@ -110,7 +110,7 @@ def shapes_of(
     model: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
     """The model of a hub id or folder on the meta device: shapes without values. layers: keep only
-    the first so many.
+    this many, from the first on.
     """
     config = copy.deepcopy(AutoConfig.from_pretrained(model))
     text_config = config.get_text_config()

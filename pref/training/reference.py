@@ -1,5 +1,5 @@
-"""Reference log-probabilities: computed once per base model and tokenised pairs, kept beside the
-data, shared by all runs.
+"""Reference log-probabilities: computed once per base model and tokenised pairs, kept next to
+the data, shared by all runs.
 
 `data/<name>/reference/<key>.safetensors` holds one fp32 log-prob (nats) per response token. The key
 is a hash of the base weights as loaded (so of quantisation and dtype too) and of the token ids, and
@@ -117,8 +117,8 @@ def read_cache(path: Path, count: int) -> Tensor | None:
 
 
 def write_cache(path: Path, tokens: Tensor) -> None:
-    """Write beside, then rename. A data folder that cannot be written costs time, not the run: a
-    warning is printed.
+    """Write a temporary file, then rename it. A data folder that cannot be written costs time, not
+    the run: a warning is printed.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def reference_logps(
     """
     cached = read_cache(path, int(response_starts(pairs)[-1]))
     readers = ranks.sum(torch.tensor(float(cached is not None), device=ranks.device))
-    if readers.item() == ranks.world:  # a file that some rank does not see is no use
+    if readers.item() == ranks.world:  # of use only if every rank sees the file
         ranks.print(f"reference log-probs, {what}: read from {path}")
         return Reference(pairs, cached)
     tokens = compute(policy, pairs, packing, ranks, what)

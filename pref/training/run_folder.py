@@ -1,5 +1,5 @@
 """The folder of one run, results/<run_id>/: what is written there, when, and whether a second start
-is the same run.
+continues the same run.
 
     args.json         open_folder: when the run starts, with an entry in `starts` for every start
     metrics.jsonl     Log: a line per optimiser step and per evaluation

@@ -52,7 +52,7 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
 
 
 def value_text(value: object) -> str:
-    """A value as it stands behind its tag: nothing for a switch that is on."""
+    """A value as it is written after its tag: nothing for a switch that is on."""
     if value is True:
         return ""
     return f"{value:g}" if isinstance(value, float) else str(value)

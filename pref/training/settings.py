@@ -1,4 +1,4 @@
-"""From the arguments as typed to the arguments as run: what each `auto` comes to.
+"""From the arguments as typed to the arguments as run: how each `auto` is resolved.
 
     arguments.parse_args
       -> with_init_adapter   lora_r, lora_alpha, lora_targets, init_adapter_sha256
@@ -35,7 +35,7 @@ def replaced(args: argparse.Namespace, **values) -> argparse.Namespace:
 
 def with_init_adapter(args: argparse.Namespace) -> argparse.Namespace:
     """`args` with r, alpha and targets of --init_adapter, and the hash of its weights. Raises
-    UserError if other values were given beside it.
+    UserError if other values were given along with it.
     """
     if args.init_adapter is None:
         return replaced(args, init_adapter_sha256=None)
@@ -105,8 +105,8 @@ def packing_of(args: argparse.Namespace, pad_id: int) -> Packing:
 
 
 def as_begun(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
-    """`args` with what `auto` came to when the run in `folder` began, if it has a checkpoint:
-    another kernel would round differently.
+    """`args` with each `auto` as it was resolved when the run in `folder` began, if it has a
+    checkpoint: another kernel would round differently.
     """
     if not (folder / "checkpoint").is_dir():
         return args
