@@ -10,7 +10,7 @@
     torchrun --nproc_per_node 8 gen_mtbench.py results/ --base
         the same files from eight GPUs, which take questions from one counter
     python gen_mtbench.py results/ --questions alpaca.json --temperature 0.7 --export alpaca_eval
-        other questions -> results/<run_id>/alpaca/answers.jsonl, and model_outputs.json beside it
+        other questions -> results/<run_id>/alpaca/answers.jsonl, and model_outputs.json next to it
         for the program alpaca_eval
     OPENAI_API_KEY=x python gen_mtbench.py results/ --base_url http://localhost:8000/v1
         the same files from an OpenAI-compatible server that serves each adapter under its run id
@@ -86,13 +86,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="auto", help="auto: bf16 if the hardware computes it")
 
     add = parser.add_argument_group("questions").add_argument
-    add("--mt_bench", type=Path, default=MT_BENCH, help="folder of question.jsonl")
+    add("--mt_bench", type=Path, default=MT_BENCH, help="folder that holds question.jsonl")
     add("--questions", type=Path, metavar="FILE", help=HELP["questions"])
     add("--num_questions", type=int, help="this many, spread over the file (default: all)")
-    add("--num_choices", type=int, default=1, help="answers to each question, with other seeds")
+    add("--num_choices", type=int, default=1, help="answers per question, each with its own seed")
     add("--temperature", type=float, help=HELP["temperature"])
-    add("--max_new_tokens", type=int, default=1024, help="at most, per turn (MT-Bench: 1024)")
-    add("--seed", type=int, default=42, help="of sampled answers")
+    add("--max_new_tokens", type=int, default=1024, help="most tokens per turn (MT-Bench: 1024)")
+    add("--seed", type=int, default=42, help="seed for sampling")
 
     add = parser.add_argument_group("how they are answered").add_argument
     add("--batch_size", type=int, default=0, help=HELP["batch_size"])
@@ -172,7 +172,7 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
     # 3) The untrained model as a run of its own, first.
     if args.base:
         if base.model is None:
-            raise UserError(f"{place}: no runs here that tell the base model; give --model")
+            raise UserError(f"{place}: no run here records its base model; give --model")
         results = runs[0].folder.parent if runs else place
         runs.insert(0, base_run(results / run_folders.BASE_RUN, base))
     return runs, base
@@ -276,7 +276,7 @@ def read_instructions(path: Path) -> list[dict]:
 
 
 def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
-    """model_outputs.json beside each run's answers.jsonl, as alpaca_eval reads it."""
+    """Write model_outputs.json next to each run's answers.jsonl, as alpaca_eval reads it."""
     for run in store.runs:
         outputs = []
         for row in table[run.run_id]:
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
         # 5) answers.jsonl from the turns, also after an error: complete answers are usable.
         table = store.gather() if workers.is_main else {}
 
-    # 6) What came out, and whether it is all there.
+    # 6) The summary, and whether anything is missing.
     if not workers.is_main:
         return 0
     if args.export:

@@ -2,10 +2,10 @@
 
 files      reading, checking and writing files; errors for users. No torch.
 model      tokens in, log-probabilities out
-training   what train_pref.py stands on
-answering  what gen_mtbench.py stands on
-judging    what judge.py stands on
-analysis   what analyze.py stands on
+training   the mechanisms behind train_pref.py
+answering  the mechanisms behind gen_mtbench.py
+judging    the mechanisms behind judge.py
+analysis   the mechanisms behind analyze.py
 sweeping   what sweep.sh runs
 
 Imports run one way: files <- model <- training, answering, judging <- stages <- sweeping; files <-

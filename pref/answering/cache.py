@@ -41,8 +41,8 @@ class Cache:
     asks for them.
 
     Rows in flight differ in length, and a pass over their next tokens reads all of them up to the
-    longest. What a shorter row has not written is masked, i.e. multiplied by 0, and so has to be a
-    number: zeros are written ahead of the longest row, a stretch at a time.
+    longest. What a shorter row has not written is masked, i.e. multiplied by 0, so it must be
+    finite: zeros are written ahead of the longest row, a stretch at a time.
     """
 
     def __init__(self, rows: int, length: int):

@@ -92,7 +92,7 @@ class Engine:
         self.cache = Cache(rows, length)
         self.adapters = Adapters(model, folders)
         cache.install(model, self.cache)
-        # The cache masks by itself; a mask that is given keeps transformers from making its own.
+        # The cache does its own masking; passing a mask keeps transformers from building one.
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
     @torch.inference_mode()

@@ -131,7 +131,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def cache_length(
     tokenizer: PreTrainedTokenizerBase, bench: Bench, max_new_tokens: int, window: int
 ) -> int:
-    """The most tokens that a whole conversation can come to, within the model's context window."""
+    """The most tokens that a whole conversation can reach, within the model's context window."""
     longest = 0
     for question in bench.questions:
         turns = len(question["turns"])

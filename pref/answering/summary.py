@@ -6,8 +6,8 @@ from pref.answering.turns import Store
 
 
 def is_complete(store: Store, table: dict[str, list[dict]], kl: bool) -> bool:
-    """Whether every question of every run has its answers, with `kl` their log-probabilities too.
-    table: from `Store.gather`.
+    """Whether every question of every run has its answers and, if `kl`, each answer its
+    log-probabilities. table: from `Store.gather`.
     """
     for rows in table.values():
         scored = all("logp" in choice for choice in choices_of(rows))

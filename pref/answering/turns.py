@@ -33,8 +33,8 @@ class Store:
 
     settings: what an answer depends on besides question and adapter; written to each line, and
     answers with other settings are refused. batch_size: written to each row of answers.jsonl,
-    because in bf16 an answer can change with the rows beside it; the engine's is set once the model
-    is loaded. rank: of this process, which writes turns.<rank>.jsonl only.
+    because in bf16 an answer can change with the rest of its batch; the engine's is set once the
+    model is loaded. rank: of this process, which writes turns.<rank>.jsonl only.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def read_turns(path: Path) -> Iterator[dict]:
     """One dict per turn, from answers.jsonl or from a turns.<rank>.jsonl. A torn last line of the
-    latter is passed over. Raises UserError for a file of another form.
+    latter is skipped. Raises UserError for a file of another form.
     """
     if not path.is_file():
         return

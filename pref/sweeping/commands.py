@@ -82,7 +82,7 @@ def launcher(study: Study, ranks: int, name: str) -> list[str]:
 
 
 def srun(nodes: int) -> list[str]:
-    """Within a Slurm job: starts one torchrun on each of its machines, beside this job step."""
+    """Within a Slurm job: starts one torchrun on each of its machines, alongside this job step."""
     if "SLURM_JOB_ID" not in os.environ:
         return []
     return f"srun --overlap --nodes {nodes} --ntasks {nodes} --ntasks-per-node 1".split()

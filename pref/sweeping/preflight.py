@@ -26,8 +26,8 @@ from pref.sweeping import commands, status
 from pref.sweeping.grid import Point, Study
 from pref.training.plan import shapes_of
 
-# Assumed training speeds, until a run of the grid has been measured. A core: bench/README.md has
-# 0.17 TFLOP/s on two.
+# Assumed training speeds, until a run of the grid has been measured. Per core: half of the
+# 0.17 TFLOP/s (0.083 of 2.07) that bench/README.md has for two cores.
 GPU_TFLOPS, CORE_TFLOPS = 60.0, 0.08
 PROMPT_TOKENS, COMPLETION_TOKENS = 800, 250  # assumed, per judgement of MT-Bench
 # Disk space of a run in progress, in units of its adapter: three checkpoints (two and the one

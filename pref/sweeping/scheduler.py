@@ -275,8 +275,8 @@ class Scheduler:
         return self.study.args.nodes == 1 and self.is_locked(self.study.folder(point), point.run_id)
 
     def is_locked(self, folder: Path, name: str, lock: str = ".lock") -> bool:
-        """Whether another process works in `folder`: one whose scheduler was killed and that is
-        about to save, or another task of an array. Logged once.
+        """Whether another process holds the lock of `folder`: a run whose scheduler was killed and
+        that is still saving, or another task of an array. Logged once per name.
         """
         holder = disk.lock_holder(folder, lock)
         if holder and name not in self.reported_held:
