@@ -393,12 +393,12 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
     return 0
 
 
-def run(study: Study, train: Split, val: Split, folder: Path) -> bool:
+def run(study: Study, training: Split, validation: Split, folder: Path) -> bool:
     """Optimiser steps and evaluations from the last checkpoint on; `study.progress` moves. Returns
     False if a signal stopped the run, with everything saved.
     """
     args, ranks, progress = study.args, study.ranks, study.progress
-    count = len(train.pairs)
+    count = len(training.pairs)
     steps = schedule.number_of_steps(args, count)
     per_epoch = schedule.steps_per_epoch(count, args.global_batch)
     wandb = run_folder.open_wandb(folder) if args.report_to == "wandb" and ranks.main else None
@@ -416,10 +416,9 @@ def run(study: Study, train: Split, val: Split, folder: Path) -> bool:
     try:
         while progress.in_a_row < args.max_nonfinite:
             # 1) An evaluation, if one is due after this step and has not been made.
-            if progress.evaluated < progress.step and schedule.is_evaluated(
-                progress.step, steps, count, args
-            ):
-                keep_evaluation(study, val, folder, log, epoch=progress.step / per_epoch)
+            is_due = schedule.is_evaluated(progress.step, steps, count, args)
+            if is_due and progress.evaluated < progress.step:
+                keep_evaluation(study, validation, folder, log, epoch=progress.step / per_epoch)
             if progress.step == steps:
                 break
 
@@ -429,7 +428,7 @@ def run(study: Study, train: Split, val: Split, folder: Path) -> bool:
                 saved = progress.step
 
             # 3) A step, with a line in metrics.jsonl and one on the terminal.
-            line = take_step(study, train, steps)
+            line = take_step(study, training, steps)
             log.line({"step": progress.step, "epoch": progress.step / per_epoch, **line})
             left_s = (time.monotonic() - begun) / (progress.step - first) * (steps - progress.step)
             finite = progress.in_a_row == 0
