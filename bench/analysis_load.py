@@ -1,8 +1,7 @@
-"""Time and memory of analyze.py on a study of the full size, simulated: 60 runs x 160 judgements,
+"""Time and memory of analyze.py on a simulated study of full size: 60 runs x 160 judgements,
 10,000 draws.
 
-    python bench/analysis_load.py OUT            writes OUT/results (about 90 MB) and analyses it
-    twice
+    python bench/analysis_load.py OUT     writes OUT/results (about 90 MB), analyses it twice
 
 The runs are those of the study's grid with 159 steps, 750 validation pairs, 160 answers of 1,500
 characters and as many judgements of 900. Scores come from bench/calibration.py's model, with

@@ -1,4 +1,4 @@
-"""gen_mtbench.py's engine against `generate`: tokens a second, many adapters over one base model.
+"""gen_mtbench.py's engine against `generate`: tokens per second, many adapters over one base model.
 
     python bench/generate.py --model MODEL --mt_bench DIR [--adapters 8] [--questions 16]
     [--max_new_tokens 64]

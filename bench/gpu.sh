@@ -4,14 +4,14 @@
 #   bash bench/gpu.sh PAIRS.jsonl [OUT]          # PAIRS.jsonl: train.jsonl of prep_data.py
 #
 # For a bare machine with Python 3.12, torch 2.11 and transformers 5.17 and no network. To be carried there, in a folder
-# `wheels/` beside this repository's files: the wheels of bitsandbytes, peft, accelerate, trl (1.16.0), datasets and
+# `wheels/` next to this repository's files: the wheels of bitsandbytes, peft, accelerate, trl (1.16.0), datasets and
 # what of datasets' requirements is missing there; the script installs them without looking further (--no-deps) and
 # names what cannot be imported. Fetch them where there is a network:
 #
 #   pip download --no-deps -d wheels bitsandbytes peft accelerate trl==1.16.0 datasets
 #
 # Writes OUT/*.log; each log's last line is the JSON object of bench/train_vs_trl.py. TRL runs at several micro-batches
-# (BATCHES), train_pref.py at its own defaults; a micro-batch that does not fit is noted and passed over.
+# (BATCHES), train_pref.py at its own defaults; a micro-batch that does not fit is noted and skipped.
 # SHAPE (arguments of random_llama.py), LENGTH, QUANT and STEPS are for trying the script on a small machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."

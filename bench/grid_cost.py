@@ -1,5 +1,5 @@
-"""What a grid of runs costs against as many runs on their own, which each compute the reference
-log-probs anew.
+"""What a grid of runs costs against the same runs on their own, each of which computes the
+reference log-probs again.
 
     python bench/grid_cost.py --model MODEL --data data/NAME [--train_args "--max_steps 3 ..."]
 

@@ -1,5 +1,5 @@
-"""judge.py under load: how near its rate is to concurrency / latency, and whether memory and files
-hold.
+"""judge.py under load: how close its rate comes to concurrency / latency, and whether memory and
+files hold up.
 
     python bench/judge_load.py [--calls 5000] [--latency_ms 100] [--concurrency 64]
 
@@ -70,7 +70,7 @@ def serve(latency: float) -> None:
 
 
 def make_runs(folder: Path, calls: int) -> None:
-    """Runs with 80 answers of about 2 kB a turn, all different: 160 calls each."""
+    """Runs with 80 answers of about 2 kB per turn, all different: 160 calls each."""
     import prep_data
     from pref.files.mt_bench import read_questions
 

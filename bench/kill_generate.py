@@ -3,7 +3,7 @@ nothing disturbed.
 
     python bench/kill_generate.py --model MODEL --mt_bench DIR [--kills 5]
 
-fp32 and the embedded model: answers must be equal, every question of every run there once.
+fp32 and the embedded model: answers must be equal, every question of every run must be there once.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def answers_of(results: Path) -> dict:
     for path in sorted(results.glob("*/mt_bench/answers.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         keys = [(path.parent.parent.name, row["question_id"]) for row in rows]
-        assert len(keys) == len(set(keys)), f"{path}: a question stands there twice"
+        assert len(keys) == len(set(keys)), f"{path}: a question appears twice"
         found |= {key: row["choices"] for key, row in zip(keys, rows)}
     return found
 
@@ -64,33 +64,33 @@ def main() -> int:
             ]
 
         begun = time.monotonic()
-        said = run_until(command(whole), log)
+        outcome = run_until(command(whole), log)
         seconds = time.monotonic() - begun
-        print(f"undisturbed: {said}, {seconds:.0f} s", flush=True)
+        print(f"undisturbed: {outcome}, {seconds:.0f} s", flush=True)
         one, kills, ended, same = answers_of(whole), 0, 0, True
-        while kills < args.kills or said.startswith(
+        while kills < args.kills or outcome.startswith(
             "killed"
         ):  # what has ended makes room for another start
             results = cut / str(ended)
             if not results.exists():
                 shutil.copytree(whole, results, ignore=shutil.ignore_patterns("mt_bench"))
-            said = run_until(
+            outcome = run_until(
                 command(results),
                 log,
                 seconds=dice.uniform(0, seconds) if kills < args.kills else None,
             )
-            if said.startswith("killed"):
+            if outcome.startswith("killed"):
                 kills += 1
                 turns = sum(
                     path.read_bytes().count(b"\n")
                     for path in results.glob("*/mt_bench/turns.*.jsonl")
                 )
-                print(f"kill {kills}: {said}; {turns} turns on disk", flush=True)
+                print(f"kill {kills}: {outcome}; {turns} turns on disk", flush=True)
             else:
                 ended += 1
                 two = answers_of(results)
                 print(
-                    f"ended: {said}; {len(two)} of {len(one)} questions answered once each; equal: {one == two}"
+                    f"ended: {outcome}; {len(two)} of {len(one)} questions answered once each; equal: {one == two}"
                 )
                 same = same and one == two and len(one) == args.adapters * args.questions
     return 0 if same else 1

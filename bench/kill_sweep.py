@@ -7,7 +7,7 @@ The grid `quick`, two runs at a time, on a random two-layer model with a judge o
 counts what it is asked. Half of the kills hit sweep.sh's process alone, the others one training
 run. At the end adapters, validation pairs, metrics, summaries (wall times aside), answers,
 judgements and tables must be equal, and nothing done twice: each run is finished once, what had
-been answered or judged at a kill keeps its time stamp, the judge was asked once a row.
+been answered or judged at a kill keeps its time stamp, the judge was asked once per row.
 """
 
 import argparse
@@ -112,8 +112,8 @@ def processes(sweep: subprocess.Popen, script: str = "train_pref.py") -> list[in
 def disturb(
     sweep: subprocess.Popen, seconds: float, single: bool, dice: random.Random, stage: str | None
 ) -> str | None:
-    """Wait so long, from the start of `stage` on if that is given, then kill the sweep or one of
-    its runs. None if it ended before.
+    """Wait `seconds`, counted from the start of `stage` if one is given, then kill the sweep or one
+    of its runs. None if it ended first.
     """
     begun = time.monotonic()
     while sweep.poll() is None:
@@ -128,7 +128,7 @@ def disturb(
 
 
 def stamps_of(results: Path) -> dict:
-    """Time stamps of all that is answered and judged."""
+    """Time stamps of everything that has been answered and judged."""
     found = {}
     for path in results.glob("*/mt_bench/answers.jsonl"):
         rows = map(json.loads, path.read_text().splitlines())
@@ -230,12 +230,12 @@ def main() -> int:
                     kills % 2 == 1 and not args.stage,
                     dice.uniform(*args.moments) * seconds,
                 )
-                said = disturb(sweep, wait, single, dice, args.stage)
-                if said:
+                outcome = disturb(sweep, wait, single, dice, args.stage)
+                if outcome:
                     kills += 1
                     before |= stamps_of(results)
                     print(
-                        f"kill {kills}: {said}; {finished_runs(results)} runs had ended, {len(before)} answers and "
+                        f"kill {kills}: {outcome}; {finished_runs(results)} runs had ended, {len(before)} answers and "
                         f"judgements were there",
                         flush=True,
                     )

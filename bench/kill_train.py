@@ -6,7 +6,7 @@ nothing disturbed.
 On one rank and on two (`--ranks`), `--kills` times each: half of the moments are random in time,
 the others while a checkpoint is being written. Adapter and validation pairs must be equal to the
 byte, metrics and summary but for wall times and memory. Then what saving costs, from the
-undisturbed run: seconds a save against seconds a step.
+undisturbed run: seconds per save against seconds per step.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def family(pid: int) -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = stat.read_text()
-        except OSError:  # gone meanwhile
+        except OSError:  # it has ended meanwhile
             continue
         parents[int(stat.parent.name)] = int(text.rpartition(")")[2].split()[1])
     found = [pid]
@@ -143,7 +143,7 @@ def main() -> int:
     args.out.mkdir(parents=True)
     dice = random.Random(args.seed)
     for ranks in args.ranks:
-        whole, name, kills, ended, said = args.out / f"whole{ranks}", f"{ranks} rank(s)", 0, 0, ""
+        whole, name, kills, ended, outcome = args.out / f"whole{ranks}", f"{ranks} rank(s)", 0, 0, ""
         begun = time.monotonic()
         print(
             f"{name}, undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}",
@@ -152,21 +152,21 @@ def main() -> int:
         seconds = time.monotonic() - begun
         print(f", {seconds:.0f} s", flush=True)
         while (
-            kills < args.kills or said != "exit code 0"
+            kills < args.kills or outcome != "exit code 0"
         ):  # a run that has ended makes room for another
             cut = args.out / f"cut{ranks}_{ended}"
             moment = {"seconds": dice.uniform(0, seconds)}
             if kills % 2:
                 moment = {"saving": cut / "run" / "checkpoint", "which": dice.randint(1, 3)}
-            said = run_until(
+            outcome = run_until(
                 command_of(args, ranks, cut),
                 args.out / "cut.log",
                 **(moment if kills < args.kills else {}),
             )
-            if said.startswith("killed"):
+            if outcome.startswith("killed"):
                 kills += 1
-                print(f"{name}, kill {kills}: {said}; {where(cut / 'run')}", flush=True)
-            elif said == "exit code 0":
+                print(f"{name}, kill {kills}: {outcome}; {where(cut / 'run')}", flush=True)
+            elif outcome == "exit code 0":
                 ended += 1
                 different = differences(whole / "run", cut / "run")
                 print(
@@ -175,7 +175,7 @@ def main() -> int:
                 )
                 same = same and not different
             else:
-                print(f"{name}: {said}, see {args.out / 'cut.log'}")
+                print(f"{name}: {outcome}, see {args.out / 'cut.log'}")
                 return 1
         summary = json.loads((whole / "run" / "summary.json").read_text())
         steps = [
@@ -185,7 +185,7 @@ def main() -> int:
             sum(line["tokens"] / line["tok_per_s"] for line in steps if "lr" in line)
             / summary["steps"]
         )
-        print(f"{name}: {summary['save_s'] / summary['steps']:.2f} s a save, {step:.1f} s a step")
+        print(f"{name}: {summary['save_s'] / summary['steps']:.2f} s per save, {step:.1f} s per step")
     return 0 if same else 1
 
 

@@ -2,7 +2,7 @@
 
     python bench/memory_plan.py --model DIR --data data/NAME [--steps 3]
 
-Each row is a run of its own (train_pref.py, dpo, LoRA r 16, 8 pairs a step); the last column is
+Each row is a run of its own (train_pref.py, dpo, LoRA r 16, 8 pairs per step); the last column is
 planned / measured.
 """
 
@@ -31,7 +31,7 @@ SETTINGS = (
 
 def measure(setting: str, args: argparse.Namespace, folder: Path) -> tuple[float, float]:
     """(planned, measured) GiB of rank 0."""
-    words, _, ranks = setting.partition("@")
+    options, _, ranks = setting.partition("@")
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks] if ranks else []
     )
@@ -39,7 +39,7 @@ def measure(setting: str, args: argparse.Namespace, folder: Path) -> tuple[float
         sys.executable,
         *launch,
         ROOT / "train_pref.py",
-        *words.split(),
+        *options.split(),
         "--model",
         args.model,
         "--data",
@@ -77,9 +77,9 @@ def main() -> None:
     for setting in SETTINGS:
         with tempfile.TemporaryDirectory() as folder:
             planned, measured = measure(setting, args, Path(folder))
-        words = setting.replace("@2", "(2 ranks)")
+        options = setting.replace("@2", "(2 ranks)")
         print(
-            f"| `{words}` | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True
+            f"| `{options}` | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True
         )
 
 

@@ -6,7 +6,7 @@
 # DATASET       pairs as prep_data.py takes them (bench/README.md: 2,212 pairs ranked by GPT-4)
 # MT_BENCH_DIR  folder with MT-Bench's three official files
 # OUT           folder to write; rerun to continue
-# Needs `pip install "transformers[serving]"` beside requirements.txt. No GPU, no key, nothing leaves this machine.
+# Needs `pip install "transformers[serving]"` in addition to requirements.txt. No GPU, no key, nothing leaves this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dataset=$1 questions=$2 out=$3

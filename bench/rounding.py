@@ -39,7 +39,7 @@ def describe(name: str, batches: list, differences: list[torch.Tensor]) -> None:
     ]
     rho = torch.cat([chosen - rejected for chosen, rejected in sums])
     print(
-        f"{name}: {tokens.mean():.2g} nats a token on average, largest {tokens.max():.2g}; rho of {len(rho)} pairs "
+        f"{name}: {tokens.mean():.2g} nats per token on average, largest {tokens.max():.2g}; rho of {len(rho)} pairs "
         f"from {rho.min():+.2g} to {rho.max():+.2g}, root mean square {rho.square().mean().sqrt():.2g}"
     )
 
@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=24, help="pairs, from the first on")
+    parser.add_argument("--count", type=int, default=24, help="number of pairs, from the first on")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()

@@ -4,7 +4,7 @@ full disk.
     sudo python bench/sweep_faults.py --out OUT      # root mounts a small tmpfs for the full disk
 
 A random two-layer model, a judge on loopback; every fault is a real one. After each the end of the
-sweep's output and its exit code; the same command, once the fault is gone, must bring the rest.
+sweep's output and its exit code; the same command, once the fault is gone, must do the rest.
 """
 
 import argparse
@@ -67,15 +67,15 @@ def sweep(out: Path, url: str, **settings) -> subprocess.Popen:
 
 
 def tell(title: str, process: subprocess.Popen) -> tuple[int, str]:
-    """Print the events, and what stands behind the last of them."""
-    said = process.communicate()[0]
+    """Print the events in the output, and everything after the last of them."""
+    output = process.communicate()[0]
     print(f"== {title}: exit code {process.returncode}")
     event = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (crashed|failed|diverged|end)")
-    lines = said.splitlines()
+    lines = output.splitlines()
     end = max((n for n, line in enumerate(lines) if event.match(line)), default=0)
     shown = [line[:200] for n, line in enumerate(lines) if n >= end or event.match(line)]
     print("\n".join(shown), flush=True)
-    return process.returncode, said
+    return process.returncode, output
 
 
 def full_disk(out: Path, url: str) -> list[bool]:
@@ -95,11 +95,11 @@ def full_disk(out: Path, url: str) -> list[bool]:
             time.sleep(0.05)
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "filler").write_bytes(b"x" * (free - 300_000))
-        code, said = tell("a full disk", process)
+        code, output = tell("a full disk", process)
         (disk / "filler").unlink()
         code_then, _ = tell("the same command with room", sweep(out, url, **given))
         whole = len(list(disk.glob("results/*/adapter/adapter_model.safetensors")))
-        return [code == 1, "No space left on device" in said, code_then == 0, whole == 4]
+        return [code == 1, "No space left on device" in output, code_then == 0, whole == 4]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -132,15 +132,15 @@ def main() -> int:
         "TRAIN_ARGS_crash": f"--loss_file {out / 'crash.py'}:crash",
     }
     checks = []
-    code, said = tell(
+    code, output = tell(
         "a crash, a diverging run, a judge that goes down", sweep(out, server.url, **given)
     )
     checks += [
         code == 1,
-        "diverged, which is a result: discopop_b2.5" in said,
-        "illegal memory access" in said,
-        said.count("once more, from its last checkpoint") == 1,
-        "judgements are missing" in said,
+        "diverged, which is a result: discopop_b2.5" in output,
+        "illegal memory access" in output,
+        output.count("once more, from its last checkpoint") == 1,
+        "judgements are missing" in output,
     ]
 
     (out / "crash").unlink()
@@ -148,11 +148,11 @@ def main() -> int:
     server.answer = rate
     (adapter,) = (out / "results").glob("dpo_*/adapter")
     adapter.rename(out / "adapter")
-    code, said = tell("repaired, but an adapter is lost", sweep(out, server.url, **given))
-    checks += [code == 1, "its adapter is missing; put it back" in said]
+    code, output = tell("repaired, but an adapter is lost", sweep(out, server.url, **given))
+    checks += [code == 1, "its adapter is missing; restore it" in output]
 
     (out / "adapter").rename(adapter)
-    code, said = tell("put back", sweep(out, server.url, **given))
+    code, output = tell("put back", sweep(out, server.url, **given))
     statuses = [
         json.loads(p.read_text())["status"]
         for p in sorted((out / "results").glob("*/summary.json"))

@@ -1,7 +1,7 @@
-"""train_pref.py against TRL's DPOTrainer: pairs a second and peak memory, same model, pairs, LoRA
+"""train_pref.py against TRL's DPOTrainer: pairs per second and peak memory, same model, pairs, LoRA
 and micro-batch.
 
-    pip install --no-deps trl==1.16.0 accelerate==1.15.0     # beside requirements.txt
+    pip install --no-deps trl==1.16.0 accelerate==1.15.0     # in addition to requirements.txt
     python bench/train_vs_trl.py --model MODEL --pairs PAIRS.jsonl --max_length 512
 
 MODEL: a chat model's folder (`python examples/embedded_model.py DIR` makes one); PAIRS.jsonl:
@@ -15,8 +15,8 @@ in the rate: a study's runs share it. `--only full_logits train_pref_plain packe
 train_pref` climbs from all logits of a padded batch to the defaults, technique by technique. Prints
 a table, every contestant's losses, and one JSON object as the last line.
 
-gemm_share: model FLOPs a second (4 x body parameters x computed tokens, 4 x head parameters x
-response tokens; the embedding is no product) over this machine's measured rate of the model's own
+gemm_share: model FLOPs per second (4 x body parameters x computed tokens, 4 x head parameters x
+response tokens; the embedding is not a product) over this machine's measured rate of the model's own
 largest layer in the same dtype.
 """
 
@@ -65,10 +65,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--pairs", type=Path, required=True, help="train.jsonl of prep_data.py")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of prompt + response")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps a round")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, not timed")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="pairs a step and micro-batch")
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step and micro-batch")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--quant", choices=["none", "nf4"], default="none")
     parser.add_argument(
@@ -93,7 +93,7 @@ def parse_args() -> argparse.Namespace:
 
 def choose_pairs(args: argparse.Namespace, folder: Path) -> dict:
     """Write train.jsonl and val.jsonl: the first pairs that both tools truncate alike. Returns
-    counts a step.
+    counts per step.
     """
     from pref.files.disk import write_jsonl
     from pref.files.pairs import read_pairs
@@ -133,7 +133,7 @@ def choose_pairs(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def trl_worker(args: argparse.Namespace) -> None:
-    """TRL's DPOTrainer over in_order.jsonl. Prints one JSON line: seconds a step, losses, peak
+    """TRL's DPOTrainer over in_order.jsonl. Prints one JSON line: seconds per step, losses, peak
     memory.
     """
     import torch
@@ -336,7 +336,7 @@ def main() -> None:
         counts = choose_pairs(args, folder)
         print(
             f"{(args.steps + args.warmup) * args.batch} pairs at {args.max_length} tokens ({counts['dropped']} "
-            f"passed over: long prompts, which the tools cut differently); a pair is {counts['shared']:.0f} tokens "
+            f"skipped: long prompts, which the tools cut differently); a pair is {counts['shared']:.0f} tokens "
             f"as one row, {counts['unpadded']:.0f} as two",
             flush=True,
         )

@@ -1,12 +1,12 @@
 """Per-pair losses of TRL 1.16, computed by TRL's own DPOTrainer code, written to
 tests/trl_losses.json.
 
-    pip install --no-deps trl==1.16.0 accelerate==1.15.0     # beside requirements.txt
+    pip install --no-deps trl==1.16.0 accelerate==1.15.0     # in addition to requirements.txt
     python bench/trl_losses.py                               # rewrites tests/trl_losses.json
 
-`DPOTrainer._compute_loss` is called as it stands, in float64, on a stand-in for the trainer's state
-whose "model" returns the log-probabilities below; nothing of TRL's arithmetic is repeated here. One
-pair a call, so that TRL's mean over the batch is that pair's loss; all pairs in one call for the
+`DPOTrainer._compute_loss` is called unchanged, in float64, on a stand-in for the trainer's state
+whose "model" returns the log-probabilities below; none of TRL's arithmetic is repeated here. One
+pair per call, so that TRL's mean over the batch is that pair's loss; all pairs in one call for the
 losses that couple them. tests/test_losses.py compares losses.py with the stored values.
 """
 

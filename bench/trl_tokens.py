@@ -1,35 +1,32 @@
 """Token ids of TRL 1.16, by TRL's own DPOTrainer code, compared with chat.py's; some go to
 tests/trl_tokens.json.
 
-    pip install --no-deps trl==1.16.0 accelerate==1.15.0     # beside requirements.txt
-    python bench/trl_tokens.py                               # the examples; rewrites
-    tests/trl_tokens.json python bench/trl_tokens.py data/dpo-mix-7k --max_length 512
+    pip install --no-deps trl==1.16.0 accelerate==1.15.0     # in addition to requirements.txt
+    python bench/trl_tokens.py              # the examples; rewrites tests/trl_tokens.json
+    python bench/trl_tokens.py data/dpo-mix-7k --max_length 512
 
-`DPOTrainer._prepare_dataset` and `DataCollatorForPreference` are called as they stand, without a
-model, on a stand-in for the trainer that holds the tokenizer; the pairs are read back from the
-collator's batch. The tokenizer is the embedded model's; the rows of tests/test_chat.py go through
-its small SentencePiece-style tokenizer and the templates of tests/templates as well. Exit code 1 if
-ids differ that should not.
+`DPOTrainer._prepare_dataset` and `DataCollatorForPreference` are called unchanged, without a model, on a stand-in for the trainer that holds the tokenizer; the pairs are read back from the collator's
+batch. The tokenizer is the embedded model's; the rows of tests/test_chat.py also go through its
+small SentencePiece-style tokenizer and the templates of tests/templates. Exit code 1 if ids differ
+that should not.
 
 Both take the conversation through the template in one piece, add no special token to it, and split
 at the longest prefix that the prompt shares with both conversations. Where the two differ, on
 purpose:
 
 - A template that refuses a system message: TRL passes on the template's error; chat.py writes the
-message at the head
-  of the first user message. TRL is compared on the conversation so written.
-- keep_start, a prompt of max_length tokens or more: TRL drops the pair; chat.py keeps it, with the
-prompt's start cut
-  until the longer response fits, to no less than a quarter of max_length. All other pairs are
-  equal: the first max_length tokens of prompt + response.
+  message at the head of the first user message. TRL is compared on the conversation so written.
+- keep_start, a prompt of max_length tokens or more: TRL drops the pair; chat.py keeps it and cuts
+  the prompt's start until the longer response fits, to no less than a quarter of max_length. All
+  other pairs are equal: the first max_length tokens of prompt + response.
 - keep_end, a pair longer than max_length: TRL (which deprecates it) keeps the last max_length
-tokens of each sequence,
-  so that BOS goes, chosen and rejected keep different parts of their prompt, and a long response
-  loses its beginning. chat.py keeps BOS and one prompt for both, cut at its start to no less than a
-  quarter of max_length, and cuts responses at their ends. Only pairs that fit are compared.
-- A prompt that is not the beginning of its conversations by more than two tokens: TRL warns once;
-chat.py counts, and
-  refuses the data if it happens in more than 1 % of the pairs. The ids are the same.
+  tokens of each sequence, so that BOS goes, chosen and rejected keep different parts of their
+  prompt, and a long response loses its beginning. chat.py keeps BOS and one prompt for both, cut at
+  its start to no less than a quarter of max_length, and cuts responses at their ends. Only pairs
+  that fit are compared.
+- A prompt that differs from the beginning of its conversations by more than two tokens: TRL warns
+  once; chat.py counts, and refuses the data if it happens in more than 1 % of the pairs. The ids
+  are the same.
 - A template that writes today's date: chat.py gives it a fixed one. No template here does.
 """
 
@@ -61,7 +58,7 @@ from pref.files.pairs import read_pairs
 from pref.model.chat import load_tokenizer, tokenize_pairs
 
 OUT = ROOT / "tests" / "trl_tokens.json"
-SHOWN = 4  # examples whose ids stand in the file; of all of them, a sha256
+SHOWN = 4  # examples whose ids are in the file; all of them have a sha256
 EXAMPLE_LENGTH = 64  # cuts most of the examples, and the prompts of some alone fill it
 
 
@@ -117,7 +114,7 @@ def reason(
     ):
         return "dropped by TRL: the prompt alone fills max_length"
     if theirs is not None and keep == "keep_end" and max_length and longest(whole) > max_length:
-        return "longer than max_length: TRL's keep_end is another cut"
+        return "longer than max_length: TRL's keep_end cuts differently"
     return "UNEXPLAINED"
 
 
@@ -140,7 +137,7 @@ def compare(
     }
     cut = sum(longest(pair) > max_length for pair in whole) if max_length else 0
     mode = f"{keep} {max_length} ({cut} cut)" if max_length else "whole"
-    listed = "".join(f"; {count} {words}" for words, count in Counter(reasons.values()).items())
+    listed = "".join(f"; {count} {why}" for why, count in Counter(reasons.values()).items())
     print(f"{what}, {mode}: {len(rows) - len(reasons)} of {len(rows)} equal{listed}")
     unexplained = [i for i in reasons if reasons[i] == "UNEXPLAINED"]
     for i in unexplained[:3]:
