@@ -25,7 +25,7 @@ elapsed=$((SECONDS - started))
 cat <<TEXT
 
 quickstart finished in $((elapsed / 60)) min $((elapsed % 60)) s after the installs
-  report     quickstart/results/comparison/report.html    opens from disk; tables/ and figures/ beside it
+  report     quickstart/results/comparison/report.html    opens from disk; tables/ and figures/ next to it
   one run    quickstart/results/dpo_b0.5_*/               args.json, metrics.jsonl, adapter/, mt_bench/, figures/
 What to run next, after source .venv/bin/activate:
   your data      python prep_data.py --dataset my_pairs.jsonl

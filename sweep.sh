@@ -7,7 +7,7 @@
 #   bash sweep.sh --help                grids, axes, settings, --status, --dry_run
 #   sbatch --array=0-59 --gres=gpu:1 sweep.sh
 #
-# The same command continues. PYTHON chooses the interpreter; without it, .venv beside this script
+# The same command continues. PYTHON chooses the interpreter; without it, .venv next to this script
 # is used if it exists, else `python`.
 set -euo pipefail
 

@@ -60,8 +60,8 @@ def load_claims(results_dir: Path, path: Path | None = None) -> list[dict]:
     """The study's claims, then the user's: those of `path`, or of `results_dir`/claims.json if it
     exists. Raises UserError for a claim that is not well formed, or whose id is taken.
     """
-    beside_results = results_dir / "claims.json"
-    path = path or (beside_results if beside_results.is_file() else None)
+    default = results_dir / "claims.json"
+    path = path or (default if default.is_file() else None)
     study, others = read_claims(STUDY_CLAIMS), read_claims(path) if path else []
     if taken := {claim["id"] for claim in study} & {claim["id"] for claim in others}:
         raise UserError(
