@@ -143,7 +143,8 @@ def main() -> int:
     args.out.mkdir(parents=True)
     dice = random.Random(args.seed)
     for ranks in args.ranks:
-        whole, name, kills, ended, outcome = args.out / f"whole{ranks}", f"{ranks} rank(s)", 0, 0, ""
+        whole, name = args.out / f"whole{ranks}", f"{ranks} rank(s)"
+        kills, ended, outcome = 0, 0, ""
         begun = time.monotonic()
         print(
             f"{name}, undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}",
@@ -185,7 +186,9 @@ def main() -> int:
             sum(line["tokens"] / line["tok_per_s"] for line in steps if "lr" in line)
             / summary["steps"]
         )
-        print(f"{name}: {summary['save_s'] / summary['steps']:.2f} s per save, {step:.1f} s per step")
+        print(
+            f"{name}: {summary['save_s'] / summary['steps']:.2f} s per save, {step:.1f} s per step"
+        )
     return 0 if same else 1
 
 

