@@ -1,7 +1,7 @@
 """Lay out a comparison as one HTML file that needs nothing else: no network, server or library.
 
     from pref.analysis.report import write_report
-    write_report(Path("results/comparison/report.html"), {"title": "Four losses", "verdicts": [...]})
+    write_report(Path("results/comparison/report.html"), {"title": "Four losses", "runs": [...]})
 
 Reads   report_template.{html,css,js} and the figures' PNG files; all else comes from analyze.py
 Writes  the report
@@ -9,8 +9,8 @@ Writes  the report
 Nothing is computed here, and nothing in a page is trusted: answers and judgements are what models
 wrote, and run ids are names of folders.
   - All text in the HTML is escaped.
-  - Answers and judgements travel as base64 of gzip of JSON. The script unpacks them and inserts them
-    as text nodes, never as HTML.
+  - Answers and judgements travel as base64 of gzip of JSON. The script unpacks them and inserts
+    them as text nodes, never as HTML.
   - The content security policy admits the template's script and style, by hash, and no others.
 
 The same page gives the same bytes.

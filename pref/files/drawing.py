@@ -56,7 +56,8 @@ def save_figure(figure, stem: Path, key: str | None = None, dpi: int = 150) -> N
     """
     # 1) Arrange the panels once. With a layout engine, even a spent one, `savefig` would draw the
     #    figure a second time for each format.
-    figure.get_layout_engine().execute(figure)
+    if figure.axes:  # the engine warns about a figure without panels
+        figure.get_layout_engine().execute(figure)
     figure.set_layout_engine(None)
 
     # 2) Draw it once per format. A creation date would make every PDF another file.
