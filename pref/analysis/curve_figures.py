@@ -45,7 +45,8 @@ def draw_learning_curves(stem: Path, runs: list[Run]) -> None:
     runs: those of `has_curve`.
     """
     losses = distinct(run.loss for run in runs)
-    title = "Learning curves by loss (one line per run; loss and gradient are not comparable between them)"
+    notes = "one line per run; loss and gradient are not comparable between them"
+    title = f"Learning curves by loss ({notes})"
     figure = drawing.new_figure(1.5 + 2.9 * len(losses), 10, title)
     axes = figure.subplots(len(CURVE_PANELS), len(losses), squeeze=False, sharex=True)
     for panel, row in zip(CURVE_PANELS, axes):
