@@ -9,8 +9,8 @@ and    data/<name>/reference/<key>.safetensors, reference log-probs shared by al
        data and base model.
 
 The same command continues a run that was stopped, from results/<run_id>/checkpoint/, and gives the
-result of a run that was never stopped. SIGTERM and SIGUSR1 save and exit with code 75;
-train_pref.py --status results/ shows the state of every run.
+result of a run that was never stopped. Ctrl-C saves and exits with code 130, SIGTERM
+and SIGUSR1 with 75; train_pref.py --status results/ shows the state of every run.
 
 The defaults are those of the first study: Llama-2-7b-chat in 4 bit, LoRA r 64, AdamW at 1e-5, 128
 pairs per step, 3 epochs.

@@ -12,6 +12,7 @@ puts it.
 """
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -67,7 +68,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: no tokenizer there ({first_line(error)})") from None
+        where = "" if Path(model).is_dir() else "no such folder here; as a hub id: "
+        raise UserError(
+            f"--model {model}: no tokenizer there ({where}{first_line(error)})"
+        ) from None
     if tokenizer.chat_template is None:
         raise UserError(
             f"--model {model}: its tokenizer has no chat template; use a chat (instruct) model or "

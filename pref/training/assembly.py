@@ -39,6 +39,11 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
 
     # 2) The pairs.
     if not args.data.is_dir():
+        if args.data.is_file():
+            raise UserError(
+                f"--data {args.data}: is a file; run python prep_data.py --dataset {args.data}, "
+                "and give the folder that it writes"
+            )
         raise UserError(
             f"--data {args.data}: no such folder; make it with prep_data.py --dataset ..."
         )

@@ -65,7 +65,10 @@ class Argument(NamedTuple):
             kind = {"type": self.values}
         if self.values is Path:
             kind["metavar"] = "DIR"
-        options = {"default": self.default, "help": self.help, **kind, **(self.options or {})}
+        text = self.help
+        if kind.get("action") != "store_true" and self.default is not None:
+            text += " (default %(default)s)"
+        options = {"default": self.default, "help": text, **kind, **(self.options or {})}
         group.add_argument(f"--{self.name}", **options)
 
     def check(self, value: float) -> None:
