@@ -493,7 +493,8 @@ def print_next_step(items: list[Item], results: dict[str, Result], paths: list[P
     missing = sum(status != "ok" for status in statuses)
     if missing:
         print(
-            f"{missing} of {len(statuses)} judgements have no verdict: run the same command again to "
+            f"{missing} of {len(statuses)} judgements have no verdict: run the same command again "
+            "to "
             "ask for those not judged yet; add --retry_failed to repeat those that failed as well"
         )
     print(f"next: python analyze.py {' '.join(map(str, paths))}")

@@ -199,7 +199,8 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         report = (out / "results" / "comparison" / "report.html").stat().st_size / 2**20
         print(
-            f"{which}: {time.time() - started:.1f} s, largest process {peak:.2f} GiB, report.html {report:.1f} MiB"
+            f"{which}: {time.time() - started:.1f} s, largest process {peak:.2f} GiB, report.html "
+            f"{report:.1f} MiB"
         )
 
 

@@ -170,7 +170,8 @@ def main() -> None:
             seconds = time.monotonic() - begun
             rates.setdefault(name, []).append(tokens / seconds)
             print(
-                f"{name:<24} {tokens:>6} tokens in {seconds:6.1f} s, {tokens / seconds:6.1f} tokens/s",
+                f"{name:<24} {tokens:>6} tokens in {seconds:6.1f} s, {tokens / seconds:6.1f} "
+                "tokens/s",
                 flush=True,
             )
 

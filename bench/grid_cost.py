@@ -66,7 +66,8 @@ def main() -> None:
             single.append(train(point, own, folder / "single", args))
             print(f"{point}: in the grid {grid[-1]:.1f} s, alone {single[-1]:.1f} s", flush=True)
     print(
-        f"{len(grid)} runs: grid {sum(grid):.0f} s, alone {sum(single):.0f} s, ratio {sum(grid) / sum(single):.2f}"
+        f"{len(grid)} runs: grid {sum(grid):.0f} s, alone {sum(single):.0f} s, ratio "
+        f"{sum(grid) / sum(single):.2f}"
     )
 
 

@@ -90,7 +90,8 @@ def main() -> int:
                 ended += 1
                 two = answers_of(results)
                 print(
-                    f"ended: {outcome}; {len(two)} of {len(one)} questions answered once each; equal: {one == two}"
+                    f"ended: {outcome}; {len(two)} of {len(one)} questions answered once each; "
+                    f"equal: {one == two}"
                 )
                 same = same and one == two and len(one) == args.adapters * args.questions
     return 0 if same else 1

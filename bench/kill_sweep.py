@@ -35,7 +35,8 @@ from pref.judging.server_judge import PROBE  # noqa: E402
 
 TIMES = re.compile(r"wall|tok_per_s|peak|save_s|tstamp|results_dir|path", re.I)
 TRAIN = (
-    "--global_batch 8 --per_device_batch 4 --max_steps 10 --eval_steps 5 --save_steps 1 --lora_r 4 --lora_dropout 0.1 "
+    "--global_batch 8 --per_device_batch 4 --max_steps 10 --eval_steps 5 --save_steps 1 --lora_r "
+    "4 --lora_dropout 0.1 "
     "--max_length 256 --dtype float32 --compile off"
 )
 
@@ -235,7 +236,8 @@ def main() -> int:
                     kills += 1
                     before |= stamps_of(results)
                     print(
-                        f"kill {kills}: {outcome}; {finished_runs(results)} runs had ended, {len(before)} answers and "
+                        f"kill {kills}: {outcome}; {finished_runs(results)} runs had ended, "
+                        f"{len(before)} answers and "
                         f"judgements were there",
                         flush=True,
                     )
@@ -249,7 +251,8 @@ def main() -> int:
         twice = done_twice(results, before, len(server.paid(PROBE)) - asked)
         made, needed = steps_made(results)
         print(
-            f"{results.name} ended: {len(found)} things compared, different: {different or 'none'}; done twice: "
+            f"{results.name} ended: {len(found)} things compared, different: "
+            f"{different or 'none'}; done twice: "
             f"{twice or 'nothing'}; {made} steps made where {needed} are needed",
             flush=True,
         )

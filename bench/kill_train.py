@@ -37,7 +37,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--train_args",
-        default="--loss td_dpo --global_batch 8 --max_steps 6 --save_steps 1 --eval_steps 2 --max_length 128 "
+        default="--loss td_dpo --global_batch 8 --max_steps 6 --save_steps 1 --eval_steps 2 "
+        "--max_length 128 "
         "--lora_r 16 --learning_rate 5e-4 --compile off",
     )
     return parser.parse_args()
@@ -147,7 +148,8 @@ def main() -> int:
         kills, ended, outcome = 0, 0, ""
         begun = time.monotonic()
         print(
-            f"{name}, undisturbed: {run_until(command_of(args, ranks, whole), args.out / 'whole.log')}",
+            f"{name}, undisturbed: "
+            f"{run_until(command_of(args, ranks, whole), args.out / 'whole.log')}",
             end="",
         )
         seconds = time.monotonic() - begun
@@ -171,7 +173,8 @@ def main() -> int:
                 ended += 1
                 different = differences(whole / "run", cut / "run")
                 print(
-                    f"{name}, ended: {', '.join(sorted(content_of(cut / 'run')))}: {different or 'all equal'}",
+                    f"{name}, ended: {', '.join(sorted(content_of(cut / 'run')))}: "
+                    f"{different or 'all equal'}",
                     flush=True,
                 )
                 same = same and not different

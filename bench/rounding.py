@@ -39,8 +39,10 @@ def describe(name: str, batches: list, differences: list[torch.Tensor]) -> None:
     ]
     rho = torch.cat([chosen - rejected for chosen, rejected in sums])
     print(
-        f"{name}: {tokens.mean():.2g} nats per token on average, largest {tokens.max():.2g}; rho of {len(rho)} pairs "
-        f"from {rho.min():+.2g} to {rho.max():+.2g}, root mean square {rho.square().mean().sqrt():.2g}"
+        f"{name}: {tokens.mean():.2g} nats per token on average, largest {tokens.max():.2g}; rho "
+        f"of {len(rho)} pairs "
+        f"from {rho.min():+.2g} to {rho.max():+.2g}, root mean square "
+        f"{rho.square().mean().sqrt():.2g}"
     )
 
 
@@ -87,7 +89,8 @@ def main() -> None:
     micros = [micro for step in members for micro in share_out(step, pairs, packing)]
     batches = [make_batch([pairs[i] for i in micro], packing, ranks.device) for micro in micros]
     print(
-        f"{len(pairs)} pairs in {len(batches)} micro-batches of {', '.join(str(b.tokens) for b in batches)} tokens"
+        f"{len(pairs)} pairs in {len(batches)} micro-batches of "
+        f"{', '.join(str(b.tokens) for b in batches)} tokens"
     )
     policies = [policy(batch)[0] for batch in batches]
     describe(

@@ -35,7 +35,8 @@ def crash(pairs, *, beta: float = 0.1):
     return losses, {"preference": losses}
 """
 TRAIN = (
-    "--global_batch 8 --per_device_batch 4 --packing off --prefix_sharing off --eval_steps 4 --save_steps 2 "
+    "--global_batch 8 --per_device_batch 4 --packing off --prefix_sharing off --eval_steps 4 "
+    "--save_steps 2 "
     "--max_nonfinite 2 --lora_r 64 --max_length 256 --dtype float32 --compile off --epochs 1"
 )
 
@@ -128,7 +129,8 @@ def main() -> int:
         "LOSSES": "dpo crash discopop td_dpo",
         "BETAS": "0.05",
         "BETAS_discopop": "2.5",
-        "TRAIN_ARGS_discopop": "--discopop_form published --learning_rate 3 --lora_targets q_proj,lm_head",
+        "TRAIN_ARGS_discopop": "--discopop_form published --learning_rate 3 --lora_targets "
+        "q_proj,lm_head",
         "TRAIN_ARGS_crash": f"--loss_file {out / 'crash.py'}:crash",
     }
     checks = []

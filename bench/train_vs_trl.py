@@ -16,8 +16,8 @@ train_pref` climbs from all logits of a padded batch to the defaults, technique 
 a table, every contestant's losses, and one JSON object as the last line.
 
 gemm_share: model FLOPs per second (4 x body parameters x computed tokens, 4 x head parameters x
-response tokens; the embedding is not a product) over this machine's measured rate of the model's own
-largest layer in the same dtype.
+response tokens; the embedding is not a product) over this machine's measured rate of the model's
+own largest layer in the same dtype.
 """
 
 import argparse
@@ -292,7 +292,8 @@ def run(command: list[str]) -> str:
     )
     if done.returncode:
         sys.exit(
-            f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            f"{' '.join(command)}: exit code "
+            f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         )
     return done.stdout
 
@@ -335,8 +336,10 @@ def main() -> None:
         folder = Path(temporary)
         counts = choose_pairs(args, folder)
         print(
-            f"{(args.steps + args.warmup) * args.batch} pairs at {args.max_length} tokens ({counts['dropped']} "
-            f"skipped: long prompts, which the tools cut differently); a pair is {counts['shared']:.0f} tokens "
+            f"{(args.steps + args.warmup) * args.batch} pairs at {args.max_length} tokens "
+            f"({counts['dropped']} "
+            "skipped: long prompts, which the tools cut differently); a pair is "
+            f"{counts['shared']:.0f} tokens "
             f"as one row, {counts['unpadded']:.0f} as two",
             flush=True,
         )
@@ -349,8 +352,10 @@ def main() -> None:
                 )
                 spent = sum(results[name][-1]["seconds"][args.warmup :])
                 print(
-                    f"round {number + 1}: {name:<17} {args.steps * args.batch / spent:.3f} pairs/s, "
-                    f"{results[name][-1]['peak_gib']:.2f} GiB, process {time.perf_counter() - begun:.0f} s",
+                    f"round {number + 1}: {name:<17} {args.steps * args.batch / spent:.3f} "
+                    "pairs/s, "
+                    f"{results[name][-1]['peak_gib']:.2f} GiB, process "
+                    f"{time.perf_counter() - begun:.0f} s",
                     flush=True,
                 )
     report(args, results, counts)

@@ -134,7 +134,8 @@ def main() -> None:
         for loss_type, beta, settings in CASES
     ]
     lines = ",\n  ".join(json.dumps(case) for case in cases)
-    head = f'"trl": "{trl_version}", "tokens": {json.dumps(TOKENS)},\n "pairs": {json.dumps(pairs.tolist())}'
+    head = f'"trl": "{trl_version}", "tokens": {json.dumps(TOKENS)},\n'
+    head += f' "pairs": {json.dumps(pairs.tolist())}'
     text = f'{{{head},\n "cases": [\n  {lines}]}}\n'
     OUT.write_text(text.replace("NaN", "null").replace("Infinity", "null"), encoding="utf-8")
     print(f"{OUT}: {len(cases)} cases x {pairs.shape[1]} pairs from TRL {trl_version}")

@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "analyze": ("files", "analysis"),
     "sweeping": ("files", "model", "training", "judging", "losses", *STAGES),
 }
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("pref/**/*.py")])
+# A user may keep scripts of their own at the top; these are not looked at.
+SCRIPTS = [ROOT / f"{name}.py" for name in (*STAGES, "losses")]
+SOURCES = sorted([*SCRIPTS, *ROOT.glob("pref/**/*.py")])
 MAX_LINES = 600
 COMMANDS = (*STAGES, "losses", "pref/sweeping/__main__")
 
@@ -90,7 +92,8 @@ def test_every_room_has_a_readme_that_names_its_files():
 # Mac lacks beyond this cannot be seen from a Linux machine.
 ELSEWHERE = """
 import builtins, ctypes, os, pathlib, runpy, sys
-import torch, transformers, peft, matplotlib.pyplot, datasets, openai, scipy.stats  # real libraries first
+# The real libraries first: they may use what Linux has.
+import torch, transformers, peft, matplotlib.pyplot, datasets, openai, scipy.stats
 
 sys.platform = {platform!r}
 for name in ("sched_getaffinity", "sched_setaffinity"):

@@ -267,8 +267,8 @@ def test_the_end_says_what_is_missing_and_how_to_go_on(tmp_path, monkeypatch, ca
     assert sweeping.report(study, scheduler) == 1
     out = capsys.readouterr().out
     assert (
-        f"run00: its adapter is missing; restore it, or remove {study.results / 'run00'} to train it again"
-        in out
+        f"run00: its adapter is missing; restore it, or remove {study.results / 'run00'} to train "
+        "it again" in out
     )
     assert "run01: not trained: exit code 2: error: no room (log: " in out
     assert (
@@ -285,7 +285,8 @@ def test_the_end_says_what_is_missing_and_how_to_go_on(tmp_path, monkeypatch, ca
 def test_the_reference_is_computed_by_one_and_the_others_wait(tmp_path, monkeypatch):
     """args.json is written as soon as it is there."""
     study, log = study_of(tmp_path, 3, JOBS="3"), tmp_path / "log"
-    script = f'echo start >> {log}; sleep 0.5; echo cached >> {log}; echo "{{}}" > "$1/args.json"; sleep 0.4; {FINISH}'
+    compute = f"echo start >> {log}; sleep 0.5; echo cached >> {log}"
+    script = f'{compute}; echo "{{}}" > "$1/args.json"; sleep 0.4; {FINISH}'
     schedule(monkeypatch, study, lambda point: script, cached=False)
     assert log.read_text().split()[:4] == ["start", "cached", "start", "start"]
 
@@ -302,7 +303,10 @@ def test_two_tasks_of_an_array_compute_one_reference(tmp_path, monkeypatch):
 
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
     study = study_of(tmp_path, 2)
-    holder = f"""import sys, time; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}); from pref.files.disk import locked
+    holder = f"""import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from pref.files.disk import locked
 with locked(Path({str(study.folder(study.points[0]))!r}), ".lock", "x"):
     print("held", flush=True); time.sleep(1)"""
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as process:
@@ -325,7 +329,8 @@ with locked(Path({str(study.folder(study.points[0]))!r}), ".lock", "x"):
 def test_a_signal_has_every_run_save(tmp_path, monkeypatch, number, code):
     study = study_of(tmp_path, 5, JOBS="2")
     trap = 'trap "touch \\"$1/saved\\"; exit 75" TERM; touch "$1/up"; '
-    both_up = f'until [ -e "{study.results}/run00/up" ]; do sleep 0.02; done; kill -{int(number)} {os.getpid()}; '
+    both_up = f'until [ -e "{study.results}/run00/up" ]; do sleep 0.02; done; '
+    both_up += f"kill -{int(number)} {os.getpid()}; "
 
     def script(point):
         return trap + both_up * point.index + "while true; do sleep 0.02; done"

@@ -211,8 +211,8 @@ def label_prompts(folder: Path) -> str:
     """Return "mt_bench" if the judge is asked with MT-Bench's own files, else "own".
 
     Scores labelled "own" are not comparable with published MT-Bench scores. The label in
-    manifest.json, which prep_data.py writes, decides; without one, the hashes of the files do. Raises
-    UserError if the manifest claims "mt_bench" for prompts that are not MT-Bench's.
+    manifest.json, which prep_data.py writes, decides; without one, the hashes of the files do.
+    Raises UserError if the manifest claims "mt_bench" for prompts that are not MT-Bench's.
     """
     differing = [
         name
