@@ -91,6 +91,7 @@ def analyse_with_one_run_figure(results):
     return printed.getvalue()
 
 
+@pytest.mark.slow
 def test_report_of_a_study(study):
     report = (study.results / "comparison" / "report.html").read_text()
     for text in ("SUPPORTED", "not measured", SHOWN_RUN, "Win rates", "data:image/png;base64,"):
@@ -130,6 +131,7 @@ def test_metrics_of_a_run(study):
     assert metrics["length_bias"][0]["n_pairs"] == 40
 
 
+@pytest.mark.slow
 def test_a_second_time_every_file_and_line_is_the_same(study):
     def contents():
         return {path: path.read_bytes() for path in study.results.rglob("*") if path.is_file()}

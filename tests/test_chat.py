@@ -402,6 +402,7 @@ def digest(pairs: list[dict[str, list[int]]]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_token_ids_equal_trls_one_by_one():
     """On the first examples and the hard rows, with the embedded model's tokenizer."""
     rows = [*example_rows(TRL["shown"]), *HARD_ROWS]

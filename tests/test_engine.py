@@ -121,6 +121,7 @@ def test_a_response_is_blind_to_its_neighbours(tiny_model, val_pairs):
     assert same.tolist() == [True, True, True, True, False, True]
 
 
+@pytest.mark.slow
 def test_compiled_layers_equal_eager_ones(tiny_model, val_pairs):
     """Also for other numbers of tokens and pairs than compiled first, and for a single pair."""
     eager, compiled = policy_of(tiny_model), policy_of(tiny_model)
@@ -365,6 +366,7 @@ def five_steps(model, data, results, run_id, *more):
     return (*arguments, "--epochs", "2", "--max_steps", "5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_ranks_accumulation_and_layout_do_not_change_the_run(
     one_rank, tiny_model, pairs_folder, setting
@@ -436,6 +438,7 @@ def test_gradients_are_summed_over_ranks_and_a_division_is_an_error(tmp_path, ra
         assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_path, capsys):
     """Read from the cache if model and pairs are the same. Not if quantisation, dtype, template or
     pairs differ.

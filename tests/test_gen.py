@@ -110,6 +110,7 @@ def test_answers_of_every_run_and_of_the_base(results, bench, tiny_model):
     assert len(row["adapter_sha256"]) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["dpo", "td_dpo"])
 def test_greedy_answers_equal_one_by_one_peft_generate(results, bench, tiny_model, tmp_path, run):
     """Sixteen questions, both turns, two adapters and the base in one batch. A difference is
@@ -391,6 +392,7 @@ def test_log_probabilities_of_the_answers(results, bench, tiny_model, tmp_path):
 # ---- killed, shared, served ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_after_a_kill_nothing_is_lost_or_doubled(results, bench, tmp_path):
     for name in ("dpo", "td_dpo"):
         copy_run(results, name, tmp_path / "r")
@@ -443,6 +445,7 @@ def test_two_processes_share_the_work(results, bench, tmp_path):
         assert os.listdir(tmp_path / run / "mt_bench") == ["answers.jsonl"]
 
 
+@pytest.mark.slow
 def test_answers_through_a_server(results, bench, tmp_path, server, monkeypatch):
     """The same files as from the engine; an answered request is not sent again."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")

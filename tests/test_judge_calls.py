@@ -113,6 +113,7 @@ def test_judges_are_kept_apart_and_stale_judgements_are_dropped(workplace, serve
 # ---- faults --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reply", "status"),
     [
@@ -363,6 +364,7 @@ def test_scores_without_wrong_references(workplace, server, capsys):
     ]  # question 111 has a wrong reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 9])
 def test_interrupted_and_continued(workplace, server, signals):
     """Ctrl-C keeps the calls in flight and exits 130; kill -9 keeps the replies that had arrived.

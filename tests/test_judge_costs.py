@@ -33,6 +33,7 @@ def test_the_cost_of_a_failure_is_added_to_the_retry(workplace, server):
     assert [row["cost_usd"] for row in rows_of(workplace)] == [pytest.approx(2 * 0.017)] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
 def test_the_cap_is_never_passed(workplace, server, trial):
     """Random answers and token counts, 32 calls in flight. What counts is the server's bill."""

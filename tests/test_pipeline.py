@@ -16,6 +16,8 @@ import train_pref
 from pref.analysis import results_folder
 from pref.training.arguments import loss_arguments
 
+pytestmark = pytest.mark.slow
+
 
 def call(stage, *args) -> int:
     return stage.main([str(arg) for arg in args]) or 0

@@ -10,6 +10,8 @@ from report_pages import HOSTILE, example_page, hostile_page
 
 from pref.analysis.report import write_report
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_machine_without_a_browser_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))

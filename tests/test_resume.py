@@ -115,6 +115,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "number", "code"),
     [
@@ -141,6 +142,7 @@ def test_a_signal_saves_and_the_same_command_continues(
     assert len(steps) == 2 or moment == "first evaluation"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [("--loss", "beta_dpo", "--per_device_batch", "3"), ("--loss", "dlrml", "--learn_beta_mix")],
@@ -223,6 +225,7 @@ sys.exit(train_pref.main())
 """
 
 
+@pytest.mark.slow
 def test_killed_four_times_the_run_is_the_same(undisturbed, arguments, tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
@@ -232,8 +235,7 @@ def test_killed_four_times_the_run_is_the_same(undisturbed, arguments, tmp_path)
         "writing a line of metrics",
         "between adapter and summary",
     ):
-        command = [sys.executable, script, moment, *arguments(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = run_script(script, moment, *arguments(tmp_path))
         assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
         assert not (tmp_path / "run" / "summary.json").exists()
     assert (tmp_path / "run" / "adapter").is_dir()
@@ -244,6 +246,7 @@ def test_killed_four_times_the_run_is_the_same(undisturbed, arguments, tmp_path)
 # ---- ranks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, monkeypatch):
     """Begun by one process, continued by two that torchrun stops with its own SIGTERM, then by two
     again.
@@ -301,6 +304,7 @@ sys.exit(train_pref.main())
 """
 
 
+@pytest.mark.slow
 def test_an_infinite_gradient_on_one_rank_stops_the_step_on_all(arguments, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)
@@ -337,6 +341,7 @@ def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
 # ---- disks and damage ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -393,6 +398,7 @@ def rewrite(path, **changes) -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_a_whole_checkpoint_the_run_starts_over(
     undisturbed, arguments, tmp_path, monkeypatch, capsys
 ):
@@ -405,6 +411,17 @@ def test_without_a_whole_checkpoint_the_run_starts_over(
     assert_same(tmp_path / "run", undisturbed)
 
 
+LIMITED = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_pref
+from pref.files.console import run_main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({{bytes}}, {{bytes}}))
+run_main(train_pref.main)
+"""
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
     undisturbed, arguments, tmp_path, monkeypatch
 ):
@@ -413,9 +430,9 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
     assert stop_at(monkeypatch, given, 12) == 75
     (saved,) = checkpoints.glob("step-*.safetensors")
     before = saved.read_bytes()
-    limit = f'ulimit -f {len(before) // 2048}; exec "$@"'  # blocks of 1024 bytes: half a checkpoint
-    command = ["bash", "-c", limit, "bash", sys.executable, str(ROOT / "train_pref.py"), *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED.format(bytes=len(before) // 2))
+    done = run_script(script, *given)
     assert done.returncode == 2, done.stderr
     assert (
         "not written" in done.stderr
@@ -586,6 +603,7 @@ def test_the_reference_has_no_dropout(tiny_model, pairs_folder, sft):
             assert torch.equal(policy(batch)[0], policy(batch)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl", ["k2", "full_sym"])
 def test_the_reference_is_the_model_as_training_starts(tiny_model, own_pairs, tmp_path, sft, kl):
     given = from_adapter(tiny_model, own_pairs, tmp_path, sft, "--loss", "td_dpo", "--kl", kl)
@@ -615,6 +633,7 @@ def test_the_reference_is_the_model_as_training_starts(tiny_model, own_pairs, tm
     assert abs(logps["ref", 0] - logps["policy", 0]) > 1e-2  # it has moved on from there
 
 
+@pytest.mark.slow
 def test_the_reference_of_an_adapter_is_cached_for_itself(
     tiny_model, own_pairs, tmp_path, sft, capsys
 ):
@@ -631,6 +650,7 @@ def test_the_reference_of_an_adapter_is_cached_for_itself(
     assert "read from" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_from_an_adapter_continues(
     tiny_model, own_pairs, tmp_path, sft, monkeypatch
 ):

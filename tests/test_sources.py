@@ -201,6 +201,7 @@ def test_command_hub_not_reachable(tmp_path):
     assert "give --dataset its file or folder" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_command_hub_from_the_cache_checks_the_commit(tmp_path):
     """The hub path without a hub: a cache as `datasets` leaves it, its folder named after the
     commit.

@@ -392,6 +392,7 @@ def test_length_correlation_is_within_questions():
 # ---- how often it errs (short form of bench/calibration.py) -------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed_sd", [0.08, 0.15])
 def test_calibration(seed_sd):
     found = calibration.calibrate_differences(500, seed_sd, draws=400, sensitivity=60)

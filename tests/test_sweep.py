@@ -188,6 +188,7 @@ def events(study: Study) -> list[tuple[str, str]]:
     return [tuple(line.split(maxsplit=4)[2:4]) for line in lines]
 
 
+@pytest.mark.slow
 def test_no_gpu_is_idle_while_runs_wait_and_none_has_two(tmp_path, monkeypatch):
     """Four simulated GPUs, sixty commands of uneven length."""
     monkeypatch.setattr(commands, "gpus", lambda: ["0", "1", "2", "3"])
@@ -571,6 +572,7 @@ def sweep(*args, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, timeout=240)
 
 
+@pytest.mark.slow
 def test_dry_run_prints_every_command_in_order_from_any_folder(tmp_path):
     (tmp_path / "else where").mkdir()
     done = sweep(
@@ -637,6 +639,7 @@ def test_nodes_meet_by_slurms_first_machine_or_by_rdzv(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_folder, monkeypatch):
     """Two machines that meet at an address of loopback: the commands that sweep.sh starts on
     them.

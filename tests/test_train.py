@@ -92,6 +92,7 @@ def test_run_writes_its_files(finished):
     assert {key: summary[key] for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_seeds_are_paired_over_losses(tiny_model, pairs_folder, tmp_path):
     """At one seed every loss gets the same LoRA matrices and the same batches; at another seed,
     others.
@@ -147,6 +148,7 @@ def test_val_pairs_agree_with_metrics_and_with_plain_peft(finished, tiny_model, 
             assert row[f"len_{side}"] == len(getattr(pair, side))
 
 
+@pytest.mark.slow
 def test_training_moves_the_margin(tiny_model, pairs_folder, tmp_path):
     more = "--loss dpo --beta 0.5 --learning_rate 1e-2 --epochs 6 --run_id long"
     assert train(*train_args(tiny_model, pairs_folder, tmp_path, *more.split())) == 0
@@ -171,6 +173,7 @@ def test_finished_run_is_not_trained_again_and_other_arguments_are_refused(
 # ---- equivalences -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_reference_cache_is_shared_and_a_damaged_one_recomputed(
     finished, tiny_model, pairs_folder, tmp_path
 ):
@@ -195,6 +198,7 @@ def test_reference_cache_is_shared_and_a_damaged_one_recomputed(
         assert torch.allclose(load_file(copy)["logps"], original, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_reference_cached_with_other_batches_passes_the_gate(tiny_model, pairs_folder, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(pairs_folder, data, ignore=shutil.ignore_patterns("reference"))
@@ -212,6 +216,7 @@ def test_wrong_reference_is_refused(tiny_model, pairs_folder, tmp_path, monkeypa
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_alone_ends_the_run_and_is_shown(tiny_model, pairs_folder, tmp_path):
     """Only rank 0 tries to make the results folder, and fails; rank 1 waits in a collective."""
     (tmp_path / "file").write_text("not a folder")
@@ -284,6 +289,7 @@ VARIANTS += ["--loss sft --score brier", "--loss sft --score_smoothing 0.1", "--
 VARIANTS += ["--loss dpo --sft_coef 0.5 --score pseudo_spherical --score_alpha 1.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", VARIANTS)
 def test_every_loss_trains_five_steps(tiny_model, pairs_folder, tmp_path, more):
     more = f"--max_steps 5 --epochs 2 {more}".split()
@@ -320,6 +326,7 @@ def test_score_of_a_batch_against_plain_logits(tiny_model, pairs_folder):
     assert torch.allclose(logps, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_learned_beta_mix_moves_is_logged_and_is_the_same_on_two_ranks(
     tiny_model, pairs_folder, tmp_path
 ):
