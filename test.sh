@@ -15,4 +15,4 @@ if [ "${1:-}" = --fast ]; then
   shift
   set -- -m "not slow" "$@"
 fi
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist worksteal "$@"

@@ -30,6 +30,8 @@ from pref.files import drawing
 from pref.files.console import UserError
 from pref.files.judgements import read_judgements, write_judgements
 
+pytestmark = pytest.mark.slow
+
 DPI = 40  # what tests look at does not depend on the resolution of the PNG files
 SHOWN_RUN = "td_dpo_b0.1_s42"
 
@@ -91,7 +93,6 @@ def analyse_with_one_run_figure(results):
     return printed.getvalue()
 
 
-@pytest.mark.slow
 def test_report_of_a_study(study):
     report = (study.results / "comparison" / "report.html").read_text()
     for text in ("SUPPORTED", "not measured", SHOWN_RUN, "Win rates", "data:image/png;base64,"):
@@ -131,7 +132,6 @@ def test_metrics_of_a_run(study):
     assert metrics["length_bias"][0]["n_pairs"] == 40
 
 
-@pytest.mark.slow
 def test_a_second_time_every_file_and_line_is_the_same(study):
     def contents():
         return {path: path.read_bytes() for path in study.results.rglob("*") if path.is_file()}

@@ -410,6 +410,7 @@ def test_token_ids_equal_trls_one_by_one():
     assert ours == TRL["pairs"]
 
 
+@pytest.mark.slow
 def test_token_ids_of_all_examples_equal_trls():
     pairs = tokenize_pairs(embedded_tokenizer(), example_rows(260), NO_LIMIT)
     assert digest([ids_of(pair) for pair in pairs]) == TRL["sha256"]["whole"]

@@ -423,6 +423,7 @@ console.run_main(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_are_summed_over_ranks_and_a_division_is_an_error(tmp_path, ranks):
     """The check at the start of a run, with FSDP as `shard` sets it up and as it must not be."""

@@ -253,8 +253,8 @@ def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, 
     """
     run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
     assert stop_at(monkeypatch, given, 12) == 75
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    launcher += ["--rdzv-endpoint", "127.0.0.1:0", str(ROOT / "train_pref.py")]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    launcher.append(str(ROOT / "train_pref.py"))
     lines = len(metrics_of(run))
     process = subprocess.Popen(
         [sys.executable, *launcher, *given], stdout=subprocess.PIPE, text=True

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from safetensors.torch import load_file
 from test_train import metrics_of, train_args
 
@@ -647,21 +647,16 @@ def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_fol
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RDZV", f"127.0.0.1:{free.getsockname()[1]}")
-    started = []
-    for name, nodes, ranks in (("one", 1, "2"), ("two", 2, "1")):
-        args = train_args(
-            tiny_model, pairs_folder, tmp_path / name, "--max_steps", "2", "--run_id", "run"
-        )
-        study = study_of(tmp_path, 1, NPROC=ranks)
-        study.args.nodes = nodes
-        started += [
-            commands.train_command(study, Point(0, "run", list(map(str, args))), [])
-        ] * nodes
-    processes = [
-        subprocess.Popen(command, env=os.environ | commands.TORCHRUN_ENVIRONMENT)
-        for command in started
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    small = ("--max_steps", "2", "--run_id", "run")
+    study = study_of(tmp_path, 1, NPROC="1")
+    study.args.nodes = 2
+    args = train_args(tiny_model, pairs_folder, tmp_path / "two", *small)
+    command = commands.train_command(study, Point(0, "run", list(map(str, args))), [])
+    environment = os.environ | commands.TORCHRUN_ENVIRONMENT
+    agents = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
+    args = train_args(tiny_model, pairs_folder, tmp_path / "one", *small)
+    assert run_script("train_pref.py", *args, torchrun=2).returncode == 0
     one, two = (
         load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors")
         for name in ("one", "two")
