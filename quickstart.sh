@@ -2,7 +2,7 @@
 # The whole study in miniature: three losses at two betas on an embedded model, judged and analysed.
 # No hub, no API key, no GPU.
 #
-#   bash quickstart.sh    about seven minutes on two cores after the installs; rerun to continue
+#   bash quickstart.sh    about eight minutes on two cores after the installs; rerun to continue
 #
 # Everything goes to quickstart/. The model has 135M parameters and judges itself: this shows that
 # the pipeline works and what it leaves on disk. It does not measure which loss is better.

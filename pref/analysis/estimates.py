@@ -179,9 +179,9 @@ def sensitivity_rows(label: str, baseline: str, compared: Comparison) -> list[di
     """The primary test, then the usual ones, each with what it ignores."""
     difference, table_a, table_b = compared
     ignores = {
-        "paired": "neither: questions and seeds are both sampled",
-        "unpaired": "neither; the seeds differ, so they are not paired",
-        "one seed": "that other seeds would differ: one seed cannot show by how much",
+        "paired": "nothing of the two: questions and seeds are both sampled",
+        "unpaired": "nothing of the two; the seeds differ, so that they are not paired",
+        "one seed": "other seeds would differ: with one seed nothing is known of it",
     }
     primary = {
         "test": "primary: questions and seeds",

@@ -182,12 +182,12 @@ def decide_difference(case: PendingVerdict) -> tuple[str, str]:
     if row["p_holm"] is None:
         return (
             "undecided",
-            "All differences are equal, or there is only one question: nothing measures the error.",
+            "All differences are equal, or there is one question: nothing measures the error.",
         )
     if difference.seeds == "one seed":
         return (
             "undecided",
-            "One seed: how much other seeds would differ is unknown; train three.",
+            "One seed: how much another seed would differ is not known; train three.",
         )
     if row["kind"] == "equivalence":
         inside = -limit < low and high < limit
@@ -351,7 +351,7 @@ def runs_needed(claim: dict, rate: float) -> str:
     if claim["kind"] == "rarely" and rate == 0:
         # Least n at which n runs without the event reject a rate of `limit`: (1 - limit)^n < ALPHA.
         runs = math.ceil(math.log(stats.ALPHA) / math.log(1 - limit))
-        return f"It would take {runs} runs without a single case."
+        return f"It would take {runs} runs without one."
     if rate == limit:
         return "The rate is at the claimed limit itself."
     # Normal approximation, one-sided at 5 % (1.645) with 80 % power (0.842).
