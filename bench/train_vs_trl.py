@@ -49,7 +49,7 @@ DEFAULT = ("trl", "trl_precomputed", "train_pref", "train_pref_plain")
 FULL_LOGITS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from modeling import ResponseLogps
+from pref.model.logps import ResponseLogps
 import train_pref
 ours = ResponseLogps.forward
 ResponseLogps.forward = lambda self, batch, *_, **__: ours(self, batch, own_forward=True)
