@@ -23,6 +23,21 @@ def call(stage, *args) -> int:
     return stage.main([str(arg) for arg in args]) or 0
 
 
+SMALL_RUN = (
+    "--dtype float32 --lora_r 4 --global_batch 12 --epochs 1 --learning_rate 0.02 --max_length 256"
+)
+
+
+def answer(results, bench) -> int:
+    short = ("--num_questions", 8, "--max_new_tokens", 6, "--dtype", "float32")
+    return call(gen_mtbench, results, "--base", "--mt_bench", bench, *short)
+
+
+def rate(results, bench, model) -> int:
+    tolerant = ("--dtype", "float32", "--allow_incomplete")
+    return call(judge, results, "--judge", f"hf:{model}", "--mt_bench", bench, *tolerant)
+
+
 @pytest.fixture(scope="module")
 def study(tiny_model, tmp_path_factory):
     """A study of two losses with every stage run once, in a folder whose name has a space."""
@@ -32,73 +47,14 @@ def study(tiny_model, tmp_path_factory):
         folder / "data" / "mt_bench",
         folder / "results",
     )
-    assert (
-        call(
-            prep_data,
-            "--dataset",
-            ROOT / "examples" / "preferences.jsonl",
-            "--limit",
-            24,
-            "--out",
-            pairs,
-        )
-        == 0
-    )
+    examples = ROOT / "examples" / "preferences.jsonl"
+    assert call(prep_data, "--dataset", examples, "--limit", 24, "--out", pairs) == 0
     assert call(prep_data, "--mt_bench", "flexeval", "--out", bench) == 0
     for loss in ("dpo", "td_dpo"):
-        assert (
-            call(
-                train_pref,
-                "--model",
-                tiny_model,
-                "--data",
-                pairs,
-                "--results_dir",
-                results,
-                "--loss",
-                loss,
-                "--dtype",
-                "float32",
-                "--lora_r",
-                4,
-                "--global_batch",
-                12,
-                "--epochs",
-                1,
-                "--learning_rate",
-                0.02,
-                "--max_length",
-                256,
-            )
-            == 0
-        )
-    assert (
-        call(
-            gen_mtbench,
-            results,
-            "--base",
-            "--mt_bench",
-            bench,
-            "--num_questions",
-            8,
-            "--max_new_tokens",
-            6,
-            "--dtype",
-            "float32",
-        )
-        == 0
-    )
-    code = call(
-        judge,
-        results,
-        "--judge",
-        f"hf:{tiny_model}",
-        "--mt_bench",
-        bench,
-        "--dtype",
-        "float32",
-        "--allow_incomplete",
-    )
+        folders = ("--model", tiny_model, "--data", pairs, "--results_dir", results)
+        assert call(train_pref, *folders, "--loss", loss, *SMALL_RUN.split()) == 0
+    assert answer(results, bench) == 0
+    code = rate(results, bench, tiny_model)
     assert call(analyze, results) == 0
     return results, code
 
@@ -151,29 +107,8 @@ def test_rerunning_every_stage_does_nothing_twice(study, tiny_model, capsys):
     results, code = study
     before = {p: p.read_bytes() for p in results.glob("*/mt_bench/*")}
     bench = results.parent / "data" / "mt_bench"
-    call(
-        gen_mtbench,
-        results,
-        "--base",
-        "--mt_bench",
-        bench,
-        "--num_questions",
-        8,
-        "--max_new_tokens",
-        6,
-        "--dtype",
-        "float32",
-    )
-    given = (
-        "--judge",
-        f"hf:{tiny_model}",
-        "--mt_bench",
-        bench,
-        "--dtype",
-        "float32",
-        "--allow_incomplete",
-    )
-    assert call(judge, results, *given) == code
+    answer(results, bench)
+    assert rate(results, bench, tiny_model) == code
     assert {p: p.read_bytes() for p in results.glob("*/mt_bench/*")} == before
 
 

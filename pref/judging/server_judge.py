@@ -174,10 +174,7 @@ def probe_server(client, name: str, parameters: dict) -> dict:
             )
     reply = read_reply(functools.partial(server.clean, client), text, request={})
     if reply["status"] == "not_openai":
-        raise UserError(
-            f"--judge {name}: {server.address(client)} is not an OpenAI-compatible server; "
-            "does --base_url lack its /v1?"
-        )
+        raise UserError(f"--judge {name}: {server.explain_other_api(client)}")
     return parameters
 
 
