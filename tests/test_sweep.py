@@ -56,6 +56,15 @@ def points_of(name: str) -> list[Point]:
     return expand(settings_of(grid.grid_path(name))[0])
 
 
+OWN_LOSS = """
+import torch.nn.functional as F
+
+def clipped(pairs, *, beta: float = 0.1, clip: float = 1.0):
+    losses = F.softplus(-beta * pairs.rho).clamp(max=clip)
+    return losses, {"preference": losses}
+"""
+
+
 # ---- grids --------------------------------------------------------------------------------------
 
 
@@ -112,6 +121,39 @@ def test_an_axis_is_left_out_where_a_loss_has_no_such_parameter(tmp_path):
     )
 
 
+def test_a_loss_of_your_own_and_any_argument_can_be_axes(tmp_path, monkeypatch):
+    """The loss is named by its file in LOSSES, and its parameter by AXIS; dpo has no clip."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_loss.py").write_text(OWN_LOSS)
+    (tmp_path / "mygrid").write_text(
+        "LOSSES my_loss.py:clipped dpo\nBETAS 0.1\nBETAS_clipped 0.2 0.3\nAXIS clip 0.1 0.5\n"
+        "AXIS\tlora_r 16 32 # any argument that makes another run\n"
+    )
+    expected = [f"dpo_b0.1_s42_r{r}" for r in (16, 32)]
+    expected += [
+        f"clipped_b{beta}_s42_r{r}_clip{clip}"
+        for beta in (0.2, 0.3)
+        for clip in (0.1, 0.5)
+        for r in (16, 32)
+    ]
+    points = points_of("mygrid")  # the file here, as there is no grids/mygrid
+    assert sorted(point.run_id for point in points) == sorted(expected)
+    own = next(point for point in points if point.run_id == "clipped_b0.2_s42_r16_clip0.1")
+    assert own.arguments[6:] == (
+        "--loss_file my_loss.py:clipped --beta 0.2 --seed 42 --clip 0.1 --lora_r 16".split()
+    )
+    monkeypatch.setenv("AXIS_clip", "0.7")
+    assert {p.run_id[-7:] for p in points_of("mygrid") if "clipped" in p.run_id} == {"clip0.7"}
+
+
+def test_a_name_that_is_a_grid_and_a_file_here_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick").write_text("LOSSES dpo\n")
+    with pytest.raises(UserError, match="write ./quick for the file"):
+        grid.grid_path("quick")
+    assert len(points_of("./quick")) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -121,6 +163,14 @@ def test_an_axis_is_left_out_where_a_loss_has_no_such_parameter(tmp_path):
         ("LOSSES ddpo\n", "there is no loss 'ddpo'"),
         ("LOSSES td_dpo\nTAUS 0\n", "--tau 0"),
         ("LOSSES dpo\nLRS -1\n", "--learning_rate -1"),
+        ("LOSSES dpo\nAXIS\n", "mine:2: AXIS is not an axis"),
+        ("LOSSES dpo\nAXIS clip\n", "AXIS clip: has no values"),
+        ("LOSSES dpo\nAXIS clip 1\n", "AXIS clip: neither a parameter of a loss in LOSSES"),
+        ("LOSSES dpo\nAXIS gamma 1\n", "AXIS gamma: neither a parameter of a loss in LOSSES"),
+        ("LOSSES dpo\nAXIS beta 1\n", "AXIS beta: this is the axis BETAS"),
+        ("LOSSES dpo\nAXIS status x\n", "AXIS status: neither"),
+        ("LOSSES dpo\nAXIS lora_r 16\nAXIS lora_r 64\n", "mine:3: AXIS_lora_r is given twice"),
+        ("LOSSES gone.py:clipped\n", "--loss_file gone.py: no such file"),
     ],
 )
 def test_a_wrong_grid_is_named(tmp_path, text, message):

@@ -16,7 +16,9 @@ Writes  RESULTS/<run_id>/ as the stages do, RESULTS/logs/ (a log per run and sta
 
 Axes       LOSSES BETAS TAUS BETA_MIXES SEEDS LRS LOGP: values separated by spaces; `default` is
            the loss's own default. A loss without the parameter ignores the axis. BETAS_dlrml
-           overrides BETAS for that loss.
+           overrides BETAS for that loss. In LOSSES, FILE.py:NAME is a loss of your own. The line
+           `AXIS lora_r 16 64` makes an axis of any other argument of train_pref.py, the
+           parameters of your own losses included; its environment variable is AXIS_lora_r.
 Settings   MODEL DATA MT_BENCH RESULTS JUDGE BASE_URL STAGES. TRAIN_ARGS, GEN_ARGS, JUDGE_ARGS and
            ANALYZE_ARGS hold further arguments of a stage; TRAIN_ARGS_dlrml is added for that loss.
 Placement  GPUS_PER_RUN (default 1): GPUs per run. As many runs at a time as there are GPUs for, or

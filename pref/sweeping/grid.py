@@ -3,7 +3,8 @@
     grid file + environment -> settings -> points, each a run id and arguments of train_pref.py
 
 A line of a grid file is a name and its value, `BETAS 0.01 0.05`. An environment variable of the
-same name overrides it. `NAME_loss` applies to one loss only.
+same name overrides it. `NAME_loss` applies to one loss only. `AXIS clip 0.1 0.5` makes an axis of
+any other argument of train_pref.py; its environment variable is AXIS_clip.
 """
 
 import argparse
@@ -17,8 +18,7 @@ from typing import NamedTuple
 from losses import LOSSES
 from pref import ROOT
 from pref.files.console import UserError
-from pref.training import loss_options
-from pref.training.arguments import load_own_loss
+from pref.training import arguments, loss_options
 from pref.training.run_id import run_id_from
 
 DEFAULT_GRID = "tddpo"
@@ -53,6 +53,7 @@ SETTING_DEFAULTS = {
 PLACEMENT_DEFAULTS = dict.fromkeys(("GPUS_PER_RUN", "NPROC", "JOBS"), "")
 DEFAULTS = AXIS_DEFAULTS | SETTING_DEFAULTS | PLACEMENT_DEFAULTS
 PER_LOSS = (*AXES, "TRAIN_ARGS")  # these names may carry the suffix _loss
+OWN_AXIS = "AXIS_"  # AXIS_clip: an axis of the argument --clip
 
 
 class Point(NamedTuple):
@@ -108,16 +109,22 @@ class Study(NamedTuple):
 
 
 def grid_path(name: str) -> Path:
-    """The file of a grid: a name in grids/, or a path. Raises UserError if there is none."""
-    path = ROOT / "grids" / name if re.fullmatch(r"[\w-]+", name) else Path(name)
-    if not path.is_file():
+    """The file of a grid: a name in grids/, or the path of a file. Raises UserError if there is
+    none, or if the name means one of each.
+    """
+    shipped = ROOT / "grids" / name if re.fullmatch(r"[\w-]+", name) else None
+    paths = [path for path in (shipped, Path(name)) if path is not None and path.is_file()]
+    if len(paths) == 2 and not paths[0].samefile(paths[1]):
+        raise UserError(f"{name}: is a grid in grids/ and a file here; write ./{name} for the file")
+    if not paths:
         known = ", ".join(sorted(grid.name for grid in (ROOT / "grids").iterdir()))
-        raise UserError(f"{path}: no such grid; use one of {known}, or the path of a file")
-    return path
+        raise UserError(f"{name}: no such grid; use one of {known}, or the path of a file")
+    return paths[0]
 
 
 def is_setting(key: str) -> bool:
-    return key in DEFAULTS or any(key.startswith(f"{name}_") for name in PER_LOSS)
+    prefixes = (OWN_AXIS, *(f"{name}_" for name in PER_LOSS))
+    return key in DEFAULTS or key.startswith(prefixes)
 
 
 def read_grid(path: Path) -> dict[str, str]:
@@ -125,16 +132,22 @@ def read_grid(path: Path) -> dict[str, str]:
     that is given twice.
     """
     settings = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        key, _, value = line.partition("#")[0].strip().partition(" ")
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        key, value = split_setting(line.partition("#")[0])
         if key and not is_setting(key):
-            known = ", ".join(DEFAULTS)
+            known = ", ".join([*DEFAULTS, "AXIS name"])
             raise UserError(f"{path}:{number}: {key} is not an axis or setting; these are: {known}")
         if key in settings:
             raise UserError(f"{path}:{number}: {key} is given twice; put its values on one line")
         if key:
-            settings[key] = value.strip()
+            settings[key] = value
     return settings
+
+
+def split_setting(line: str) -> tuple[str, str]:
+    """(name, value): 'BETAS 0.1 0.2' -> BETAS, '0.1 0.2'; 'AXIS clip 0.1' -> AXIS_clip, '0.1'."""
+    key, value = re.fullmatch(r"\s*((?:AXIS\s+)?\S*)\s*(.*?)\s*", line).groups()
+    return "_".join(key.split()), value
 
 
 def settings_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -196,15 +209,18 @@ def expand(settings: dict[str, str]) -> list[Point]:
     losses = settings["LOSSES"].split()
     if not losses:
         raise UserError("LOSSES: the grid names no loss; `python losses.py` lists them")
+    names = [load_loss(loss, settings) for loss in losses]
+    axes = axes_of(settings, names)
 
     # 1) All combinations, loss by loss, because a loss may have values of its own for an axis.
     combinations = []
-    for loss in losses:
-        check_loss_name(loss, settings)
-        values = {axis: values_of(settings, axis, loss) for axis in AXES}
+    for loss, name in zip(losses, names):
+        values = {
+            axis: values_of(settings, axis, parameter, name) for axis, parameter in axes.items()
+        }
         values["LOSSES"] = [loss]
         for choice in itertools.product(*values.values()):
-            chosen = dict(zip(AXES, choice))
+            chosen = dict(zip(axes, choice))
             position = [values[axis].index(chosen[axis]) for axis in SLOW_AXES]
             combinations.append((position, chosen))
 
@@ -214,24 +230,66 @@ def expand(settings: dict[str, str]) -> list[Point]:
     # 3) Different combinations can be the same run (`default` and its value); keep the first.
     points: dict[str, Point] = {}
     for _, chosen in combinations:
-        arguments = arguments_of(settings, chosen)
-        run_id = run_id_from(arguments)
-        points.setdefault(run_id, Point(len(points), run_id, arguments))
+        given = arguments_of(settings, axes, chosen)
+        run_id = run_id_from(given)
+        points.setdefault(run_id, Point(len(points), run_id, given))
     return list(points.values())
 
 
-def values_of(settings: dict[str, str], axis: str, loss: str) -> list[str]:
+def load_loss(loss: str, settings: dict[str, str]) -> str:
+    """The name of a value of LOSSES: a loss in losses.py, or one of your own as FILE.py:NAME, which
+    is loaded. Raises UserError if there is no such loss.
+    """
+    arguments.load_own_loss(loss_argument(loss))
+    name = loss_name(loss)
+    arguments.load_own_loss(extra_arguments(settings, name))  # TRAIN_ARGS may hold a --loss_file
+    if name not in LOSSES:
+        raise UserError(
+            f"LOSSES: there is no loss {loss!r}; `python losses.py` lists them, and FILE.py:NAME "
+            "names one of your own"
+        )
+    return name
+
+
+def loss_name(loss: str) -> str:
+    return loss.rpartition(":")[2]
+
+
+def loss_argument(loss: str) -> list[str]:
+    return ["--loss_file" if ":" in loss else "--loss", loss]
+
+
+def axes_of(settings: dict[str, str], losses: list[str]) -> dict[str, str]:
+    """Axis -> argument of train_pref.py: AXES, and the grid's own. Raises UserError for an own axis
+    whose argument does not exist, has an axis already, or does not tell runs apart.
+    """
+    axes = dict(AXES)
+    of_losses = set().union(*map(loss_options.loss_defaults, losses))
+    known = of_losses | (arguments.RUN_ID_TAGS.keys() - arguments.loss_arguments().keys())
+    for key in settings:
+        if not key.startswith(OWN_AXIS):
+            continue
+        parameter = key.removeprefix(OWN_AXIS)
+        for axis, taken in AXES.items():
+            if parameter == taken:
+                raise UserError(f"AXIS {parameter}: this is the axis {axis}; use that name")
+        if not settings[key].strip():
+            raise UserError(f"AXIS {parameter}: has no values")
+        if parameter not in known:
+            raise UserError(
+                f"AXIS {parameter}: neither a parameter of a loss in LOSSES nor an argument of "
+                "train_pref.py that makes another run (train_pref.py --help)"
+            )
+        axes[key] = parameter
+    return axes
+
+
+def values_of(settings: dict[str, str], axis: str, parameter: str, loss: str) -> list[str]:
     """The values of an axis for one loss; only `default` if the loss has no such parameter."""
-    parameter = AXES[axis]
-    if parameter not in EVERY_LOSS_HAS and parameter not in loss_options.loss_defaults(loss):
+    of_losses = parameter in arguments.loss_arguments()
+    if of_losses and parameter not in loss_options.loss_defaults(loss):
         return ["default"]
     return settings.get(f"{axis}_{loss}", settings[axis]).split() or ["default"]
-
-
-def check_loss_name(loss: str, settings: dict[str, str]) -> None:
-    load_own_loss(extra_arguments(settings, loss))  # TRAIN_ARGS may hold a --loss_file
-    if loss not in LOSSES:
-        raise UserError(f"LOSSES: there is no loss {loss!r}; `python losses.py` lists them")
 
 
 def extra_arguments(settings: dict[str, str], loss: str) -> list[str]:
@@ -240,14 +298,19 @@ def extra_arguments(settings: dict[str, str], loss: str) -> list[str]:
     return [argument for text in texts for argument in shlex.split(text)]
 
 
-def arguments_of(settings: dict[str, str], chosen: dict[str, str]) -> list[str]:
-    """train_pref.py's arguments for one combination. chosen: a value per axis."""
-    arguments = ["--model", settings["MODEL"], "--data", settings["DATA"]]
-    arguments += ["--results_dir", settings["RESULTS"]]
-    for axis in ("LOSSES", "BETAS", "TAUS", "BETA_MIXES", "SEEDS", "LRS", "LOGP"):
+def arguments_of(
+    settings: dict[str, str], axes: dict[str, str], chosen: dict[str, str]
+) -> list[str]:
+    """train_pref.py's arguments for one combination. axes: from axes_of; chosen: a value per
+    axis.
+    """
+    given = ["--model", settings["MODEL"], "--data", settings["DATA"]]
+    given += ["--results_dir", settings["RESULTS"], *loss_argument(chosen["LOSSES"])]
+    of_table = ("BETAS", "TAUS", "BETA_MIXES", "SEEDS", "LRS", "LOGP")
+    for axis in (*of_table, *(axis for axis in axes if axis not in AXES)):
         if chosen[axis] != "default":
-            arguments += [f"--{AXES[axis]}", chosen[axis]]
-    return arguments + extra_arguments(settings, chosen["LOSSES"])
+            given += [f"--{axes[axis]}", chosen[axis]]
+    return given + extra_arguments(settings, loss_name(chosen["LOSSES"]))
 
 
 def display(command: list[str]) -> str:
