@@ -101,3 +101,16 @@ def test_values_out_of_range_are_refused(given, message):
 def test_values_at_the_edge_of_their_range_pass():
     argv = "--weight_decay 0 --warmup_ratio 0 --lora_dropout 0 --seed 0 --max_steps 0"
     arguments.check_args(arguments.parse_args([*argv.split(), "--max_length", "16"]), world=1)
+
+
+def test_help_says_the_default_of_every_loss():
+    parameters = arguments.loss_arguments()
+    assert parameters["gamma"].help == (
+        "simpo: target margin, in units of beta * nats (default 1.0)"
+    )
+    beta = parameters["beta"].help
+    assert beta.startswith("most losses: ") and beta.endswith("; simpo 2.0; sppo_hard 0.001)")
+    for name, parameter in parameters.items():
+        for loss in arguments.LOSSES:
+            default = loss_options.loss_defaults(loss).get(name)
+            assert default is None or str(default) in parameter.help, (name, loss)

@@ -1,6 +1,7 @@
 """console.py: progress in a log and at a terminal."""
 
 import io
+import os
 
 import pytest
 
@@ -91,3 +92,19 @@ def test_progress_yields_the_items_and_counts_each_after_its_turn(monkeypatch):
 )
 def test_first_line_of_an_error(error, text):
     assert console.first_line(error) == text
+
+
+def test_a_busy_machine_is_named_where_threads_would_wait_for_each_other():
+    from pref.model.ranks import busy_note
+
+    assert "load 3.5 on 2 cores" in busy_note(3.5, cores=2, threads=2)
+    assert "OMP_NUM_THREADS=1" in busy_note(2.1, cores=2, threads=2)
+    assert busy_note(2.0, cores=2, threads=2) is None
+    assert busy_note(9.0, cores=2, threads=1) is None
+
+
+def test_the_cores_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert console.usable_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert console.usable_cores() == (os.cpu_count() or 1)

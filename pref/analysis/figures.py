@@ -17,7 +17,6 @@ comparison_*
 """
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -84,7 +83,7 @@ def draw_all(runs: list[Run], comparison: dict, folder: Path) -> None:
         return
     # Spawned, not forked: a fork of a process that has threads, such as those of a linear-algebra
     # library, can hang.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(console.usable_cores(), multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(job) for job in jobs]
         for future in console.progress(futures, "drawing", "figures"):
             future.result()

@@ -75,6 +75,13 @@ def format_table(
     return "\n".join(lines)
 
 
+def usable_cores() -> int:
+    """Number of cores that this process may use: fewer than the machine's in a job or container."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]

@@ -88,7 +88,23 @@ def pick_device(local_rank: int) -> torch.device:
             )
         elif torch.backends.mps.is_available():
             print("note: Apple's GPU (MPS) is not supported; using the CPU", file=sys.stderr)
+        if note := busy_note(os.getloadavg()[0], console.usable_cores(), torch.get_num_threads()):
+            print(note, file=sys.stderr)
     return torch.device("cpu")
+
+
+def busy_note(load: float, cores: int, threads: int) -> str | None:
+    """What to say if other processes keep this machine's cores busy; None if all is well.
+
+    load: processes that want to run, averaged over the last minute. threads: of this process.
+    """
+    if load <= cores or threads == 1:
+        return None
+    return (
+        f"note: other work keeps this machine busy (load {load:.1f} on {cores} cores). Each matrix "
+        f"product waits for the slowest of its {threads} threads, so that two processes take "
+        "several times as long as one after the other; wait, or set OMP_NUM_THREADS=1 for each"
+    )
 
 
 def close_ranks() -> None:

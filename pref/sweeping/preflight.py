@@ -18,7 +18,7 @@ from typing import NamedTuple
 import gen_mtbench
 import judge
 from pref import ROOT
-from pref.files import disk, mt_bench, run_folders
+from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.judging import costs, protocol, server_judge
 from pref.model import server
@@ -214,7 +214,7 @@ def estimate_hours(study: Study, plan: Plan, todo: list[Point]) -> str:
         if slots[0]:
             tflops = GPU_TFLOPS * len(slots[0]) * study.args.nodes
         else:
-            tflops = CORE_TFLOPS * (os.cpu_count() or 1) / len(slots)
+            tflops = CORE_TFLOPS * console.usable_cores() / len(slots)
         # A LoRA step takes 4 operations per base parameter and token: 2 forward, 2 backward.
         seconds = 4 * weights * plan.tokens / (tflops * 1e12)
         basis = (

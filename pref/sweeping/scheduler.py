@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import disk, mt_bench, run_folders
+from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.judging import run_answers, store
 from pref.sweeping import commands, grid, status
@@ -166,7 +166,7 @@ class Scheduler:
         if slot:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot)
         elif point and jobs > 1:  # otherwise every run would use all cores
-            threads = (os.cpu_count() or 1) // (jobs * commands.ranks_of(settings, []))
+            threads = console.usable_cores() // (jobs * commands.ranks_of(settings, []))
             environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
         return environment
 

@@ -69,11 +69,13 @@ LOSS = (
 )
 OPTIMISATION = (
     Argument("learning_rate", float, 1e-5, range=ABOVE_0, tag="lr").describe(
-        "peak learning rate of the adapter"
+        "peak learning rate of AdamW on the adapter, reached after the warm-up"
     ),
-    Argument("beta_mix_lr", float, 1e-3, tag="mlr").describe("learning rate of log beta_mix"),
+    Argument("beta_mix_lr", float, 1e-3, tag="mlr").describe(
+        "with --learn_beta_mix: learning rate of log beta_mix"
+    ),
     Argument("epochs", float, 3, range=ABOVE_0, tag="ep").describe(
-        "passes over the training pairs"
+        "passes over the training pairs; may be a fraction"
     ),
     Argument("max_steps", int, 0, range=STEPS, tag="steps").describe(
         "stop after this many optimiser steps (0: epochs decide)"
@@ -92,13 +94,13 @@ OPTIMISATION = (
         "keep the first tokens, as TRL does"
     ),
     Argument("weight_decay", float, 0.01, range=BELOW_1, tag="wd").describe(
-        "weight decay of AdamW"
+        "weight decay of AdamW on the adapter"
     ),
     Argument("warmup_ratio", float, 0.1, range=BELOW_1, tag="wu").describe(
-        "share of the steps; then cosine to 0"
+        "share of the steps in which the learning rate rises from 0; then cosine to 0"
     ),
     Argument("max_grad_norm", float, 1.0, range=ABOVE_0, tag="clip").describe(
-        "norm that gradients are clipped to"
+        "L2 norm that the gradient of a step is clipped to"
     ),
     Argument("eval_steps", int, 20, range=ABOVE_0).describe(
         "optimiser steps between evaluations; each epoch also ends with one"
@@ -112,7 +114,7 @@ MODEL = (
         "LoRA adapter to start from, of SFT for example; it is part of the reference, and sets "
         "r, alpha and targets"
     ),
-    Argument("lora_r", int, 64, range=ABOVE_0, tag="r").describe("rank of the LoRA matrices"),
+    Argument("lora_r", int, 64, range=ABOVE_0, tag="r").describe("rank r of the LoRA matrices"),
     Argument("lora_alpha", int, 16, range=ABOVE_0, tag="a").describe(
         "LoRA updates are scaled by alpha / r"
     ),
@@ -165,18 +167,33 @@ def loss_arguments() -> dict[str, Argument]:
     with the losses that have the parameter.
     """
     arguments = {argument.name: argument for argument in loss_options.PARAMETERS}
-    losses_with: dict[str, list[str]] = {name: [] for name in arguments}
+    defaults: dict[str, dict[str, object]] = {name: {} for name in arguments}  # by loss
     for loss in LOSSES:
         for name, default in loss_options.loss_defaults(loss).items():
             arguments.setdefault(name, Argument(name, type(default)))
-            losses_with.setdefault(name, []).append(loss)
+            defaults.setdefault(name, {})[loss] = default
     return {
-        name: argument._replace(
-            help=f"{', '.join(losses) if len(losses) < 6 else 'most'}: {argument.help}"
-        )
+        name: argument._replace(help=loss_help(argument.help, by_loss))
         for name, argument in arguments.items()
-        if (losses := losses_with[name])
+        if (by_loss := defaults[name])
     }
+
+
+def loss_help(text: str, defaults: dict[str, object]) -> str:
+    """`text` with the losses that have the parameter, and the default of each: the most frequent
+    one first, then the others with their losses.
+
+    weight of the reference, {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
+        -> "dpo, ipo, simpo: weight of the reference (default 0.1; simpo 2.0)"
+    """
+    losses_of: dict[object, list[str]] = {}
+    for loss, default in defaults.items():
+        losses_of.setdefault(default, []).append(loss)
+    usual, *others = sorted(losses_of, key=lambda default: -len(losses_of[default]))
+    exceptions = [f"{', '.join(losses_of[default])} {default}" for default in others]
+    losses = ", ".join(defaults) if len(defaults) < 6 else "most losses"
+    values = "; ".join([str(usual), *exceptions]).replace("%", "%%")  # argparse formats the text
+    return f"{losses}: {text} (default {values})"
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -201,8 +218,8 @@ def build_parser(
     )
     groups = {
         "what is trained on what": RUN,
-        "loss (`python losses.py` lists them; a parameter that is not given has the loss's own "
-        "default, one that the loss does not have is an error)": loss_group.values(),
+        "loss (`python losses.py` lists them; a parameter that the loss does not have is an "
+        "error)": loss_group.values(),
         "optimisation": OPTIMISATION,
         "model and memory": MODEL,
     }

@@ -22,6 +22,9 @@ AFFECTS = {
 }
 
 
+METAVARS = {int: "N", float: "X", Path: "DIR"}  # how --help writes a value
+
+
 class Range(NamedTuple):
     """The values that an argument may have."""
 
@@ -63,8 +66,7 @@ class Argument(NamedTuple):
             kind = {"choices": self.values}
         else:
             kind = {"type": self.values}
-        if self.values is Path:
-            kind["metavar"] = "DIR"
+            kind |= {"metavar": metavar} if (metavar := METAVARS.get(self.values)) else {}
         text = self.help
         if kind.get("action") != "store_true" and self.default is not None:
             text += " (default %(default)s)"
