@@ -5,6 +5,7 @@ child runs the script as `__main__` with its own arguments, environment and outp
 toolkit or of a test is loaded in it before that.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -58,6 +59,7 @@ def run_as_main(
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    faulthandler.enable(sys.__stderr__)  # a crash in native code leaves its Python stack there
     os.environ.clear()
     os.environ.update(environment)
     tests = str(Path(__file__).parent)
