@@ -41,7 +41,7 @@ REMEDIES = {
     ),
     "prompt column": "If the conversations are right as they are: --ignore_columns prompt",
     "only text can be trained": (
-        "If the text makes sense without them, leave them out with --ignore_columns."
+        "If the text makes sense without it, leave such a column out with --ignore_columns."
     ),
     "not a Human/Assistant transcript": (
         "Without a prompt column, chosen and rejected must be whole conversations. If a column has "
@@ -362,7 +362,9 @@ def group_by_why(ignored: dict[str, dict]) -> dict[str, list[str]]:
     """{why: ["name (rows)", ...]}."""
     groups: dict[str, list[str]] = {}
     for name, item in ignored.items():
-        groups.setdefault(WHY_TEXTS[item["why"]], []).append(f"{name} ({item['rows']:,} rows)")
+        groups.setdefault(WHY_TEXTS[item["why"]], []).append(
+            f"{name or '(no name)'} ({item['rows']:,} rows)"
+        )
     return groups
 
 

@@ -249,7 +249,8 @@ def to_pairs(
 def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
     """The pair of two conversations. Raises Drop with the reason if it is not a usable one."""
     # 1) The row's system message, and its tools.
-    system = row.get(layouts.first_of(row, "|".join(layouts.SYSTEM_COLUMNS)))
+    named = layouts.first_of(row, "|".join(layouts.SYSTEM_COLUMNS))
+    system = row[named] if named else None
     chosen, rejected = (with_system(b, system) for b in (branches.chosen, branches.rejected))
     tools = messages.read_tools(branches.tools or row.get("tools"))
 

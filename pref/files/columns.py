@@ -65,7 +65,8 @@ CONTENT_WORDS = words(
     """
 )
 SKIPPED_WORDS = {"chosen", "rejected", "a", "b", "j", "k"}
-REFERENCE_COLUMNS = {"correct_answers", "incorrect_answers"}  # UltraFeedback's, from TruthfulQA
+# UltraFeedback's, from TruthfulQA; the annotator's text in AlpacaEval.
+OTHER_METADATA = {"correct_answers", "incorrect_answers", "raw_completion"}
 PLAIN_TYPES = datetime.date | datetime.time | datetime.timedelta | decimal.Decimal
 LONG_TEXT = 120  # characters, above which a text is content under most names
 MAX_SHORT_WORDS = 3  # a text of unknown name with more words is content
@@ -97,6 +98,7 @@ def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, d
     A source 'a.b' is the key b of the object in column a. Names that differ from a known one in
     case or surrounding space alone are read as it.
     """
+    values = {target: take(row, path) for target, path in choices.renames.items()}
     left_out = {name: ASKED for name in choices.ignored if name in row and filled(row[name])}
     row = {name: value for name, value in row.items() if name not in choices.ignored}
     plain = {name: name.strip().lower().replace(" ", "_") for name in row}
@@ -107,7 +109,6 @@ def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, d
         }
     if not choices.renames:
         return row, left_out
-    values = {target: take(row, path) for target, path in choices.renames.items()}
     row = {name: value for name, value in row.items() if name not in choices.renames.values()}
     for target, value in values.items():
         if target in row:
@@ -157,7 +158,7 @@ def noun(name: str) -> str:
 @lru_cache
 def kind_by_name(name: str) -> str | None:
     """What a column is by its name alone, whatever is in it; None if that is open."""
-    if name in REFERENCE_COLUMNS:
+    if name in OTHER_METADATA:
         return METADATA
     parts = words(name)
     if ANNOTATION_ANYWHERE & set(parts) or noun(name) in ANNOTATION_WORDS:
@@ -220,17 +221,20 @@ def unused_values(row: dict, used: set[str]) -> Iterator[tuple[str, object]]:
         if name not in used:
             if filled(value):
                 yield name, value
-        elif isinstance(value, dict) and "messages" in value:
-            yield from unused_keys(value, {"messages", "tools"}, name)
-        elif name != "tools" and isinstance(value, list | dict):
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, dict):
-                    is_message = has_messages(item)
-                    yield from unused_keys(
-                        item,
-                        KNOWN_KEYS if is_message else {*RESPONSE_KEYS, *SCORE_KEYS},
-                        "message" if is_message else name,
-                    )
+        elif name != "tools":
+            yield from unused_inside(name, value)
+
+
+def unused_inside(name: str, value) -> Iterator[tuple[str, object]]:
+    """`unused_values` of a column that is used: keys of its messages or of its responses."""
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        yield from unused_keys(value, {"messages", "tools"}, name)
+        value = value["messages"]
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict) and has_messages(item):
+            yield from unused_keys(item, KNOWN_KEYS, "message")
+        elif isinstance(item, dict):
+            yield from unused_keys(item, {*RESPONSE_KEYS, *SCORE_KEYS}, name)
 
 
 def unused_keys(item: dict, known: set[str], name: str) -> Iterator[tuple[str, object]]:
@@ -298,7 +302,7 @@ def remedy(names: list[str], prompt: str) -> str:
     """What to do about columns of content that are not used. prompt: the column that is."""
     lines = [f"To leave them out on purpose: --ignore_columns {','.join(names)}"]
     name = next((name for name in names if "." not in name), "")
-    if name and noun(name) in ("system", "persona"):
+    if name and {"system", "persona"} & set(words(name)):
         lines.append(f"To make it the system message: --columns system={name}")
     elif name and prompt:
         lines.append(f"To put it below the prompt: --columns instruction={prompt},input={name}")

@@ -405,7 +405,7 @@ def converse(prompt: list[dict], response) -> list[dict]:
     """
     is_transcript = isinstance(response, str) and is_hh(response) and len(prompt) > 0
     answer = as_messages(response, "transcript" if is_transcript else "assistant")
-    if not answer or answer[0]["role"] == "assistant":
+    if "user" not in [message["role"] for message in answer]:
         return prompt + answer
     if problem := disagreement(prompt, answer):
         raise Drop(problem)

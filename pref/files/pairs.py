@@ -37,6 +37,8 @@ def check_pair(row: dict) -> str | None:
     for key in ("prompt", "chosen", "rejected"):
         if not is_message_list(row.get(key)):
             return f"{key} is not a list of messages"
+        if unknown := [m["role"] for m in row[key] if m["role"] not in ROLES]:
+            return f"unknown role '{unknown[0]}'"
     for key in ("chosen", "rejected"):
         if [message["role"] for message in row[key]] != ["assistant"]:
             return "last message not the assistant's"
