@@ -258,7 +258,7 @@ def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
     if reason := check_pair(pair):
         raise Drop(reason)
-    if prompt_key(chosen[:-1]) != prompt_key(rejected[:-1]):
+    if list(map(message_key, chosen[:-1])) != list(map(message_key, rejected[:-1])):
         raise Drop("different prompts in the two branches")
     if tools:
         pair["tools"] = tools
@@ -476,7 +476,12 @@ def without_echo(pair: dict, length: int) -> tuple[dict, str | None]:
 
 def drop_contradictions(audit: Audit) -> None:
     """Drop pairs whose two responses another pair has the other way round: neither is better."""
-    keys = [pair_key(item.pair) for item in audit.pairs]
+    prompts = [prompt_key(item.pair["prompt"]) for item in audit.pairs]
+    counts = Counter(prompts)
+    keys = [
+        (prompt, *answer_keys(item.pair)) if counts[prompt] > 1 else (prompt, "", "only")
+        for prompt, item in zip(prompts, audit.pairs)
+    ]
     directions = set(keys)
     pairs, audit.pairs = audit.pairs, []
     for (prompt, better, worse), item in zip(keys, pairs):
@@ -486,7 +491,7 @@ def drop_contradictions(audit: Audit) -> None:
             audit.pairs.append(item)
 
 
-def pair_key(pair: dict) -> tuple[str, str, str]:
-    """Hashes of the prompt, the chosen and the rejected response."""
-    answers = (list(response_key(pair[key][0])) for key in ("chosen", "rejected"))
-    return (prompt_key(pair["prompt"]), *map(disk.sha256_json, answers))
+def answer_keys(pair: dict) -> tuple[str, str]:
+    """Hashes of the chosen and the rejected response, as a reader sees them."""
+    chosen, rejected = (list(response_key(pair[key][0])) for key in ("chosen", "rejected"))
+    return disk.sha256_json(chosen), disk.sha256_json(rejected)
