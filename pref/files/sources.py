@@ -2,58 +2,75 @@
 
 `open_source` finds out which of the three a name means and returns the rows of one or two splits.
 Every row comes as (place, row); the place, e.g. "pairs.jsonl:217" or "train[5]", is what errors and
-dropped.jsonl name. Rows are streamed where the format allows it.
+dropped.jsonl name. Rows are streamed where the format allows it (tables.py reads the files).
 """
 
-import csv
-import gzip
 import http.client
-import json
 import os
 import re
-import shutil
 import ssl
-import tempfile
 import urllib.request
-import zlib
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import console, disk
+from pref.files import console
 from pref.files.console import UserError
+from pref.files.tables import Rows, file_ending, read_splits
 
 PINNED_REVISIONS = {"argilla/dpo-mix-7k": "f8869fc91bde5c71a104667292addcbbfd15985d"}
 # The first of these that a source has. UltraFeedback's own preference splits are *_prefs; it also
 # has train_sft and train_gen.
 TRAIN_SPLITS = ("train_prefs", "train")
-VAL_SPLITS = ("test_prefs", "validation", "val", "valid", "dev", "test", "eval")
-
-Rows = Iterator[tuple[str, dict]]  # (place, row)
+VAL_NAMES = ("validation", "val", "valid", "dev", "test", "eval")
+VAL_SPLITS = ("test_prefs", *(f"{name}_prefs" for name in VAL_NAMES if name != "test"), *VAL_NAMES)
+# A split of another name that is rather held out than trained on.
+HELD_OUT = re.compile(r"(^|_)(test|val|valid|validation|dev|eval|heldout|held_out)(_|\d|$)")
 
 
 class Source(NamedTuple):
     splits: dict[str, Rows]  # the training split, then the validation split if there is one
     revision: str | None  # hub commit
+    unused: list[str]  # names of the splits and files that are not read
 
 
-def open_source(name: str, revision: str | None = None, config: str | None = None) -> Source:
+class SplitNames(NamedTuple):
+    """--split: names of the source's splits; several are read one after the other."""
+
+    train: list[str]
+    val: list[str]
+
+
+def open_source(
+    name: str,
+    revision: str | None = None,
+    config: str | None = None,
+    wanted: SplitNames | None = None,
+) -> Source:
     """The rows of the file, folder or hub dataset `name`.
 
-    revision, config: of a hub dataset (config: also of a folder). Raises UserError if there is no
-    such source or it has no training split.
+    revision, config: of a hub dataset (config: also of a folder). wanted: its splits to read,
+    where their names do not say it. Raises UserError if there is no such source or it has no
+    training split.
     """
-    path = Path(name).expanduser()
+    path, commit, unused = Path(name).expanduser(), None, []
     if path.is_file():
-        return Source({"train": read_rows(path)}, None)
-    if path.is_dir():
-        loaded, commit = open_folder(path, config), None
+        parts = read_splits(path)
+    elif path.is_dir():
+        parts, unused = open_folder(path, config)
     elif is_hub_id(name):
         loaded, commit = open_hub(name, revision or PINNED_REVISIONS.get(name), config)
+        parts = {split: dataset_rows(name, split, rows) for split, rows in loaded.items()}
     else:
         raise UserError(f"{name}: no such file or folder, and not a hub id (owner/name)")
-    splits = pick_splits(list(loaded), name)
-    return Source({split: dataset_rows(name, split, loaded[split]) for split in splits}, commit)
+    chosen = named_splits(list(parts), wanted, name) if wanted else pick_splits(list(parts), name)
+    names = [split for group in chosen for split in group]
+    unused += [f"split '{split}'" for split in parts if split not in names]
+    return Source(
+        {"+".join(group): chain.from_iterable(parts[split] for split in group) for group in chosen},
+        commit,
+        unused,
+    )
 
 
 def is_hub_id(name: str) -> bool:
@@ -61,133 +78,38 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not file_ending(name)
 
 
-def pick_splits(names: list[str], source: str) -> list[str]:
-    """[train] or [train, validation] from the names of a source's splits.
+def pick_splits(names: list[str], source: str) -> list[list[str]]:
+    """[[train]] or [[train], [validation]] from the names of a source's splits.
 
     A single split is the training split, whatever its name. Raises UserError if there are several
-    and none is a training split.
+    and none is a training split, or if one of unusual name may be meant for validation.
     """
     if len(names) == 1:
-        return names
+        return [names]
     train = next((name for name in TRAIN_SPLITS if name in names), None)
     val = next((name for name in VAL_SPLITS if name in names), None)
-    if not train:
-        raise UserError(
-            f"{source}: no split named {' or '.join(TRAIN_SPLITS)} among {', '.join(names)}; "
-            "save the split to train on as a file, and give that"
+    others = [name for name in names if name != train]
+    if not train or (not val and any(HELD_OUT.search(name.lower()) for name in others)):
+        train_like = [name for name in names if not HELD_OUT.search(name.lower())] or names
+        val_like = [name for name in names if HELD_OUT.search(name.lower())]
+        example = f"train={train or train_like[0]}" + (f",val={val_like[0]}" if val_like else "")
+        problem = (
+            f"no split named {' or '.join(TRAIN_SPLITS)}" if not train else "no validation split"
         )
-    return [train, val] if val else [train]
-
-
-# ---- a file --------------------------------------------------------------------------------------
-
-
-def file_ending(name: str) -> str:
-    """'.csv' for 'x.csv', '.csv.gz' for 'x.csv.gz', '' for an ending that is not read here."""
-    match = re.search(r"\.(jsonl|json|parquet|csv)(\.gz)?$", name, re.IGNORECASE)
-    return match.group().lower() if match else ""
-
-
-def read_rows(path: Path) -> Rows:
-    """Rows of a .json, .jsonl, .parquet or .csv file, plain or .gz. Raises UserError with the
-    place of what cannot be read.
-    """
-    readers = {
-        ".json": json_rows,
-        ".jsonl": jsonl_rows,
-        ".csv": csv_rows,
-        ".parquet": parquet_rows,
-    }
-    ending = file_ending(path.name)
-    if not ending:
-        raise UserError(f"{path}: not a .json, .jsonl, .parquet or .csv file (each may be .gz)")
-    if not ending.endswith(".gz"):
-        yield from readers[ending](path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / path.name[:-3]
-        unpack(path, plain)
-        # Places and errors name the file that the user gave, not the unpacked copy.
-        try:
-            for place, row in read_rows(plain):
-                yield place.replace(str(plain), str(path), 1), row
-        except UserError as error:
-            raise UserError(str(error).replace(str(plain), str(path), 1)) from None
-
-
-def unpack(path: Path, plain: Path) -> None:
-    try:
-        with gzip.open(path, "rb") as packed, open(plain, "wb") as file:
-            shutil.copyfileobj(packed, file)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a complete gzip file: {error}") from None
-
-
-def jsonl_rows(path: Path) -> Rows:
-    return ((f"{path}:{number}", row) for number, row in disk.read_jsonl(path))
-
-
-def json_rows(path: Path) -> Rows:
-    """Rows of a JSON list; any other content is read as JSON Lines, which many .json files are."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if not text.lstrip().startswith("["):
-            yield from jsonl_rows(path)
-            return
-        rows = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-        ) from None
-    for index, row in enumerate(rows):
-        place = f"{path}[{index}]"
-        yield place, disk.as_object(row, place)
+            f"{source}: {problem} among {', '.join(names)}; say which to read, e.g. "
+            f"--split {example} (several: train=A+B)"
+        )
+    return [[train], [val]] if val else [[train]]
 
 
-def csv_rows(path: Path) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default refuses fields above 128 KiB
-    last_line = 0  # on which the row before ends
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            if reader.fieldnames:  # asking for the names reads the header
-                last_line = reader.line_num
-            for row in reader:
-                place = f"{path}:{csv_line(reader.line_num, row)}"
-                if None in row:
-                    raise UserError(f"{place}: more fields than the header has columns")
-                last_line = reader.line_num
-                yield place, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{last_line + 1}: the row that starts here is not valid CSV: {error}"
-        ) from None
-
-
-def csv_line(last_line: int, row: dict) -> int:
-    """The line that a CSV row starts on, from the line that it ends on: quoted fields may contain
-    line breaks.
-    """
-    return last_line - sum(value.count("\n") for value in row.values() if isinstance(value, str))
-
-
-def parquet_rows(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    index = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                yield f"{path}[{index}]", row
-                index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = console.first_line(error)
-        raise UserError(f"{path}: not a readable parquet file: {reason}") from None
+def named_splits(names: list[str], wanted: SplitNames, source: str) -> list[list[str]]:
+    """The splits asked for. Raises UserError if the source lacks one."""
+    groups = [group for group in wanted if group]
+    for name in chain.from_iterable(groups):
+        if name not in names:
+            raise UserError(f"--split: {source} has no split '{name}'; it has {', '.join(names)}")
+    return groups
 
 
 # ---- a folder or the hub, through `datasets` -----------------------------------------------------
@@ -201,22 +123,65 @@ def dataset_rows(source: str, split: str, dataset) -> Rows:
     except load_errors() as error:
         reason = console.first_line(error)
         raise UserError(f"{source}, split '{split}': cannot be read: {reason}") from None
+    except ImportError as error:  # pictures need Pillow
+        raise UserError(
+            f"{source}, split '{split}': {console.first_line(error)}. A column of images or sound "
+            "cannot be trained on; remove it from the source"
+        ) from None
 
 
-def open_folder(path: Path, config: str | None) -> dict:
-    """{split: dataset} of a folder. Streamed, so that nothing is copied to the cache, and no
-    copy of an earlier state of the folder is read from it.
+def open_folder(path: Path, config: str | None) -> tuple[dict[str, Rows], list[str]]:
+    """({split: rows}, data files that belong to no split) of a folder.
+
+    `datasets` says which file belongs to which split, by its name or by the folder's README; the
+    files are read here, each by itself, so that two need not have the same columns. Nothing is
+    copied to the cache, and no copy of an earlier state of the folder is read from it.
     """
     datasets = import_datasets()
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(str(path.resolve()), config, streaming=True)
+            loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+            return {name: dataset_rows(str(path), name, rows) for name, rows in loaded.items()}, []
+        builder = datasets.load_dataset_builder(str(path.resolve()), config)
+        files = {
+            name: [path / os.path.relpath(file, path.resolve()) for file in found]
+            for name, found in split_files(builder)
+        }
+        if all(file_ending(file.name) and file.is_file() for fs in files.values() for file in fs):
+            unused = unread_files(path, files)
+            return {name: folder_rows(found) for name, found in files.items()}, unused
+        loaded = datasets.load_dataset(str(path.resolve()), config, streaming=True)
     except load_errors() as error:
         reason = console.first_line(error)
         raise UserError(f"{path}: `datasets` cannot read this folder: {reason}") from None
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {name: dataset_rows(str(path), name, rows) for name, rows in loaded.items()}, []
+
+
+def split_files(builder) -> list[tuple[str, list[str]]]:
+    """[(split, files)] as `datasets` resolves them."""
+    return [(str(name), list(files)) for name, files in (builder.config.data_files or {}).items()]
+
+
+def folder_rows(files: list[Path]) -> Rows:
+    """The rows of the files of one split, one file after the other."""
+    for file in files:
+        splits = read_splits(file)
+        if len(splits) > 1:
+            raise UserError(f"{file}: holds several splits; give this file to --dataset by itself")
+        yield from next(iter(splits.values()))
+
+
+def unread_files(path: Path, files: dict[str, list[Path]]) -> list[str]:
+    """Data files of a folder that belong to none of its splits."""
+    read = {file for found in files.values() for file in found}
+    found = (file for file in sorted(path.rglob("*")) if file_ending(file.name))
+    hidden = ("dataset_infos.json", "dataset_dict.json", "state.json")
+    return [
+        f"file '{file.relative_to(path)}'"
+        for file in found
+        if file not in read and file.name not in hidden and not file.name.startswith(".")
+    ]
 
 
 def open_hub(name: str, revision: str | None, config: str | None) -> tuple[dict, str | None]:

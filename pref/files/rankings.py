@@ -1,0 +1,181 @@
+"""Several responses to a prompt, with scores: which of them become pairs.
+
+The rule is asked for (`--rule`), because it decides what is learned:
+
+    best_worst    the best response against the worst
+    best_random   the best response against one of the others, drawn at random (UltraFeedback's way)
+    all           every two responses whose scores differ
+
+`min_margin` is the least difference of the two scores, or of the ranks. Equal scores give no pair.
+"""
+
+import math
+import random
+import re
+from itertools import combinations
+from typing import NamedTuple
+
+from pref.files import disk
+from pref.files.console import UserError
+from pref.files.messages import Drop, parse_literal
+
+RULES = ("best_worst", "best_random", "all")
+RESPONSE_KEYS = ("response", "answer", "completion", "output", "generation", "text", "content")
+# The first of these that a response has. UltraFeedback's overall_score is known to be wrong in
+# places (a "1" that became a "10"); fine-grained_score is the mean of its four ratings.
+SCORE_KEYS = ("fine-grained_score", "overall_score", "score", "rating", "reward", "rank", "ranking")
+SCORE_COLUMNS = ("scores", "ratings", "rating", "rewards", "all_rm_scores", "ranks", "ranking")
+
+
+class Scored(NamedTuple):
+    response: object  # text or messages
+    score: float  # higher is better
+
+
+class Candidates(NamedTuple):
+    """A prompt with several responses."""
+
+    prompt: list[dict]
+    responses: list[Scored]
+
+
+class Selection(NamedTuple):
+    """How pairs are made of several responses."""
+
+    rule: str | None
+    min_margin: float
+    seed: int
+
+
+class Match(NamedTuple):
+    chosen: object
+    rejected: object
+
+
+def read_candidates(prompt: list[dict], row: dict, column: str) -> Candidates:
+    """The responses in the list `column` with their scores, which are in the responses themselves
+    or in a list of their own. Raises Drop if there is no score for each.
+    """
+    items = as_list(row[column], column)
+    scores = next((as_list(row[name], name) for name in SCORE_COLUMNS if name in row), None)
+    lower_is_better = any("rank" in name for name in SCORE_COLUMNS if name in row)
+    if scores is None:
+        key = score_key(items)
+        lower_is_better = "rank" in key
+        scores = [item.get(key) for item in items]
+    if len(scores) != len(items):
+        raise Drop(f"{len(items)} responses and {len(scores)} scores")
+    responses = [
+        Scored(response_of(item), as_score(score, lower_is_better))
+        for item, score in zip(items, scores)
+    ]
+    return Candidates(prompt, responses)
+
+
+def as_list(value, column: str) -> list:
+    value = parse_literal(value) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise Drop(f"{column} is not a list")
+    return value
+
+
+def score_key(items: list) -> str:
+    """The key under which responses have their scores. Raises Drop if they have none."""
+    if all(isinstance(item, dict) for item in items):
+        for key in SCORE_KEYS:
+            if items and all(item.get(key) is not None for item in items):
+                return key
+    raise Drop("responses without scores")
+
+
+def response_of(item):
+    """Text or messages of a response that may be an object with other keys."""
+    if not isinstance(item, dict) or "role" in item or "from" in item:
+        return item
+    found = next((item[key] for key in RESPONSE_KEYS if item.get(key) is not None), None)
+    if found is None:
+        raise Drop("a response without a text")
+    return found
+
+
+def as_score(value, lower_is_better: bool) -> float:
+    score = as_number(value)
+    if score is None:
+        raise Drop("a score that is not a number")
+    return -score if lower_is_better else score
+
+
+def select(candidates: Candidates, selection: Selection) -> list[Match]:
+    """The pairs that the rule makes. Raises UserError without a rule, Drop if there is no pair.
+
+    best_random draws by the seed and the responses, so that the order of the rows does not matter.
+    """
+    if not selection.rule:
+        raise UserError(
+            "rows with several scored responses need a --rule: best_worst, best_random or all "
+            "(--help says what they are)"
+        )
+    ranked = sorted(candidates.responses, key=lambda response: -response.score)
+    if len(ranked) < 2:
+        raise Drop("fewer than two responses")
+    if selection.rule == "best_worst":
+        matches = [(ranked[0], ranked[-1])]
+    elif selection.rule == "best_random":
+        worse = [item for item in ranked[1:] if far_enough(ranked[0], item, selection.min_margin)]
+        key = disk.sha256_json([selection.seed, candidates.prompt, [r.response for r in ranked]])
+        matches = [(ranked[0], random.Random(key).choice(worse))] if worse else []
+    else:
+        matches = list(combinations(ranked, 2))
+    matches = [match for match in matches if far_enough(*match, selection.min_margin)]
+    if not matches:
+        raise Drop(tie_reason(selection.min_margin))
+    return [Match(better.response, worse.response) for better, worse in matches]
+
+
+def far_enough(better: Scored, worse: Scored, min_margin: float) -> bool:
+    difference = better.score - worse.score
+    return difference > 0 and difference >= min_margin
+
+
+def tie_reason(min_margin: float) -> str:
+    return f"tie, or scores less than {min_margin:g} apart" if min_margin else "tie"
+
+
+# ---- scores beside chosen and rejected -----------------------------------------------------------
+
+SCORE_NAME = re.compile(r"score|rating|reward|grade", re.IGNORECASE)
+
+
+class PairScores(NamedTuple):
+    """The scores that a row gives to its chosen and rejected response. Higher is better."""
+
+    chosen: float
+    rejected: float
+    columns: tuple[str, ...]
+
+
+def pair_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
+    """The scores of the two responses: from columns such as chosen_score and rejected_score, or
+    from `rating` beside `generations`. None if the row has none.
+    """
+    for name in row:
+        if "chosen" in name.lower() and SCORE_NAME.search(name):
+            partner = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
+            values = [as_number(row.get(column)) for column in (name, partner)]
+            if partner != name and None not in values:
+                return PairScores(*values, (name, partner))
+    texts = row.get("generations")
+    ratings = next((row[name] for name in ("rating", "ratings") if name in row), None)
+    if not (isinstance(texts, list) and isinstance(ratings, list) and len(texts) == len(ratings)):
+        return None
+    scores = {text: as_number(value) for text, value in zip(texts, ratings) if type(text) is str}
+    pair = [scores.get(chosen), scores.get(rejected)]
+    return None if None in pair else PairScores(*pair, ("generations", "rating", "ratings"))
+
+
+def as_number(value) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
