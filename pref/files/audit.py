@@ -24,6 +24,7 @@ CARRIED = "carries a chat template already"
 INVERTED = "the scores say that the rejected response is better"
 CONTRADICTED = "another row has the same two responses the other way round"
 ECHOED = "both responses begin with the prompt"
+MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")  # how tables write that nothing is there
 MAX_CARRIED = 0.01  # share of rows; above it, a file is refused
 MAX_INVERTED = 0.2  # share of the rows that have scores
 MIN_ECHOED = 0.5  # share of pairs, from which it is how the file was written
@@ -252,12 +253,16 @@ def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
     named = layouts.first_of(row, "|".join(layouts.SYSTEM_COLUMNS))
     system = row[named] if named else None
     chosen, rejected = (with_system(b, system) for b in (branches.chosen, branches.rejected))
-    tools = messages.read_tools(branches.tools or row.get("tools"))
+    tools = branches.tools or row.get("tools")
+    tools = messages.read_tools(tools) if columns.filled(tools) else []
 
     # 2) One prompt and two last messages.
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
     if reason := check_pair(pair):
         raise Drop(reason)
+    for side in ("chosen", "rejected"):
+        if pair[side][0]["content"].strip() in MISSING:
+            raise Drop(f"{side} is a missing value written as text")
     if list(map(message_key, chosen[:-1])) != list(map(message_key, rejected[:-1])):
         raise Drop("different prompts in the two branches")
     if tools:
@@ -284,7 +289,7 @@ def with_system(conversation: list[dict], system) -> list[dict]:
     removed. Raises Drop if it has another system message already.
     """
     conversation = [m for m in conversation if m["role"] != "system" or m["content"].strip()]
-    if not isinstance(system, str) or not system.strip():
+    if not isinstance(system, str) or not columns.filled(system):
         return conversation
     if [m["role"] for m in conversation[:1]] != ["system"]:
         return [{"role": "system", "content": system}, *conversation]
@@ -337,7 +342,7 @@ def check_scores(audit: Audit, row: dict, pair: dict, selection: Selection) -> N
     audit.scored += 1
     margin = scores.chosen - scores.rejected
     if margin < 0:
-        raise Drop(f"{INVERTED} ({scores.columns[0]} < {scores.columns[1]})")
+        raise Drop(f"{INVERTED} ({', '.join(dict.fromkeys(scores.columns))})")
     if margin == 0 or margin < selection.min_margin:
         raise Drop(rankings.tie_reason(selection.min_margin))
 
@@ -379,10 +384,12 @@ def check_audit(audit: Audit, options: Options) -> None:
     if count:
         audit.notes[f"WARNING: rows dropped, because {INVERTED}"] = [place] * count
     if count > MAX_INVERTED * audit.scored:
+        reason = next(d["reason"] for d in audit.dropped if d["place"] == place)
+        names = reason.partition("(")[2].rstrip(")").replace(", ", ",")
         raise UserError(
-            f"{audit.source}: in {count:,} of {audit.scored:,} rows with scores {INVERTED} (first: "
-            f"{place}). If lower is better in this file, leave them out with --ignore_columns; if "
-            "the two columns are swapped, --columns chosen=rejected,rejected=chosen"
+            f"{audit.source}: in {count:,} of {audit.scored:,} rows with scores {reason}, first: "
+            f"{place}. If lower is better in this file: --ignore_columns {names}. If the responses "
+            f"are swapped: the same and --columns chosen=rejected,rejected=chosen"
         )
 
 

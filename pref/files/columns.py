@@ -304,6 +304,8 @@ def remedy(names: list[str], prompt: str) -> str:
     name = next((name for name in names if "." not in name), "")
     if name and {"system", "persona"} & set(words(name)):
         lines.append(f"To make it the system message: --columns system={name}")
+    elif name and noun(name) in ("tool", "tools", "function", "functions"):
+        lines.append(f"If these are schemas of tools: --columns tools={name}")
     elif name and prompt:
         lines.append(f"To put it below the prompt: --columns instruction={prompt},input={name}")
         lines.append(f"To use it instead of the prompt: --columns prompt={name}")

@@ -9,7 +9,7 @@ CONTRIBUTING.md has the steps.
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.files.columns import squeezed
+from pref.files.columns import filled, squeezed
 from pref.files.console import UserError
 from pref.files.messages import Drop, as_messages, parse_literal
 from pref.files.rankings import Candidates, read_candidates
@@ -298,7 +298,14 @@ def unknown_layout(columns: list[str], place: str) -> UserError:
     hint = ""
     if names & {"completion", "response", "output", "answer"} and "label" in names:
         hint = "\nOne response and a label is unpaired data (KTO); this toolkit needs pairs."
-    elif names <= {"prompt", "completion", "messages", "conversations", "instruction", "input"}:
+    elif names and names <= {
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+    }:
         hint = "\nThere is one response only; a pair needs a better and a worse one."
     return UserError(
         f"{place}: unknown layout with columns {', '.join(columns)}. Say what they are: "
@@ -319,7 +326,7 @@ def prompt_messages(row: dict) -> list[dict]:
     """The prompt column as messages: Alpaca's `input` below it, `history` before it."""
     column = first_of(row, PROMPT)
     value = row[column or "prompt"]
-    if column == "instruction" and row.get("input"):
+    if column == "instruction" and filled(row.get("input")):
         if not isinstance(value, str):
             raise Drop("an input beside an instruction that is not text")
         value = f"{value}\n\n{row['input']}"
@@ -406,6 +413,8 @@ def converse(prompt: list[dict], response) -> list[dict]:
     is_transcript = isinstance(response, str) and is_hh(response) and len(prompt) > 0
     answer = as_messages(response, "transcript" if is_transcript else "assistant")
     if "user" not in [message["role"] for message in answer]:
+        if len(answer) > 1:
+            raise Drop("a response of several messages: only single ones can be trained")
         return prompt + answer
     if problem := disagreement(prompt, answer):
         raise Drop(problem)

@@ -59,8 +59,11 @@ def as_messages(value, role: str) -> list[dict]:
     """
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         value = value["messages"]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, dict):
-        value = [value]
+        text = first_value(value, TEXT_KEYS)
+        value = [value] if first_value(value, ROLE_KEYS) or text is None else content_text(text)
     if isinstance(value, list):
         return [as_message(item) for item in value]
     if value is not None and not isinstance(value, str):

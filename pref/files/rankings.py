@@ -143,7 +143,8 @@ def tie_reason(min_margin: float) -> str:
 
 # ---- scores beside chosen and rejected -----------------------------------------------------------
 
-SCORE_NAME = re.compile(r"score|rating|reward|grade", re.IGNORECASE)
+SCORE_NAME = re.compile(r"score|rating|reward|grade|rank", re.IGNORECASE)
+MARGINS = ("margin", "score_margin", "reward_margin")  # chosen minus rejected
 
 
 class PairScores(NamedTuple):
@@ -155,15 +156,41 @@ class PairScores(NamedTuple):
 
 
 def pair_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
-    """The scores of the two responses: from columns such as chosen_score and rejected_score, or
-    from `rating` beside `generations`. None if the row has none.
+    """The scores of the two responses, or None if the row has none.
+
+    They are in columns such as chosen_score and rejected_score, in an object {"chosen", "rejected"}
+    of such a name, in the responses themselves, in `rating` beside `generations`, or in `margin`.
     """
-    for name in row:
-        if "chosen" in name.lower() and SCORE_NAME.search(name):
-            partner = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
-            values = [as_number(row.get(column)) for column in (name, partner)]
-            if partner != name and None not in values:
-                return PairScores(*values, (name, partner))
+    for name in filter(SCORE_NAME.search, row):
+        sign = -1 if "rank" in name.lower() else 1
+        partner = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
+        both = row[name]
+        if isinstance(both, dict):
+            values, names = [both.get(key) for key in ("chosen", "rejected")], (name,)
+        else:
+            values, names = [both, row.get(partner)], (name, partner)
+        values = list(map(as_number, values))
+        if partner != name or isinstance(both, dict):
+            if None not in values:
+                return PairScores(sign * values[0], sign * values[1], names)
+    return inner_scores(row) or listed_scores(row, chosen, rejected) or margin_scores(row)
+
+
+def inner_scores(row: dict) -> PairScores | None:
+    """Scores inside the objects `chosen` and `rejected`."""
+    sides = [row.get("chosen"), row.get("rejected")]
+    if not all(isinstance(side, dict) for side in sides):
+        return None
+    for key in SCORE_KEYS:
+        values = [as_number(side.get(key)) for side in sides]
+        if None not in values:
+            sign = -1 if "rank" in key else 1
+            return PairScores(sign * values[0], sign * values[1], (f"chosen.{key}",) * 2)
+    return None
+
+
+def listed_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
+    """Scores in a list `rating` that belong to the texts in the list `generations`."""
     texts = row.get("generations")
     ratings = next((row[name] for name in ("rating", "ratings") if name in row), None)
     if not (isinstance(texts, list) and isinstance(ratings, list) and len(texts) == len(ratings)):
@@ -171,6 +198,14 @@ def pair_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
     scores = {text: as_number(value) for text, value in zip(texts, ratings) if type(text) is str}
     pair = [scores.get(chosen), scores.get(rejected)]
     return None if None in pair else PairScores(*pair, ("generations", "rating", "ratings"))
+
+
+def margin_scores(row: dict) -> PairScores | None:
+    for name in MARGINS:
+        margin = as_number(row.get(name))
+        if margin is not None:
+            return PairScores(margin, 0, (name,))
+    return None
 
 
 def as_number(value) -> float | None:
