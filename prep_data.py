@@ -259,9 +259,7 @@ def list_notes(audits: list[Audit], dropped: list[dict]) -> list[str]:
     ]
     rows = sum(audit.rows for audit in audits)
     if len(dropped) > rows / 2:
-        notes.append(
-            f"WARNING: more than half of the rows were dropped: {len(dropped):,} of {rows:,}"
-        )
+        notes.append(f"WARNING: {len(dropped):,} of {rows:,} rows were dropped")
     return notes
 
 

@@ -121,11 +121,11 @@ def test_what_repeats_the_pair_is_named_and_not_missed(tmp_path, capsys):
             f"Ask {i}?",
             f"Good {i}.",
             f"Bad {i}.",
-            prompt=f"Ask {i}?",
             messages=[user(f"Ask {i}?"), bot(f"Good {i}.")],
             all_generated_responses=[f"Bad {i}.", "Quite another answer.", f"Good {i}."],
             prompt_id=str(i),
         )
+        | {"prompt": f"Ask {i}?"}
         for i in range(4)
     ]
     manifest = prepare_rows(tmp_path, source)[3]

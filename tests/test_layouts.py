@@ -8,6 +8,7 @@ import pytest
 from preference_rows import audit_row, bot, lists, prepare, prepare_rows, talk, user, write_rows
 
 import prep_data
+from pref.files.audit import INVERTED
 from pref.files.console import UserError
 from pref.files.layouts import LAYOUTS, columns_text, find_layout
 from pref.files.messages import Drop
@@ -187,6 +188,15 @@ LAYOUT_ROWS = {
         },
         [SYSTEM, user(ASK)],
     ),
+    "lists of one text, objects with a text": (
+        {"prompt": [ASK], "chosen": {"text": "8,611 m."}, "rejected": ["High."]},
+        [user(ASK)],
+    ),
+    "missing values as text": (
+        {"instruction": ASK, "input": "nan", "system": "None", "tools": "nan", "history": "[]"}
+        | {"chosen": "8,611 m.", "rejected": "High."},
+        [user(ASK)],
+    ),
     "text parts": (
         {
             "prompt": [user([{"type": "text", "text": ASK, "image": None}])],
@@ -308,6 +318,7 @@ def test_choice_2_is_refused_because_1_would_be_read_the_wrong_way_round(tmp_pat
 CHOICE = {"prompt": "Which one?", "completion_a": "x", "completion_b": "y"}
 EVAL = {"instruction": "Which one?", "output_1": "x", "output_2": "y"}
 AB = {"chosen": "a", "rejected": "b"}
+NONE = {"rejected": "None"}
 VOTES = {"winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}
 BAD_ROWS = [
     ("empty chosen", lists("q", " \n", "b")),
@@ -362,6 +373,26 @@ BAD_ROWS = [
         "tie",
         {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 3},
     ),
+    ("tie", {"prompt": "q", "margin": 0.0} | AB),
+    (f"{INVERTED} (margin)", {"prompt": "q", "margin": -1} | AB),
+    (f"{INVERTED} (scores)", {"prompt": "q", "scores": {"chosen": 1, "rejected": 2}} | AB),
+    (
+        f"{INVERTED} (chosen_rank, rejected_rank)",
+        {"prompt": "q", "chosen_rank": 3, "rejected_rank": 2} | AB,
+    ),
+    (
+        f"{INVERTED} (chosen.score)",
+        {
+            "prompt": "q",
+            "chosen": {"text": "a", "score": 1},
+            "rejected": {"text": "b", "score": 2},
+        },
+    ),
+    ("rejected is a missing value written as text", {"prompt": "q", "chosen": "a"} | NONE),
+    (
+        "a response of several messages: only single ones can be trained",
+        {"prompt": "q", "chosen": [bot("a"), bot("b")], "rejected": "c"},
+    ),
     ("tie", {"prompt": "q", "chosen": "a", "rejected": "b", "status": "tie"}),
     (
         "tie",
@@ -374,7 +405,7 @@ BAD_ROWS = [
         },
     ),
     (
-        "the scores say that the rejected response is better (chosen-rating < rejected-rating)",
+        "the scores say that the rejected response is better (chosen-rating, rejected-rating)",
         {
             "prompt": "q",
             "chosen": "a",

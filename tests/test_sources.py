@@ -156,6 +156,8 @@ def test_splits_in_one_file(tmp_path):
     path.write_text(json.dumps({"train": FEW[:3], "test": FEW[3:]}))
     train, val, _, manifest = prepare(path, tmp_path / "out")
     assert (len(train), len(val)) == (3, 1) and manifest["rows"] == {"train": 3, "test": 1}
+    path.write_text(json.dumps({"data": {"train": FEW[:3], "test": FEW[3:]}}))
+    assert prepare(path, tmp_path / "out")[:2] == (train, val)
     path.write_text(json.dumps({"part_1": FEW[:1], "part_2": FEW[1:3], "rest": FEW[3:]}))
     with pytest.raises(UserError, match="no split named .* among part_1, part_2, rest"):
         prepare(path, tmp_path / "out")
@@ -250,7 +252,7 @@ def test_the_files_of_a_folder_are_read_each_by_itself(tmp_path):
     folder = tmp_path / "two"
     folder.mkdir()
     write_rows(folder / "train-0.jsonl", FEW)
-    more = [lists(f"r{i}", "a", "b", prompt=f"r{i}", note="x") for i in range(4)]
+    more = [lists(f"r{i}", "a", "b", note="x") | {"prompt": f"r{i}"} for i in range(4)]
     write_rows(folder / "train-1.jsonl", more)
     write_rows(folder / "test.jsonl", [lists("s", "a", "b", note="x")])
     (folder / "extra.csv").write_text("a\n1\n")

@@ -197,7 +197,8 @@ def is_prose(text: str) -> bool:
 
 
 def is_address(text: str) -> bool:
-    return bool(re.fullmatch(r"\s*(?:[a-z]+://\S+|[\w./+=-]+|[\d\s:.,TZ+-]+)\s*", text))
+    address = r"\s*(?:[a-z]+://\S+|[\w./+=-]+|[\d\s:.,TZ+-]+)\s*"
+    return bool(re.fullmatch(address, text, re.ASCII))
 
 
 def has_messages(value) -> bool:

@@ -66,12 +66,11 @@ SPEAKING = re.compile(r"(?:[A-Za-z0-9,]|['\"“‘(])[ \t]+\Z|['\"`“‘(]\Z")
 # Templates without control tokens. Both ends must fit, since people write such lines too.
 PLAIN = re.compile(
     r"\s*(?:Below is an instruction that describes a task.*?)?### Instruction:.*### Response:\s*\Z"
-    r"|\s*### (?:Human|User):.*### Assistant:\s*\Z"
-    r"|(?:A chat between .*?)?\s*USER:.*ASSISTANT:\s*\Z",
+    r"|\s*### (?:Human|User):.*### Assistant:\s*\Z",
     re.DOTALL,
 )
 PLAIN_HEADER = re.compile(
-    r"### (Instruction|Input|Response|Human|User|Assistant):|(?:\A|(?<=\s))(USER|ASSISTANT):"
+    r"### (Instruction|Input|Response|Human|User|Assistant):|(?:\A|(?<=[\s>]))(USER|ASSISTANT):"
 )
 PLAIN_ROLES = {"instruction": "user", "input": "user", "response": "assistant"}
 
@@ -99,9 +98,11 @@ def find_carried(text: str) -> str | None:
     """
     if not any(hint in text for hint in HINTS):
         return None
+    if is_plain(text):
+        return text.split()[-1]
     token = TOKEN.search(text)
     if not token:
-        return "### ..." if text.lstrip()[:1] in "#BUA" and PLAIN.match(text) else None
+        return None
     if "[INST]" in text and "[/INST]" in text and re.match(r"\s*(<s>|<bos>)?\s*\[INST\]", text):
         return "[INST]"
     if OPENING.match(text) or re.match(r"\s*(<<SYS>>|\[SYSTEM_PROMPT\])", text):
@@ -115,6 +116,13 @@ def find_carried(text: str) -> str | None:
         return "</s>"
     seam = SEAM.search(CODE.sub("", text))
     return TOKEN.search(seam.group()).group() if seam else None
+
+
+def is_plain(text: str) -> bool:
+    """Whether a prompt is in Alpaca's or Vicuna's form, which have no control tokens."""
+    if text.rstrip().endswith("ASSISTANT:"):
+        return "USER:" in text
+    return bool(PLAIN.match(text))
 
 
 def is_html(text: str) -> bool:
@@ -162,7 +170,7 @@ def strip_template(text: str) -> str | list[dict]:
     """
     if "[/INST]" in text or "[INST]" in text:
         messages = split_brackets(text)
-    elif PLAIN.match(text):
+    elif is_plain(text):
         messages = split_turns(text, PLAIN_HEADER)
     else:
         form = min(
