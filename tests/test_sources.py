@@ -295,6 +295,20 @@ def test_folder_saved_to_disk(tmp_path):
     assert (len(train), len(val)) == (9, 1) and manifest["rows"] == {"train": 10}
 
 
+def test_a_folder_with_several_configurations(tmp_path):
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    write_rows(tmp_path / "easy.jsonl", FEW)
+    write_rows(tmp_path / "hard.jsonl", [])
+    message = r"it has the configurations \['easy', 'hard'\]; choose one with --config"
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path, tmp_path / "out")
+    _, _, _, manifest = prepare(tmp_path, tmp_path / "out", "--config", "easy")
+    assert manifest["rows"] == {"train": 4} and manifest["not_read"] == ["file 'hard.jsonl'"]
+
+
 def test_folder_that_datasets_cannot_read(tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="nothing: `datasets` cannot read this folder"):
