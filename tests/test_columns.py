@@ -122,7 +122,11 @@ def test_what_repeats_the_pair_is_named_and_not_missed(tmp_path, capsys):
             f"Good {i}.",
             f"Bad {i}.",
             messages=[user(f"Ask {i}?"), bot(f"Good {i}.")],
-            all_generated_responses=[f"Bad {i}.", "Quite another answer that nobody took.", f"Good {i}."],
+            all_generated_responses=[
+                f"Bad {i}.",
+                "Quite another answer that nobody took.",
+                f"Good {i}.",
+            ],
             prompt_id=str(i),
         )
         | {"prompt": f"Ask {i}?"}

@@ -74,7 +74,25 @@ def test_an_end_token_after_a_response(end):
     assert strip_template(f"It is high.{end}") == "It is high."
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One text.<|endoftext|>Another text.",
+        "It is high.<|im_end|>\n<|im_start|>user\nHow high?",
+        "It is high.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHow high?",
+    ],
+)
+def test_a_seam_in_the_middle(text):
+    assert find_carried(text)
+
+
+def test_thoughts_that_the_prompt_opens_are_left_out():
+    for thoughts in ("<think>\n", "<think>\n\n</think>\n\n"):
+        assert strip_template(WRITTEN["ChatML"] + thoughts) == PROMPT
+
+
 MENTIONS = [
+    "A message looks like <|im_start|>user Hello<|im_end|> and so on.",
     "Use `<|im_end|>` to end a turn.",
     "The token that ends a turn is <|im_end|>",
     "ChatML:\n```\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n```\nIs that clear?",
@@ -146,3 +164,11 @@ def test_end_tokens_inside_messages(tmp_path):
     ]
     train, _, _, _ = prepare_rows(tmp_path, listed, "--strip_template")
     assert train == prepare_rows(tmp_path, rows(4))[0]
+
+
+def test_a_templated_system_column(tmp_path):
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    train = prepare_rows(
+        tmp_path, [row | {"system": system} for row in rows(4)], "--strip_template"
+    )
+    assert train[0][0]["prompt"][0] == SYSTEM

@@ -43,6 +43,10 @@ LAYOUT_ROWS = {
         {"system": "Be brief.", "question": ASK, "chosen": "8,611 m.", "rejected": "High."},
         [SYSTEM, user(ASK)],
     ),
+    "a system column that is a message": (
+        {"system": [SYSTEM], "question": ASK, "chosen": "8,611 m.", "rejected": "High."},
+        [SYSTEM, user(ASK)],
+    ),
     "empty system column": (
         {"system": "", "question": ASK, "chosen": "8,611 m.", "rejected": "High."},
         [user(ASK)],

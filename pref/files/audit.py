@@ -250,8 +250,7 @@ def to_pairs(
 def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
     """The pair of two conversations. Raises Drop with the reason if it is not a usable one."""
     # 1) The row's system message, and its tools.
-    named = layouts.first_of(row, "|".join(layouts.SYSTEM_COLUMNS))
-    system = row[named] if named else None
+    system = system_text(row)
     chosen, rejected = (with_system(b, system) for b in (branches.chosen, branches.rejected))
     tools = branches.tools or row.get("tools")
     tools = messages.read_tools(tools) if columns.filled(tools) else []
@@ -284,12 +283,20 @@ def is_label(text) -> bool:
     return named and columns.kind_of("source", text) == columns.METADATA
 
 
-def with_system(conversation: list[dict], system) -> list[dict]:
-    """`conversation` with the text of the row's system column first; empty system messages are
-    removed. Raises Drop if it has another system message already.
+def system_text(row: dict) -> str:
+    """The text of the row's system column, which may also be a message; "" without one."""
+    name = layouts.first_of(row, "|".join(layouts.SYSTEM_COLUMNS))
+    if not name or not columns.filled(row[name]):
+        return ""
+    return "\n\n".join(m["content"] for m in messages.as_messages(row[name], "system"))
+
+
+def with_system(conversation: list[dict], system: str) -> list[dict]:
+    """`conversation` with the text `system` first; empty system messages are removed. Raises Drop
+    if it has another system message already.
     """
     conversation = [m for m in conversation if m["role"] != "system" or m["content"].strip()]
-    if not isinstance(system, str) or not columns.filled(system):
+    if not system:
         return conversation
     if [m["role"] for m in conversation[:1]] != ["system"]:
         return [{"role": "system", "content": system}, *conversation]

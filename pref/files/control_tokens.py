@@ -57,10 +57,13 @@ BARE_BEGINNING = re.compile(
 CLOSING = re.compile(rf"(?:(?:{ENDS}|{PADS}|\[/INST\]|<</SYS>>)\s*)+\Z|(?:{HEADERS})\s*\Z")
 # One turn ends and the next begins.
 SEAM = re.compile(rf"(?:{ENDS})\s*(?:{HEADERS})|\[/INST\].*?\[INST\]", re.DOTALL)
+# An end token right behind a word, as between two documents. Behind a header, it is an example.
+GLUED = re.compile(rf"[^\s`'\"“‘(\[{{](?=<\|)(?:{ENDS})")
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # One of these is in every text that TOKEN or PLAIN matches; looking for them is much faster.
 HINTS = ("<|", "s>", "S>", "<｜", "_turn>", "pad>", "PAD", "INST]", "SYS", "_TOKEN>", "[gMASK]")
 HINTS += ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "### ", "USER:")
+OPENED = re.compile(r"(?:<think>\s*(?:</think>)?)?\s*")
 # What stands before a control token that a sentence speaks of: "the token is <|im_end|>".
 SPEAKING = re.compile(r"(?:[A-Za-z0-9,]|['\"“‘(])[ \t]+\Z|['\"`“‘(]\Z")
 # Templates without control tokens. Both ends must fit, since people write such lines too.
@@ -114,8 +117,11 @@ def find_carried(text: str) -> str | None:
         return end.group().strip()
     if end and "</s>" in end.group() and not is_html(text):  # Llama 2 writes " </s>"
         return "</s>"
-    seam = SEAM.search(CODE.sub("", text))
-    return TOKEN.search(seam.group()).group() if seam else None
+    prose = CODE.sub("", text)
+    seam = SEAM.search(prose)
+    glued = None if re.search(f"{HEADERS}|{OTHERS}", prose) else GLUED.search(prose)
+    found = seam or glued
+    return TOKEN.search(found.group()).group() if found else None
 
 
 def is_plain(text: str) -> bool:
@@ -185,7 +191,8 @@ def strip_template(text: str) -> str | list[dict]:
         return messages[0][1]
     if messages[0][0] == "":  # text before the first header
         messages = [("system", messages[0][1]), *messages[1:]] if messages[0][1] else messages[1:]
-    if len(messages) > 1 and messages[-1] == ("assistant", ""):
+    # What the assistant is to go on from, thoughts that are opened or empty included.
+    if len(messages) > 1 and messages[-1][0] == "assistant" and OPENED.fullmatch(messages[-1][1]):
         messages.pop()
     return [{"role": role, "content": content} for role, content in join_turns(messages)]
 
