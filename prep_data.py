@@ -361,7 +361,7 @@ def group_by_why(ignored: dict[str, dict]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, item in ignored.items():
         groups.setdefault(WHY_TEXTS[item["why"]], []).append(
-            f"{name or '(no name)'} ({item['rows']:,} rows)"
+            f"{name or '(no name)'} ({columns.rows_text(item['rows'])})"
         )
     return groups
 

@@ -86,7 +86,7 @@ def test_content_that_nothing_uses_is_an_error_with_the_remedy(tmp_path):
 def test_one_row_with_content_is_enough(tmp_path):
     source = rows(6)
     source[4]["context"] = "Planet 4 is made of stone."
-    with pytest.raises(UserError, match=r"context: 1 rows, first .*source\.jsonl:5"):
+    with pytest.raises(UserError, match=r"context: 1 row, first .*source\.jsonl:5"):
         prepare_rows(tmp_path, source)
 
 

@@ -417,7 +417,7 @@ def check_columns(audit: Audit) -> None:
     lost = {name: item for name, item in audit.unused.items() if item.why == columns.CONTENT}
     if lost:
         listed = "\n".join(
-            f"  {name}: {item.rows:,} rows, first {item.place}: {item.example}"
+            f"  {name}: {columns.rows_text(item.rows)}, first {item.place}: {item.example}"
             for name, item in sorted(lost.items())
         )
         raise UserError(

@@ -299,6 +299,10 @@ def count_unused(unused: dict[str, Unused], name: str, why: str, place: str, val
         item.example = " ".join(str(value).split())[:60]
 
 
+def rows_text(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
 def remedy(names: list[str], prompt: str) -> str:
     """What to do about columns of content that are not used. prompt: the column that is."""
     lines = [f"To leave them out on purpose: --ignore_columns {','.join(names)}"]
