@@ -24,9 +24,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref.files import columns, console, disk, mt_bench_download, rankings, sources
-from pref.files.audit import Audit, Options, PlacedPair, drop_record, prompt_key, read_split
+from pref.files.audit import (
+    Audit,
+    Options,
+    PlacedPair,
+    check_labels,
+    drop_record,
+    read_split,
+)
 from pref.files.console import UserError
 from pref.files.layouts import LAYOUTS, columns_text
+from pref.files.row_pairs import prompt_key
 from pref.files.tables import file_ending
 
 DATASET = "argilla/dpo-mix-7k"  # the default
@@ -169,6 +177,7 @@ def prepare_pairs(args: argparse.Namespace) -> None:
         split: read_split(split, rows, args.dataset, name, options)
         for split, rows in source.splits.items()
     }
+    check_labels(list(splits.values()))
     check_options_used(args, splits)
     dropped = [record for audit in splits.values() for record in audit.dropped]
 

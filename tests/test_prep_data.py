@@ -147,6 +147,15 @@ def test_numbers_that_may_mean_the_opposite_are_refused(tmp_path, rows, message)
     assert {p["chosen"][0]["content"] for p in renamed[0]} == {"y"}
 
 
+def test_a_split_of_ones_is_explained_by_the_other_split(tmp_path):
+    rows = [row | {"choice": i % 2} for i, row in enumerate(CHOICES)]
+    (tmp_path / "d").mkdir()
+    write_rows(tmp_path / "d" / "train.jsonl", rows)
+    write_rows(tmp_path / "d" / "test.jsonl", [rows[1] | {"prompt": "other"}])
+    _, val, _, _ = prepare(tmp_path / "d", tmp_path / "out")
+    assert val[0]["chosen"][0]["content"] == "y"
+
+
 def test_a_prompt_that_the_responses_repeat_is_cut_off(tmp_path):
     plain = texts(6)
     echoed = [

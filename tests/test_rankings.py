@@ -95,3 +95,15 @@ def test_the_random_response_depends_on_the_seed_and_the_row_alone(tmp_path):
     first = drawn(range(40), "1")
     assert first == drawn(reversed(range(40)), "1") != drawn(range(40), "2")
     assert len(set(first.values())) == 8  # each of the others is drawn
+
+
+def test_the_same_response_twice_in_a_row():
+    """Equal pairs count once."""
+    row = {"prompt": "q", "responses": ["a", "a", "b"], "scores": [5, 5, 1]}
+    assert matches(row, "all") == [("a", "b")]
+
+
+def test_control_tokens_are_seen_in_lists_that_are_text():
+    row = {"prompt": "q", "responses": str(["a</s>", "b</s>"]), "scores": "[1, 2]"}
+    with pytest.raises(Drop, match="carries a chat template already"):
+        audit_row(row, "best_worst")

@@ -18,20 +18,19 @@ from pref.files.console import UserError
 from pref.files.messages import Drop
 from pref.files.pairs import check_pair, response_key
 from pref.files.rankings import Selection
+from pref.files.row_pairs import NO_SELECTION, prompt_key, to_pairs
 from pref.files.tables import Rows
 
 CARRIED = "carries a chat template already"
 INVERTED = "the scores say that the rejected response is better"
 CONTRADICTED = "another row has the same two responses the other way round"
 ECHOED = "both responses begin with the prompt"
-MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")  # how tables write that nothing is there
 MAX_CARRIED = 0.01  # share of rows; above it, a file is refused
 MAX_INVERTED = 0.2  # share of the rows that have scores
 MIN_ECHOED = 0.5  # share of pairs, from which it is how the file was written
 LONG_PROMPT = 40  # characters; a response does not begin with so many by chance
 EARLY_CHECK = 1000  # rows, after which a file that will be refused is not read to its end
 KNOWN_COLUMNS = layouts.known_columns()
-NO_SELECTION = Selection(rule=None, min_margin=0, seed=0)
 
 
 class Options(NamedTuple):
@@ -140,13 +139,13 @@ def add_row(audit: Audit, place: str, raw: dict, options: Options) -> None:
         if read.layout == audit.layout:
             raise
         raise Drop(f"{drop} (this row has layout '{read.layout}')") from None
-    new = [pair for pair in pairs if pair["id"] not in audit.ids]
+    new = {pair["id"]: pair for pair in pairs if pair["id"] not in audit.ids}
     if read.layout != "scored":
         check_scores(audit, readable, pairs[0], options.selection)
     if not new:
         raise Drop("exact duplicate")
-    audit.ids |= {pair["id"] for pair in new}
-    audit.pairs += [PlacedPair(place, pair) for pair in new]
+    audit.ids |= new.keys()
+    audit.pairs += [PlacedPair(place, pair) for pair in new.values()]
 
     # 4) What of the row is in none of them.
     if mention:
@@ -191,7 +190,7 @@ def check_renames(raw: dict, choices: Choices) -> None:
                 f"--columns {target}={name}: no layout has a column '{target}'; they have "
                 f"{', '.join(sorted(KNOWN_COLUMNS))}"
             )
-        if columns.take(raw, name) is None:
+        if name not in raw and columns.take(raw, name) is None:
             raise UserError(f"--columns {target}={name}: no '{name}' among {', '.join(raw)}")
 
 
@@ -203,8 +202,9 @@ def readable_row(
     Raises Drop if a text carries a chat template and `strip_template` does not ask to take it off.
     """
     row, mention = dict(read.row), None
+    lists = layouts.LAYOUTS[read.layout].lists.split()
     for name in read.used - {"tools", "dataset", "source"}:
-        row[name] = messages.unserialise(row[name])
+        row[name] = messages.unserialise(row[name], is_list=name in lists)
         for text in control_tokens.texts_of(row[name]):
             if token := control_tokens.find_carried(text):
                 if not strip_template:
@@ -214,105 +214,6 @@ def readable_row(
                 break
             mention = mention or control_tokens.find_mention(text)
     return row, mention
-
-
-def to_pairs(
-    row: dict, layout: str, source: str, selection: Selection = NO_SELECTION
-) -> list[dict]:
-    """The row as pairs (format: pref/files/README.md), one except with --rule all. Raises Drop with
-    the reason if it has no usable one.
-    """
-    if media := next((key for key in messages.MEDIA if columns.filled(row.get(key))), None):
-        raise Drop(f"has {media}: only text can be trained")
-    # 1) Two conversations, or several.
-    try:
-        found = layouts.LAYOUTS[layout].read(row)
-    except KeyError as error:  # JSON rows need not have all columns of the first one
-        raise Drop(f"no column {error}") from None
-    if isinstance(found, rankings.Candidates):
-        matches = rankings.select(found, selection)
-        found = [layouts.answer_with(found.prompt, m.chosen, m.rejected) for m in matches]
-    else:
-        found = [found]
-
-    # 2) Those that are usable.
-    pairs, reasons = [], []
-    for branches in found:
-        try:
-            pairs.append(to_pair(row, branches, source))
-        except Drop as drop:
-            reasons.append(drop)
-    if not pairs:
-        raise reasons[0]
-    return pairs
-
-
-def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
-    """The pair of two conversations. Raises Drop with the reason if it is not a usable one."""
-    # 1) The row's system message, and its tools.
-    system = system_text(row)
-    chosen, rejected = (with_system(b, system) for b in (branches.chosen, branches.rejected))
-    tools = branches.tools or row.get("tools")
-    tools = messages.read_tools(tools) if columns.filled(tools) else []
-
-    # 2) One prompt and two last messages.
-    pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    if reason := check_pair(pair):
-        raise Drop(reason)
-    for side in ("chosen", "rejected"):
-        if pair[side][0]["content"].strip() in MISSING:
-            raise Drop(f"{side} is a missing value written as text")
-    if list(map(message_key, chosen[:-1])) != list(map(message_key, rejected[:-1])):
-        raise Drop("different prompts in the two branches")
-    if tools:
-        pair["tools"] = tools
-
-    # 3) An id made from the content alone, and the name of where it comes from.
-    labels = (row.get(name) for name in ("dataset", "source"))
-    label = next((text for text in labels if is_label(text)), source)
-    pair = {"id": disk.sha256_json(pair)[:16], **pair, "source": label}
-    try:
-        json.dumps(pair, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Drop("not valid Unicode (half a surrogate pair)") from None
-    return pair
-
-
-def is_label(text) -> bool:
-    named = isinstance(text, str) and bool(text.strip())
-    return named and columns.kind_of("source", text) == columns.METADATA
-
-
-def system_text(row: dict) -> str:
-    """The text of the row's system column, which may also be a message; "" without one."""
-    name = layouts.first_of(row, "|".join(layouts.SYSTEM_COLUMNS))
-    if not name or not columns.filled(row[name]):
-        return ""
-    return "\n\n".join(m["content"] for m in messages.as_messages(row[name], "system"))
-
-
-def with_system(conversation: list[dict], system: str) -> list[dict]:
-    """`conversation` with the text `system` first; empty system messages are removed. Raises Drop
-    if it has another system message already.
-    """
-    conversation = [m for m in conversation if m["role"] != "system" or m["content"].strip()]
-    if not system:
-        return conversation
-    if [m["role"] for m in conversation[:1]] != ["system"]:
-        return [{"role": "system", "content": system}, *conversation]
-    if columns.squeezed(conversation[0]["content"]) != columns.squeezed(system):
-        raise Drop("the system column differs from the conversation's system message")
-    return conversation
-
-
-def prompt_key(prompt: list[dict]) -> str:
-    """The same hash for equal prompts; the space around a message makes no difference."""
-    return disk.sha256_json([message_key(message) for message in prompt])
-
-
-def message_key(message: dict) -> list:
-    calls = [message["tool_calls"]] if message.get("tool_calls") else []
-    return [message["role"], message["content"].strip(), *calls]
 
 
 def drop_record(split: str, place: str, reason: str, row) -> dict:
@@ -386,7 +287,6 @@ def check_audit(audit: Audit, options: Options) -> None:
     """Raises UserError if the split must not be used as it is."""
     check_templates(audit, options)
     check_columns(audit)
-    check_labels(audit)
     count, place = audit.count(INVERTED)
     if count:
         audit.notes[f"WARNING: rows dropped, because {INVERTED}"] = [place] * count
@@ -426,23 +326,24 @@ def check_columns(audit: Audit) -> None:
         )
 
 
-def check_labels(audit: Audit) -> None:
-    """Raises UserError if numbers say which response is better and may mean the opposite."""
-    values = set(audit.labels)
-    if audit.layout == "alpaca_eval":
-        ambiguous = values and max(values) <= 1
+def check_labels(audits: list[Audit]) -> None:
+    """Raises UserError if numbers say which response is better and may mean the opposite: if in no
+    split there is one that only the documented meaning explains.
+    """
+    labels = sum((audit.labels for audit in audits), Counter())
+    if audits[0].layout == "alpaca_eval":
+        ambiguous = labels and max(labels) <= 1
         meaning, pair = "1 = output_1, 2 = output_2", ("output_1", "output_2")
     else:
-        ambiguous = values == {1.0}
+        ambiguous = set(labels) == {1.0}
         meaning, pair = "0 = a, 1 = b", ("completion_a", "completion_b")
     if ambiguous:
-        count = sum(audit.labels.values())
-        listed = " or ".join(f"{value:g}" for value in sorted(values))
+        listed = " or ".join(f"{value:g}" for value in sorted(labels))
         raise UserError(
-            f"{audit.source}: the label is {listed} in all {count:,} rows that have a number. It "
-            f"is read as {meaning}, and this file may count otherwise. Write the labels as a and "
-            f"b, or say which is better: --columns chosen={pair[0]},rejected={pair[1]}, or the "
-            "other way round"
+            f"{audits[0].source}: the label is {listed} in all {sum(labels.values()):,} rows that "
+            f"have a number. It is read as {meaning}, and this file may count otherwise. Write the "
+            f"labels as a and b, or say which is better: --columns chosen={pair[0]},rejected="
+            f"{pair[1]}, or the other way round"
         )
 
 

@@ -239,10 +239,10 @@ def unused_inside(name: str, value) -> Iterator[tuple[str, object]]:
 
 
 def unused_keys(item: dict, known: set[str], name: str) -> Iterator[tuple[str, object]]:
-    for key in item.keys() - known:
+    for key, value in item.items():
         is_tool_name = key == "name" and str(item.get("role")).lower() in ("tool", "function")
-        if filled(item[key]) and not is_tool_name:
-            yield f"{name}.{key}", item[key]
+        if key not in known and filled(value) and not is_tool_name:
+            yield f"{name}.{key}", value
 
 
 def judge_value(name: str, value, pair: dict) -> str:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from pref.files.columns import filled, squeezed
 from pref.files.console import UserError
-from pref.files.messages import Drop, as_messages, parse_literal
-from pref.files.rankings import Candidates, read_candidates
+from pref.files.messages import Drop, as_messages
+from pref.files.rankings import SCORE_COLUMNS, Candidates, read_candidates
 
 # The first of these that a row has is its prompt.
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "input")
@@ -219,6 +219,7 @@ class Layout(NamedTuple):
     columns: str  # columns that a row must have; "a|b": one of these
     read: Callable[[dict], Branches | Candidates]
     also: str = ""  # columns that it uses where they are there
+    lists: str = ""  # columns of lists other than messages, which a CSV holds as text
 
 
 PROMPT = "|".join(PROMPT_COLUMNS)
@@ -231,10 +232,13 @@ LAYOUTS = {
     "sharegpt": Layout("conversations chosen rejected", read_sharegpt),
     "openai": Layout("input preferred_output non_preferred_output", read_openai),
     "alpaca_eval": Layout("instruction output_1 output_2 preference", read_alpaca_eval),
-    "choice": Layout(CHOICE, read_choice, "model_a model_b history"),
+    "choice": Layout(CHOICE, read_choice, "model_a model_b history", "history"),
     "arena": Layout("conversation_a conversation_b winner", read_arena, "model_a model_b"),
     "arena_votes": Layout(
-        "prompt response_a response_b winner_model_a winner_model_b", read_arena_votes, "winner_tie"
+        "prompt response_a response_b winner_model_a winner_model_b",
+        read_arena_votes,
+        also="winner_tie",
+        lists="prompt response_a response_b",
     ),
     "safe_rlhf": Layout("prompt response_0 response_1 better_response_id", read_safe_rlhf),
     "helpsteer": Layout(
@@ -246,14 +250,16 @@ LAYOUTS = {
         f"{PROMPT} chosen|chosen_response|response_j|response "
         "rejected|rejected_response|response_k",
         read_prompt,
-        "history",
+        also="history",
+        lists="history",
     ),
     "messages": Layout("messages chosen rejected", read_messages),
     "swift": Layout("messages rejected_response|rejected_messages", read_swift),
     "scored": Layout(
         f"{PROMPT}|context {'|'.join(LIST_COLUMNS)}",
         read_scored,
-        "history scores ratings rating rewards all_rm_scores ranks ranking",
+        also=f"history {' '.join(SCORE_COLUMNS)}",
+        lists=f"history {' '.join(LIST_COLUMNS)} {' '.join(SCORE_COLUMNS)}",
     ),
     "conversations": Layout("chosen rejected", read_conversations),
 }
@@ -339,9 +345,7 @@ def prompt_messages(row: dict) -> list[dict]:
 
 def with_history(messages: list[dict], history) -> list[dict]:
     """`messages` after the turns of `history`: [[question, answer], ...], messages, or its text."""
-    if isinstance(history, str):
-        history = parse_literal(history) if history.strip() else []
-    if not history:
+    if not filled(history):
         return messages
     if not isinstance(history, list):
         raise Drop("history is not a list of [question, answer]")
@@ -382,10 +386,8 @@ def a_wins(row: dict, label: str) -> bool:
 
 def interleave(prompts, responses) -> list[dict]:
     """A conversation from the list of the user's messages and that of the assistant's."""
-    turns = [
-        parse_literal(text) if isinstance(text, str) else text for text in (prompts, responses)
-    ]
-    if not all(isinstance(texts, list) for texts in turns) or len(turns[0]) != len(turns[1]):
+    turns = (prompts, responses)
+    if not all(isinstance(texts, list) for texts in turns) or len(prompts) != len(responses):
         raise Drop("prompt and response are not lists of the same number of turns")
     roles = ("user", "assistant")
     return [

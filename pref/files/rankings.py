@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pref.files import disk
 from pref.files.console import UserError
-from pref.files.messages import Drop, parse_literal
+from pref.files.messages import Drop
 
 RULES = ("best_worst", "best_random", "all")
 RESPONSE_KEYS = ("response", "answer", "completion", "output", "generation", "text", "content")
@@ -56,8 +56,8 @@ def read_candidates(prompt: list[dict], row: dict, column: str) -> Candidates:
     """The responses in the list `column` with their scores, which are in the responses themselves
     or in a list of their own. Raises Drop if there is no score for each.
     """
-    items = as_list(row[column], column)
-    scores = next((as_list(row[name], name) for name in SCORE_COLUMNS if name in row), None)
+    items = checked_list(row, column)
+    scores = next((checked_list(row, name) for name in SCORE_COLUMNS if name in row), None)
     lower_is_better = any("rank" in name for name in SCORE_COLUMNS if name in row)
     if scores is None:
         key = score_key(items)
@@ -72,11 +72,10 @@ def read_candidates(prompt: list[dict], row: dict, column: str) -> Candidates:
     return Candidates(prompt, responses)
 
 
-def as_list(value, column: str) -> list:
-    value = parse_literal(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
+def checked_list(row: dict, column: str) -> list:
+    if not isinstance(row[column], list):
         raise Drop(f"{column} is not a list")
-    return value
+    return row[column]
 
 
 def score_key(items: list) -> str:
