@@ -203,7 +203,7 @@ def readable_row(
     """
     row, mention = dict(read.row), None
     lists = layouts.LAYOUTS[read.layout].lists.split()
-    for name in read.used - {"tools", "dataset", "source"}:
+    for name in [c for c in row if c in read.used and c not in ("tools", "dataset", "source")]:
         row[name] = messages.unserialise(row[name], is_list=name in lists)
         for text in control_tokens.texts_of(row[name]):
             if token := control_tokens.find_carried(text):
