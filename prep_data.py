@@ -59,6 +59,7 @@ REMEDIES = {
         "The two splits have the same prompts. To divide one of them by prompt: --split train=NAME"
     ),
     "different prompts": "A pair is two responses to one prompt.",
+    "tie": "If scores beside the responses say so and mean something else: --ignore_columns NAME",
     "unknown role": "Rename the role to user, assistant, system or tool.",
 }
 WHY_TEXTS = {

@@ -128,6 +128,8 @@ def test_pair_reasons():
     assert check_pair(pair) is None
     assert check_pair(pair | {"rejected": [answer]}) == "chosen == rejected"
     assert check_pair(pair | {"chosen": [answer | {"content": " "}]}) == "empty chosen"
+    # Written by an earlier version: read, so that its runs can be continued.
+    assert check_pair(pair | {"chosen": [answer | {"content": "\u200b"}]}) is None
     two = check_pair(pair | {"prompt": [user, user]})
     assert two == "roles do not alternate: two user messages in a row"
     assert (

@@ -243,6 +243,14 @@ LAYOUT_ROWS = {
         {"prompt": HH, "chosen": HH + "8,611 m.", "rejected": HH + "High."},
         HH_PROMPT,
     ),
+    "the conversation as text beside it": (
+        {
+            "prompt": f"user: Hi.\nassistant: Hello!\nuser: {ASK}",
+            "chosen": [*HH_PROMPT, bot("8,611 m.")],
+            "rejected": [*HH_PROMPT, bot("High.")],
+        },
+        HH_PROMPT,
+    ),
     "lists as JSON text": (
         {
             "prompt": ASK,
@@ -434,6 +442,11 @@ BAD_ROWS = [
         {"prompt": [SYSTEM, user("q")], **lists("q", "a", "b")},
     ),
     ("the prompt column differs from the conversation", {"prompt": "p", **lists("q", "a", "b")}),
+    # The conversation lacks what comes before the question.
+    (
+        "the prompt column differs from the conversation",
+        {"prompt": "It is made of stone.\n\nOf what?", **lists("Of what?", "Stone.", "Sand.")},
+    ),
     (
         "the system column differs from the conversation's system message",
         {

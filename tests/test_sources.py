@@ -177,7 +177,7 @@ BROKEN = {
         b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, 3]',
         r"y\.json\[1\]: expected a JSON object",
     ),
-    "z.json": (b'["\xff"]', r"z\.json:1: not UTF-8"),
+    "z.json": (b'["\xff"]', r"z\.json: not UTF-8"),
     "x.csv": (
         b"prompt,chosen,rejected\nq,a,b\n\nq,a,b,c\n",
         r"x\.csv:4: more fields than the header",

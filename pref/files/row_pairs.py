@@ -4,7 +4,7 @@ import json
 
 from pref.files import columns, disk, layouts, messages, rankings
 from pref.files.messages import Drop
-from pref.files.pairs import check_pair
+from pref.files.pairs import check_pair, check_visible
 from pref.files.rankings import Selection
 
 NO_SELECTION = Selection(rule=None, min_margin=0, seed=0)
@@ -52,7 +52,7 @@ def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
 
     # 2) One prompt and two last messages.
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    if reason := check_pair(pair):
+    if reason := check_pair(pair) or check_visible(pair):
         raise Drop(reason)
     for side in ("chosen", "rejected"):
         if pair[side][0]["content"].strip() in MISSING:

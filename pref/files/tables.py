@@ -134,13 +134,13 @@ def is_json_lines(path: Path) -> bool:
         lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
         lines = (line for line in lines if line)
         first, second = next(lines, b""), next(lines, b"")
-    if not first:
-        return True
+    if not first or first.startswith(b"["):  # the list may be huge: it is parsed once, elsewhere
+        return not first
     try:
         value = json.loads(first)
     except ValueError:
         # Pretty-printed: an object or a list goes on below.
-        return not (second and re.match(rb"[\[{]", first) and not complete_enough(first, second))
+        return not (second and first.startswith(b"{") and not complete_enough(first, second))
     return isinstance(value, dict) and bool(second)
 
 
