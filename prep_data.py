@@ -65,7 +65,7 @@ REMEDIES = {
 WHY_TEXTS = {
     columns.METADATA: "metadata",
     columns.REPEATED: "repeat what the pairs have",
-    columns.POOL: "responses that the two were taken from",
+    columns.POOL: "responses that the pair was taken from",
     columns.ASKED: "--ignore_columns",
     columns.REPLACED: "replaced by --columns",
 }

@@ -469,6 +469,7 @@ BAD_ROWS = [
         "a list of messages as text that cannot be parsed (cut off?)",
         {"prompt": "q", "chosen": json.dumps(talk("q", "a"))[:-5], "rejected": "b"},
     ),
+    ("instruction and input are not both text", {"instruction": "q", "input": ["x"]} | AB),
     ("history is not a list of [question, answer]", {"prompt": "q", "history": [["x"]]} | AB),
     ("tools are not a list of schemas", {"prompt": "q", "tools": "a calculator"} | AB),
     (

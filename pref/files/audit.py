@@ -322,7 +322,7 @@ def check_columns(audit: Audit) -> None:
         )
         raise UserError(
             f"{audit.source}: layout '{audit.layout}' does not use columns that look like content:"
-            f"\n{listed}\n{columns.remedy(sorted(lost), audit.prompt_column)}"
+            f"\n{listed}\n{columns.remedy(lost, audit.prompt_column)}"
         )
 
 

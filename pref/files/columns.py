@@ -4,7 +4,7 @@ A column that the layout does not use is one of four things, and the manifest sa
 
     metadata      ids, scores, model names, dates: named once, and not used
     repeated      its text is in the pair already: nothing is lost
-    pool          a list of responses that chosen and rejected were taken from
+    pool          a list of responses that chosen or rejected was taken from
     content       text, messages or images that would be lost: an error that names the remedy
 """
 
@@ -65,8 +65,10 @@ CONTENT_WORDS = words(
     """
 )
 SKIPPED_WORDS = {"chosen", "rejected", "a", "b", "j", "k"}
-# UltraFeedback's, from TruthfulQA; the annotator's text in AlpacaEval.
+# UltraFeedback's, from TruthfulQA; the annotator's text in AlpacaEval; distilabel's record of how
+# the responses were made.
 OTHER_METADATA = {"correct_answers", "incorrect_answers", "raw_completion"}
+OTHER_METADATA |= {"generation_prompt", "raw_generation_responses"}
 PLAIN_TYPES = datetime.date | datetime.time | datetime.timedelta | decimal.Decimal
 LONG_TEXT = 120  # characters, above which a text is content under most names
 MAX_SHORT_WORDS = 3  # a text of unknown name with more words is content
@@ -87,6 +89,7 @@ class Unused:
     rows: int = 0
     place: str = ""  # of the first of these rows
     example: str = ""
+    is_text: bool = False
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def judge_value(name: str, value, pair: dict) -> str:
     chosen, rejected = (squeezed(pair[key][0]["content"]) for key in ("chosen", "rejected"))
     if isinstance(value, list):
         items = {squeezed(item) for item in value if isinstance(item, str)}
-        if {chosen, rejected} <= items:
+        if {chosen, rejected} & items:
             return POOL
     asked = [squeezed(message["content"]) for message in pair["prompt"]]
     answered = (chosen, rejected, *asked)
@@ -297,21 +300,23 @@ def count_unused(unused: dict[str, Unused], name: str, why: str, place: str, val
     if not item.place and why == item.why:
         item.place = place
         item.example = " ".join(str(value).split())[:60]
+        item.is_text = isinstance(value, str)
 
 
 def rows_text(count: int) -> str:
     return "1 row" if count == 1 else f"{count:,} rows"
 
 
-def remedy(names: list[str], prompt: str) -> str:
+def remedy(lost: dict[str, Unused], prompt: str) -> str:
     """What to do about columns of content that are not used. prompt: the column that is."""
+    names = sorted(lost)
     lines = [f"To leave them out on purpose: --ignore_columns {','.join(names)}"]
     name = next((name for name in names if "." not in name), "")
     if name and {"system", "persona"} & set(words(name)):
         lines.append(f"To make it the system message: --columns system={name}")
     elif name and noun(name) in ("tool", "tools", "function", "functions"):
         lines.append(f"If these are schemas of tools: --columns tools={name}")
-    elif name and prompt:
+    elif name and prompt and lost[name].is_text:
         lines.append(f"To put it below the prompt: --columns instruction={prompt},input={name}")
         lines.append(f"To use it instead of the prompt: --columns prompt={name}")
     return "\n".join(lines)

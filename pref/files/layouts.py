@@ -334,8 +334,8 @@ def prompt_messages(row: dict) -> list[dict]:
     column = first_of(row, PROMPT)
     value = row[column or "prompt"]
     if column == "instruction" and filled(row.get("input")):
-        if not isinstance(value, str):
-            raise Drop("an input beside an instruction that is not text")
+        if not isinstance(value, str) or not isinstance(row["input"], str):
+            raise Drop("instruction and input are not both text")
         value = f"{value}\n\n{row['input']}"
     messages = as_messages(value, "user")
     # An HH prompt ends with '\n\nAssistant:', which parses as an empty answer.
