@@ -41,7 +41,7 @@ DATASET = "argilla/dpo-mix-7k"  # the default
 PAIR_FILES = ("train.jsonl", "val.jsonl", "dropped.jsonl", "manifest.json")
 QUICKSTART_MODEL = Path("quickstart/SmolLM2-135M-Instruct")  # where quickstart.sh puts it
 
-# What to do if every row is dropped for a reason that contains this.
+# What to do if every row is dropped for a reason that this pattern is found in.
 REMEDIES = {
     "begins with the assistant": (
         "Many chat templates refuse such conversations, so that no two models would be trained on "
@@ -59,7 +59,7 @@ REMEDIES = {
         "The two splits have the same prompts. To divide one of them by prompt: --split train=NAME"
     ),
     "different prompts": "A pair is two responses to one prompt.",
-    "tie": "If scores beside the responses say so and mean something else: --ignore_columns NAME",
+    "^tie": "If scores beside the responses say so and mean something else: --ignore_columns NAME",
     "unknown role": "Rename the role to user, assistant, system or tool.",
 }
 WHY_TEXTS = {
@@ -88,7 +88,8 @@ def make_sides(args: argparse.Namespace, splits: dict[str, Audit], dropped: list
     if len(splits) == 1:
         ((name, split),) = splits.items()
         check_not_empty(args.dataset, dropped, **{name: split.pairs})
-        train, val = split_by_prompt(split.pairs, args.val_fraction, args.seed, args.dataset)
+        source = f"{args.dataset} (dropped: {reasons_text(dropped)})"
+        train, val = split_by_prompt(split.pairs, args.val_fraction, args.seed, source)
         rule = f"by prompt: val_fraction {args.val_fraction}, seed {args.seed}"
         return Sides(train, val, rule)
     train_name, val_name = splits
@@ -143,15 +144,21 @@ def check_not_empty(source: str, dropped: list[dict], **sides: list) -> None:
     empty = [name for name, pairs in sides.items() if not pairs]
     if not empty:
         return
-    reasons = count_reasons(dropped)
-    listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-    text = f"{source}: no pairs left for {empty[0]}; dropped: {listed or 'nothing'}"
-    if reasons:
-        most = next(iter(reasons))
+    text = f"{source}: no pairs left for {empty[0]}; dropped: {reasons_text(dropped)}"
+    if dropped:
+        most = next(iter(count_reasons(dropped)))
         example = next(record for record in dropped if record["reason"] == most)
         text += f" (first: {example['place']}: {example['what'][:100]})"
-        text += next((f"\n{fix}" for start, fix in REMEDIES.items() if start in most), "")
+        text += next(
+            (f"\n{fix}" for pattern, fix in REMEDIES.items() if re.search(pattern, most)), ""
+        )
     raise UserError(f"{text}\nNothing was written.")
+
+
+def reasons_text(dropped: list[dict]) -> str:
+    """'2 tie, 1 empty chosen'."""
+    reasons = count_reasons(dropped).items()
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "nothing"
 
 
 def count_reasons(dropped: list[dict]) -> dict[str, int]:
@@ -200,7 +207,7 @@ def prepare_pairs(args: argparse.Namespace) -> None:
         "rows": {split: audit.rows for split, audit in splits.items()},
         "not_read": source.unused,
         "ignored_columns": ignored_columns(audits),
-        "notes": list_notes(audits, dropped),
+        "notes": list_notes(audits, dropped, options.choices.ignored),
     }
     manifest = write_pairs(out, head, sides, dropped, args.limit)
     print_summary(out, manifest)
@@ -260,12 +267,16 @@ def ignored_columns(audits: list[Audit]) -> dict[str, dict]:
     return result
 
 
-def list_notes(audits: list[Audit], dropped: list[dict]) -> list[str]:
+def list_notes(audits: list[Audit], dropped: list[dict], ignored: tuple[str, ...]) -> list[str]:
     """What the user should know about the rows, a line each."""
     notes = [
         f"{what}: {len(places):,} (first: {places[0]})"
         for audit in audits
         for what, places in audit.notes.items()
+    ]
+    known = {name for audit in audits for name in audit.unused}
+    notes += [
+        f"--ignore_columns {name}: no pair's row has it" for name in ignored if name not in known
     ]
     rows = sum(audit.rows for audit in audits)
     if len(dropped) > rows / 2:

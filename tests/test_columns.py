@@ -81,6 +81,8 @@ def test_content_that_nothing_uses_is_an_error_with_the_remedy(tmp_path):
     assert manifest["columns"] == {"instruction": "prompt", "input": "context"}
     train, _, _, manifest = prepare_rows(tmp_path, source, "--ignore_columns", "context")
     assert manifest["ignored_columns"] == {"context": {"rows": 4, "why": "--ignore_columns"}}
+    notes = prepare_rows(tmp_path, source, "--ignore_columns", "context,contxt")[3]["notes"]
+    assert notes == ["--ignore_columns contxt: no pair's row has it"]
 
 
 def test_one_row_with_content_is_enough(tmp_path):

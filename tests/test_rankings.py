@@ -24,6 +24,7 @@ SCORED = {
         "prompt": "\n\nHuman: q\n\nAssistant: ",
         "answers": [{"answer": text, "rank": -score} for text, score in zip(TEXTS, SCORES)],
     },
+    "messages": {"messages": [user("q")], "responses": TEXTS, "scores": SCORES},
     "NeMo-RL": {
         "context": [user("q")],
         "completions": [

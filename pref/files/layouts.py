@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pref.files.columns import filled, squeezed
 from pref.files.console import UserError
 from pref.files.messages import Drop, as_messages
-from pref.files.rankings import SCORE_COLUMNS, Candidates, read_candidates
+from pref.files.rankings import SCORE_COLUMNS, Candidates, as_number, read_candidates
 
 # The first of these that a row has is its prompt.
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "input")
@@ -61,10 +61,9 @@ def read_alpaca_eval(row: dict) -> Branches:
 
     {"instruction": "Hi", "output_1": "Hello!", "output_2": "No.", "preference": 1}
     """
-    try:
-        preference = float(row["preference"])
-    except (TypeError, ValueError):
-        raise Drop("preference is not a number") from None
+    preference = as_number(row["preference"])
+    if preference is None:
+        raise Drop("preference is not a number")
     if preference in (0, 1.5):  # 0: a tie in old files
         raise Drop("tie")
     if not 1 <= preference <= 2:
@@ -137,10 +136,9 @@ def read_helpsteer(row: dict) -> Branches:
     """
     columns = LAYOUTS["helpsteer"].columns.split()
     prompt, first, second, label = (first_of(row, group) for group in columns)
-    try:
-        strength = float(row[label])
-    except (TypeError, ValueError):
-        raise Drop(f"{label} is not a number") from None
+    strength = as_number(row[label])
+    if strength is None:
+        raise Drop(f"{label} is not a number")
     if not -3 <= strength <= 3:
         raise Drop(f"{label} is not between -3 and 3")
     if strength == 0:
@@ -196,7 +194,8 @@ def read_scored(row: dict) -> Candidates:
 
     {"prompt": "Hi", "responses": ["No.", "Hello!"], "scores": [1, 5]}
     """
-    prompt = as_messages(row["context"], "user") if "context" in row else prompt_messages(row)
+    conversation = first_of(row, "context|messages|conversations")
+    prompt = as_messages(row[conversation], "user") if conversation else prompt_messages(row)
     return read_candidates(prompt, row, first_of(row, "|".join(LIST_COLUMNS)))
 
 
@@ -257,7 +256,7 @@ LAYOUTS = {
     "messages": Layout("messages chosen rejected", read_messages),
     "swift": Layout("messages rejected_response|rejected_messages", read_swift),
     "scored": Layout(
-        f"{PROMPT}|context {'|'.join(LIST_COLUMNS)}",
+        f"{PROMPT}|context|messages|conversations {'|'.join(LIST_COLUMNS)}",
         read_scored,
         also=f"history {' '.join(SCORE_COLUMNS)}",
         lists=f"history {' '.join(LIST_COLUMNS)} {' '.join(SCORE_COLUMNS)}",

@@ -210,6 +210,6 @@ def margin_scores(row: dict) -> PairScores | None:
 def as_number(value) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
