@@ -142,6 +142,16 @@ def test_what_repeats_the_pair_is_named_and_not_missed(tmp_path, capsys):
     assert "not used, repeat what the pairs have: messages (4 rows)\n" in shown
 
 
+def test_one_short_text_names_where_a_row_comes_from(tmp_path):
+    train, _, _, manifest = prepare_rows(tmp_path, rows(dataset="koala", source="web"))
+    assert {p["source"] for p in train} == {"koala"} and ignored(manifest) == {"source": "metadata"}
+    train, _, _, manifest = prepare_rows(tmp_path, rows(source=["a", "b"]))
+    assert {p["source"] for p in train} == {"source"}  # the file's name
+    assert ignored(manifest) == {"source": "metadata"}
+    with pytest.raises(UserError, match="source: 4 rows"):
+        prepare_rows(tmp_path, rows(source=LONG))
+
+
 def test_a_context_that_the_answer_quotes_is_not_repeated(tmp_path):
     source = rows(context="Good {}.")
     source = [row | {"chosen": f"It says: {row['context']}"} for row in source]

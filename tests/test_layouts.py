@@ -380,6 +380,8 @@ BAD_ROWS = [
     ("preference is not a number", {**EVAL, "preference": "first"}),
     ("preference is not a number", {**EVAL, "preference": 10**400}),
     ("tie", {**CHOICE, "choice": "tie (bothbad)"}),
+    # The first or, counted from 0, the second one?
+    ("choice is not one of a, b, 0, 1, tie", {**CHOICE, "choice": "output_1"}),
     ("tie", {"prompt": "q", "response1": "a", "response2": "b", "overall_preference": 0}),
     ("tie", {"prompt": "q", "response_a": "a", "response_b": "b"} | VOTES),
     (

@@ -18,7 +18,7 @@ from pref.files.console import UserError
 from pref.files.messages import Drop
 from pref.files.pairs import check_pair, response_key
 from pref.files.rankings import Selection
-from pref.files.row_pairs import NO_SELECTION, prompt_key, to_pairs
+from pref.files.row_pairs import NO_SELECTION, is_label, prompt_key, to_pairs
 from pref.files.tables import Rows
 
 CARRIED = "carries a chat template already"
@@ -168,9 +168,9 @@ def find_layout(audit: Audit, row: dict, place: str) -> ReadRow:
     if not name:
         raise Drop(f"no column '{missing_column(row, audit.layout)}'")
     used = layouts.used_columns(row, name)
-    # A long text is no name of where a row comes from.
-    labels = {column for column in ("dataset", "source") if column in used}
-    used -= {c for c in labels if columns.kind_of(c, row[c]) == columns.CONTENT}
+    # One of these names where a row comes from, unless it holds something else, such as a text.
+    labels = [column for column in ("dataset", "source") if is_label(row.get(column))]
+    used = used - {"dataset", "source"} | set(labels[:1])
     return ReadRow(row, name, used)
 
 

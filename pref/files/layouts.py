@@ -371,8 +371,10 @@ def a_wins(row: dict, label: str) -> bool:
     if isinstance(choice, str) and choice in names and names[0] != names[1]:
         return choice == names[0]
     text = str(choice).strip().lower().removesuffix(".0")
-    for prefix in ("completion", "model", "response", "output", "answer", "assistant", "option"):
-        text = text.removeprefix(prefix).lstrip("_ ")
+    prefixed = re.fullmatch(
+        r"(?:completion|model|response|output|answer|assistant)[_ ]([ab])", text
+    )
+    text = prefixed[1] if prefixed else text
     if text == "2":
         raise UserError(
             f"{label} is 2, but numbers are read as 0 = a and 1 = b; write the choices as a and b"

@@ -74,6 +74,7 @@ def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
 
 
 def is_label(text) -> bool:
+    """Whether the value of a `dataset` or `source` column names where a row comes from."""
     named = isinstance(text, str) and bool(text.strip())
     return named and columns.kind_of("source", text) == columns.METADATA
 
