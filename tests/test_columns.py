@@ -200,6 +200,18 @@ def test_arguments_that_cannot_work(tmp_path, more, message):
         prepare_rows(tmp_path, rows(), *more)
 
 
+def test_two_columns_of_nearly_one_name_are_kept_apart(tmp_path):
+    texts = [("Of what is it made?", "How high is it?"), ("And how old is it?", "How far is it?")]
+    answers = {"chosen": "G", "rejected": "B"}
+    source = [{"PROMPT": first, "Prompt": second, **answers} for first, second in texts]
+    with pytest.raises(UserError, match="not a Human/Assistant transcript"):
+        prepare_rows(tmp_path, source)
+    more = ("--columns", "prompt=Prompt", "--ignore_columns", "PROMPT")
+    train, val, _, _ = prepare_rows(tmp_path, source, *more)
+    asked = {pair["prompt"][0]["content"] for pair in train + val}
+    assert asked == {"How high is it?", "How far is it?"}
+
+
 def test_a_column_without_a_name_is_no_system_message(tmp_path):
     """pandas writes the index of a table so."""
     train = prepare_rows(tmp_path, [{"": str(i), **row} for i, row in enumerate(rows())])[0]

@@ -74,6 +74,12 @@ def test_an_end_token_after_a_response(end):
     assert strip_template(f"It is high.{end}") == "It is high."
 
 
+def test_a_beginning_and_an_end_around_a_response():
+    assert find_carried("<s> It is high.</s>")
+    assert strip_template("<s> It is high.</s>") == "It is high."
+    assert not find_carried("<s>It is high.</s> It is <s>very</s> high.")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -104,12 +104,7 @@ def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, d
     values = {target: take(row, path) for target, path in choices.renames.items()}
     left_out = {name: ASKED for name in choices.ignored if name in row and filled(row[name])}
     row = {name: value for name, value in row.items() if name not in choices.ignored}
-    plain = {name: name.strip().lower().replace(" ", "_") for name in row}
-    if any(name != plain[name] for name in row):
-        row = {
-            plain[name] if plain[name] in known and plain[name] not in row else name: value
-            for name, value in row.items()
-        }
+    row = {usual_name(name, row, known): value for name, value in row.items()}
     if not choices.renames:
         return row, left_out
     row = {name: value for name, value in row.items() if name not in choices.renames.values()}
@@ -119,6 +114,15 @@ def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, d
         if value is not None:
             row[target] = value
     return row, left_out
+
+
+def usual_name(name: str, row: dict, known: set[str]) -> str:
+    """'Prompt ' -> 'prompt', if layouts know that name and no other column of the row has it."""
+    if name in known:
+        return name
+    plain = name.strip().lower().replace(" ", "_")
+    alike = [other for other in row if other.strip().lower().replace(" ", "_") == plain]
+    return plain if plain in known and alike == [name] else name
 
 
 def take(row: dict, path: str):

@@ -132,8 +132,14 @@ def is_plain(text: str) -> bool:
 
 
 def is_html(text: str) -> bool:
-    """Whether <s> and </s> strike text out, as in HTML, and no other token is there."""
-    return "<s>" in text and "</s>" in text and "[INST]" not in text and "<|" not in text
+    """Whether <s> and </s> strike text out, as in HTML, and no other token is there. Once around
+    the whole text they are what begins and ends it.
+    """
+    if "<s>" not in text or "</s>" not in text or "[INST]" in text or "<|" in text:
+        return False
+    return text.count("<s>") > 1 or not (
+        text.lstrip().startswith("<s>") and text.rstrip().endswith("</s>")
+    )
 
 
 def find_mention(text: str) -> str | None:
