@@ -144,7 +144,7 @@ def add_row(audit: Audit, place: str, raw: dict, options: Options) -> None:
         check_scores(audit, readable, pairs[0], options.selection)
     if not new:
         raise Drop("exact duplicate")
-    audit.ids |= new.keys()
+    audit.ids.update(new)
     audit.pairs += [PlacedPair(place, pair) for pair in new.values()]
 
     # 4) What of the row is in none of them.

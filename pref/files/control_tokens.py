@@ -93,13 +93,20 @@ def texts_of(value) -> Iterator[str]:
             yield from texts_of(item)
 
 
+def has_hint(text: str) -> bool:
+    """Whether there can be a token or a plain template in a text; most texts are done here."""
+    if "<" not in text and "[" not in text:
+        return "### " in text or "USER:" in text
+    return any(hint in text for hint in HINTS)
+
+
 def find_carried(text: str) -> str | None:
     """The control token that shows that `text` is wrapped in a chat template, or None.
 
     It is wrapped if it begins or ends with control tokens, or if one turn ends and another begins
     in it, outside of code.
     """
-    if not any(hint in text for hint in HINTS):
+    if not has_hint(text):
         return None
     if is_plain(text):
         return text.split()[-1]
@@ -144,7 +151,7 @@ def is_html(text: str) -> bool:
 
 def find_mention(text: str) -> str | None:
     """The first control token in a text that `find_carried` finds nothing in."""
-    if not any(hint in text for hint in HINTS):
+    if not has_hint(text):
         return None
     token = None if is_html(text) else TOKEN.search(text)
     return token.group() if token else None
