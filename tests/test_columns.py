@@ -192,6 +192,7 @@ def test_columns_by_another_name(tmp_path, columns, row):
         (["--min_margin", "1"], "no row has scores"),
         (["--min_margin", "-1"], "must be above 0"),
         (["--split", "val=test"], "expected train=NAME"),
+        (["--split", "train=train,val=train"], "a split is named twice"),
         (["--split", "train=left"], "has no split 'left'; it has train"),
     ],
 )

@@ -106,6 +106,8 @@ def pick_splits(names: list[str], source: str) -> list[list[str]]:
 def named_splits(names: list[str], wanted: SplitNames, source: str) -> list[list[str]]:
     """The splits asked for. Raises UserError if the source lacks one."""
     groups = [group for group in wanted if group]
+    if len({*wanted.train, *wanted.val}) < len(wanted.train) + len(wanted.val):
+        raise UserError("--split: a split is named twice")
     for name in chain.from_iterable(groups):
         if name not in names:
             raise UserError(f"--split: {source} has no split '{name}'; it has {', '.join(names)}")
