@@ -47,7 +47,9 @@ REMEDIES = {
         "Many chat templates refuse such conversations, so that no two models would be trained on "
         "the same. Put a user message before the greeting, or remove it."
     ),
-    "prompt column": "If the conversations are right as they are: --ignore_columns prompt",
+    "prompt column": (
+        "If the conversations are right, leave that column out by its name: --ignore_columns prompt"
+    ),
     "only text can be trained": (
         "If the text makes sense without it, leave such a column out with --ignore_columns."
     ),

@@ -460,6 +460,10 @@ BAD_ROWS = [
     ),
     ("has images: only text can be trained", {"prompt": "q", "images": ["a.png"]} | AB),
     (
+        "has a placeholder of a picture or sound: only text can be trained",
+        {"prompt": "<image>\nWhat is this?"} | AB,
+    ),
+    (
         "has a part of type 'image_url': only text can be trained",
         {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]} | AB,
     ),

@@ -173,6 +173,14 @@ def test_a_prompt_that_the_responses_repeat_is_cut_off(tmp_path):
     assert [d["reason"] for d in dropped] == ["both responses begin with the prompt"]
 
 
+def test_a_response_that_goes_on_with_the_users_turn_is_counted(tmp_path):
+    rows = texts(4)
+    rows[2]["rejected"] += "\n\nHuman: And now?\n\nAssistant: Now this."
+    notes = prepare_rows(tmp_path, rows)[3]["notes"]
+    what = "rows in which a response goes on with a turn of the user's, kept"
+    assert notes == [f"{what}: 1 (first: {tmp_path / 'source.jsonl'}:3)"]
+
+
 def test_rows_of_two_layouts_in_one_file(tmp_path, capsys):
     train, val, dropped, manifest = prepare_rows(tmp_path, [*rows_of(3), *texts(3)])
     assert len(train) + len(val) == 6 and not dropped

@@ -148,6 +148,8 @@ def add_row(audit: Audit, place: str, raw: dict, options: Options) -> None:
     audit.pairs += [PlacedPair(place, pair) for pair in new.values()]
 
     # 4) What of the row is in none of them.
+    if any("\n\nHuman:" in pairs[0][side][0]["content"] for side in ("chosen", "rejected")):
+        audit.note("rows in which a response goes on with a turn of the user's, kept", place)
     if mention:
         audit.note("rows that speak of a control token of chat templates, kept", place)
     note_unused(audit, place, readable, read, left_out, pairs[0], options.choices.ignored)

@@ -1,6 +1,7 @@
 """The pairs of one row, once its texts that hold messages have been parsed (audit.py)."""
 
 import json
+import re
 
 from pref.files import columns, disk, layouts, messages, rankings
 from pref.files.messages import Drop
@@ -8,6 +9,8 @@ from pref.files.pairs import check_pair, check_visible
 from pref.files.rankings import Selection
 
 NO_SELECTION = Selection(rule=None, min_margin=0, seed=0)
+# Where a picture was, in the data of models that take some.
+PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")
 MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")  # how tables write that nothing is there
 
 
@@ -54,6 +57,8 @@ def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
     pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
     if reason := check_pair(pair) or check_visible(pair):
         raise Drop(reason)
+    if any(PLACEHOLDER.search(m["content"]) for m in pair["prompt"]):
+        raise Drop("has a placeholder of a picture or sound: only text can be trained")
     for side in ("chosen", "rejected"):
         if pair[side][0]["content"].strip() in MISSING:
             raise Drop(f"{side} is a missing value written as text")
