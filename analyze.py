@@ -230,7 +230,9 @@ def compare_scores(
     -> number of the whole run. values: the same scores by question or pair, for estimates.
     """
     for cell, row in scored:
-        row["low"], row["high"] = estimates.cell_interval(cell, row["runs"], values)
+        row["low"], row["high"] = estimates.cell_interval(
+            cell, row["runs"], values, proportion=metric == "best_acc_ref"
+        )
     known = [
         run
         for cell in cells

@@ -222,6 +222,20 @@ def test_required_sizes_of_an_equivalence():
     assert inside / 1000 >= 0.77
 
 
+@pytest.mark.parametrize(("limit", "rate"), [(0.1, 0.3), (0.4, 0.7), (0.1, 0.02), (0.4, 0.1)])
+def test_required_runs_find_a_rate_by_enumeration(limit, rate):
+    side = "less" if rate < limit else "greater"
+
+    def finds(n: int) -> float:
+        tests = [scipy_stats.binomtest(k, n, limit, alternative=side).pvalue for k in range(n + 1)]
+        chances = scipy_stats.binom.pmf(np.arange(n + 1), n, rate)
+        return sum(chances[k] for k in range(n + 1) if tests[k] < 0.05)
+
+    runs = power.required_runs(limit, rate)
+    assert min(finds(n) for n in range(runs, runs + 4)) >= 0.8 > finds(runs - 1)
+    assert power.required_runs(0.1, 0.1001) is None
+
+
 # ---- intervals of means and rates ---------------------------------------------------------------
 
 
@@ -230,7 +244,19 @@ def test_interval_of_a_mean_is_that_of_its_difference_from_nothing():
     assert stats.mean_interval(A) == pytest.approx((found.low, found.high))
     expected = scipy_stats.ttest_1samp(A[0], 0).confidence_interval()
     assert stats.mean_interval(A[:1]) == pytest.approx(tuple(expected))
-    assert stats.mean_interval(np.array([[0, 1, 1, 1.0]]), 0, 1)[1] == 1
+
+
+def test_interval_of_a_proportion_is_clopper_and_pearsons():
+    wins = np.array([[1.0] * 20])
+    found = stats.proportion_interval(wins)
+    assert found == pytest.approx(stats.exact_interval(20, 20))  # 20 of 20 do not prove certainty
+    assert stats.proportion_interval(0 * wins) == pytest.approx(stats.exact_interval(0, 20))
+    some = np.array([[1.0] * 30 + [0.0] * 50])
+    expected = stats.exact_interval(30, 80)  # a little narrower than with t for the normal quantile
+    assert stats.proportion_interval(some) == pytest.approx(expected, abs=0.005)
+    low, high = stats.proportion_interval(np.array([[1.0] * 79 + [0.0], [1.0] * 70 + [0.0] * 10]))
+    assert 0 < low < 0.8 and 0.94 < high <= 1
+    assert all(math.isnan(end) for end in stats.proportion_interval(wins[:, :1]))
 
 
 def test_improvement_rate_by_hand():

@@ -17,6 +17,7 @@ from pref.analysis import power, stats, usual_tests, variation
 from pref.analysis.runs import Cell, Run, ScoredCell, Values
 
 DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "seed_share")
+FEWEST_QUESTIONS = 10  # with which error rates were simulated
 SPREAD_NUMBERS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_forsythe_p")
 
 
@@ -105,12 +106,13 @@ class Comparison(NamedTuple):
 
 
 def cell_interval(
-    cell: Cell, counted: list[str], values: Values
+    cell: Cell, counted: list[str], values: Values, proportion: bool = False
 ) -> tuple[float | None, float | None]:
     """95 % interval of a cell's mean over its seeds and units; of a single seed, over units alone.
 
     counted: ids of the runs in the mean that the interval is shown with. (None, None) if not all of
-    them have values: it would be the interval of another mean.
+    them have values: it would be the interval of another mean. proportion: whether a value is right
+    or wrong, 1 or 0.
     """
     runs = runs_with_values(cell, values)
     if not runs or set(runs.values()) != set(counted):
@@ -118,8 +120,9 @@ def cell_interval(
     table = cell_table(cell, values)
     if not table.size:
         return None, None
-    low, high = stats.mean_interval(table)
-    return finite(low), finite(high)
+    interval = stats.proportion_interval if proportion else stats.mean_interval
+    low, high = map(finite, interval(table))
+    return low, high
 
 
 def compare_cells(a: Cell, b: Cell, values: Values) -> Comparison | None:
@@ -155,7 +158,7 @@ def comparison_columns(compared: Comparison | None) -> dict:
     """
     if compared is None:
         others = ("rate", "rate_low", "rate_high")
-        others += ("p", "detectable", "n_units", "paired", "seeds_compared")
+        others += ("p", "detectable", "n_units", "paired", "seeds_compared", "calibrated")
         return dict.fromkeys((*DIFFERENCE_NUMBERS, *others))
     difference, table_a, table_b = compared
     rate = stats.improvement_rate(table_a, table_b, difference.seeds != "unpaired")
@@ -172,7 +175,15 @@ def comparison_columns(compared: Comparison | None) -> dict:
         "n_units": difference.n_questions,
         "paired": difference.seeds,
         "seeds_compared": seeds_compared[difference.seeds],
+        "calibrated": is_calibrated(difference),
     }
+
+
+def is_calibrated(difference: stats.Difference) -> bool:
+    """Whether p and interval keep what they promise: their error rates have been simulated
+    (bench/calibration.py) with two or more seeds and ten or more questions.
+    """
+    return difference.seeds != "one seed" and difference.n_questions >= FEWEST_QUESTIONS
 
 
 def finite(value: float) -> float | None:

@@ -60,7 +60,7 @@ def win_rows(cells: list[Cell]) -> list[dict]:
             (table,) = estimates.make_tables(values, [list(values)])
             if not table.size:
                 continue
-            low, high = map(estimates.finite, stats.mean_interval(table, 0, 1))
+            low, high = map(estimates.finite, stats.proportion_interval(table))
             parts = estimates.shared_parts(list(values.values()))
             outcomes = [
                 run[question][place]

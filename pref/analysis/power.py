@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 from scipy.optimize import brentq
+from scipy.stats import binom
 
-from pref.analysis.stats import Difference, MeanError
+from pref.analysis.stats import ALPHA, Difference, MeanError
 
 POWER = 0.8
 LARGEST = 1_000_000  # seeds or questions: more are not asked for
@@ -174,3 +175,19 @@ def least(enough) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
+
+
+def required_runs(limit: float, rate: float, most: int = 20_000) -> int | None:
+    """Number of runs from which on the exact one-sided binomial test of a rate of `limit` finds the
+    true `rate`, above or below it, with probability POWER; None if that is more than `most`.
+
+    The test's power is a saw-tooth over the number of runs: a count is a whole number.
+    """
+    n = np.arange(1, most + 1)
+    # Events become the rarer outcome's count: "at least k of n" is "at most n - k" of the others.
+    limit, rate = (limit, rate) if rate < limit else (1 - limit, 1 - rate)
+    count = binom.ppf(ALPHA, n, limit)  # the least count whose probability or less reaches ALPHA
+    count -= binom.cdf(count, n, limit) >= ALPHA  # the largest that rejects; -1 if none does
+    too_few = np.flatnonzero(binom.cdf(count, n, rate) < POWER)
+    enough = int(too_few[-1]) + 2 if len(too_few) else 1
+    return enough if enough <= most else None

@@ -191,17 +191,35 @@ def seed_error(tables: list[np.ndarray]) -> SeedError:
     return SeedError(variance, df, chance)
 
 
-def mean_interval(
-    table: np.ndarray, least: float = -math.inf, largest: float = math.inf
-) -> tuple[float, float]:
+def mean_interval(table: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of an (S, Q) table over questions and seeds; of a single seed, over
-    questions alone. NaN with a single question. No score is below `least` or above `largest`.
+    questions alone. NaN with a single question.
     """
     half_width = float(mean_error(table.mean(0), [table]).half_width())
-    mean_score = float(table.mean())
-    if math.isnan(half_width):
+    return float(table.mean()) - half_width, float(table.mean()) + half_width
+
+
+def proportion_interval(table: np.ndarray) -> tuple[float, float]:
+    """`mean_interval` of scores from 0 to 1, such as wins or right answers: it stays within these
+    limits, and has some width even where all scores are 0 or all are 1.
+
+    Notes
+    -----
+    Korn and Graubard (1998): the interval of Clopper and Pearson (1934) for a sample of such a size
+    that it would be as wide as `mean_interval`. Where all scores are the same, that is the number
+    of questions: seeds answer the same ones.
+    """
+    rate, n_questions = float(table.mean()), table.shape[1]
+    if n_questions < 2:
         return math.nan, math.nan
-    return max(least, mean_score - half_width), min(largest, mean_score + half_width)
+    half_width = float(mean_error(table.mean(0), [table]).half_width())
+    size = n_questions
+    if half_width > 0:
+        size = rate * (1 - rate) * (scipy_stats.norm.ppf(1 - ALPHA / 2) / half_width) ** 2
+    hits, misses = rate * size, (1 - rate) * size
+    low = special.betaincinv(hits, misses + 1, ALPHA / 2) if hits > 0 else 0.0
+    high = special.betaincinv(hits + 1, misses, 1 - ALPHA / 2) if misses > 0 else 1.0
+    return float(low), float(high)
 
 
 class Difference(NamedTuple):

@@ -371,6 +371,7 @@ def runs_needed(claim: dict, rate: float) -> str:
         return f"It would take {runs} runs without one."
     if rate == limit:
         return "The rate is at the claimed limit itself."
-    # Normal approximation, one-sided at 5 % (1.645) with 80 % power (0.842).
-    runs = math.ceil((1.645 + 0.842) ** 2 * limit * (1 - limit) / (rate - limit) ** 2)
+    runs = power.required_runs(limit, rate)
+    if runs is None:
+        return "The rate is so near the limit that no feasible number of runs would decide it."
     return f"It would take roughly {runs} runs, if the rate is as measured (80 % power)."
