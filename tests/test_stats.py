@@ -280,7 +280,7 @@ def test_a_rate_of_nothing_is_not_known():
     assert math.isnan(stats.improvement_rate(A, np.zeros((3, 20)), paired=True).rate)
     noisy = np.array([[-3.0, 3.1, -2.9, 3.2]])  # a mean that cannot be told from 0
     found = stats.improvement_rate(np.array([[5.0, 5.2, 4.9, 5.1]]), noisy, paired=True)
-    assert found.high == math.inf
+    assert found.low < found.rate and found.high == math.inf
     one_question = stats.improvement_rate(A[:, :1], B[:, :1], paired=True)
     assert math.isnan(one_question.low) and not math.isnan(one_question.rate)
 
@@ -396,6 +396,19 @@ def test_confidence_draws_invert_scipys_noncentral_chi_square():
     # below the noise, most of the distribution lies on 0
     flat = variation.confidence_draws(0.1, error, n_betas=4, draws=40_000, stream=0)
     assert (flat == 0).mean() == pytest.approx(scipy_stats.chi2.sf(0.1 * 3 / 0.5, 3), abs=0.01)
+
+
+@pytest.mark.parametrize("x", [0.5, 30.0, 999.0, 1001.0, 1e12])
+def test_noncentrality_inverts_scipys_distribution(x):
+    levels = np.array([0.01, 0.5, 0.99])
+    found = variation.noncentrality(np.full(3, x), 3, levels)
+    for value, level in zip(found, levels):
+        if value == 0:
+            assert scipy_stats.chi2.cdf(x, 3) <= level
+        elif x < 1e4:
+            assert scipy_stats.ncx2.cdf(x, 3, value) == pytest.approx(level, abs=2e-3)
+        else:
+            assert value == pytest.approx(x, rel=1e-5)
 
 
 def spread(variance: float, draws: np.ndarray):

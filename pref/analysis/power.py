@@ -47,8 +47,9 @@ def true_design(measured: Difference) -> Design:
     seeds = 0.0
     if error.seeds_df:
         seeds = error.seeds * error.seeds_df / special.chdtri(error.seeds_df, 0.5)
+    questions = error.questions * error.questions_df / special.chdtri(error.questions_df, 0.5)
     return Design(
-        questions=error.questions * error.questions_df / special.chdtri(error.questions_df, 0.5),
+        questions=max(questions, error.chance),  # it contains chance's part
         questions_df=error.questions_df,
         seeds=max(0.0, seeds - error.chance),
         seeds_df=error.seeds_df,

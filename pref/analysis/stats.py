@@ -359,19 +359,23 @@ def improvement_rate(a: np.ndarray, b: np.ndarray, paired: bool) -> Rate:
         compared = difference(a, (1 + r) * b, paired)
         return abs(compared.estimate) - float(compared.error.half_width())
 
-    def limit(side: int) -> float:
-        step = 1e-3
+    scale = max(1.0, abs(rate))
+
+    def reach(side: int) -> float:
+        """How far the interval reaches to one side."""
+        step = 1e-3 * scale
         while not excess(rate + side * step) > 0:
             step *= 2
-            if step > 1e3:
-                return side * math.inf
-        return float(brentq(lambda size: excess(rate + side * size), 0.0, step))
+            if step > 1e3 * scale:
+                return math.inf
+        tolerance = 1e-9 * scale
+        return float(brentq(lambda size: excess(rate + side * size), 0.0, step, xtol=tolerance))
 
     if math.isnan(excess(rate)):  # a single question
         return Rate(rate, math.nan, math.nan)
     if excess(rate) >= -1e-12:
         return Rate(rate, rate, rate)
-    return Rate(rate, rate - limit(-1), rate + limit(1))
+    return Rate(rate, rate - reach(-1), rate + reach(1))
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -110,10 +110,20 @@ def confidence_draws(
     if not (noise > 0).all():  # equal deviations everywhere: nothing is noise
         return np.full(draws, raw)
     observed = raw * (n_betas - 1) / noise
-    above = special.chdtr(n_betas - 1, observed) > probability
-    noncentrality = np.zeros(draws)
-    noncentrality[above] = special.chndtrinc(observed[above], n_betas - 1, probability[above])
-    return noncentrality * noise / (n_betas - 1)
+    return noncentrality(observed, n_betas - 1, probability) * noise / (n_betas - 1)
+
+
+def noncentrality(x: np.ndarray, df: int, probability: np.ndarray) -> np.ndarray:
+    """Noncentrality at which a noncentral chi-square variable is at most `x` with this probability;
+    0 where even the central one is so with a smaller one. Elementwise.
+    """
+    found = np.zeros_like(x)
+    large = x > 1000  # SciPy's inversion becomes slow, then fails; the root is normal, SD 1
+    normal = np.sqrt(x[large]) - special.ndtri(probability[large])
+    found[large] = np.maximum(0.0, normal**2 - (df - 1))
+    exact = ~large & (special.chdtr(df, x) > probability)
+    found[exact] = special.chndtrinc(x[exact], df, probability[exact])
+    return found
 
 
 def with_less_noise(spread: BetaSpread, factor: float, draws: int, stream: int) -> BetaSpread:
