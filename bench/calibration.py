@@ -63,6 +63,11 @@ class Sizes(NamedTuple):
 USUAL = Sizes()
 
 
+def random_stream(seed: int, seed_sd: float, sizes: Sizes) -> np.random.Generator:
+    """Each row of a table has random numbers of its own: chance deviations are not shared."""
+    return np.random.default_rng([seed, *sizes, round(1000 * seed_sd)])
+
+
 def normal_world(rng, effect: float, seed_sd: float, sizes: Sizes) -> np.ndarray:
     return simulate(rng, [5.0, *[5.0 + effect] * 3], seed_sd, sizes)
 
@@ -173,7 +178,7 @@ def calibrate_differences(
     tests over the first `sensitivity` studies. above: how often the whole interval lies above the
     truth (nominally 0.025).
     """
-    rng = np.random.default_rng(seed)
+    rng = random_stream(seed, seed_sd, sizes)
     reject, cover, above, family, detectable, other = [], [], [], [], [], {}
     for study in range(studies):
         baseline, *losses = generate(rng, effect, seed_sd, sizes)
@@ -200,7 +205,7 @@ def calibrate_differences(
 
 def found(studies: int, effect: float, **design) -> float:
     """How often a true difference of the first loss is found."""
-    rng = np.random.default_rng(1)
+    rng = random_stream(1, design["seed_sd"], design["sizes"])
     generate = design.get("generate", normal_world)
     hits = []
     for _ in range(studies):

@@ -113,6 +113,8 @@ def test_selection_and_equal_budget_by_hand():
     assert td["expected_selected"] == pytest.approx((3 * 6 + 2 * 7 + 2) / 6)
     assert td["expected_maximum"] == pytest.approx((3 * 7 + 2 * 6 + 3) / 6)
     assert td["baseline_expected_selected"] == 4
+    assert td["expected_difference"] == pytest.approx(td["expected_selected"] - 4)
+    assert "expected_difference" not in dpo
     dpo, _ = estimates.selection_rows(scored, "best_acc_ref", "dpo")
     assert dpo["selected_by"] == "the score itself"
 

@@ -363,7 +363,8 @@ def selection_rows(scored: list[ScoredCell], metric: str, baseline: str) -> list
             of_baseline = grid_scores(baseline_grid, metric)
             expected = variation.expected_best(of_baseline.selector, of_baseline.scores, budget)
             row["baseline_expected_selected"] = expected
-            row["expected_difference"] = row["expected_selected"] - expected
+            if loss != baseline:
+                row["expected_difference"] = row["expected_selected"] - expected
         rows.append(row)
     return rows
 
