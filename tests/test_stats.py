@@ -83,13 +83,15 @@ def test_where_only_seeds_vary_it_is_the_t_test_on_seeds():
 
 
 def test_where_only_unpaired_seeds_vary_it_is_welchs_test():
-    a, b = np.array([0.3, 0.9, 0.5]), np.array([-0.2, 0.1])
+    a, b = np.array([0.3, 0.9, 0.5]), np.array([-0.2, 0.1, 0.15])
     tables = [np.tile(levels[:, None], (1, 40)) for levels in (a, b)]
     found = stats.difference(*tables, paired=False)
     expected = scipy_stats.ttest_ind(a, b, equal_var=False)
     assert found.p() == pytest.approx(expected.pvalue) and found.df == pytest.approx(expected.df)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
-    assert found.seeds == "unpaired" and found.n_seeds == 2
+    assert found.seeds == "unpaired" and found.n_seeds == 3
+    fewer = stats.difference(tables[0], tables[1][:2], paired=False)
+    assert (fewer.error.seeds_df, fewer.n_seeds) == (pytest.approx(1, abs=0.7), 2)
 
 
 def test_with_many_seeds_and_questions_it_is_the_variance_of_both():
@@ -208,6 +210,15 @@ def test_required_sizes_are_the_least():
     # questions alone leave 0.4 / 80, seeds alone 0.01 / 3: no number of the other is enough
     assert power.required_sizes(measured(**components), 0.15) == (None, None)
     assert power.required_sizes(measured(**components), 0) == (None, None)
+
+
+def test_required_seeds_against_the_untrained_model_are_those_of_the_trained():
+    rng = np.random.default_rng(4)
+    trained = rng.normal(0, 1, 80) + rng.normal(0, 0.3, (3, 1)) + rng.normal(0, 1, (3, 80))
+    against_one = stats.difference(trained, np.zeros((1, 80)), paired=False)
+    alone = stats.difference(trained, np.zeros((3, 80)), paired=True)
+    assert against_one.n_seeds == 1 and against_one.p() == pytest.approx(alone.p())
+    assert power.required_sizes(against_one, 0.6) == power.required_sizes(alone, 0.6)
 
 
 def test_required_sizes_of_an_equivalence():

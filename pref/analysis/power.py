@@ -98,6 +98,9 @@ class Power:
 def minimum_detectable(measured: Difference) -> float:
     """True difference that a study of this design finds with probability POWER, two-sided at 5 %;
     NaN if nothing measures the error.
+
+    Rougher for cells with different seeds, whose variances are taken as one: found in 70 to 88 %
+    of simulated studies rather than 78 to 82.
     """
     if not measured.measurable():
         return math.nan
@@ -140,6 +143,8 @@ def required_sizes(measured: Difference, gap: float, equivalent: bool = False) -
         return RequiredSizes(None, None)
     now = true_design(measured)
     n_seeds, n_questions = measured.n_seeds, measured.n_questions
+    if n_seeds == 1 and now.seeds_df:  # an untrained model has one run: the other's seeds count
+        n_seeds = round(now.seeds_df) + 1
     residual = measured.residual  # of one score
     question = max(0.0, now.questions * n_questions - residual / n_seeds)
 

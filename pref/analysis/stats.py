@@ -177,18 +177,20 @@ def seed_error(tables: list[np.ndarray]) -> SeedError:
 
     Seeds of two tables are independent of each other. A table with a single seed adds nothing: its
     seed's part is not known. Mean squares are added, with the degrees of freedom of Satterthwaite
-    (1946), as in Welch's test.
+    (1946), as in Welch's test; of tables with unequal numbers of seeds, each counts as if it had
+    the smallest number. (With their own numbers, Welch's test of two seeds against five errs in up
+    to 10 % of studies.)
     """
-    variance = chance = weight = 0.0
+    tables = [table for table in tables if len(table) > 1]
+    variance = chance = squared = 0.0
     for table in tables:
-        if len(table) > 1:
-            squares = mean_squares(table)
-            part = float(squares.seed) / table.size
-            variance += part
-            chance += float(squares.residual) / table.size
-            weight += part**2 / (len(table) - 1)
-    df = variance**2 / weight if weight else sum(len(table) - 1 for table in tables)
-    return SeedError(variance, df, chance)
+        squares = mean_squares(table)
+        part = float(squares.seed) / table.size
+        variance += part
+        chance += float(squares.residual) / table.size
+        squared += part**2
+    least_df = min((len(table) - 1 for table in tables), default=0)
+    return SeedError(variance, least_df * (variance**2 / squared if squared else 1.0), chance)
 
 
 def mean_interval(table: np.ndarray) -> tuple[float, float]:

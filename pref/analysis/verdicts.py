@@ -307,7 +307,7 @@ def what_would_decide_spread(compared: estimates.SpreadComparison, limit: float,
     """
     for factor in (2, 4, 8, 16, 32, 64, 128):
         larger = [
-            variation.with_less_noise(spread, factor, draws, stream)
+            variation.with_less_noise(spread, factor, min(draws, 2000), stream)
             for stream, spread in enumerate((compared.spread_a, compared.spread_b))
         ]
         ratio = variation.variance_ratio(*larger)
