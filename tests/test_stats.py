@@ -91,7 +91,10 @@ def test_where_only_unpaired_seeds_vary_it_is_welchs_test():
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
     assert found.seeds == "unpaired" and found.n_seeds == 3
     fewer = stats.difference(tables[0], tables[1][:2], paired=False)
-    assert (fewer.error.seeds_df, fewer.n_seeds) == (pytest.approx(1, abs=0.7), 2)
+    parts = a.var(ddof=1) / 3, b[:2].var(ddof=1) / 2
+    # each as if it had two seeds, one degree of freedom
+    assert fewer.error.seeds_df == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 + parts[1] ** 2))
+    assert fewer.se == pytest.approx(math.sqrt(sum(parts))) and fewer.n_seeds == 2
 
 
 def test_with_many_seeds_and_questions_it_is_the_variance_of_both():
