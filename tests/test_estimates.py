@@ -63,6 +63,23 @@ def test_a_single_seed_is_said_and_compared_with_the_same_seed():
     assert compared.difference.se == pytest.approx(np.std([1, 0, 1], ddof=1) / math.sqrt(3))
 
 
+def test_what_p_and_interval_cannot_promise_is_said():
+    def compared(questions):
+        rng = np.random.default_rng(0)
+        values = {run: flat(*rng.normal(5, 1, questions)) for run in ("a1", "a2", "b1", "b2")}
+        cells = [make_cell(cell, {1: f"{cell}1", 2: f"{cell}2"}) for cell in "ab"]
+        return estimates.comparison_columns(estimates.compare_cells(*cells, values))
+
+    enough = compared(questions=10)
+    assert (enough["calibrated"], enough["caveat"]) == (True, None)
+    assert 0 < enough["seed_share"] < 1
+    assert "fewer than 10 questions" in compared(questions=9)["caveat"]
+    one = make_cell("x", {1: "a"}), make_cell("y", {1: "b"})
+    values = {"a": flat(5, 6, 7), "b": flat(4, 6, 6)}
+    row = estimates.comparison_columns(estimates.compare_cells(*one, values))
+    assert row["calibrated"] is False and "one seed" in row["caveat"]
+
+
 def test_the_untrained_model_has_no_seeds_to_sample():
     values = {"a1": flat(5, 6, 7), "a2": flat(6, 7, 9), "base": flat(4, 6, 6)}
     trained, base = make_cell("x", {42: "a1", 43: "a2"}), make_cell("base", "base")

@@ -158,7 +158,7 @@ def comparison_columns(compared: Comparison | None) -> dict:
     """
     if compared is None:
         others = ("rate", "rate_low", "rate_high")
-        others += ("p", "detectable", "n_units", "paired", "seeds_compared", "calibrated")
+        others += ("p", "detectable", "n_units", "paired", "seeds_compared", "calibrated", "caveat")
         return dict.fromkeys((*DIFFERENCE_NUMBERS, *others))
     difference, table_a, table_b = compared
     rate = stats.improvement_rate(table_a, table_b, difference.seeds != "unpaired")
@@ -175,15 +175,21 @@ def comparison_columns(compared: Comparison | None) -> dict:
         "n_units": difference.n_questions,
         "paired": difference.seeds,
         "seeds_compared": seeds_compared[difference.seeds],
-        "calibrated": is_calibrated(difference),
+        "calibrated": (caveat := find_caveat(compared)) is None,
+        "caveat": caveat,
     }
 
 
-def is_calibrated(difference: stats.Difference) -> bool:
-    """Whether p and interval keep what they promise: their error rates have been simulated
-    (bench/calibration.py) with two or more seeds and ten or more questions.
+def find_caveat(compared: Comparison) -> str | None:
+    """Why p and interval may not keep the error rates that bench/calibration.py has simulated; None
+    if they do.
     """
-    return difference.seeds != "one seed" and difference.n_questions >= FEWEST_QUESTIONS
+    difference = compared.difference
+    if difference.seeds == "one seed":
+        return "one seed: how much other seeds would differ is not known"
+    if difference.n_questions < FEWEST_QUESTIONS:
+        return f"fewer than {FEWEST_QUESTIONS} questions or pairs: never tried in simulation"
+    return None
 
 
 def finite(value: float) -> float | None:
