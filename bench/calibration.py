@@ -13,7 +13,7 @@ normal   The mean rating (both turns) of question q in the run of loss m with se
          all normal, SDs: question 1.8, method by question 0.8, seed common to all losses 0.1, seed
          0.08 to 1.0, rest 1.2.
 rough    The same sum for each of two turns (rest 1.7 a turn), rounded to 1, 2, ..., 10 and
-         averaged. The level is 7.5, so that a fifth of the ratings are tens. The seeds of the
+         averaged. The level is 7.5, so that one mean in ten is a full ten. The seeds of the
          losses differ: their SDs are 0.7 (baseline), 1.4, 1.0 and 0.7 times the stated one. Their
          effects are skewed (a seed may be far below the others: minus an exponential variable) or
          heavy-tailed (Student's t with 3 degrees of freedom). Levels are chosen such that the true
