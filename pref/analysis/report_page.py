@@ -59,7 +59,7 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
         ["judges", "; ".join(judges) or "none"],
         ["baseline", comparison["baseline"]],
         ["data sha256", json.dumps(data) if data else None],
-        ["intervals", f"95 %, {comparison['draws']:,} bootstrap draws over questions and seeds"],
+        ["intervals", "95 %, over questions and seeds; with one seed, over questions alone"],
     ]
 
 
