@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pref.answering import work
+from pref.answering import fitness, work
 from pref.answering.generation import Engine, Request
+from pref.answering.plain import PlainEngine
 from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
 from pref.files import console, run_folders
@@ -37,14 +38,14 @@ class Author:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | PlainEngine,
         tokenizer: PreTrainedTokenizerBase,
         store: Store,
         sampling: Sampling,
     ):
         self.engine, self.tokenizer, self.store = engine, tokenizer, store
         self.sampling = sampling
-        self.room = engine.cache.length - sampling.max_new_tokens  # tokens of a prompt at most
+        self.room = engine.length - sampling.max_new_tokens  # tokens of a prompt at most
 
     def request(self, item: Item) -> Request | None:
         """The next turn to answer, or None if all are answered."""
@@ -100,14 +101,19 @@ def load_author(
             "prompt included; give fewer"
         )
     length = cache_length(tokenizer, store.bench, max_new_tokens, window)
-    store.batch_size = rows_in_flight(model, length, batch_size)
-    engine = Engine(
+    # Never more rows than one run has conversations: a number that follows from what is asked, not
+    # from the other runs of this call or from what is answered already.
+    conversations = len(store.bench.questions) * store.settings.get("num_choices", 1)
+    store.batch_size = min(rows_in_flight(model, length, batch_size), conversations)
+    engine = fitness.make_engine(
         model,
         folders={run.run_id: run.adapter for run in store.runs if run.adapter},
         rows=store.batch_size,
         length=length,
         ends=chat.end_token_ids(tokenizer, model.generation_config),
+        prompt=chat.prompt_ids(tokenizer, work.conversation(store.bench.questions[0], [])),
     )
+    store.batch_size = engine.rows
     return Author(engine, tokenizer, store, sampling)
 
 
@@ -215,7 +221,7 @@ def turn_tokens(author: Author, item: Item, turn: int) -> TurnTokens:
     the answer was cut off. What exceeds the cache is cut: the end of the answer, then the start of
     the context.
     """
-    store, tokenizer, length = author.store, author.tokenizer, author.engine.cache.length
+    store, tokenizer, length = author.store, author.tokenizer, author.engine.length
     answers = store.texts(item)
     messages = work.conversation(item.question, answers[:turn])
     prompt = chat.prompt_ids(tokenizer, messages)
