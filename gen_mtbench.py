@@ -32,7 +32,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from pref.answering import local, served, summary, work
+from pref.answering import local, served, summary, twins, work
 from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Run, Sampling
 from pref.files import console, disk, mt_bench, run_folders
@@ -331,6 +331,22 @@ def print_next(args: argparse.Namespace, bench: Bench) -> None:
         print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
 
 
+def share_answers(store: Store, workers: work.Workers) -> None:
+    """Every rank gets the other ranks' answers, and every run its twins'."""
+    if workers.is_main:
+        gather(store)
+    work.wait_for_all()
+    store.load()
+
+
+def gather(store: Store) -> dict[str, list[dict]]:
+    """Write answers.jsonl, once more if runs with the same adapter share new ones."""
+    table = store.gather()
+    if twins.adopt(store):
+        table = store.gather()
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
     # 1) Everything that can be wrong without a model: arguments, runs, questions, the server's key.
     args = parse_args(argv)
@@ -348,7 +364,10 @@ def main(argv: list[str] | None = None) -> int:
     settings = settings_of(args, base, local.dtype_name(dtype), client)
     store = Store(runs, bench, settings, args.batch_size or args.concurrency, workers.rank)
     items = work.all_items(runs, bench, args.num_choices)
-    missing = [items[number] for number in work.from_main(store.unanswered(items))]
+    if workers.is_main:
+        twins.adopt(store)
+    numbers = twins.first_of_each(store, items, store.unanswered(items))
+    missing = [items[number] for number in work.from_main(numbers)]
 
     try:
         # 3) The server answers ...
@@ -366,13 +385,13 @@ def main(argv: list[str] | None = None) -> int:
                 local.answer_all(author, missing, workers)
             if args.kl:
                 work.wait_for_all()
-                store.load()  # the other ranks' answers
+                share_answers(store, workers)
                 unscored = work.from_main(store.unscored(items))
                 local.score_all(author, items, unscored, workers)
         work.wait_for_all()
     finally:
         # 5) answers.jsonl from the turns, also after an error: complete answers are usable.
-        table = store.gather() if workers.is_main else {}
+        table = gather(store) if workers.is_main else {}
 
     # 6) The summary, and whether anything is missing.
     if not workers.is_main:
@@ -380,6 +399,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         EXPORTS[args.export](store, table)
     summary.print_summary(store, table)
+    summary.print_notes(store, table)
+    summary.print_failures(store)
     print_next(args, bench)
     return 0 if summary.is_complete(store, table, args.kl) else 1
 

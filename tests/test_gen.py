@@ -489,3 +489,33 @@ def test_answers_through_a_server(results, bench, tmp_path, server, monkeypatch)
         answer(tmp_path, bench, "--base_url", server.url)
     with pytest.raises(UserError, match="dtype was None"):
         answer(tmp_path, bench)
+
+
+def test_runs_with_the_same_adapter_have_the_same_answers(results, bench, tmp_path, capsys):
+    """Answered once in a call; later, by whatever means, a copy is taken. Another alpha makes
+    another adapter of the same weights.
+    """
+    for name in ("first", "second", "later", "stronger"):
+        shutil.copytree(copy_run(results, "dpo", tmp_path / "x") / "dpo", tmp_path / "r" / name)
+        shutil.rmtree(tmp_path / "x")
+    path = tmp_path / "r/stronger/adapter/adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": 10 * config["lora_alpha"]}))
+    added, original = [], gen_mtbench.local.Author.finished
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            gen_mtbench.local.Author,
+            "finished",
+            lambda author, request: added.append(request) or original(author, request),
+        )
+        gen_mtbench.main([str(tmp_path / "r/first"), *arguments_of(tmp_path / "r/second", bench)])
+        assert len(added) == 2 * 16
+        assert "second: 16 conversations are those of first" in capsys.readouterr().out
+        answer(tmp_path / "r/later", bench)
+        assert len(added) == 2 * 16
+        answer(tmp_path / "r/stronger", bench)
+        assert len(added) == 4 * 16
+    answers = {name: turns_of(tmp_path / "r", name) for name in ("first", "second", "later")}
+    assert answers["first"] == answers["second"] == answers["later"]
+    assert turns_of(tmp_path / "r", "stronger") != answers["first"]
+    assert rows_of(tmp_path / "r", "later")[3]["model_id"] == "later"

@@ -50,9 +50,10 @@ class Note(NamedTuple):
 
 
 def structure(model: PreTrainedModel, prompt: list[int], length: int) -> str | None:
-    """Why the engine cannot answer for `model` in conversations of at most `length` tokens, or None.
+    """Why the engine cannot answer for `model`, or None.
 
-    prompt: token ids, longer than the model's window where conversations are (see `probes`).
+    length: most tokens of a conversation. prompt: token ids, longer than the model's window where
+    conversations are (see `probes`).
     """
     config = model.config.get_text_config()
     for module in model.modules():

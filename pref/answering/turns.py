@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pref.answering.work import Bench, Item, Key, Run
 from pref.files import disk
@@ -20,8 +21,25 @@ from pref.files.console import UserError
 
 # Of one turn. In a row of answers.jsonl each choice has `turns` for the texts, and a list with one
 # value per turn for each of the others.
-TURN_FIELDS = ("text", "tokens", "truncated", "overflow", "logp", "logp_base", "logp_tokens")
+TURN_FIELDS = (
+    "text",
+    "tokens",
+    "truncated",
+    "overflow",
+    "sent",
+    "logp",
+    "logp_base",
+    "logp_tokens",
+)
 LISTS = TURN_FIELDS[1:]
+
+
+class Failure(NamedTuple):
+    """A turn that could not be answered, and why."""
+
+    item: Item
+    turn: int
+    reason: str
 
 
 def question_sha256(question: dict) -> str:
@@ -46,6 +64,7 @@ class Store:
         self.lock = threading.Lock()
         self.turns: dict[Key, dict] = {}
         self.stamps: dict[Key, float] = {}  # seconds since the epoch
+        self.failures: list[Failure] = []  # of this start
         self.load(report=rank == 0)
 
     def folder(self, run: Run) -> Path:
@@ -95,6 +114,11 @@ class Store:
             path = self.folder(item.run) / f"turns.{self.rank}.jsonl"
             append_line(path, disk.jsonl_line(line))
             self.turns[key] = self.turns.get(key, {}) | fields
+
+    def fail(self, failure: Failure) -> None:
+        """Note a turn that could not be answered. Several threads may call it."""
+        with self.lock:
+            self.failures.append(failure)
 
     def load(self, report: bool = False) -> None:
         """Read all turns from disk, those of other ranks too. report: print how many turns of an
@@ -184,11 +208,31 @@ class Store:
             elif old and not rows:
                 path.rename(path.with_name("answers.old.jsonl"))
 
+            self.write_failures(run)
+
             # 3) The turns go once every conversation that was begun has its row.
             if len(rows) == len(answered):
                 for file in self.folder(run).glob("turns.*.jsonl"):
                     file.unlink()
         return table
+
+    def write_failures(self, run: Run) -> None:
+        """failures.jsonl: what this start could not answer; no file if there is nothing."""
+        path = self.folder(run) / "failures.jsonl"
+        rows = [
+            {
+                "question_id": failure.item.question["question_id"],
+                "choice": failure.item.choice,
+                "turn": failure.turn + 1,
+                "reason": failure.reason,
+            }
+            for failure in self.failures
+            if failure.item.run == run
+        ]
+        if rows:
+            disk.write_jsonl(path, rows)
+        else:
+            path.unlink(missing_ok=True)
 
     def row(self, run: Run, question: dict, old: dict | None) -> dict | None:
         """A row of answers.jsonl: FastChat's fields, then what reproduces the answer. None while
