@@ -20,10 +20,14 @@ Reads   results/<run_id>/args.json and adapter/ (from train_pref.py), and
 Writes  results/<run_id>/<mt_bench, or the stem of the questions' file>/answers.jsonl in FastChat's
         schema, plus what reproduces each answer; until all is answered, turns.<rank>.jsonl.
 
-Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category. Each
-(question, choice, turn) has its own seed, so neither the order of the work nor a restart changes
-what is drawn. Every turn is on disk as soon as it is answered: after an interruption, run the same
-command again. Exit code 1: some answers are missing.
+Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category; nothing else
+shapes what is drawn (FastChat's script applies the model's own top_p too). Each (question, choice,
+turn) has its own seed, and rows of a batch do not see each other: neither other runs nor a restart
+change an answer. In fp32 nothing else changes it either; in bf16 another batch size, device or
+version of torch can, and for a mixture of experts the rest of the batch too. Runs with the same
+adapter share their answers. Every turn is on disk as soon as it is answered: after an interruption,
+run the same command again. Exit code 1: some answers are missing; the output names those that were
+refused.
 """
 
 import argparse
@@ -58,8 +62,8 @@ TEMPERATURES = {
 # Too long for a line of the declaration.
 HELP = {
     "quant": "quantisation of the base model; auto: as in training",
-    "questions": "other questions: JSONL with question_id, turns and optionally category, or a "
-    "JSON list of objects with instruction (AlpacaEval)",
+    "questions": "other questions: JSONL or a JSON list of objects with question_id, turns and "
+    "optionally category, or with instruction (AlpacaEval)",
     "temperature": "for all questions; 0 is greedy (default: MT-Bench's, by category)",
     "batch_size": f"answers in flight (0: {local.ROWS_ON_CPU} on CPU, on a GPU what fits)",
     "kl": "then compute log-probabilities of each answer under its adapter and under the base, for "
@@ -151,11 +155,13 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
             )
 
     # 2) Their base model, unless the arguments name one.
-    models = {(run.record.get("model"), run.record.get("quant")) for run in runs}
-    quants = {quant for _, quant in models}
-    if len(models) > 1 and not args.model:
+    models = sorted({model for run in runs if (model := run.record.get("model"))})
+    quants = {run.record.get("quant") for run in runs}
+    # Of several names of one folder, the one that leads there.
+    model = next(iter([m for m in models if Path(m).is_dir()] + models), None)
+    if not (args.model or all(work.may_be_same_model(name, model) for name in models)):
         raise UserError(
-            f"{place}: runs have different base models ({sorted(map(str, models))}); "
+            f"{place}: runs have different base models ({', '.join(models)}); "
             "answer for them separately"
         )
     if len(quants) > 1 and args.quant == "auto":
@@ -163,7 +169,7 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
             f"{place}: runs were trained with different quantisation of the base "
             f"({sorted(map(str, quants))}); give --quant"
         )
-    model, quant = next(iter(models)) if models else (None, "none")
+    quant = next(iter(quants), "none")
     base = Base(
         model=args.model or model,
         quant=quant if args.quant == "auto" else args.quant,
@@ -214,7 +220,8 @@ def base_run(folder: Path, base: Base) -> Run:
     }
     if (folder / "args.json").is_file():
         old = disk.read_json(folder / "args.json")
-        if (old.get("model"), old.get("quant")) != base:
+        same = work.may_be_same_model(old.get("model"), base.model)
+        if not same or old.get("quant") != base.quant:
             raise UserError(
                 f"{folder}: holds answers of base model {old.get('model')} "
                 f"(quant {old.get('quant')}), not of {base.model} (quant {base.quant}); "
@@ -235,10 +242,7 @@ def load_bench(args: argparse.Namespace) -> Bench:
     """
     path = args.questions or args.mt_bench / "question.jsonl"
     name = run_folders.check_run_id(path.stem) if args.questions else "mt_bench"
-    if path.suffix == ".json":
-        questions = read_instructions(path)
-    else:
-        questions = mt_bench.read_questions(path, mt_bench=args.questions is None)
+    questions = mt_bench.read_questions(path, mt_bench=args.questions is None)
     for question in questions:
         temperature = args.temperature
         if temperature is None:
@@ -256,23 +260,6 @@ def load_bench(args: argparse.Namespace) -> Bench:
             "questions with several; leave the option out"
         )
     return Bench(name, mt_bench.pick_questions(questions, args.num_questions))
-
-
-def read_instructions(path: Path) -> list[dict]:
-    """AlpacaEval's list of {instruction, dataset}, as one-turn questions numbered from 1."""
-    rows = disk.read_json_value(path)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of objects with 'instruction'")
-    questions = []
-    for number, row in enumerate(rows, 1):
-        text = row.get("instruction") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path}: entry {number}: 'instruction' must be a non-empty string")
-        dataset = row.get("dataset")
-        questions.append(
-            {"question_id": number, "category": None, "turns": [text], "dataset": dataset}
-        )
-    return questions
 
 
 def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
@@ -400,6 +387,7 @@ def main(argv: list[str] | None = None) -> int:
         EXPORTS[args.export](store, table)
     summary.print_summary(store, table)
     summary.print_notes(store, table)
+    summary.print_unlike(store, table)
     summary.print_failures(store)
     print_next(args, bench)
     return 0 if summary.is_complete(store, table, args.kl) else 1

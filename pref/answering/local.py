@@ -5,6 +5,7 @@
 `served.py` does the same through a server.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -94,11 +95,18 @@ def load_author(
     tokenizer = chat.load_tokenizer(base.model)
     model = loading.load_base(base.model, dtype, base.quant, device).eval()
     check_base(model, store.runs, base, dtype)
-    window = model.config.get_text_config().max_position_embeddings
+    window = context_of(model.config.get_text_config())
     if max_new_tokens >= window:
         raise UserError(
             f"--max_new_tokens {max_new_tokens}: the context of {base.model} is {window} tokens, "
             "prompt included; give fewer"
+        )
+    ends = chat.end_token_ids(tokenizer, model.generation_config)
+    if not ends:
+        print(
+            f"warning: the tokenizer of {base.model} has no end token and its chat template writes "
+            "none: no answer will end before --max_new_tokens",
+            flush=True,
         )
     length = cache_length(tokenizer, store.bench, max_new_tokens, window)
     # Never more rows than one run has conversations: a number that follows from what is asked, not
@@ -110,10 +118,10 @@ def load_author(
         folders={run.run_id: run.adapter for run in store.runs if run.adapter},
         rows=store.batch_size,
         length=length,
-        ends=chat.end_token_ids(tokenizer, model.generation_config),
+        ends=ends,
         prompt=chat.prompt_ids(tokenizer, work.conversation(store.bench.questions[0], [])),
     )
-    store.batch_size = engine.rows
+    store.batch_size, store.device = engine.rows, device_name(device)
     return Author(engine, tokenizer, store, sampling)
 
 
@@ -130,8 +138,20 @@ def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch
             )
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def context_of(config) -> int:
+    """Most tokens of a conversation; a model without positions has no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return sys.maxsize
 
 
 def cache_length(
@@ -154,7 +174,7 @@ def rows_in_flight(model: PreTrainedModel, length: int, batch_size: int) -> int:
         return batch_size or ROWS_ON_CPU
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    channels = config.num_key_value_heads * head
+    channels = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
     row_bytes = 2 * config.num_hidden_layers * channels * length * model.dtype.itemsize
     free = torch.cuda.mem_get_info()[0]
     return max(1, min(MOST_ROWS, int(CACHE_SHARE * free / row_bytes)))

@@ -60,6 +60,24 @@ def print_notes(store: Store, table: dict[str, list[dict]]) -> None:
         )
 
 
+def print_unlike(store: Store, table: dict[str, list[dict]]) -> None:
+    """In bf16: how many questions were not computed in the same way for all runs."""
+    if store.settings.get("dtype") != "bfloat16":
+        return
+    ways: dict[int, set] = {}
+    for row in (row for rows in table.values() for row in rows):
+        way = (row.get("batch_size"), row.get("device"))
+        ways.setdefault(row["question_id"], set()).add(way)
+    if unlike := sum(len(found) > 1 for found in ways.values()):
+        examples = {way for found in ways.values() if len(found) > 1 for way in found}
+        shown = ", ".join(f"{size} on {device or 'not recorded'}" for size, device in examples)
+        print(
+            f"note: {unlike} questions were answered with another batch size or on another device "
+            f"by some runs ({shown}); in bf16 that alone changes some answers. For a comparison "
+            "without it, delete answers.jsonl of these runs and run the command again"
+        )
+
+
 def print_failures(store: Store) -> None:
     """Which turns could not be answered, and why."""
     for failure in store.failures[:MOST_FAILURES]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.answering.work import Bench, Item, Key, Run
+from pref.answering.work import Bench, Item, Key, Run, may_be_same_model
 from pref.files import disk
 from pref.files.console import UserError
 
@@ -32,6 +32,8 @@ TURN_FIELDS = (
     "logp_tokens",
 )
 LISTS = TURN_FIELDS[1:]
+# How a turn was computed: answers decoded together, and where.
+ORIGIN = ("batch_size", "device")
 
 
 class Failure(NamedTuple):
@@ -50,8 +52,8 @@ class Store:
     """The turns answered so far, in memory and on disk.
 
     settings: what an answer depends on besides question and adapter; written to each line, and
-    answers with other settings are refused. batch_size: written to each row of answers.jsonl,
-    because in bf16 an answer can change with the rest of its batch; the engine's is set once the
+    answers with other settings are refused. batch_size, device: written to each row of
+    answers.jsonl, because in bf16 an answer can change with them; the engine's are set once the
     model is loaded. rank: of this process, which writes turns.<rank>.jsonl only.
     """
 
@@ -59,11 +61,12 @@ class Store:
         self, runs: list[Run], bench: Bench, settings: dict, batch_size: int, rank: int = 0
     ):
         self.runs, self.bench, self.settings = runs, bench, settings
-        self.batch_size, self.rank = batch_size, rank
+        self.batch_size, self.device, self.rank = batch_size, None, rank
         self.questions = {question["question_id"]: question for question in bench.questions}
         self.lock = threading.Lock()
         self.turns: dict[Key, dict] = {}
         self.stamps: dict[Key, float] = {}  # seconds since the epoch
+        self.origins: dict[Key, dict] = {}  # fields of ORIGIN
         self.failures: list[Failure] = []  # of this start
         self.load(report=rank == 0)
 
@@ -103,6 +106,8 @@ class Store:
             "question_id": item.question["question_id"],
             "choice": item.choice,
             "turn": turn,
+            "batch_size": self.batch_size,
+            "device": self.device,
             **fields,
             "tstamp": time.time(),
             "adapter_sha256": item.run.sha256,
@@ -154,6 +159,7 @@ class Store:
         fields = {name: line[name] for name in TURN_FIELDS if name in line}
         self.turns[key] = self.turns.get(key, {}) | fields
         self.stamps.setdefault(key, line["tstamp"])
+        self.origins.setdefault(key, {name: line.get(name) for name in ORIGIN})
 
     def check(self, path: Path, line: dict) -> None:
         """Raise UserError unless `line` answers today's question with today's settings."""
@@ -162,6 +168,7 @@ class Store:
             f"{name} was {old.get(name)}, is {new.get(name)}"
             for name in sorted(old.keys() | new.keys())
             if old.get(name) != new.get(name)
+            and not (name == "model" and may_be_same_model(old.get(name), new.get(name)))
         ]
         if changes:
             raise UserError(
@@ -196,7 +203,7 @@ class Store:
             for number in sorted(answered):
                 row = old.get(number)
                 if number in self.questions:
-                    row = self.row(run, self.questions[number], row)
+                    row = self.row(run, self.questions[number])
                 if row is not None:
                     rows.append(row)
             table[run.run_id] = [row for row in rows if row["question_id"] in self.questions]
@@ -234,9 +241,9 @@ class Store:
         else:
             path.unlink(missing_ok=True)
 
-    def row(self, run: Run, question: dict, old: dict | None) -> dict | None:
+    def row(self, run: Run, question: dict) -> dict | None:
         """A row of answers.jsonl: FastChat's fields, then what reproduces the answer. None while
-        turns are missing. old: the question's row so far.
+        turns are missing.
         """
         choices, stamps = [], []
         for choice in range(self.settings.get("num_choices", 1)):
@@ -265,7 +272,7 @@ class Store:
             "adapter_sha256": run.sha256,
             "question_sha256": question_sha256(question),
             "settings": self.settings,
-            "batch_size": old["batch_size"] if old else self.batch_size,
+            **self.origins[Key.of(Item(run, question, 0), 0)],
         }
 
 

@@ -8,7 +8,7 @@ would look like one between two losses.
 import json
 from pathlib import Path
 
-from pref.answering.turns import TURN_FIELDS, Store, question_sha256, read_turns
+from pref.answering.turns import ORIGIN, TURN_FIELDS, Store, question_sha256, read_turns
 from pref.answering.work import Item, Key, Run
 from pref.files import disk
 from pref.files.console import UserError
@@ -78,7 +78,7 @@ def copy_conversations(store: Store, run: Run, path: Path, begun: set) -> set[tu
             and (line.get("adapter_sha256"), line.get("settings")) == (run.sha256, store.settings)
             and line.get("question_sha256") == question_sha256(question)
         ):
-            fields = {name: line[name] for name in TURN_FIELDS if name in line}
+            fields = {name: line[name] for name in (*TURN_FIELDS, *ORIGIN) if name in line}
             store.add(Item(run, question, line["choice"]), line["turn"], **fields)
             copied.add(conversation)
     return copied
