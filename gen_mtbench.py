@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError for a value out of range."""
     for name in ("max_new_tokens", "num_choices", "concurrency", "timeout_s"):
-        if getattr(args, name) < 1:
+        if not getattr(args, name) >= 1:  # nor NaN
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")

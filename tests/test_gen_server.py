@@ -209,6 +209,15 @@ def test_other_parameters_of_the_address_are_not_shown(monkeypatch):
     assert client.default_query == {"key": "abc"}
 
 
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "http://host:port/v1", "http://[::1", "https://", "http://h\n/v1"]
+)
+def test_what_is_no_address_is_refused(monkeypatch, url):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    with pytest.raises(UserError, match="not an address; give one such as"):
+        server.open_client("w", url + "?key=secret", 1, 0)
+
+
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "https_proxy", "http_proxy")
 
 

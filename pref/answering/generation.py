@@ -26,6 +26,7 @@ tokens (free rows carry a token that nobody reads), and a row attends over its o
 up to a fixed step. Only the experts of a mixture still see tokens of other rows.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,7 +234,7 @@ class Engine:
             self.adapters.begin([adapter] * len(answer[part]))
             losses = F.cross_entropy(self.head(hidden[part]), targets[part], reduction="sum")
             total -= losses.double().item()
-        return total
+        return finite(total, adapter)
 
 
 def pick(logits: Tensor, requests: list[Request]) -> list[int]:
@@ -253,9 +254,16 @@ def pick(logits: Tensor, requests: list[Request]) -> list[int]:
     values, tokens = logits.max(-1)  # NaN if any of them is
     if not values.isfinite().all():
         broken = requests[(~values.isfinite()).nonzero()[0].item()].adapter
-        raise UserError(
-            f"{broken or 'the base model'}: its logits are NaN or infinite, so its weights are "
-            "broken or overflow; "
-            + ("train it again" if broken else "try --dtype float32, or download it again")
-        )
+        finite(math.nan, broken)
     return tokens.tolist()
+
+
+def finite(value: float, adapter: str | None) -> float:
+    """`value`, computed with `adapter`. Raises UserError if it is not finite."""
+    if math.isfinite(value):
+        return value
+    raise UserError(
+        f"{adapter or 'the base model'}: its logits are NaN or infinite, so its weights are "
+        "broken or overflow; "
+        + ("train it again" if adapter else "try --dtype float32, or download it again")
+    )

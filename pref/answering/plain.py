@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from pref.answering.adapters import Adapters
-from pref.answering.generation import Request, pick
+from pref.answering.generation import Request, finite, pick
 
 
 class PlainEngine:
@@ -65,7 +65,7 @@ class PlainEngine:
         logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
         targets = torch.tensor(answer, device=logits.device)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return -losses.double().sum().item()
+        return finite(-losses.double().sum().item(), adapter)
 
     def announce(self, adapter: str | None) -> None:
         """Every token of the passes to come belongs to `adapter`."""

@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pref.files.console import UserError, first_line
 
+DEFAULT_URL = "https://api.openai.com/v1"
 FATAL_STATUS = (401, 403, 404)  # a later request would fail in the same way
 
 
@@ -36,11 +37,7 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
             "correctly; export it again"
         )
     # Parameters of the address, such as Azure's api-version, belong behind each request's path.
-    base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-    parts = urlsplit(base_url or "")
-    query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if query:
-        base_url = urlunsplit(parts._replace(query="", fragment=""))
+    base_url, query, host = split_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
     return openai.OpenAI(
         api_key=key,
         base_url=base_url,
@@ -49,8 +46,27 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
         default_query=query or None,
         # Azure's deployments want the key under this name.
         default_headers={"api-key": key} if "api-version" in query else None,
-        http_client=open_http_client(openai.DefaultHttpxClient, parts.hostname),
+        http_client=open_http_client(openai.DefaultHttpxClient, host),
     )
+
+
+def split_url(url: str) -> tuple[str, dict, str]:
+    """The address without its parameters, the parameters, the host. Raises UserError for a text
+    that is no address.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        valid = parts.scheme in ("http", "https") and parts.hostname and url.strip().isprintable()
+        valid = valid and parts.port != 0  # a port that is no number raises ValueError
+    except ValueError:
+        valid = False
+    if not valid:
+        shown = hide_password(repr(url.split("?")[0]))
+        raise UserError(
+            f"--base_url {shown}: not an address; give one such as http://localhost:8000/v1"
+        )
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    return urlunsplit(parts._replace(query="", fragment="")), query, parts.hostname
 
 
 def open_http_client(factory, host: str | None):
