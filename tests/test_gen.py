@@ -273,34 +273,6 @@ def test_adapters_that_are_not_finite_are_named_before_anything_is_answered(
     assert not list(tmp_path.glob("*/mt_bench/*"))
 
 
-def test_runs_and_model_may_move(results, bench, tiny_model, tmp_path):
-    """The whole study, to a folder of another depth: the answers stay, the model is found where
-    --model says, and is compared with what the runs were trained on.
-    """
-    old, new = tmp_path / "old", tmp_path / "new/place"
-    copy_run(results, "dpo", old / "results")
-    shutil.copytree(tiny_model, old / "model")
-    record = old / "results/dpo/args.json"
-    fields = json.loads(record.read_text()) | {"model": str(old / "model")}
-    record.write_text(json.dumps(fields))
-    assert answer(old / "results", bench, "--base --num_questions 4") == 0
-    before = turns_of(old / "results", "dpo")
-    new.parent.mkdir()
-    old.rename(new)
-    moved = ("--base --model", new / "model")
-    assert answer(new / "results", bench, *moved, "--num_questions 4") == 0
-    assert turns_of(new / "results", "dpo") == before
-    assert answer(new / "results", bench, *moved, "--num_questions 8") == 0
-    assert len(turns_of(new / "results", "dpo")) == 8
-
-    shutil.copytree(new / "model", tmp_path / "other/model")
-    shutil.rmtree(new / "model")
-    path = tmp_path / "other/model/model.safetensors"
-    save_file({name: 2 * value for name, value in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(UserError, match="trained on other weights"):
-        answer(new / "results", bench, "--model", tmp_path / "other/model")
-
-
 def test_results_without_adapters(tmp_path, bench):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text("{}")
@@ -551,53 +523,3 @@ def test_answers_through_a_server(results, bench, tmp_path, server, monkeypatch)
         answer(tmp_path, bench, "--base_url", server.url)
     with pytest.raises(UserError, match="dtype was None"):
         answer(tmp_path, bench)
-
-
-def test_runs_with_the_same_adapter_have_the_same_answers(results, bench, tmp_path, capsys):
-    """Answered once in a call; later, by whatever means, a copy is taken. Another alpha makes
-    another adapter of the same weights.
-    """
-    for name in ("first", "second", "later", "stronger"):
-        shutil.copytree(copy_run(results, "dpo", tmp_path / "x") / "dpo", tmp_path / "r" / name)
-        shutil.rmtree(tmp_path / "x")
-    path = tmp_path / "r/stronger/adapter/adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"lora_alpha": 10 * config["lora_alpha"]}))
-    added, original = [], gen_mtbench.local.Author.finished
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            gen_mtbench.local.Author,
-            "finished",
-            lambda author, request: added.append(request) or original(author, request),
-        )
-        gen_mtbench.main([str(tmp_path / "r/first"), *arguments_of(tmp_path / "r/second", bench)])
-        assert len(added) == 2 * 16
-        assert "second: 16 conversations are those of first" in capsys.readouterr().out
-        answer(tmp_path / "r/later", bench)
-        assert len(added) == 2 * 16
-        answer(tmp_path / "r/stronger", bench)
-        assert len(added) == 4 * 16
-    answers = {name: turns_of(tmp_path / "r", name) for name in ("first", "second", "later")}
-    assert answers["first"] == answers["second"] == answers["later"]
-    assert turns_of(tmp_path / "r", "stronger") != answers["first"]
-    assert rows_of(tmp_path / "r", "later")[3]["model_id"] == "later"
-
-
-def test_in_bf16_an_answer_depends_on_nothing_else_in_the_batch(results, bench, tmp_path):
-    """Not on other runs, nor on what was answered before, nor on who shares the work: rows of the
-    engine do not see each other.
-    """
-    for place in ("alone", "together"):
-        for name in ("dpo", "td_dpo") if place == "together" else ("dpo",):
-            copy_run(results, name, tmp_path / place)
-    more = "--dtype bfloat16 --batch_size 6"
-    answer(tmp_path / "together", bench, more, "--base")
-    path = answers_path(tmp_path / "together", "dpo")
-    answer(tmp_path / "alone", bench, more, "--num_questions 3")
-    answer(tmp_path / "alone", bench, more)
-    assert turns_of(tmp_path / "alone", "dpo") == turns_of(tmp_path / "together", "dpo")
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[::3]))
-    before = {row["question_id"]: row["choices"] for row in map(json.loads, lines)}
-    answer(tmp_path / "together", bench, more)
-    assert {r["question_id"]: r["choices"] for r in rows_of(tmp_path / "together", "dpo")} == before

@@ -177,7 +177,8 @@ def rows_in_flight(model: PreTrainedModel, length: int, batch_size: int) -> int:
     channels = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
     row_bytes = 2 * config.num_hidden_layers * channels * length * model.dtype.itemsize
     free = torch.cuda.mem_get_info()[0]
-    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free / row_bytes)))
+    fitting = max(1, min(MOST_ROWS, int(CACHE_SHARE * free / row_bytes)))
+    return 1 << (fitting.bit_length() - 1)  # a power of two, so that it varies less between calls
 
 
 # ---- answering -----------------------------------------------------------------------------------

@@ -70,7 +70,9 @@ def print_unlike(store: Store, table: dict[str, list[dict]]) -> None:
         ways.setdefault(row["question_id"], set()).add(way)
     if unlike := sum(len(found) > 1 for found in ways.values()):
         examples = {way for found in ways.values() if len(found) > 1 for way in found}
-        shown = ", ".join(f"{size} on {device or 'not recorded'}" for size, device in examples)
+        shown = ", ".join(
+            sorted(f"{size} on {device or 'an older version'}" for size, device in examples)
+        )
         print(
             f"note: {unlike} questions were answered with another batch size or on another device "
             f"by some runs ({shown}); in bf16 that alone changes some answers. For a comparison "

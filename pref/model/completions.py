@@ -106,7 +106,7 @@ def other_reply(client, body: str) -> str:
         )
     try:
         reply = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return (
             f"{place}: its reply breaks off or is not JSON ({shown}); look at the server's log, "
             "then run the same command again"
