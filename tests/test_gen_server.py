@@ -110,6 +110,8 @@ def error(status, text="no"):
         (completion(None, refusal="I cannot."), r"content filter refused it \(I cannot"),
         (completion("", reasoning_content="Hmm."), "thoughts alone, no answer"),
         (completion(None, "length", reasoning="Hmm"), "which --max_new_tokens cut off"),
+        (completion(None, "tool_calls", tool_calls=[{"id": "1"}]), "calls tools in place"),
+        ((200, {"choices": []}), "its reply has no message"),
         (completion("half", finish="abort"), "gave it up halfway"),
         ((200, ""), "its reply is empty"),
         ((200, '{"choices": [{"mess'), "breaks off"),
@@ -195,11 +197,12 @@ def test_parameters_of_the_address_stay_with_each_request(asked, server):
         original(self)
 
     handler.do_POST = do_post
-    asked.url = server.url.replace("/v1", "/openai/deployments/d") + "?api-version=2024-10-21"
+    deployment, version = "/openai/deployments/d", "?api-version=2024-10-21"
+    asked.url = server.url.replace("/v1", deployment) + "/chat/completions" + version
     assert asked("--num_questions", "1") == 0
-    path = "/openai/deployments/d/chat/completions?api-version=2024-10-21"
-    assert seen == [(path, "sk-secret-1")] * 2
-    assert asked.rows()[1]["settings"]["server"] == asked.url.replace("?", "/?")
+    assert seen == [(f"{deployment}/chat/completions{version}", "sk-secret-1")] * 2
+    shown = server.url.replace("/v1", deployment) + "/" + version
+    assert asked.rows()[1]["settings"]["server"] == shown
 
 
 def test_other_parameters_of_the_address_are_not_shown(monkeypatch):

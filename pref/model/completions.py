@@ -25,6 +25,7 @@ class Completion(NamedTuple):
     finish_reason: str  # in lower case; "" if there is none
     prompt_tokens: int | None  # None: not counted, or no count that can be right
     completion_tokens: int | None
+    calls_tools: bool = False
 
     @property
     def cut_off(self) -> bool:
@@ -38,6 +39,8 @@ class Completion(NamedTuple):
             return f"a content filter refused it ({reason[:200]})"
         if self.finish_reason in FAILED:
             return f"the server gave it up halfway (finish_reason {self.finish_reason})"
+        if not self.text.strip() and self.calls_tools:
+            return "the reply calls tools in place of an answer; serve the model without tools"
         if not self.text.strip() and self.thoughts.strip():
             ended = ", which --max_new_tokens cut off" if self.cut_off else ""
             return (
@@ -67,6 +70,7 @@ def read(client, body: str) -> Completion | None:
         finish_reason=str(choice.get("finish_reason") or "").lower(),
         prompt_tokens=count(usage.get("prompt_tokens"), least=1),
         completion_tokens=count(usage.get("completion_tokens"), least=1 if text else 0),
+        calls_tools=bool(message.get("tool_calls") or message.get("function_call")),
     )
 
 
@@ -114,4 +118,6 @@ def other_reply(client, body: str) -> str:
     if isinstance(reply, dict) and reply.get("error"):
         error = server.clean(client, json.dumps(reply["error"], ensure_ascii=False))
         return f"{place}: it answers 200 with an error: {error[:300]}"
-    return server.explain_other_api(client)
+    if isinstance(reply, dict) and "choices" in reply:
+        return f"{place}: its reply has no message ({shown}); look at the server's log"
+    return f"{server.explain_other_api(client)}; it says: {shown}"

@@ -51,8 +51,8 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
 
 
 def split_url(url: str) -> tuple[str, dict, str]:
-    """The address without its parameters, the parameters, the host. Raises UserError for a text
-    that is no address.
+    """The address without its parameters, the parameters, the host. A path to the end is shortened
+    to what the client continues. Raises UserError for a text that is no address.
     """
     try:
         parts = urlsplit(url.strip())
@@ -66,7 +66,8 @@ def split_url(url: str) -> tuple[str, dict, str]:
             f"--base_url {shown}: not an address; give one such as http://localhost:8000/v1"
         )
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    return urlunsplit(parts._replace(query="", fragment="")), query, parts.hostname
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return urlunsplit(parts._replace(path=path, query="", fragment="")), query, parts.hostname
 
 
 def open_http_client(factory, host: str | None):
@@ -94,7 +95,7 @@ def open_http_client(factory, host: str | None):
 
 
 def is_loopback(host: str | None) -> bool:
-    return host is not None and (host in ("localhost", "::1") or host.startswith("127."))
+    return host is not None and (host in ("localhost", "::1", "0.0.0.0") or host.startswith("127."))
 
 
 def proxy_before(url: str) -> str | None:
