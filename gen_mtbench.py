@@ -154,7 +154,18 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
                 "at a time"
             )
 
-    # 2) Their base model, unless the arguments name one.
+    base = base_of(args, runs)
+
+    # 2) The untrained model as a run of its own, first.
+    if args.base:
+        results = runs[0].folder.parent if runs else place
+        runs.insert(0, base_run(results / run_folders.BASE_RUN, base))
+    return runs, base
+
+
+def base_of(args: argparse.Namespace, runs: list[Run]) -> Base:
+    """The base model that all runs were trained on, unless the arguments name another one."""
+    place = args.results[0]
     models = sorted({model for run in runs if (model := run.record.get("model"))})
     quants = {run.record.get("quant") for run in runs}
     # Of several names of one folder, the one that leads there.
@@ -174,14 +185,10 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
         model=args.model or model,
         quant=quant if args.quant == "auto" else args.quant,
     )
-
-    # 3) The untrained model as a run of its own, first.
-    if args.base:
-        if base.model is None:
-            raise UserError(f"{place}: no run here records its base model; give --model")
-        results = runs[0].folder.parent if runs else place
-        runs.insert(0, base_run(results / run_folders.BASE_RUN, base))
-    return runs, base
+    needs_model = args.base or args.kl or not args.base_url
+    if base.model is None and needs_model:
+        raise UserError(f"{place}: no run here records its base model; give --model")
+    return base
 
 
 def read_run(folder: Path) -> Run | None:

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from pref.answering import generation
 from pref.answering.generation import GREEDY_BELOW, MOST_ADAPTERS, Engine, Request, pick
 from pref.files.console import UserError
 
@@ -86,3 +87,33 @@ def test_many_adapters_take_turns_in_memory(tiny_model, tmp_path):
     engine.adapters.use = use
     engine.run((greedy([5, 6, 7], 3, adapter=name) for name in folders), lambda request: None)
     assert max(loaded) == MOST_ADAPTERS
+
+
+def test_rows_do_not_see_each_other(tiny_model, tmp_path, monkeypatch):
+    """In bf16 the logits of a request are the same bits, alone or beside other prompts, lengths,
+    adapters and ages, and in another row.
+    """
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "mine")
+    drawn: dict[str, list] = {}
+
+    def recording(logits, requests):
+        for row, request in zip(logits, requests):
+            drawn.setdefault(request.tag, []).append(row.clone())
+        return pick(logits, requests)
+
+    monkeypatch.setattr(generation, "pick", recording)
+
+    def logits_of(*others) -> torch.Tensor:
+        drawn.clear()
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+        engine = Engine(model, {"mine": tmp_path / "mine"}, rows=4, length=600, ends=[])
+        mine = greedy(list(range(5, 38)), 12, adapter="mine", tag="mine")
+        engine.run(iter([*others, mine]), lambda request: None)
+        return torch.stack(drawn["mine"])
+
+    alone = logits_of()
+    short = greedy([7, 8, 9], 3)
+    long = greedy([9] * 501, 30, adapter="mine")
+    assert torch.equal(alone, logits_of(short, greedy([5] * 77, 9), long, greedy([6], 20)))

@@ -56,29 +56,60 @@ class Refused(Exception):
         self.message = message  # to a user whose work ends here
 
 
-class Meter:
-    """Tokens and failures since the start; threads share it."""
+class Conversations:
+    """Asks one server, turn after turn. Threads share it."""
 
-    def __init__(self):
-        self.begun, self.lock = time.monotonic(), threading.Lock()
+    def __init__(self, client, store: Store, sampling: Sampling, base_name: str):
+        self.client, self.store, self.sampling = client, store, sampling
+        # The server's names of the runs.
+        self.names = {run.run_id: run.run_id if run.adapter else base_name for run in store.runs}
+        self.unsupported: set[str] = set()  # parameters that the server has refused
+        self.stop = threading.Event()
+        self.lock, self.begun = threading.Lock(), time.monotonic()
         self.tokens = self.failed_in_a_row = 0
-        self.uncounted = False
 
-    def add(self, tokens: int | None) -> None:
-        with self.lock:
-            self.tokens += tokens or 0
-            self.uncounted |= tokens is None
-            self.failed_in_a_row = 0
+    def answer(self, item: Item, bar: console.Progress) -> Refused | None:
+        """All turns of a conversation. Returns why it ends before its last one, or None."""
+        turns = len(item.question["turns"])
+        while not self.stop.is_set() and (turn := len(self.store.texts(item))) < turns:
+            try:
+                reply = self.ask(item, turn)
+            except Refused as refused:
+                self.fail(item, turn, refused)
+                bar.update()
+                return refused
+            self.store.add(item, turn, **reply._asdict())
+            with self.lock:
+                self.tokens += reply.tokens or 0
+                self.failed_in_a_row = 0
+            bar.update(0, note=self.rate())
+        bar.update(int(not self.stop.is_set()), note=self.rate())
+        return None
 
-    def fail(self) -> int:
-        """Count a failure. Returns the failures in a row."""
+    def ask(self, item: Item, turn: int) -> Reply:
+        seed = work.seed_of(self.sampling.seed, item, turn)
+        return ask(
+            self.client,
+            self.unsupported,
+            model=self.names[item.run.run_id],
+            messages=work.conversation(item.question, self.store.texts(item)),
+            temperature=item.question["temperature"],
+            max_tokens=self.sampling.max_new_tokens,
+            seed=seed % 2**31,  # servers take a signed 32-bit integer
+            top_p=1,  # else the model's generation config may set another
+            chat_template_kwargs=chat.TEMPLATE_OPTIONS,
+        )
+
+    def fail(self, item: Item, turn: int, refused: Refused) -> None:
+        self.store.fail(Failure(item, turn, str(refused)))
         with self.lock:
             self.failed_in_a_row += 1
-            return self.failed_in_a_row
+            count = self.failed_in_a_row
+        if count >= GIVE_UP_AFTER:
+            raise UserError(f"{count} failures in a row, the last one: {refused.message}")
 
     def rate(self) -> str:
-        rate = self.tokens / (time.monotonic() - self.begun)
-        return "" if self.uncounted else f"{rate:.0f} tokens/s"
+        return f"{self.tokens / (time.monotonic() - self.begun):.0f} tokens/s" * bool(self.tokens)
 
 
 def answer_all(
@@ -96,59 +127,27 @@ def answer_all(
     Raises UserError for an error that a later request would meet again.
     """
     # 1) The server must know every name that will be asked for.
-    names = {run.run_id: run.run_id if run.adapter else base_name for run in store.runs}
-    check_served(client, set(names.values()))
-    meter, stop, unsupported = Meter(), threading.Event(), set()
-
-    # 2) One conversation, turn after turn. Returns why it ends before its last turn, or None.
-    def answer(item: Item) -> Refused | None:
-        turns = len(item.question["turns"])
-        while not stop.is_set() and (turn := len(answers := store.texts(item))) < turns:
-            seed = work.seed_of(sampling.seed, item, turn)
-            try:
-                reply = ask(
-                    client,
-                    unsupported,
-                    model=names[item.run.run_id],
-                    messages=work.conversation(item.question, answers),
-                    temperature=item.question["temperature"],
-                    max_tokens=sampling.max_new_tokens,
-                    seed=seed % 2**31,  # servers take a signed 32-bit integer
-                    top_p=1,  # else the model's generation config may set another
-                    chat_template_kwargs=chat.TEMPLATE_OPTIONS,
-                )
-            except Refused as refused:
-                store.fail(Failure(item, turn, str(refused)))
-                bar.update()
-                if meter.fail() >= GIVE_UP_AFTER:
-                    raise UserError(
-                        f"{GIVE_UP_AFTER} failures in a row, the last one: {refused.message}"
-                    ) from None
-                return refused
-            store.add(item, turn, **reply._asdict())
-            meter.add(reply.tokens)
-            bar.update(0, note=meter.rate())
-        bar.update(int(not stop.is_set()), note=meter.rate())
-        return None
+    conversations = Conversations(client, store, sampling, base_name)
+    check_served(client, set(conversations.names.values()))
 
     with console.Progress("answering", "answers", len(items)) as bar:
-        # 3) One after another up to the first answer: what is wrong with all of them ends here.
+        # 2) One after another up to the first answer: what is wrong with all of them ends here.
         waiting, refused = list(items), None
         for _ in range(TRIES_AT_THE_START):
             if waiting and not store.turns:
-                refused = answer(waiting.pop(0))
+                refused = conversations.answer(waiting.pop(0), bar)
         if refused is not None and not store.turns:
             raise UserError(refused.message)
 
-        # 4) The rest together. On an error or Ctrl-C, requests in flight are completed and stored,
+        # 3) The rest together. On an error or Ctrl-C, requests in flight are completed and stored,
         # and no further one is sent.
         with ThreadPoolExecutor(concurrency) as pool:
-            futures = [pool.submit(answer, item) for item in waiting]
+            futures = [pool.submit(conversations.answer, item, bar) for item in waiting]
             try:
                 for future in futures:
                     future.result()
             except BaseException:
-                stop.set()
+                conversations.stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
 
