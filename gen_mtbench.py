@@ -23,11 +23,11 @@ Writes  results/<run_id>/<mt_bench, or the stem of the questions' file>/answers.
 Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category; nothing else
 shapes what is drawn (FastChat's script applies the model's own top_p too). Each (question, choice,
 turn) has its own seed, and rows of a batch do not see each other: neither other runs nor a restart
-change an answer. In fp32 nothing else changes it either; in bf16 another batch size, device or
-version of torch can, and for a mixture of experts the rest of the batch too. Runs with the same
-adapter share their answers. Every turn is on disk as soon as it is answered: after an interruption,
-run the same command again. Exit code 1: some answers are missing; the output names those that were
-refused.
+change an answer. Another batch size, device or version of torch does so in fp32 only where two
+tokens are equally good to six digits, in bf16 more often; and in bf16 the experts of a mixture see
+the rest of the batch. Runs with the same adapter share their answers. Every turn is on disk as soon
+as it is answered: after an interruption, run the same command again. Exit code 1: some answers are
+missing; the output names those that were refused.
 """
 
 import argparse

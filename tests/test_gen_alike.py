@@ -150,5 +150,9 @@ def test_runs_and_model_may_move(trained, questions, tiny_model, tmp_path):
     shutil.rmtree(new / "model")
     path = tmp_path / "other/model/model.safetensors"
     save_file({name: 2 * value for name, value in load_file(path).items()}, path, {"format": "pt"})
+    more = ("--dtype", "float32", "--model", tmp_path / "other/model")
     with pytest.raises(UserError, match="trained on other weights"):
-        answer(questions, *moved[:-1], tmp_path / "other/model")
+        answer(questions, new / "results", *more)
+    shutil.rmtree(new / "results/a")
+    with pytest.raises(UserError, match="base: holds answers of other weights"):
+        answer(questions, new / "results", "--base", *more)

@@ -18,7 +18,7 @@ from pref.answering.generation import Engine, Request
 from pref.answering.plain import PlainEngine
 from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
-from pref.files import console, run_folders
+from pref.files import console, disk, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading
 
@@ -95,6 +95,7 @@ def load_author(
     tokenizer = chat.load_tokenizer(base.model)
     model = loading.load_base(base.model, dtype, base.quant, device).eval()
     check_base(model, store.runs, base, dtype)
+    check_untrained(model, store, dtype)
     window = context_of(model.config.get_text_config())
     if max_new_tokens >= window:
         raise UserError(
@@ -136,6 +137,24 @@ def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch
                 f"{run.folder}: was trained on other weights than {base.model} holds now; "
                 "give --model with the old weights, or train it again"
             )
+
+
+def check_untrained(model: PreTrainedModel, store: Store, dtype: torch.dtype) -> None:
+    """Raise UserError if the base model has other weights now than when its own answers were begun.
+    What it had then is in weights.json of its run folder, by dtype.
+    """
+    for run in store.runs:
+        if run.adapter is not None:
+            continue
+        path, name = run.folder / "weights.json", dtype_name(dtype)
+        known, now = disk.read_json(path) if path.is_file() else {}, loading.fingerprint(model)
+        if known.get(name, now) != now:
+            raise UserError(
+                f"{run.folder}: holds answers of other weights than {store.settings['model']} has "
+                "now; remove the folder, or bring the old weights back"
+            )
+        if name not in known and store.rank == 0:
+            disk.write_json(path, known | {name: now})
 
 
 def device_name(device: torch.device) -> str:
