@@ -130,19 +130,19 @@ def tiny(model_type: str, config: dict):
 def by_generate(model, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=-1
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=-1
     )
     return output[0, len(prompt) :].tolist()
 
 
 def check(model, kind: type) -> None:
     """Greedy answers, and the logits that sampled ones are drawn from."""
-    prompts = [torch.randint(3, 128, (size,)).tolist() for size in (5, 40, 17)]
+    prompts = [torch.randint(3, 128, (size,)).tolist() for size in (5, 40)]
     expected = [by_generate(model, prompt) for prompt in prompts]
     logits = fitness.own_logits(model, prompts[1])
-    engine = fitness.make_engine(model, {}, rows=2, length=64, ends=[], prompt=prompts[2])
+    engine = fitness.make_engine(model, {}, rows=2, length=64, ends=[], prompt=prompts[0])
     assert type(engine) is kind
-    requests = [Request(prompt, None, 0.0, 0, 8) for prompt in prompts]
+    requests = [Request(prompt, None, 0.0, 0, 5) for prompt in prompts]
     engine.run(iter(requests), lambda request: None)
     assert [request.tokens for request in requests] == expected
     token = expected[1][0]
