@@ -117,7 +117,7 @@ def test_runs_with_the_same_adapter_have_the_same_answers(
     assert row["model_id"] == "later" and row["batch_size"] == 6  # of the run that answered
 
 
-def test_runs_and_model_may_move(trained, questions, tiny_model, tmp_path):
+def test_runs_and_model_may_move(trained, questions, tiny_model, tmp_path, capsys):
     """The whole study, to a folder of another depth: the answers stay, the model is found where
     --model says, and is compared with what the runs were trained on.
     """
@@ -134,6 +134,11 @@ def test_runs_and_model_may_move(trained, questions, tiny_model, tmp_path):
     moved = (new / "results", "--base", "--dtype", "float32", "--model", new / "model")
     assert answer(questions, *moved, "--num_questions", "2") == 0
     assert turns_of(new / "results", "a") == before
+    copy(trained, "a", new / "results", "twin")
+    assert answer(questions, new / "results/twin", *moved[2:], "--num_questions", "2") == 0
+    assert "twin: 2 conversations are those of a" in capsys.readouterr().out
+    assert turns_of(new / "results", "twin") == before
+    shutil.rmtree(new / "results/twin")
     assert answer(questions, *moved, "--num_questions", "4") == 0
     assert len(turns_of(new / "results", "a")) >= 4
 

@@ -108,6 +108,7 @@ def error(status, text="no"):
     [
         (completion("", finish="content_filter"), "content filter refused it"),
         (completion(None, refusal="I cannot."), r"content filter refused it \(I cannot"),
+        (completion([{"type": "refusal", "refusal": "I cannot."}]), r"refused it \(I cannot"),
         (completion("", reasoning_content="Hmm."), "thoughts alone, no answer"),
         (completion(None, "length", reasoning="Hmm"), "which --max_new_tokens cut off"),
         (completion(None, "tool_calls", tool_calls=[{"id": "1"}]), "calls tools in place"),

@@ -48,6 +48,17 @@ def question_sha256(question: dict) -> str:
     return disk.sha256_json([question["turns"], question["temperature"]])
 
 
+def changed_settings(old: dict | None, new: dict) -> list[str]:
+    """In words, what differs between the settings of two answers."""
+    old = old or {}
+    return [
+        f"{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not (name == "model" and may_be_same_model(old.get(name), new.get(name)))
+    ]
+
+
 class Store:
     """The turns answered so far, in memory and on disk.
 
@@ -163,13 +174,7 @@ class Store:
 
     def check(self, path: Path, line: dict) -> None:
         """Raise UserError unless `line` answers today's question with today's settings."""
-        old, new = line.get("settings") or {}, self.settings
-        changes = [
-            f"{name} was {old.get(name)}, is {new.get(name)}"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name)
-            and not (name == "model" and may_be_same_model(old.get(name), new.get(name)))
-        ]
+        changes = changed_settings(line.get("settings"), self.settings)
         if changes:
             raise UserError(
                 f"{path}: holds answers with other settings ({', '.join(changes)}); "

@@ -8,7 +8,14 @@ would look like one between two losses.
 import json
 from pathlib import Path
 
-from pref.answering.turns import ORIGIN, TURN_FIELDS, Store, question_sha256, read_turns
+from pref.answering.turns import (
+    ORIGIN,
+    TURN_FIELDS,
+    Store,
+    changed_settings,
+    question_sha256,
+    read_turns,
+)
 from pref.answering.work import Item, Key, Run
 from pref.files import disk
 from pref.files.console import UserError
@@ -75,7 +82,8 @@ def copy_conversations(store: Store, run: Run, path: Path, begun: set) -> set[tu
             question is not None
             and conversation not in begun
             and line["choice"] < store.settings.get("num_choices", 1)
-            and (line.get("adapter_sha256"), line.get("settings")) == (run.sha256, store.settings)
+            and line.get("adapter_sha256") == run.sha256
+            and not changed_settings(line.get("settings"), store.settings)
             and line.get("question_sha256") == question_sha256(question)
         ):
             fields = {name: line[name] for name in (*TURN_FIELDS, *ORIGIN) if name in line}

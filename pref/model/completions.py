@@ -58,7 +58,8 @@ def read(client, body: str) -> Completion | None:
         message = choice["message"]
         usage = reply.get("usage")
         thoughts = message.get("reasoning_content") or message.get("reasoning")
-        texts = (text_of(message.get("content")), text_of(thoughts), message.get("refusal") or "")
+        content = message.get("content")
+        texts = (text_of(content), text_of(thoughts), message.get("refusal") or refusal_in(content))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     text, thoughts, refusal = (server.clean(client, str(value)) for value in texts)
@@ -83,6 +84,13 @@ def text_of(content) -> str:
         part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")
     ]
     return "".join(text for text in texts if isinstance(text, str))
+
+
+def refusal_in(content) -> str:
+    """A refusal among the parts of a message."""
+    parts = content if isinstance(content, list) else []
+    refusals = (part.get("refusal") for part in parts if isinstance(part, dict))
+    return next((text for text in refusals if text), "")
 
 
 def count(value, least: int) -> int | None:
