@@ -123,18 +123,20 @@ def read_text(text: str, finish_reason: str | None, is_pair: bool, which: str = 
 
 
 def read_marks(text: str, is_pair: bool, which: str) -> tuple[float | str | None, str]:
-    """The verdict in double brackets, None without one, and SEVERAL if the other reading differs.
+    """The verdict in double brackets, None without one, and SEVERAL if the first in the text and
+    the last differ.
 
     FIRST is FastChat's: of ratings the first; of letters A before B before C, wherever they stand.
     """
     if is_pair:
-        first = protocol.read_verdict(text)
-        places = {verdict: text.rfind(mark) for mark, verdict in protocol.VERDICTS.items()}
-        last = max(places, key=places.get) if first else None
+        official = protocol.read_verdict(text)
+        marks = [protocol.VERDICTS[mark] for mark in re.findall(r"\[\[[ABC]\]\]", text)]
+        first, last = (marks[0], marks[-1]) if marks else (None, None)
     else:
         numbers = protocol.RATING.findall(text)
         first, last = (rating_of(numbers[i]) if numbers else None for i in (0, -1))
-    return (first if which == FIRST else last), (SEVERAL if first != last else "")
+        official = first
+    return (official if which == FIRST else last), (SEVERAL if first != last else "")
 
 
 def read_single_brackets(text: str, which: str) -> float | None:
