@@ -11,16 +11,21 @@ The judge is a model behind an OpenAI-compatible server, or a local model withou
     python judge.py results/ --judge hf:/path/to/model
     python judge.py results/ --judge MODEL --grading pair --baseline dpo_b0.1_s42
 
+A local model writes nothing: its score is the mean of the ratings 1 to 10, weighted by their
+probabilities, and counts only if these ratings hold enough of its probability (--min_rating_mass).
+
 Estimate the cost, set a cap, or use the provider's batch endpoint, which is cheaper:
 
+    python judge.py --judge MODEL --dry_run --runs 61
     python judge.py results/ --judge MODEL --dry_run --requests batch.jsonl
     python judge.py results/ --judge MODEL --max_usd 20
     python judge.py results/ --judge MODEL --import_results batch_output.jsonl
 
 Both turns are judged, with FastChat's messages and FastChat's reading of the verdict
-(llm_judge/common.py). A judgement is stored under a hash of everything that determines it. It is
-therefore paid for once, however often the command is interrupted or repeated, and once for runs
-that gave identical answers. pref/judging/README.md describes protocol, cost and files.
+(llm_judge/common.py), which pref/judging/README.md says more exactly. A judgement is stored under a
+hash of everything that determines it. It is therefore paid for once, however often the command is
+interrupted or repeated, and once for runs that gave identical answers. Judges that differ in model,
+parameters, server, prompts, references or reading are kept apart.
 """
 
 import argparse

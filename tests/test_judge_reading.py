@@ -143,6 +143,18 @@ def test_another_reading_costs_nothing_and_is_another_judge(workplace, server, c
     assert len(rows) == 12
 
 
+def test_a_verdict_that_the_other_reading_lacks_is_not_paid_for_again(workplace, server):
+    assert judged_with(workplace, server, completion("[[3]] or", "length"))[0] == 0
+    asked = len(server.requests)
+    assert run_judge(workplace, server, "--verdict", "last", "--retry_failed") == 1
+    assert len(server.requests) == asked
+    judged_with(workplace, server, completion("[[12]] no, [[8]]"), "--max_tokens", "9")
+    asked = len(server.requests)
+    last = ("--verdict", "last", "--max_tokens", "9")
+    assert run_judge(workplace, server, *last, "--retry_failed") == 0
+    assert len(server.requests) == asked
+
+
 def test_content_as_a_list_of_parts_is_read(workplace, server):
     parts = [
         {"type": "thinking", "thinking": [{"type": "text", "text": "[[5]]"}]},

@@ -197,11 +197,15 @@ def check_judge(args: argparse.Namespace) -> None:
     is_local = (args.judge or "").startswith("hf:")
     if is_local and args.base_url:
         raise UserError("--base_url is for a judge behind a server; --judge hf:PATH is loaded here")
-    for name in ("requests", "import_results", "import_fastchat", "judge_seed", "server_name"):
-        if is_local and getattr(args, name) is not None:
-            raise UserError(f"--{name} is for a judge behind a server")
-    if is_local and args.verdict != FIRST:
-        raise UserError("--verdict is for a judge behind a server: hf:PATH gives one verdict")
+    without = {"verdict": FIRST, "max_tokens": protocol.MAX_TOKENS} | dict.fromkeys(
+        ("requests", "import_results", "import_fastchat", "judge_seed", "server_name", "parameters")
+    )
+    for name, default in without.items():
+        if is_local and getattr(args, name) != default:
+            raise UserError(
+                f"--{name} is for a judge behind a server: hf:PATH writes no text, it is asked for "
+                "the probabilities of its verdicts"
+            )
     if not 0 <= args.min_rating_mass <= 1:
         raise UserError(f"--min_rating_mass {args.min_rating_mass}: must be from 0 to 1")
     if args.base_url and not re.match(r"https?://[^/]", args.base_url):

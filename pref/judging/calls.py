@@ -188,8 +188,8 @@ class Calls:
 
 def is_lost(reply: dict) -> bool:
     """Whether a call failed in a way that says more of the server than of the request."""
-    refused = reply.get("http_status", 0)
-    return reply["status"] in ("connection", "timeout") or refused in (403, 429) or refused >= 500
+    refused, lost = reply.get("http_status", 0), ("connection", "timeout", "not_openai")
+    return reply["status"] in lost or refused in (403, 429) or refused >= 500
 
 
 def judge_pending(

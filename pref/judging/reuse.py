@@ -21,20 +21,21 @@ def adopt(db: sqlite3.Connection, items: list[Item], server: str) -> int:
         "WHERE limitless_sha256 IS NOT NULL AND json_extract(request, '$.server') IS NULL"
     ).fetchall()
     found = [(key, json.loads(request)) for key, request, limitless in rows if limitless in wanted]
+    adopted = 0
     db.execute("BEGIN IMMEDIATE")
     for old_key, request in found:
         request = request | {"server": server}
         key = disk.sha256_json(request)
         text = json.dumps(request, ensure_ascii=False)
         limitless = identity.limitless_hash(request)
-        db.execute(
+        adopted += db.execute(
             "UPDATE OR IGNORE judgements SET request_sha256 = ?, request = ?, limitless_sha256 = ? "
             "WHERE request_sha256 = ?",
             (key, text, limitless, old_key),
-        )
+        ).rowcount
         db.execute("UPDATE asked SET request_sha256 = ? WHERE request_sha256 = ?", (key, old_key))
     db.execute("COMMIT")
-    return len(found)
+    return adopted
 
 
 def point_to_stored(db: sqlite3.Connection, items: list[Item]) -> list[Item]:

@@ -50,12 +50,8 @@ class Item(NamedTuple):
 
 
 ASKED_COLUMNS = tuple(name for name in Item._fields if name != "request")
-NOT_THE_NEED = (
-    "category",
-    "answer_sha256",
-    "request_sha256",
-    "judge_id",
-)  # columns, see note_items
+# Columns of `asked` that do not tell which judgement is needed, see note_items.
+NOT_THE_NEED = ("category", "answer_sha256", "request_sha256", "judge_id")
 REPLY_COLUMNS = (
     *("status", "score", "winner", "judgement", "served_model", "system_fingerprint"),
     *("prompt_tokens", "completion_tokens", "cost_usd"),
@@ -222,10 +218,16 @@ def find_pending(
 ) -> dict[str, dict]:
     """Requests still to be made by hash, each once, in the order of `items`.
 
-    These are the requests that were never made and, with `retry_failed`, those that failed.
+    These are the requests that were never made and, with `retry_failed`, those that failed. What
+    has a verdict by the official reading is never asked again, even if it has none by `how`.
     """
-    results = find_results(db, items, how)
-    done = {key for key, result in results.items() if result.status == "ok" or not retry_failed}
+    official = Reading(min_rating_mass=0.0)
+    done = {
+        key
+        for one in (official, how)
+        for key, result in find_results(db, items, one).items()
+        if result.status == "ok" or not retry_failed
+    }
     return {item.request_sha256: item.request for item in items if item.request_sha256 not in done}
 
 
