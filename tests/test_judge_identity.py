@@ -294,6 +294,19 @@ def test_status_reads_an_old_store_without_changing_it(workplace):
     counts = store.judgement_counts(workplace / "results", "big-70b")
     assert counts == {"base": store.Verdicts(asked=5, without=5)}
     assert store.schema_of(workplace / "results") == 1
+    store.open_store(workplace / "results/judgements.sqlite").close()
+    assert store.judgement_counts(workplace / "results", "big-70b") == counts
+
+
+def test_status_counts_the_judge_that_was_asked_last(workplace, server):
+    server.answer = lambda body: completion("none", "length")
+    assert run_judge(workplace, server) == 1
+    results = workplace / "results"
+    assert store.judgement_counts(results, "big-70b")["base"] == store.Verdicts(6, without=6)
+    server.answer = lambda body: completion("[[7]]")
+    hot = '{"temperature": 1, "max_tokens": 2048}'
+    assert run_judge(workplace, server, "--parameters", hot) == 0
+    assert store.judgement_counts(results, "big-70b")["base"] == store.Verdicts(6, without=0)
 
 
 # ---- reused --------------------------------------------------------------------------------------

@@ -159,6 +159,10 @@ def test_a_rate_limit_that_does_not_end_stops_the_loop(workplace, server, monkey
         ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, (None, None)),
         ({"prompt_tokens": -1, "completion_tokens": -1}, (None, None)),
         ({"prompt_tokens": 100, "completion_tokens": 0}, (100, None)),
+        ({"prompt_tokens": 9, "completion_tokens": 30,
+          "completion_tokens_details": {"reasoning_tokens": 700}}, (9, 730)),
+        ({"prompt_tokens": 9, "completion_tokens": 730,
+          "completion_tokens_details": {"reasoning_tokens": 700}}, (9, 730)),
         ({"prompt_tokens": 100}, (100, None)),
         ({"prompt_tokens": True, "completion_tokens": "30"}, (None, None)),
         ({"prompt_tokens": 10**30, "completion_tokens": 30}, (None, 30)),
@@ -167,7 +171,7 @@ def test_a_rate_limit_that_does_not_end_stops_the_loop(workplace, server, monkey
         ([], (None, None)),
         ("none", (None, None)),
     ],
-)
+)  # fmt: skip
 def test_counts_that_cannot_be_right_are_no_counts(usage, tokens):
     _, body = completion("[[7]]")
     reply = server_judge.parse_reply(json.dumps(body | {"usage": usage}))

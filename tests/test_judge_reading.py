@@ -90,7 +90,7 @@ def test_winners(text, finish, verdict):
         ("[1], so [6]", False, "stop", Verdict("ok", 6, reading="fallback")),
         ("[[3]] or", False, "length", Verdict("length", reading="")),
         ("[[A]] at first, but [[B]]", True, "stop", Verdict("ok", winner="B", reading="several")),
-        ("[[C]] then [[B]] then [[A]]", True, "stop", Verdict("ok", winner="A")),
+        ("[[C]], [[B]], [[A]]", True, "stop", Verdict("ok", winner="A", reading="several")),
     ],
 )
 def test_the_last_verdict(text, is_pair, finish, verdict):

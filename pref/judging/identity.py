@@ -108,8 +108,9 @@ def legacy(request: dict) -> dict:
 def server_address(base_url: str | None) -> str:
     """The address that names a server: --base_url, else OPENAI_BASE_URL, else OpenAI's.
 
-    Without user name, password and query, which may be secret, and without a trailing slash.
+    Without user name, password, query and key, and without a trailing slash.
     """
     url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    url = re.sub(r"//[^/@]*@", "//", url.strip())
-    return re.sub(r"[?#].*", "", url).rstrip("/")
+    url = re.sub(r"[?#].*", "", re.sub(r"//[^/@]*@", "//", url.strip()))
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return (url.replace(key, "[key]") if len(key) >= 6 else url).rstrip("/")

@@ -58,7 +58,7 @@ def open_server_judge(args: argparse.Namespace, db: sqlite3.Connection, bench: B
     return Judge(
         name=args.judge,
         params_b=judgements.params_from_name(args.judge),
-        parameters=first_parameters(db, args, address),
+        parameters=first_parameters(db, args, address, is_asked=client is not None),
         ask=functools.partial(ask_server, client),
         concurrency=args.concurrency,
         probe=probe,
@@ -79,20 +79,22 @@ def client_for_a_batch(args: argparse.Namespace):
     return None
 
 
-def first_parameters(db: sqlite3.Connection, args: argparse.Namespace, address: str) -> dict:
+def first_parameters(
+    db: sqlite3.Connection, args: argparse.Namespace, address: str, is_asked: bool
+) -> dict:
     """Parameters to try first: --parameters, or the protocol's in the form this judge accepts.
 
     The form is that of the judge's last successful request to this server. A rerun therefore
     arrives at the same request hashes, and finds its judgements without contacting the server.
     Example: after {"max_completion_tokens": 512} was accepted, --max_tokens 2048 gives
     {"max_completion_tokens": 2048}. Parameters of an experiment (--parameters with other keys or
-    another temperature) are not taken over.
+    another temperature) are not taken over. is_asked: the probe will find out what is refused.
     """
     if args.parameters is not None:
         parameters = dict(args.parameters)
     else:
         parameters = {"temperature": protocol.TEMPERATURE, "max_tokens": args.max_tokens}
-        if REASONING.match(args.judge):
+        if not is_asked and REASONING.match(args.judge):
             parameters = {"max_completion_tokens": args.max_tokens}
         accepted = store.last_accepted_parameters(db, args.judge, address)
         if accepted is not None:
@@ -204,14 +206,19 @@ def text_of(content) -> str:
 def count_tokens(usage: dict, has_text: bool) -> tuple[int | None, int | None]:
     """Prompt and completion tokens; None where the server's count cannot be right.
 
-    Some servers count thoughts in total_tokens alone, and charge for them.
+    Some servers count thoughts, which they charge for, in total_tokens or in the details alone.
     """
     prompt, completion, total = (
         int(count) if disk.is_number(count) and 0 <= count <= MOST_TOKENS else None
         for count in (usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total"))
     )
-    if prompt and completion is not None and total:
-        completion = max(completion, total - prompt)
+    if completion is not None:
+        details = usage.get("completion_tokens_details")
+        thoughts = details.get("reasoning_tokens") if isinstance(details, dict) else None
+        if disk.is_number(thoughts) and completion < thoughts <= MOST_TOKENS:
+            completion += int(thoughts)  # they cannot be among the completion's
+        if prompt and total:
+            completion = max(completion, total - prompt)
     return prompt or None, None if has_text and not completion else completion
 
 

@@ -343,23 +343,28 @@ def judgement_counts(results: Path, judge: str) -> dict[str, Verdicts]:
     """Judgements of `judge`, or of every judge if that is "", by run id.
 
     Of judges of one name (other parameters, another server) the one that was asked last counts, for
-    each way of grading. A run is missing from the result if nothing was ever asked about it.
+    each way of grading, and what nobody has asked since version 1.0.0. A run is missing from the
+    result if nothing was ever asked about it.
     """
     query = """
         WITH latest AS (
             SELECT judge_id, MAX(asked.rowid) FROM asked
             WHERE judge = ?1 OR ?1 = '' GROUP BY judge, grading, prompts, refs)
         SELECT model_id, COUNT(*),
-            SUM(COALESCE(status, '') != 'ok' OR COALESCE(rating_mass < min_rating_mass, FALSE))
+            SUM(COALESCE(status, '') != 'ok'
+                OR COALESCE(rating_mass < COALESCE(min_rating_mass, ?2), FALSE))
         FROM asked LEFT JOIN judgements USING (request_sha256) LEFT JOIN judges USING (judge_id)
-        WHERE (asked.judge = ?1 OR ?1 = '') AND asked.judge_id IN (SELECT judge_id FROM latest)
+        WHERE (asked.judge = ?1 OR ?1 = '')
+        AND (asked.judge_id = '' OR asked.judge_id IN (SELECT judge_id FROM latest))
         GROUP BY model_id"""
+    values: list = [judge, reading.MIN_RATING_MASS]
     if schema_of(results) == 1:  # it kept one judge of a name
         query = """
             SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok')
             FROM asked LEFT JOIN judgements USING (request_sha256)
             WHERE asked.judge = ?1 OR ?1 = '' GROUP BY model_id"""
-    return {run: Verdicts(*counts) for run, *counts in read_rows(results, query, judge)}
+        values = [judge]
+    return {run: Verdicts(*counts) for run, *counts in read_rows(results, query, *values)}
 
 
 def schema_of(results: Path) -> int:
@@ -385,7 +390,7 @@ def has_unreached(results: Path) -> bool:
     return bool(read_rows(results, query))
 
 
-def read_rows(results: Path, query: str, *values: str) -> list[tuple]:
+def read_rows(results: Path, query: str, *values: str | float) -> list[tuple]:
     """Rows of a query to a results folder's store; none if it has no store. Raises UserError."""
     path = results / "judgements.sqlite"
     if not path.is_file():
