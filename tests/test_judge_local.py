@@ -130,6 +130,7 @@ def test_a_verdict_that_merges_with_the_prompt_is_split_before_the_merged_token(
         ("<|assistant|><think>\n", "\n</think>\n\n"),
         ("<think>\n\n</think>\n\n", ""),  # the template has closed it
         ("the answer says <think> a lot</s><|assistant|>", ""),
+        ("<|CHATBOT_TOKEN|><|START_THINKING|>", "\n<|END_THINKING|>\n\n"),
         ("[THINK]", "\n[/THINK]\n\n"),
         ("<|start|>assistant", "<|channel|>final<|message|>"),
     ],

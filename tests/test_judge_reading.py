@@ -17,6 +17,10 @@ RATED = [
     # Thoughts weigh ratings that they then reject.
     ("<think>Like [[5]] in the example?</think> Rating: [[9]]", "stop", 9),
     ("Like [[5]]?</think>\n\nRating: [[9]]", "stop", 9),
+    ("<|begin_of_thought|>[[5]]<|end_of_thought|><|begin_of_solution|>[[9]]", "stop", 9),
+    ("<|START_THINKING|>[[5]]<|END_THINKING|><|START_RESPONSE|>[[9]]", "stop", 9),
+    ("Here is my thought process: [[5]]\nHere is my response:\n[[9]]", "stop", 9),
+    ("<|START_THINKING|>perhaps [[5]]", "length", "length"),
     ("<think>a</think><think>[[3]]</think>[[8]]", "stop", 8),
     ("<THINKING>[[5]]</THINKING>[[9]]", "stop", 9),
     ("<reasoning>[[5]]</reasoning>[[9]]", "stop", 9),

@@ -32,10 +32,16 @@ FILTERED = frozenset(("content_filter", "safety", "refusal"))
 # Statuses of replies that have a text to read. `thoughts`: the reply has nothing else.
 READ_STATUSES = ("ok", "parse", "length", "empty", "thoughts")
 
-# Tags around thoughts, in the spellings that open-weights models print.
-THOUGHT_TAG = r"(?:seed:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflection)"
-OPENS_THOUGHT = re.compile(rf"\s*(?:<({THOUGHT_TAG})>|\[(THINK)\]|◁(think)▷)", re.IGNORECASE)
-CLOSES_THOUGHT = re.compile(rf"</{THOUGHT_TAG}>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+# What opens and closes thoughts, in the spellings that open-weights models print.
+TAG = r"(?:seed:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflection)"
+PAIRS = {  # those in which closing is not opening with a slash: Sky-T1, Cohere, Granite
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|start_thinking|>": "<|END_THINKING|>",
+    "here is my thought process:": "Here is my response:",
+}
+OPENS = rf"<{TAG}>|\[THINK\]|◁think▷|{'|'.join(map(re.escape, PAIRS))}"
+CLOSES = rf"</{TAG}>|\[/THINK\]|◁/think▷|{'|'.join(map(re.escape, PAIRS.values()))}"
+OPENS_THOUGHT, CLOSES_THOUGHT = (re.compile(p, re.IGNORECASE) for p in (OPENS, CLOSES))
 # gpt-oss: <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
 CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
 CHANNEL_END = re.compile(r"<\|(?:end|return|start)\|>")
@@ -81,18 +87,18 @@ def without_thoughts(text: str) -> Answer:
     #    is left of it, begins: elsewhere it is quoted from the answer that is judged.
     closed = list(CLOSES_THOUGHT.finditer(text))
     rest = text[closed[-1].end() :] if closed else text
-    if OPENS_THOUGHT.match(rest):
+    if OPENS_THOUGHT.match(rest.lstrip()):
         return Answer("", finished_thinking=False)
     return Answer(rest, finished_thinking=True)
 
 
 def open_thought(prompt: str) -> str | None:
     """The closing tag of a thought that a rendered prompt leaves open, as in "...<think>\\n"."""
-    opened = list(re.finditer(OPENS_THOUGHT.pattern.removeprefix(r"\s*"), prompt, re.IGNORECASE))
+    opened = list(OPENS_THOUGHT.finditer(prompt))
     if not opened or prompt[opened[-1].end() :].strip():
         return None  # something follows: an answer's text, or the closing tag
     mark = opened[-1][0]
-    return f"{mark[0]}/{mark[1:]}"
+    return PAIRS.get(mark.lower(), f"{mark[0]}/{mark[1:]}")
 
 
 def read_text(text: str, finish_reason: str | None, is_pair: bool, which: str = FIRST) -> Verdict:
