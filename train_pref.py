@@ -256,14 +256,13 @@ def take_step(study: Study, split: Split, steps: int) -> dict:
 
 
 @torch.no_grad()
-def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
-    """Metrics over all pairs of `split`, and the policy's log-probs (pairs, 2): sums over tokens;
-    chosen, rejected.
+def policy_sums(study: Study, split: Split) -> dict[str, Tensor]:
+    """Of all pairs of `split`, the sums over tokens that depend on the policy: fields of PairLogps,
+    (pairs,) each.
     """
     ranks, count = study.ranks, len(split.pairs)
-
-    # 1) The sums that depend on the policy, a column each. Every rank fills the rows of its share;
-    #    the others stay 0, so that the sum over ranks is the whole table.
+    # Every rank fills the rows of its share; the others stay 0, so that the sum over ranks is the
+    # whole table.
     fields = ("chosen", "rejected", "kl_chosen", "kl_rejected", "score_chosen")
     columns = {field: torch.zeros(count, device=ranks.device) for field in fields}
     batches = share_out(list(range(count)), split.pairs, study.packing, ranks.rank, ranks.world)
@@ -277,9 +276,15 @@ def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
                     column[members] = values
     study.policy.reshard()
     table = ranks.sum(torch.stack(list(columns.values()), dim=1)).cpu()  # (pairs, 5)
-    columns = dict(zip(fields, table.unbind(1)))
+    return dict(zip(fields, table.unbind(1)))
 
-    # 2) Loss and metrics of all pairs in one call.
+
+@torch.no_grad()
+def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
+    """Metrics over all pairs of `split`, and the policy's log-probs (pairs, 2): sums over tokens;
+    chosen, rejected.
+    """
+    columns = policy_sums(study, split)
     chosen_tokens, rejected_tokens = response_lengths(split.pairs).float().unbind(1)
     ref_chosen, ref_rejected = split.reference.sums.unbind(1)
     inputs = PairLogps(
@@ -364,11 +369,10 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
 
         # 4) Base model, adapter and reference. Only now is it known whether weights and token ids
         #    are those of the run that the folder holds.
-        policy, weights = assembly.build_policy(args, ranks)
-        record |= reference.identity(weights, args.init_adapter_sha256, pairs)
+        policy, base = assembly.build_policy(args, ranks)
+        record |= reference.identity(base, args.init_adapter_sha256, pairs)
         run_folder.check_same_run(folder, record)
-        keys = record["reference"]
-        splits = assembly.load_splits(args, ranks, policy, packing, keys, prepared.rows, pairs)
+        splits = assembly.load_splits(args, ranks, policy, packing, record, prepared.rows, pairs)
 
         # 5) Everything else, from the last checkpoint.
         study = assemble(args, parameters, ranks, stop, policy, packing, folder)
@@ -418,6 +422,8 @@ def run(study: Study, training: Split, validation: Split, folder: Path) -> bool:
             # 1) An evaluation, if one is due after this step and has not been made.
             is_due = schedule.is_evaluated(progress.step, steps, count, args)
             if is_due and progress.evaluated < progress.step:
+                if progress.step == 0:
+                    check_first_batch(study, training)
                 keep_evaluation(study, validation, folder, log, epoch=progress.step / per_epoch)
             if progress.step == steps:
                 break
@@ -442,6 +448,18 @@ def run(study: Study, training: Split, validation: Split, folder: Path) -> bool:
     return True
 
 
+def check_first_batch(study: Study, training: Split) -> None:
+    """The gate before training, on the pairs of the first step: their reference is in a file of its
+    own.
+    """
+    args = study.args
+    first = schedule.pairs_of_step(0, len(training.pairs), args.global_batch, args.seed)
+    part = training.part(first)
+    sums = policy_sums(study, part)
+    logps = torch.stack([sums["chosen"], sums["rejected"]], dim=1)
+    gates.check_step0(logps, part, getattr(torch, args.dtype), "training pairs of the first step")
+
+
 def keep_evaluation(study: Study, val: Split, folder: Path, log: Log, epoch: float) -> None:
     """Evaluate, log it, and keep the adapter if it is the best by acc_ref so far; in a tie the
     earlier step stays the best.
@@ -454,7 +472,8 @@ def keep_evaluation(study: Study, val: Split, folder: Path, log: Log, epoch: flo
     if progress.step == 0:
         # The adapter is still the identity: the gate, and the rows that the best step is compared
         # with.
-        progress.step0_difference = gates.check_step0(logps, val, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        progress.step0_difference = gates.check_step0(logps, val, dtype, "validation pairs")
         if ranks.main:
             run_folder.write_pairs(folder, rows)
     else:

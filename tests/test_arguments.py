@@ -55,7 +55,7 @@ def test_what_makes_another_run():
     """Written out: a run continued with another value cannot be told apart later."""
     assert set(names_affecting("session")) == {"dry_run", "plan_json", "report_to", "status"}
     assert {
-        *("results_dir", "run_id", "data", "loss_file", "init_adapter"),
+        *("model", "results_dir", "run_id", "data", "loss_file", "init_adapter"),
         *("save_steps", "shard", "tokens_per_microbatch", "versions"),
         *("checkpointing", "compile", "prefix_sharing", "packing"),
     } == run_folder.NOT_THE_RUN

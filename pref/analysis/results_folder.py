@@ -28,6 +28,7 @@ NOT_SETTINGS = {
     *("run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256"),
     # Paths, and how it was started; where a file matters, its hash is another argument.
     *("results_dir", "command", "starts", "versions", "git", "loss_file", "init_adapter"),
+    "model_sha256",  # older runs lack it; base_sha256 is a setting
     # How the same numbers are computed.
     *("reference", "per_device_batch", "world_size", "shard", "checkpointing", "compile"),
     *("tokens_per_microbatch", "prefix_sharing", "packing", "save_steps", "couples_batch"),

@@ -25,7 +25,8 @@ AUTO = ("auto", "on", "off")
 # A row: name, type or choices, default, facts about it, and the help text with the unit. Rows are
 # in the order of --help, and tags appear in the run id in this order.
 RUN = (
-    Argument("model", str, "meta-llama/Llama-2-7b-chat-hf").describe(
+    # Which model it is is told by the hash of its files, not by where they are.
+    Argument("model", str, "meta-llama/Llama-2-7b-chat-hf", affects="place").describe(
         "chat model: hub id or folder"
     ),
     Argument("data", Path, Path("data/dpo-mix-7k"), affects="place").describe(
