@@ -203,8 +203,9 @@ def compute_gradients(study: Study, split: Split, members: list[int]) -> Step:
     totals["squared_norm"] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
     summed = ranks.sum(torch.stack(list(totals.values())))
     squared_norm = dict(zip(totals, summed))["squared_norm"]
-    clip = (args.max_grad_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, clip.to(grads[0].dtype))
+    if args.max_grad_norm:  # 0: no clipping
+        clip = (args.max_grad_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, clip.to(grads[0].dtype))
 
     values = dict(zip(totals, summed.tolist()))
     tokens, squared_norm = values.pop("tokens"), values.pop("squared_norm")

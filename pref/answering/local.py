@@ -90,6 +90,7 @@ def load_author(
     `max_new_tokens` exceeds its context.
     """
     max_new_tokens = sampling.max_new_tokens
+    weights.find_model(base.model)  # says best what is wrong with a model
     tokenizer = chat.load_tokenizer(base.model)
     model = loading.load_base(base.model, dtype, base.quant, device).eval()
     check_base(model, store.runs, base, dtype)

@@ -7,6 +7,7 @@
 Nothing here loads weights: that is loading.py.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -368,7 +369,5 @@ def read_digests() -> dict:
 
 def keep_digest(path: Path, entry: dict) -> None:
     known = {name: entry for name, entry in read_digests().items() if os.path.exists(name)}
-    try:
+    with contextlib.suppress(OSError):  # a home that cannot be written costs seconds
         disk.write_json(digests_path(), known | {str(path): entry})
-    except OSError:  # a home that cannot be written costs seconds
-        pass
