@@ -16,6 +16,8 @@ The defaults are those of the first study: Llama-2-7b-chat in 4 bit, LoRA r 64, 
 pairs per step, 3 epochs.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import math
 import sys
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from losses import SFT_TERM, PairLogps, chosen_score, k2, reduced
-from pref.files import console
+from pref.files import console, output
 from pref.model import chat, sharding, token_scores
 from pref.model.logps import ResponseLogps, sum_by_row, trainable
 from pref.model.lora import dropout
@@ -365,6 +367,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
 
     # 3) One process per run: the lock is held until the summary is written.
     with checkpoint.run_lock(folder, ranks):
+        output.keep_rest_in(folder / "output.txt")
         if ranks.from_main(run_folder.is_finished(folder)):  # by the process that held the lock
             return 0
 

@@ -26,7 +26,8 @@ NEAR_0 = (
     1e-3,
     -1e-3,
 )  # in float64 alone: beside log-probs, float32 has no such digits
-ORDINARY_MARGIN, SMALL_MARGIN = 50.0, 1.0  # of the steps of a run, and of its first ones
+# At margins up to the first of these a loss must be finite, up to the second it must not be NaN.
+DEFAULTS_REACH, OTHERS_REACH = (50.0, 500.0), (1.0, 50.0)  # at its defaults, at other betas
 BETAS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0)
 SIZES = (1, 2, 10)  # pairs in a batch
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -155,14 +156,14 @@ def check_shapes(loss: Callable, notes: list[str], failures: list[str]) -> None:
 
 def check_finite(loss: Callable, notes: list[str], failures: list[str]) -> None:
     """Value and gradient in float32, over MARGINS and BETAS: right wherever the value computed in
-    float64 fits float32. Where it does not, a note names the margin from which on; it is a failure
-    at margins that real steps have, and NaN is one anywhere.
+    float64 fits float32. Where it does not, a note names the margin from which on; at margins that
+    real steps have it is a failure.
     """
     settings, default = [{}], loss_options.own_defaults(loss).get("beta")
     if default is not None:
         settings = [{"beta": beta} for beta in dict.fromkeys((default, *BETAS))]
     for parameters in settings:
-        reach = ORDINARY_MARGIN if parameters.get("beta") == default else SMALL_MARGIN
+        reach = DEFAULTS_REACH if parameters.get("beta") == default else OTHERS_REACH
         problems = [misfit(loss, margin, parameters, reach) for margin in (*MARGINS, *NEAR_0)]
         if any(problems):
             failures += filter(None, problems)
@@ -197,15 +198,18 @@ def check_finite(loss: Callable, notes: list[str], failures: list[str]) -> None:
         notes.append(published_overflow(loss))
 
 
-def misfit(loss: Callable, margin: float, parameters: dict, reach: float) -> str | None:
-    """What is wrong with value and gradient at `margin`, computed in float64: NaN, or, at margins
-    up to `reach`, beyond float32's range; None if nothing is.
+def misfit(
+    loss: Callable, margin: float, parameters: dict, reach: tuple[float, float]
+) -> str | None:
+    """What is wrong with value and gradient at `margin`, computed in float64: beyond float32's
+    range, or NaN, at margins up to `reach`; None if nothing is.
     """
+    finite_to, a_number_to = reach
     values = value_and_gradient(loss, two_pairs_at(margin, torch.float64), parameters)
     for name, x in zip(("value", "gradient"), values):
-        if x.isnan().any():
+        if abs(margin) <= a_number_to and x.isnan().any():
             kind = "NaN"
-        elif abs(margin) <= reach and not (x.abs() < FLOAT32_MAX).all():
+        elif abs(margin) <= finite_to and not (x.abs() < FLOAT32_MAX).all():
             kind = "infinite in float32"
         else:
             continue
@@ -262,9 +266,8 @@ def check_start(loss: Callable, notes: list[str], failures: list[str]) -> None:
     ordinary = random_pairs(10, torch.float32)
     start = ordinary._replace(ref_chosen=ordinary.chosen, ref_rejected=ordinary.rejected)
     for where, pairs in {"on ordinary pairs": ordinary, "where every run starts": start}.items():
-        leaves = {
-            name: getattr(pairs, name).clone().requires_grad_() for name in ("chosen", "rejected")
-        }
+        names = ("chosen", "rejected", "score_chosen")
+        leaves = {name: getattr(pairs, name).clone().requires_grad_() for name in names}
         total = loss(pairs._replace(**leaves))[0].sum()
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         bad = [
