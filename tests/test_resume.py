@@ -105,13 +105,14 @@ def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
 
 # ---- stopped by a signal ------------------------------------------------------------------------
 
-# In train_pref.py, make_batch is called twice for the first evaluation, then three times per step.
+# In train_pref.py, make_batch is called three times for the first step's pairs and twice for the
+# first evaluation, then three times per step.
 MOMENTS = {
-    "first evaluation": 1,
-    "first step": 4,
-    "middle of a step": 10,
-    "an evaluation": 16,
-    "late": 24,
+    "first step's pairs": 1,
+    "first step": 7,
+    "middle of a step": 13,
+    "an evaluation": 19,
+    "late": 27,
 }
 
 
@@ -119,7 +120,7 @@ MOMENTS = {
 @pytest.mark.parametrize(
     ("moment", "number", "code"),
     [
-        ("first evaluation", signal.SIGTERM, 75),
+        ("first step's pairs", signal.SIGTERM, 75),
         ("first step", signal.SIGINT, 130),
         ("middle of a step", signal.SIGUSR1, 75),
         ("an evaluation", signal.SIGTERM, 75),
@@ -139,7 +140,7 @@ def test_a_signal_saves_and_the_same_command_continues(
     assert train_pref.main(given) == 0
     assert_same(run, undisturbed)
     steps = [start["step"] for start in json.loads((run / "args.json").read_text())["starts"]]
-    assert len(steps) == 2 or moment == "first evaluation"
+    assert len(steps) == 2 or moment == "first step's pairs"
 
 
 @pytest.mark.slow
@@ -151,7 +152,7 @@ def test_a_signal_saves_and_the_same_command_continues(
 def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train_pref.main(arguments(whole, *loss)) == 0
-    assert stop_at(monkeypatch, arguments(cut, *loss), 12) == 75
+    assert stop_at(monkeypatch, arguments(cut, *loss), 15) == 75
     assert train_pref.main(arguments(cut, *loss)) == 0
     assert_same(cut / "run", whole / "run")
 
@@ -252,7 +253,7 @@ def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, 
     again.
     """
     run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
-    assert stop_at(monkeypatch, given, 12) == 75
+    assert stop_at(monkeypatch, given, 15) == 75
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     launcher.append(str(ROOT / "train_pref.py"))
     lines = len(metrics_of(run))
@@ -367,7 +368,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     undisturbed, arguments, tmp_path, monkeypatch, capsys, damage, message
 ):
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 24) == 75
+    assert stop_at(monkeypatch, given, 27) == 75
     older, newest = sorted(checkpoints.glob("step-*.safetensors"))
     if "best" in message:
         shutil.copytree(
@@ -404,7 +405,7 @@ def test_without_a_whole_checkpoint_the_run_starts_over(
     undisturbed, arguments, tmp_path, monkeypatch, capsys
 ):
     given = arguments(tmp_path)
-    assert stop_at(monkeypatch, given, 18) == 75
+    assert stop_at(monkeypatch, given, 21) == 75
     for path in (tmp_path / "run" / "checkpoint").glob("step-*"):
         path.write_bytes(b"nothing")
     assert train_pref.main(given) == 0
@@ -428,7 +429,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
 ):
     """A limit on the size of files acts as a full disk: the write fails half-way."""
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 12) == 75
+    assert stop_at(monkeypatch, given, 15) == 75
     (saved,) = checkpoints.glob("step-*.safetensors")
     before = saved.read_bytes()
     script = tmp_path / "limited.py"
@@ -464,7 +465,7 @@ def stopped(arguments, tmp_path_factory):
     """A run stopped after a few steps."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        assert stop_at(patch, arguments(folder), 12) == 75
+        assert stop_at(patch, arguments(folder), 15) == 75
     return folder
 
 
@@ -519,7 +520,7 @@ def test_coupling_losses_are_not_continued_with_other_micro_batches(
     arguments, tmp_path, monkeypatch
 ):
     given = arguments(tmp_path, "--loss", "aot", "--per_device_batch", "4")
-    assert stop_at(monkeypatch, given, 8) == 75
+    assert stop_at(monkeypatch, given, 10) == 75
     refused([*given, "--per_device_batch", "2"], "per_device_batch was 4, is 2")
 
 
@@ -659,7 +660,7 @@ def test_an_interrupted_run_from_an_adapter_continues(
         from_adapter(tiny_model, own_pairs, tmp_path / name, sft) for name in ("whole", "cut")
     )
     assert train_pref.main(whole) == 0
-    assert stop_at(monkeypatch, cut, 4) == 75
+    assert stop_at(monkeypatch, cut, 5) == 75
     assert train_pref.main(cut) == 0
     assert_same(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
 

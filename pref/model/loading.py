@@ -93,7 +93,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantisation: BitsAndBytesConfig | None = None,
-    option: str = "--model",
+    option: str = "--model ",
 ) -> PreTrainedModel:
     """All weights of a checkpoint, and nothing but them, on `device`.
 
@@ -101,7 +101,7 @@ def load_model(
     loaded as it is, or in the compute dtype (DEQUANTISED). Raises UserError, beginning with
     `option`, that names what is missing, left over, of another shape or not finite.
     """
-    place, own = f"{option} {files.name}", files.quantisation
+    place, own = f"{option}{files.name}", files.quantisation
     if own and quantisation:
         raise UserError(f"{place}: its weights are quantised already ({own}); give --quant none")
     try:
@@ -119,7 +119,8 @@ def load_model(
             **options,
         )
     except torch.OutOfMemoryError:
-        raise UserError(f"{place}: does not fit into the memory of {device}") from None
+        remedy = "--quant nf4" if option == "--model " else "serve it and give --base_url"
+        raise UserError(f"{place}: does not fit into the memory of {device}; {remedy}") from None
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise UserError(unloadable(files, place, error)) from None
     except pickle.UnpicklingError:

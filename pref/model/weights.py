@@ -69,18 +69,19 @@ class ModelFiles(NamedTuple):
 # ---- where a model is, and whether it is one ----------------------------------------------------
 
 
-def find_model(model: str, option: str = "--model") -> ModelFiles:
+def find_model(model: str, option: str = "--model ", needs_weights: bool = True) -> ModelFiles:
     """The files of a hub id or folder. Of a hub id only the configuration is fetched.
 
-    Raises UserError, beginning with `option` and naming the remedy, if it cannot be a causal
+    needs_weights: False for a plan, which a configuration is enough for. Raises UserError, beginning with `option` and naming the remedy, if it cannot be a causal
     language model that transformers loads without code of the model's own.
     """
-    place = f"{option} {model}"
+    place = f"{option}{model}"
     folder = Path(model).expanduser()
     if folder.is_dir():
         folder = Path(os.path.abspath(folder))
         files = ModelFiles(str(folder), folder, read_config(folder, place))
-        check_files(files.folder, files.config, place)
+        if needs_weights:
+            check_files(files.folder, files.config, place)
     elif folder.exists():
         raise UserError(f"{place}: {about_file(folder)}")
     else:

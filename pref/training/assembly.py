@@ -57,7 +57,8 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
     # 3) The run's name, from what the user gave; then the model's files, and each `auto`, resolved
     #    for this device.
     args = settings.replaced(args, run_id=run_id.choose(args, parameters))
-    args = settings.for_device(args, weights.find_model(args.model), ranks)
+    files = weights.find_model(args.model, needs_weights=args.dry_run is None)
+    args = settings.for_device(args, files, ranks)
     return Prepared(
         args, parameters, rows, run_folder.begin_record(args, parameters, own_loss, ranks)
     )
