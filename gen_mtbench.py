@@ -26,6 +26,8 @@ what is drawn. Every turn is on disk as soon as it is answered: after an interru
 command again. Exit code 1: some answers are missing.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import json
 import os

@@ -23,6 +23,8 @@ therefore paid for once, however often the command is interrupted or repeated, a
 that gave identical answers. pref/judging/README.md describes protocol, cost and files.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import dataclasses
 import functools

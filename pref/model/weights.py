@@ -72,8 +72,9 @@ class ModelFiles(NamedTuple):
 def find_model(model: str, option: str = "--model ", needs_weights: bool = True) -> ModelFiles:
     """The files of a hub id or folder. Of a hub id only the configuration is fetched.
 
-    needs_weights: False for a plan, which a configuration is enough for. Raises UserError, beginning with `option` and naming the remedy, if it cannot be a causal
-    language model that transformers loads without code of the model's own.
+    needs_weights: False for a plan, which a configuration is enough for. Raises UserError,
+    beginning with `option` and naming the remedy, if it cannot be a causal language model that
+    transformers loads without code of the model's own.
     """
     place = f"{option}{model}"
     folder = Path(model).expanduser()
