@@ -20,7 +20,7 @@ from pref.files.pairs import read_pairs
 from pref.model import lora
 from pref.model.chat import TokenPair, load_tokenizer, tokenize_pairs
 from pref.model.loading import load_base
-from pref.model.logps import ResponseLogps, TokenValues, sum_by_row
+from pref.model.logps import ResponseLogps, sum_by_row
 from pref.model.lora import adapter_off, add_lora
 from pref.model.packing import Packing, make_batch
 from pref.model.ranks import Ranks
@@ -232,25 +232,6 @@ def test_a_stale_reference_is_refused_and_all_its_files_named(
     record = json.loads((finished / "args.json").read_text())
     for file in reference.cache_files(pairs_folder, record).values():
         assert str(file) in str(refusal.value)
-
-
-class Rounding:
-    """A policy whose own forward rounds differently for batches of several pairs."""
-
-    def __call__(self, batch, own_forward=False):
-        off = 0.0 if len(batch.lengths) == 2 else 0.04
-        return TokenValues(torch.full((int(batch.lengths.sum()),), off))
-
-    def modules(self):
-        return []
-
-
-def test_the_forward_pass_is_checked_against_measured_rounding(tiny_model, pairs_folder):
-    probe = val_pairs(tiny_model, pairs_folder)[:4]
-    tolerance = gates.forward_tolerance(Rounding(), probe, PACKING, torch.bfloat16, ONE)
-    assert tolerance == pytest.approx(3 * 0.04)
-    assert gates.forward_tolerance(Rounding(), probe[:1], PACKING, torch.bfloat16, ONE) == 0.05
-    assert gates.forward_tolerance(Rounding(), probe, PACKING, torch.float32, ONE) == 1e-4
 
 
 def test_files_can_be_read_by_those_whom_the_umask_allows(finished, pairs_folder):

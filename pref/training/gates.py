@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from pref.files.console import UserError
-from pref.model import lora, sharding
-from pref.model.chat import TokenPair
+from pref.model import sharding
 from pref.model.logps import ResponseLogps, trainable
-from pref.model.packing import Packing, make_batch
 from pref.model.ranks import Ranks
 from pref.training.reference import Split, response_lengths
 
@@ -18,37 +16,7 @@ from pref.training.reference import Split, response_lengths
 # round differently. The mean is taken because in bf16 a single short response can be off by 0.1,
 # while a stale reference or other weights move all responses.
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-# Two exact ways to compute a log-prob in bf16 differ by rounding. What is tolerated is this many
-# times what the model's own forward differs from itself by, when a pair is alone or beside others.
-TIMES_ROUNDING = 3
-PROBE_PAIRS = 4  # the mean over one short pair may be twice the mean over many
-
-
-@torch.no_grad()
-def forward_tolerance(
-    policy: ResponseLogps,
-    probe: list[TokenPair],
-    packing: Packing,
-    dtype: torch.dtype,
-    ranks: Ranks,
-) -> float:
-    """How far our log-probs of the pairs `probe` may be from the architecture's own forward: mean
-    over tokens, nats. In fp32 a constant; in bf16 at least that, and more where rounding is more.
-    """
-    if dtype == torch.float32:
-        return STEP0_TOLERANCE[dtype]
-
-    def own_logps(pairs: list[TokenPair]) -> tuple[Tensor, ...]:  # by response
-        batch = make_batch(pairs, packing._replace(padded=True, shared=False), ranks.device)
-        return policy(batch, own_forward=True).logps.split(batch.lengths.tolist())
-
-    with lora.dropout(policy, active=False), torch.compiler.set_stance("force_eager"):
-        together = own_logps(probe)
-        alone = [own_logps([pair]) for pair in probe]
-    # Responses in a batch's order: all chosen, then all rejected.
-    separately = [chosen for chosen, _ in alone] + [rejected for _, rejected in alone]
-    rounding = (torch.cat(together) - torch.cat(separately)).abs().mean().item()
-    return max(STEP0_TOLERANCE[dtype], TIMES_ROUNDING * rounding)
+PROBE_PAIRS = 4  # in bf16 the mean over one short pair may be twice the mean over many
 
 
 def check_step0(logps: Tensor, split: Split, dtype: torch.dtype, what: str) -> float:
