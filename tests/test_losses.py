@@ -354,8 +354,8 @@ BAD_LOSSES = {
         "its gradient is NaN at rho 0, {'beta': 0.1}, where every run starts",
     ),
     "inf_at_0": (
-        "return pairs.rho.relu() ** 0.5 - beta * pairs.rho, {}",
-        "at rho 0, {'beta': 0.1}, where every run starts",
+        "return pairs.rho.clamp(min=0) ** 0.5 - beta * pairs.rho, {}",
+        "its gradient is infinite in float32 at rho 0",
     ),
     "nan_around_0": (
         "return -beta * pairs.rho / ((pairs.rho > 0.01) | (pairs.rho <= 0)), {}",

@@ -105,14 +105,14 @@ def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
 
 # ---- stopped by a signal ------------------------------------------------------------------------
 
-# In train_pref.py, make_batch is called three times for the first step's pairs and twice for the
-# first evaluation, then three times per step.
+# In train_pref.py, make_batch is called four times for the first step's pairs and for each
+# evaluation, and three or four times per step.
 MOMENTS = {
     "first step's pairs": 1,
-    "first step": 7,
-    "middle of a step": 13,
-    "an evaluation": 19,
-    "late": 27,
+    "first step": 8,
+    "middle of a step": 14,
+    "an evaluation": 17,
+    "late": 28,
 }
 
 

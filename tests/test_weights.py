@@ -105,6 +105,7 @@ def into_shards(folder, index: dict[str, str]) -> None:
         ),
         (lambda f: edit_config(f, num_attention_heads=7), "makes no model .*attention heads"),
         (lambda f: edit_config(f, hidden_size="wide"), "makes no model .*hidden_size"),
+        (lambda f: edit_config(f, quantization_config="fp8"), "makes no model"),
         (
             lambda f: edit_config(f, quantization_config={"quant_method": "nvx"}),
             r"quantised by a method that transformers .* does not know \(nvx\)",
@@ -187,6 +188,14 @@ def test_a_head_that_is_not_in_the_checkpoint(copy):
         load(copy)
 
 
+def test_a_stored_head_that_is_not_the_embedding_it_is_said_to_be(copy):
+    edit_tensors(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}))
+    with pytest.raises(UserError, match="says that .* share their weights, but the checkpoint has"):
+        load(copy)
+    edit_tensors(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1}))
+    load(copy)
+
+
 def test_buffers_of_older_versions_do_no_harm(copy):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     edit_tensors(copy, lambda tensors: tensors.update(old))
@@ -243,11 +252,13 @@ def test_fp8_weights_are_what_their_scales_make_of_them(copy, tmp_path):
 def test_a_4_bit_checkpoint_is_trained_as_it_is(tiny_model, pairs_folder, tmp_path, capsys):
     folder = tmp_path / "4bit"
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    quantised = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=four_bits)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tiny_model, quantization_config=four_bits, dtype=torch.float32
+    )
     shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     quantised.save_pretrained(folder)
     ids = torch.arange(40)[None]
-    expected = quantised.float().train()(ids).logits
+    expected = quantised.train()(ids).logits
     assert torch.allclose(load(folder).train()(ids).logits, expected, atol=1e-5)
 
     given = train_args(folder, pairs_folder, tmp_path / "r", "--run_id", "x", "--max_steps", "2")

@@ -134,6 +134,7 @@ def load_model(
         ) from None
     check_files(files.folder, files.config, place)  # of a hub id they are here only now
     check_keys(type(model).__name__, keys, place)
+    check_tied(model, place)
     check_finite(model.named_parameters(), place)
     if own:
         check_scaled(model, place)
@@ -183,6 +184,19 @@ def check_keys(architecture: str, keys: dict, place: str) -> None:
         raise UserError(
             f"{place}: its weights are not those of a whole {architecture}: the checkpoint "
             f"{'; it '.join(problems)}. {hint}"
+        )
+
+
+def check_tied(model: PreTrainedModel, place: str) -> None:
+    """Raise UserError if head and embedding differ that the configuration says are one tensor:
+    programs disagree on which of them is then meant.
+    """
+    modules = (model.get_output_embeddings(), model.get_input_embeddings())
+    both = {id(module.weight) for module in modules if hasattr(module, "weight")}
+    if model.config.tie_word_embeddings and len(both) == 2:
+        raise UserError(
+            f"{place}: its config.json says that the output head and the embedding share their "
+            "weights, but the checkpoint has different ones; set tie_word_embeddings to false"
         )
 
 

@@ -57,9 +57,10 @@ class ModelFiles(NamedTuple):
     @property
     def quantisation(self) -> str | None:
         """The method by which the checkpoint itself is quantised ("fp8", "gptq", ...), or None."""
-        text_config = self.config.get("text_config") or {}
-        own = self.config.get("quantization_config") or text_config.get("quantization_config")
-        if not own:
+        parts = (self.config, self.config.get("text_config"))
+        of_parts = [part.get("quantization_config") for part in parts if isinstance(part, dict)]
+        own = next((value for value in of_parts if isinstance(value, dict)), None)
+        if own is None:
             return None
         if own.get("load_in_4bit") or own.get("load_in_8bit"):
             return f"bitsandbytes_{'4' if own.get('load_in_4bit') else '8'}bit"
@@ -187,7 +188,7 @@ def check_values(folder: Path, place: str) -> None:
     """Raise UserError for a configuration whose values make no model."""
     try:
         transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{place}: its config.json makes no model ({reason})") from None
 
