@@ -234,6 +234,13 @@ def test_a_stale_reference_is_refused_and_all_its_files_named(
         assert str(file) in str(refusal.value)
 
 
+def test_the_probe_is_several_short_pairs_or_one_long_one():
+    lengths = (300, 20, 2000, 100, 400)  # of a prompt, which counts twice
+    pairs = [TokenPair([1] * (length - 1), [1], [1]) for length in lengths]
+    assert gates.probe_of(pairs) == [pairs[1], pairs[3], pairs[0]]  # 40 + 200 + 600 tokens
+    assert gates.probe_of(pairs[2:3]) == [pairs[2]]
+
+
 def test_files_can_be_read_by_those_whom_the_umask_allows(finished, pairs_folder):
     umask = os.umask(0)
     os.umask(umask)

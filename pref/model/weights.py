@@ -78,7 +78,7 @@ def find_model(model: str, option: str = "--model ", needs_weights: bool = True)
     transformers loads without code of the model's own.
     """
     place = f"{option}{model}"
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if folder.is_dir():
         folder = Path(os.path.abspath(folder))
         files = ModelFiles(str(folder), folder, read_config(folder, place))

@@ -131,7 +131,7 @@ def load_splits(
     Raises UserError if our log-probs differ from the architecture's own.
     """
     # The shortest validation pairs through our layout and through the model's own forward pass.
-    probe = sorted(pairs["val"], key=lambda pair: pair.tokens)[: gates.PROBE_PAIRS]
+    probe = gates.probe_of(pairs["val"])
     ours = make_batch(probe, packing, ranks.device)
     plain = make_batch(probe, packing._replace(padded=True, shared=False), ranks.device)
     check_logps(policy, ours, plain, gates.STEP0_TOLERANCE[getattr(torch, args.dtype)])

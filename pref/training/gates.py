@@ -2,11 +2,14 @@
 a wrong number, so it ends at once.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from pref.files.console import UserError
 from pref.model import sharding
+from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, trainable
 from pref.model.ranks import Ranks
 from pref.training.reference import Split, response_lengths
@@ -16,7 +19,16 @@ from pref.training.reference import Split, response_lengths
 # round differently. The mean is taken because in bf16 a single short response can be off by 0.1,
 # while a stale reference or other weights move all responses.
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-PROBE_PAIRS = 4  # in bf16 the mean over one short pair may be twice the mean over many
+PROBE_TOKENS = 1024
+
+
+def probe_of(pairs: list[TokenPair]) -> list[TokenPair]:
+    """The shortest of `pairs`, up to PROBE_TOKENS, for the model's own forward, which holds logits
+    of all their tokens. In bf16 the mean over one short pair may be twice the mean over several.
+    """
+    by_length = sorted(pairs, key=lambda pair: pair.tokens)
+    ends = list(itertools.accumulate(pair.tokens for pair in by_length))
+    return by_length[: max(1, sum(end <= PROBE_TOKENS for end in ends))]
 
 
 def check_step0(logps: Tensor, split: Split, dtype: torch.dtype, what: str) -> float:
