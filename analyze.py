@@ -25,6 +25,8 @@ Differences come with an error over questions and over seeds (pref/analysis/stat
 are stated is in pref/analysis/claims.py, how they are judged in pref/analysis/verdicts.py.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import json
 import math

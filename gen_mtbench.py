@@ -30,6 +30,8 @@ as it is answered: after an interruption, run the same command again. Exit code 
 missing; the output names those that were refused.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import json
 import os

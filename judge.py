@@ -28,6 +28,8 @@ interrupted or repeated, and once for runs that gave identical answers. Judges t
 parameters, server, prompts, references or reading are kept apart.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import dataclasses
 import functools

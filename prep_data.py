@@ -14,6 +14,8 @@ pref/files/layouts.py reads the layouts and audit.py there turns rows into pairs
 write a reader and add it to LAYOUTS; CONTRIBUTING.md has the steps.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import hashlib
 import inspect

@@ -195,10 +195,11 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_answered(
     save_file(weights | halved, path)
     with pytest.raises(UserError, match="adapter's shape.*give --model"):
         answer(tmp_path / "shapes", bench)
-    record = adapter("weights").parent.parent / "args.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"base_sha256": "0" * 64}))
-    with pytest.raises(UserError, match="trained on other weights"):
-        answer(tmp_path / "weights", bench)
+    for key in ("base_sha256", "model_sha256"):
+        record = adapter(key).parent.parent / "args.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {key: "0" * 64}))
+        with pytest.raises(UserError, match="trained on other weights"):
+            answer(tmp_path / key, bench)
     assert not list(tmp_path.glob("*/*/mt_bench/*"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,12 @@ from judge_workplace import (
     our_messages,
     rows_of,
 )
+from safetensors.torch import load_file, save_file
 
 import judge
 from pref.files.console import UserError
 from pref.judging import local_judge
+from pref.model import weights
 
 pytest_plugins = ("judge_fixtures",)
 
@@ -232,17 +235,14 @@ def test_a_prompt_beyond_the_context_has_no_score(workplace, tiny):
     assert rows[111, 1]["status"] == "ok"
 
 
-def test_other_weights_at_the_same_path_are_another_judge(tiny):
-    import torch
-
-    from pref.model.loading import fingerprint
-
-    model, _ = local_judge.load_judge(str(tiny), "float32")
-    before = fingerprint(model)
-    assert fingerprint(local_judge.load_judge(str(tiny), "float32")[0]) == before
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.01)
-    assert fingerprint(model) != before
+def test_other_weights_at_the_same_path_are_another_judge(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "judge")
+    before = weights.identity(weights.find_model(str(tiny)))
+    assert weights.identity(weights.find_model(str(folder))) == before
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][5] += 0.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert weights.identity(weights.find_model(str(folder))) != before
 
 
 def test_a_path_without_a_model(workplace, tmp_path):

@@ -70,6 +70,18 @@ def test_other_model_or_data_is_refused_with_the_groups(tmp_path):
     assert [run["run_id"] for run in chosen["runs"]] == ["base", "a"]
 
 
+def test_a_model_is_known_by_its_files_not_by_their_place(tmp_path):
+    """Base and old runs, which have no hash, belong to the model at their path."""
+    make_base(tmp_path, model="here")
+    make_run(tmp_path, "old", "dpo", model="here")
+    make_run(tmp_path, "a", "dpo", model="here", model_sha256="1" * 64)
+    make_run(tmp_path, "moved", "dpo", model="there", model_sha256="1" * 64)
+    assert len(load(tmp_path)) == 4
+    make_run(tmp_path, "replaced", "dpo", model="there", model_sha256="2" * 64)
+    with pytest.raises(UserError, match=r'2 groups(.|\n)*\["replaced"\]'):
+        load(tmp_path)
+
+
 def test_duplicate_judgement_is_refused(tmp_path):
     make_run(tmp_path, "a", ratings=[rating(81, 1, 6), rating(81, 1, 7)])
     message = "judgements.csv: question 81, turn 1, choice 0, repeat 0 is judged twice"

@@ -28,6 +28,7 @@ NOT_SETTINGS = {
     *("run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256"),
     # Paths, and how it was started; where a file matters, its hash is another argument.
     *("results_dir", "command", "starts", "versions", "git", "loss_file", "init_adapter"),
+    "model_sha256",  # older runs lack it; base_sha256 is a setting
     # How the same numbers are computed.
     *("reference", "per_device_batch", "world_size", "shard", "checkpointing", "compile"),
     *("tokens_per_microbatch", "prefix_sharing", "packing", "save_steps", "couples_batch"),
@@ -287,9 +288,14 @@ def check_judgement(row: dict, path: Path) -> None:
 
 def check_same_model_and_data(runs: list[Run]) -> None:
     """Raise UserError, listing the groups, if runs are of different models or different data."""
+    # A model is known by the hash of its files, wherever they are; of older runs, by its path.
+    hashes = {run.args["model"]: sha for run in runs if (sha := run.args.get("model_sha256"))}
+    paths: dict[str, str] = {}  # by model, for the message
     groups: dict[tuple, list[str]] = {}  # (model, hash of the data as JSON) -> run ids
     for run in sorted(runs, key=lambda run: run.args.get("data_sha256") is None):
-        model, data = run.args["model"], run.args.get("data_sha256")
+        path, data = run.args["model"], run.args.get("data_sha256")
+        model = run.args.get("model_sha256") or hashes.get(path, path)
+        paths[model] = path
         key = (model, json.dumps(data, sort_keys=True))
         if data is None:
             # The untrained model has seen no data: it belongs with the runs trained from it, which
@@ -298,7 +304,7 @@ def check_same_model_and_data(runs: list[Run]) -> None:
         groups.setdefault(key, []).append(run.run_id)
     if len(groups) > 1:
         listed = [
-            f"\n  model {model}, data {data[:60]}: {json.dumps(ids)}"
+            f"\n  model {paths[model]}, data {data[:60]}: {json.dumps(ids)}"
             for (model, data), ids in groups.items()
         ]
         raise UserError(

@@ -100,6 +100,11 @@ class Adapters:
                     file.get_tensor(lora_key(layer, side)).to(self.device, self.dtype)
                     for side in "AB"
                 )
+                if not (a.isfinite().all() and b.isfinite().all()):
+                    raise UserError(
+                        f"{self.folders[name]}: weights that are NaN or infinite ({layer}); train "
+                        f"{name} again"
+                    )
                 rank = len(a)
                 weights[layer] = LayerWeights(
                     a=a,

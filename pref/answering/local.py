@@ -20,7 +20,7 @@ from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
 from pref.files import console, disk, run_folders
 from pref.files.console import UserError
-from pref.model import chat, loading
+from pref.model import chat, loading, weights
 
 ROWS_ON_CPU, MOST_ROWS = 32, 128
 CACHE_SHARE = 0.8  # of the GPU memory that the weights leave, for keys and values
@@ -92,6 +92,7 @@ def load_author(
     `max_new_tokens` exceeds its context.
     """
     max_new_tokens = sampling.max_new_tokens
+    weights.find_model(base.model)  # says best what is wrong with a model
     tokenizer = chat.load_tokenizer(base.model)
     model = loading.load_base(base.model, dtype, base.quant, device).eval()
     check_base(model, store.runs, base, dtype)
@@ -128,11 +129,14 @@ def load_author(
 
 def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch.dtype) -> None:
     """Raise UserError if an adapter was trained on other weights of the same name."""
-    weights = loading.fingerprint(model)
+    files, sampled = weights.identity(weights.find_model(base.model)), loading.fingerprint(model)
     for run in runs:
         trained = run.record
-        comparable = (trained.get("dtype"), trained.get("quant")) == (dtype_name(dtype), base.quant)
-        if comparable and trained.get("base_sha256", weights) != weights:
+        same = trained.get("model_sha256", files) == files
+        # A run of version 1.0.0 has only a sample of the weights as they were loaded.
+        if (trained.get("dtype"), trained.get("quant")) == (dtype_name(dtype), base.quant):
+            same = same and trained.get("base_sha256", sampled) == sampled
+        if not same:
             raise UserError(
                 f"{run.folder}: was trained on other weights than {base.model} holds now; "
                 "give --model with the old weights, or train it again"

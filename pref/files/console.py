@@ -9,6 +9,8 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+from pref.files import interrupts, output
+
 LOG_EVERY_S = 60  # in a log file, progress is one line per minute
 
 Item = TypeVar("Item")
@@ -26,6 +28,14 @@ def run_main(main: Callable[[], int | None]) -> None:
     0 done, 1 something is missing (`main` has named it), 2 a mistake of the user's (UserError) or
     of the system's (OSError: permission, full disk), 130 Ctrl-C. pref/files/README.md lists them.
     """
+    interrupts.hand_over()
+    with output.lasting():
+        code = exit_code_of(main)
+    sys.exit(code)
+
+
+def exit_code_of(main: Callable[[], int | None]) -> int:
+    """Run `main` and report how it ended."""
     try:
         code = main() or 0
     except UserError as error:
@@ -36,16 +46,13 @@ def run_main(main: Callable[[], int | None]) -> None:
             time.sleep(5)
         print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         code = 2
-    except BrokenPipeError:  # the reader of our output (`| head`) has left: not a mistake
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:  # its message names the path
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    return code
 
 
 def format_table(

@@ -30,6 +30,10 @@ from pref.files.console import UserError
 # Packages whose version can change a number.
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "scipy", "openai"]
 
+# It can only be read by setting it, which is not safe once there are threads.
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -50,6 +54,15 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def as_umask_says(path: Path) -> None:
+    """Give a file, or all files of a folder, the permissions of an ordinary new file. Libraries
+    that write through a private temporary file leave 0600, which a group cannot read.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~UMASK)
 
 
 def write_json(path: Path, value: dict) -> None:

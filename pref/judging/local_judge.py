@@ -31,8 +31,7 @@ GIVE_UP_AFTER = 8  # judgements below --min_rating_mass, if no other came before
 def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
     """Load a transformers model as a judge. It scores one request at a time."""
     # Imported here because they load torch, which a judge behind a server does not need.
-    from pref.model import chat
-    from pref.model.loading import fingerprint
+    from pref.model import chat, weights
 
     model, tokenizer = load_judge(args.judge.removeprefix("hf:"), args.dtype)
     ask = functools.partial(ask_local, model, tokenizer)
@@ -43,7 +42,7 @@ def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
             "method": "rating_after_prefix",  # of version 1.0.0: expected_rating, without a prefix
             "prefix": answer_prefix(bench, args.grading),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": fingerprint(model),
+            "weights": weights.identity(weights.find_model(args.judge.removeprefix("hf:"))),
             "template": disk.sha256_json([tokenizer.chat_template, chat.TEMPLATE_OPTIONS]),
         },
         ask=refuse_without_mass(ask, args.judge, args.min_rating_mass),
@@ -95,19 +94,15 @@ def load_judge(path: str, dtype: str):
     import torch
     import transformers
 
-    from pref.model import chat
-    from pref.model.loading import pick_dtype
+    from pref.model import chat, loading, weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    files = weights.find_model(path, "--judge hf:")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=pick_dtype(dtype, device), trust_remote_code=False
-        )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--judge hf:{path}: not a model folder or hub id that can be loaded: "
-            f"{console.first_line(error)}"
+            f"--judge hf:{path}: no tokenizer that can be loaded: {console.first_line(error)}"
         ) from None
     if not tokenizer.chat_template:
         raise UserError(f"--judge hf:{path}: has no chat template; use an instruction-tuned model")
@@ -122,12 +117,8 @@ def load_judge(path: str, dtype: str):
             f"--judge hf:{path}: its chat template does not show system messages, which MT-Bench's "
             "prompts have; choose another judge"
         )
-    try:
-        return model.to(device).eval(), tokenizer
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"--judge hf:{path}: does not fit into this GPU's memory; serve it and give --base_url"
-        ) from None
+    dtype = loading.pick_dtype(dtype, device)
+    return loading.load_model(files, dtype, device, option="--judge hf:").eval(), tokenizer
 
 
 def answer_start(prompt: str) -> str:

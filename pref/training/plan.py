@@ -112,7 +112,7 @@ def shapes_of(
     """The model of a hub id or folder on the meta device: shapes without values. layers: keep only
     this many, from the first on.
     """
-    config = copy.deepcopy(AutoConfig.from_pretrained(model))
+    config = copy.deepcopy(AutoConfig.from_pretrained(model, trust_remote_code=False))
     text_config = config.get_text_config()
     if layers is not None:
         text_config.num_hidden_layers = layers
