@@ -37,6 +37,7 @@ from pref.analysis import (
     claims,
     estimates,
     figures,
+    judge_identity,
     notes,
     pairwise,
     paper_tables,
@@ -181,7 +182,7 @@ def compare_mt_bench(
     """
     runs = [run for cell in cells for run in cell.runs if key in run.judged]
     judged = {run.run_id: run.judged[key] for run in runs}
-    judge = run_metrics.describe_judge(key, [row for rows in judged.values() for row in rows])
+    judge = judge_identity.describe_judge(key, [row for rows in judged.values() for row in rows])
     questions = cell_rows.common_questions(judged)
     common = {
         run_id: [row for row in rows if row["question_id"] in questions.common]
@@ -203,7 +204,7 @@ def compare_mt_bench(
         **reliability,
         "variance": estimates.variance_rows(cells, values, reliability["retest"]),
     }
-    title, smoke = run_metrics.judge_title(judge), run_metrics.smoke_mark(judge)
+    title, smoke = judge["title"], judge_identity.smoke_mark(judge)
     return (
         Scores(metric="mt_bench", judge=title, smoke=smoke, values=values, results=results),
         notes.note_judge(judge, judged, questions),
@@ -460,7 +461,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.results_dir / "comparison"
 
     # 1) Read and check every run.
-    runs, load_notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad)
+    questions = results_folder.read_question_texts(args.mt_bench)
+    runs, load_notes = results_folder.load_runs(
+        args.results_dir, args.run_ids, args.skip_bad, questions
+    )
 
     # 2) Compare before anything is written: an error must not leave half of the results new.
     comparison = compare(runs, args, load_notes)
@@ -477,7 +481,7 @@ def main(argv: list[str] | None = None) -> None:
     tables = paper_tables.list_tables(comparison)
     table_files.write_tables(folder / "tables", tables)
     disk.write_json(folder / "aggregated_metrics.json", comparison)
-    page = report_page.make_page(runs, comparison, tables, folder, args.mt_bench)
+    page = report_page.make_page(runs, comparison, tables, folder, questions)
     report.write_report(folder / "report.html", page)
 
     # 4) The same in short on the terminal.

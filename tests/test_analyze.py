@@ -6,6 +6,7 @@ import math
 import pytest
 from studies import (
     DRAWS,
+    SUMMARY,
     compared,
     find_gap,
     flat_ratings,
@@ -22,8 +23,9 @@ from studies import (
 )
 
 import analyze
-from pref.analysis import report_page, run_metrics, terminal
+from pref.analysis import judge_identity, report_page, terminal
 from pref.files.console import UserError
+from pref.files.disk import write_json
 
 # ---- the grid -----------------------------------------------------------------------------------
 
@@ -153,15 +155,14 @@ def test_other_prompts_or_references_are_another_judge(tmp_path, field):
     comparison = compared(tmp_path)
     assert sorted(judge["cells"][0]["score"] for judge in comparison["mt_bench"]) == [2, 8]
     suffixes = {
-        run_metrics.judge_suffix(judge, comparison["mt_bench"]) for judge in comparison["mt_bench"]
+        judge_identity.file_suffix(judge, comparison["mt_bench"])
+        for judge in comparison["mt_bench"]
     }
     assert len(suffixes) == 2 and "" not in suffixes
 
 
 def test_pairwise_rows_are_not_scores(tmp_path):
-    pair = rating(
-        81, 1, None, grading="pair", status="ok", winner="model", order="ab", baseline="base"
-    )
+    pair = rating(81, 1, None, grading="pair", status="ok", winner="a", order="1", baseline="base")
     make_run(tmp_path, "a", ratings=[rating(81, 1, 6), pair])
     row = compared(tmp_path)["mt_bench"][0]["cells"][0]
     assert (row["score"], row["n_judged"]) == (6, 1)
@@ -327,6 +328,7 @@ def test_nonfinite_validation_pairs_are_wrong_and_said(tmp_path):
         folder,
         {0: [(-9, -9, -9, -9)] * 40, 20: [(None, -9, -9, -9)] * 30 + [(-8, -9, -9, -9)] * 10},
     )
+    write_json(folder / "summary.json", SUMMARY | {"best_acc_ref": 0.25})
     comparison = compared(tmp_path)
     assert has_note(comparison, "td_dpo_b0.1_s42: 30 validation pairs", "counted as wrong")
     row = next(

@@ -22,7 +22,13 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from pref.analysis import curve_figures, pair_figures, run_figures, run_metrics, score_figures
+from pref.analysis import (
+    curve_figures,
+    judge_identity,
+    pair_figures,
+    run_figures,
+    score_figures,
+)
 from pref.analysis.figure_parts import Look
 from pref.analysis.runs import Run
 from pref.files import console
@@ -129,10 +135,10 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
 
 def mt_bench_jobs(folder: Path, judge: dict, comparison: dict) -> list[Callable[[], None]]:
     """The figures of MT-Bench by one judge."""
-    suffix = run_metrics.judge_suffix(judge, comparison["mt_bench"])
-    title = f"MT-Bench, {len(judge['questions'])} questions, {run_metrics.judge_title(judge)}"
+    suffix = judge_identity.file_suffix(judge, comparison["mt_bench"])
+    title = f"MT-Bench, {len(judge['questions'])} questions, {judge['title']}"
     if judge["smoke_test"]:
-        title += f"\n{run_metrics.smoke_mark(judge)}"
+        title += f"\n{judge_identity.smoke_mark(judge)}"
     look = Look(
         title=title,
         label="MT-Bench score (1-10, mean of both turns)",
@@ -169,7 +175,7 @@ def score_jobs(
     if grids := curve_figures.find_grids(cells, look.metric):
         jobs.append(partial(curve_figures.draw_heatmaps, stem("heatmap"), grids, look))
     else:
-        what = "accuracy" if name == "accuracy" else f"MT-Bench, {run_metrics.judge_title(part)}"
+        what = "accuracy" if name == "accuracy" else f"MT-Bench, {part['title']}"
         note = f"no heat map of {what}: no loss has two cells of beta x tau"
         comparison["notes"].append(note)
     if series := curve_figures.find_series(cells, look.metric):

@@ -5,34 +5,90 @@ them if the list is empty), and the command that comes `next`.
 """
 
 import argparse
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import run_metrics
+from pref.analysis import judge_identity
 from pref.analysis.cell_rows import CommonQuestions
-from pref.analysis.runs import Cell, JudgeKey, Run
+from pref.analysis.runs import Cell, JudgeKey, Run, Stale
 from pref.files import judgements
 
 ORDINARY_STATUSES = ("finished", "untrained", "no training record")
 
 
 def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
-    """Runs that did not end well, non-finite validation pairs, and seeds that a cell lacks."""
-    notes = [note for run in runs if (note := note_status(run))]
+    """What was taken out of the runs, runs that did not end well, non-finite validation pairs,
+    answers made in different ways, and seeds that a cell lacks.
+    """
+    notes = note_stale(runs)
+    notes += [note for run in runs if (note := note_status(run))]
     for run in runs:
         if bad := sum(margins is None for margins in run.best_val.values()):
             notes.append(
                 f"{run.run_id}: {bad} validation pairs have a non-finite log-probability, "
                 "counted as wrong"
             )
+    notes += note_answer_settings(runs)
     trained = [cell for cell in cells if not cell.untrained]
+    notes += [note for cell in trained if (note := note_token_ids(cell))]
     seeds = {seed for cell in trained for seed in cell_seeds(cell)}
     for cell in trained:
         if lacking := seeds - cell_seeds(cell):
             listed = ", ".join(map(str, sorted(lacking)))
             notes.append(f"unbalanced grid: {cell.label} has no seed {listed}")
     return notes
+
+
+def note_stale(runs: list[Run]) -> list[str]:
+    """What does not belong together, one note for all runs with the same fault."""
+    return [
+        f"left out, because old and new do not belong together: {stale.what} of "
+        f"{', '.join(run_ids)}: {stale.why}"
+        for stale, run_ids in group_stale(runs).items()
+    ]
+
+
+def group_stale(runs: list[Run]) -> dict[Stale, list[str]]:
+    """What was taken out -> the runs that it was taken out of."""
+    groups: dict[Stale, list[str]] = defaultdict(list)
+    for run in runs:
+        for stale in run.stale:
+            groups[stale].append(run.run_id)
+    return groups
+
+
+def note_answer_settings(runs: list[Run]) -> list[str]:
+    """Settings that the answers of some runs were made with and those of others were not: part of
+    a difference in score may come from these.
+    """
+    runs_of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        settings = next((row.get("settings") for row in run.answers.values()), None)
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            runs_of[name][json.dumps(value, sort_keys=True)].append(run.run_id)
+    notes = []
+    for name, by_value in sorted(runs_of.items()):
+        if len(by_value) > 1:
+            listed = "; ".join(f"{value}: {', '.join(ids)}" for value, ids in by_value.items())
+            notes.append(
+                f"answers were made with different {name} ({listed}): differences in score include "
+                "what that changes"
+            )
+    return notes
+
+
+def note_token_ids(cell: Cell) -> str | None:
+    """Seeds of one cell must have been trained on the same token ids."""
+    hashes = [run.args.get("reference") for run in cell.runs]
+    if len({json.dumps(one, sort_keys=True) for one in hashes if isinstance(one, dict)}) < 2:
+        return None
+    return (
+        f"{cell.label}: its runs were trained on different token ids or another base (another "
+        f"tokenizer, chat template, or a date in it): {', '.join(run.run_id for run in cell.runs)} "
+        "differ in more than their seed"
+    )
 
 
 def note_status(run: Run) -> str | None:
@@ -54,10 +110,10 @@ def cell_seeds(cell: Cell) -> set[int]:
 def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQuestions) -> list[str]:
     """What limits the scores of one judge: its size, questions left out, failed judgements.
 
-    judge: of run_metrics.describe_judge. judged: run id -> all of its judgements by this judge.
+    judge: of judge_identity.describe_judge. judged: run id -> all of its judgements by this judge.
     """
-    name, notes = run_metrics.judge_title(judge), []
-    if mark := run_metrics.smoke_mark(judge):
+    name, notes = judge["title"], []
+    if mark := judge_identity.smoke_mark(judge):
         notes.append(f"{name}: {mark}")
     elif judge["judge_params_b"] is None:
         notes.append(
@@ -99,12 +155,16 @@ class Lack(NamedTuple):
 def find_missing(runs: list[Run], judges: list[dict], args: argparse.Namespace) -> list[dict]:
     """What could not be done, of which runs, and what would supply it.
 
-    judges: of run_metrics.describe_judge, one for each judge of the study.
+    judges: of judge_identity.describe_judge, one for each judge of the study.
     """
     gaps = [
         {"what": lack.what, "runs": [run.run_id for run in lack.runs], "next": lack.next}
         for lack in run_gaps(runs, judges)
         if lack.runs
+    ]
+    gaps += [
+        {"what": stale.what, "runs": run_ids, "next": stale.next}
+        for stale, run_ids in group_stale(runs).items()
     ]
     return gaps + study_gaps(runs, args)
 
@@ -116,9 +176,15 @@ def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
     usable = usable_runs(runs)
     unfinished = [run for run in trained if run.status == "unfinished"]
     unrecorded = [run for run in trained if run.status == "no training record"]
-    no_curve = [run for run in ended if not run.steps and not run.evals]
-    no_pairs = [run for run in ended if run in usable and not run.val]
-    no_judge = [run for run in usable if not run.judged]
+    # What was taken out of a run is listed on its own.
+    taken = {(run.run_id, stale.what) for run in runs for stale in run.stale}
+    no_curve = [
+        run
+        for run in ended
+        if not (run.steps or run.evals or (run.run_id, "learning curve") in taken)
+    ]
+    no_pairs = [run for run in ended if run in usable and not run.val and not run.stale]
+    no_judge = [run for run in usable if not run.judged and not run.stale]
     lacks = [
         Lack("accuracy (unfinished)", unfinished, "the same train_pref.py command again"),
         Lack("accuracy (no summary.json)", unrecorded, "train_pref.py"),
@@ -127,10 +193,12 @@ def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
         Lack("MT-Bench (no judgements)", no_judge, "gen_mtbench.py, then judge.py"),
     ]
     for judge in judges if len(judges) > 1 else ():
-        key = JudgeKey(judge["judge"], judge["prompts"], judge["refs"])
+        key = JudgeKey(*(judge[name] for name in JudgeKey._fields))
         lacking = [run for run in usable if run.judged and key not in run.judged]
-        what = f"MT-Bench by {run_metrics.judge_title(judge)}"
-        lacks.append(Lack(what, lacking, f"judge.py --judge {judge['judge']}"))
+        what = f"MT-Bench by {judge['title']}"
+        address = judge["judge_address"] or ""
+        server = f" --base_url {address}" if address.startswith("http") else ""
+        lacks.append(Lack(what, lacking, f"judge.py --judge {judge['judge']}{server}"))
     return lacks
 
 

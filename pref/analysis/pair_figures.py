@@ -5,6 +5,7 @@ draw_win_matrix   each cell against each baseline run in pairwise judgements
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 from pref.analysis.figure_parts import INTERVAL, Look, add_legend_below, distinct, series_style
@@ -67,7 +68,7 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
     rows: of "pairs" in aggregated_metrics.json.
     """
     labels = distinct(row["label"] for row in rows)
-    columns = distinct((row["judge"], row["baseline"]) for row in rows)
+    columns = distinct((row["title"], row["baseline"]) for row in rows)
     title = "Win rate in pairwise judgements (a tie is one half; both orders must agree)"
     if any(row["smoke_test"] for row in rows):
         title += "\nSMOKE TEST: a judge below 7B parameters, these rates measure nothing"
@@ -76,7 +77,7 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
     axis = figure.subplots()
     rates = [[math.nan] * len(columns) for _ in labels]
     for row in rows:
-        y, x = labels.index(row["label"]), columns.index((row["judge"], row["baseline"]))
+        y, x = labels.index(row["label"]), columns.index((row["title"], row["baseline"]))
         rates[y][x] = row["win_rate"]
         interval = f"{row['win_rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         counts = f"{row['wins']} / {row['ties']} / {row['losses']}"
@@ -84,7 +85,7 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
         centred = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
         axis.text(x, y, f"{interval}\n{counts}", **centred)
     image = axis.imshow(rates, cmap="PuOr", vmin=0, vmax=1, aspect="auto")
-    names = [f"{baseline}\n{judge}" for judge, baseline in columns]
+    names = [f"{baseline}\n{textwrap.fill(judge, 30)}" for judge, baseline in columns]
     axis.set_xticks(range(len(columns)), names, fontsize=8)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_xlabel("baseline (wins / ties / losses)")

@@ -10,7 +10,7 @@ A `Layout` is what a table looks like: title, note, and columns with a header, t
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.analysis import run_metrics, texts
+from pref.analysis import judge_identity, texts
 
 CELL_HEADER = "loss β τ"
 ACCURACY_NAMES = {  # field -> header, in tables and on the terminal
@@ -322,7 +322,7 @@ STABILITY = Layout(
 PAIRS = Layout(
     "Win rates of pairwise judgements",
     [
-        Column("judge", "judge"),
+        Column("judge", lambda row: row["title"].removeprefix("judge ")),
         Column(CELL_HEADER, "label"),
         Column("against", "baseline"),
         Column("win rate", "win_rate", 3),
@@ -370,7 +370,7 @@ class Score(NamedTuple):
     suffix: str = ""  # ends the names of its tables
 
     def table(self, kind: str, layout: Layout, rows: list[dict]) -> Table:
-        mark = run_metrics.smoke_mark(self.judge) if self.judge else ""
+        mark = judge_identity.smoke_mark(self.judge) if self.judge else ""
         return Table(
             id=f"{self.name}_{kind}{self.suffix}",
             title=f"{self.heading}: {layout.title}",
@@ -396,7 +396,7 @@ def list_tables(comparison: dict) -> list[Table]:
         plain_table("accuracy_mcnemar", MCNEMAR, mcnemar_rows(accuracy["improvement"])),
     ]
     for judge in comparison["mt_bench"]:
-        tables += mt_bench_tables(judge, run_metrics.judge_suffix(judge, comparison["mt_bench"]))
+        tables += mt_bench_tables(judge, judge_identity.file_suffix(judge, comparison["mt_bench"]))
     tables += [
         plain_table("stability", STABILITY, comparison["stability"]),
         plain_table("pairs", PAIRS, comparison["pairs"]),
@@ -406,7 +406,7 @@ def list_tables(comparison: dict) -> list[Table]:
 
 
 def mt_bench_tables(judge: dict, suffix: str) -> list[Table]:
-    heading = f"MT-Bench, {run_metrics.judge_title(judge)}"
+    heading = f"MT-Bench, {judge['title']}"
     score = Score("mt_bench", heading, digits=2, units="questions", judge=judge, suffix=suffix)
     lengths = {f"length_{key}": value for key, value in (judge["length"] or {}).items()}
     reliability = {**(judge["retest"] or {}), **lengths}

@@ -1,19 +1,18 @@
-"""Numbers of one run: accuracy, margins, MT-Bench scores by judge, KL; and how judges are named.
+"""Numbers of one run: accuracy, margins, MT-Bench scores by judge, KL.
 
 `run_metrics` collects what metrics.json holds. The other functions are also used where runs are
 compared, so that a number has one definition.
 """
 
 import math
-import re
 from collections import Counter, defaultdict
 from statistics import fmean
 
 import numpy as np
 
-from pref.analysis import stats, variation
-from pref.analysis.runs import ACCURACIES, TRAINING_NUMBERS, JudgeKey, Margins, Run
-from pref.files import judgements, mt_bench
+from pref.analysis import judge_identity, stats, variation
+from pref.analysis.runs import ACCURACIES, TRAINING_NUMBERS, Margins, Run
+from pref.files import mt_bench
 
 LENGTH_BINS = 5
 
@@ -32,7 +31,7 @@ def run_metrics(run: Run) -> dict:
         "length_bias": run.length_bias,
         "training": training,
         "mt_bench": [
-            describe_judge(key, rows)
+            judge_identity.describe_judge(key, rows)
             | score_ratings(rows)
             | judge_reliability({run.run_id: rows}, {run.run_id: run.answers})
             for key, rows in sorted(run.judged.items(), key=lambda item: str(item[0]))
@@ -253,34 +252,7 @@ def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
     }
 
 
-# ---- judges -------------------------------------------------------------------------------------
-
-
-def describe_judge(key: JudgeKey, rows: list[dict]) -> dict:
-    """What a score depends on besides the answers, and whether it measures anything."""
-    judge, prompts, refs = key
-    params_b, smoke_test = judge_size(judge, rows)
-    return {
-        "judge": judge,
-        "judge_params_b": params_b,
-        "smoke_test": smoke_test,
-        "prompts": prompts,
-        "refs": refs,
-        "grading": "single",
-    }
-
-
-def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
-    """Billions of parameters of a judge, None if unknown; and whether that is too few for its
-    judgements to measure anything.
-    """
-    sizes = [
-        row["judge_params_b"]
-        for row in rows
-        if row["judge"] == judge and row.get("judge_params_b") is not None
-    ]
-    size = min(sizes) if sizes else judgements.params_from_name(judge)
-    return size, size is not None and size < judgements.SMOKE_TEST_BELOW_B
+# ---- the judge ----------------------------------------------------------------------------------
 
 
 def judge_reliability(judged: dict[str, list[dict]], answers: dict[str, dict]) -> dict:
@@ -305,30 +277,3 @@ def judge_reliability(judged: dict[str, list[dict]], answers: dict[str, dict]) -
     if scores:
         length = variation.length_correlation(np.array(scores), np.array(lengths), groups)
     return {"retest": variation.retest(list(items.values())), "length": length}
-
-
-def judge_title(judge: dict) -> str:
-    parts = [f"judge {judge['judge']}"]
-    parts += [f"{key} {judge[key]}" for key in ("prompts", "refs") if judge[key]]
-    return ", ".join(parts)
-
-
-def smoke_mark(judge: dict) -> str:
-    """The label of scores by a judge that is too small, or ""."""
-    if not judge["smoke_test"]:
-        return ""
-    return (
-        f"SMOKE TEST: judge of {judge['judge_params_b']:.3g}B parameters, "
-        "these scores measure nothing"
-    )
-
-
-def judge_suffix(judge: dict, judges: list[dict]) -> str:
-    """What a judge's files carry in their names: nothing if there is one judge."""
-    if len(judges) == 1:
-        return ""
-    same = [other for other in judges if other["judge"] == judge["judge"]]
-    name = judge["judge"]
-    if len(same) > 1:
-        name += f"_{judge['prompts']}_{judge['refs']}"
-    return "_" + re.sub(r"[^A-Za-z0-9.-]+", "-", name)

@@ -5,7 +5,7 @@ All of it is in the report too, in more detail. Rows are those of aggregated_met
 
 from collections import defaultdict
 
-from pref.analysis import paper_tables, run_metrics, texts
+from pref.analysis import judge_identity, paper_tables, texts
 from pref.files import console, mt_bench
 
 
@@ -83,9 +83,9 @@ def category_table(judge: dict) -> str:
 
 
 def score_title(judge: dict, what: str) -> str:
-    mark = f"*** {run_metrics.smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
+    mark = f"*** {judge_identity.smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
     score = f"MT-Bench score (1-10, {len(judge['questions'])} questions)"
-    return f"{mark}{score}, {run_metrics.judge_title(judge)}: {what}"
+    return f"{mark}{score}, {judge['title']}: {what}"
 
 
 def show_mean(row: dict, name: str, digits: int) -> str:

@@ -82,16 +82,17 @@ def finite_or_null(value):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: Path, skip_torn_end: bool = False) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) of a JSON Lines file; blank lines are skipped.
 
-    Raises UserError, with file and line, for a missing file, invalid UTF-8, invalid JSON or a line
-    that is not an object.
+    skip_torn_end: skip the last line too if it has no newline, as a writer that was killed leaves
+    it. Raises UserError, with file and line, for a missing file, invalid UTF-8, invalid JSON or a
+    line that is not an object.
     """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.strip() and not (skip_torn_end and not line.endswith(b"\n")):
                     yield number, parse_object(line, f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
