@@ -29,10 +29,12 @@ import argparse
 import json
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pref.analysis import (
+    answer,
     cell_rows,
     claims,
     estimates,
@@ -48,6 +50,7 @@ from pref.analysis import (
     stats,
     table_files,
     terminal,
+    texts,
     verdicts,
 )
 from pref.analysis.runs import Cell, JudgeKey, Run, ScoredCell, Scores, Values
@@ -118,7 +121,14 @@ def make_cells(runs: list[Run]) -> list[Cell]:
                 "one run would count twice; choose one with --run_ids"
             )
         group.append(run)
-    return sorted((make_cell(group, differing) for group in groups.values()), key=cell_order)
+    cells = sorted((make_cell(group, differing) for group in groups.values()), key=cell_order)
+    labels = Counter(cell.label for cell in cells)
+    return [
+        cell
+        if labels[cell.label] == 1
+        else replace(cell, label=f"{cell.label} ({cell.runs[0].run_id})")
+        for cell in cells
+    ]
 
 
 def make_cell(runs: list[Run], differing: dict[str, list[str]]) -> Cell:
@@ -170,7 +180,13 @@ def compare_accuracy(cells: list[Cell], args: argparse.Namespace) -> Scores:
     ]
     scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
     results = compare_scores(cells, scored, "best_acc_ref", numbers, values, args)
-    return Scores(metric="acc_ref", judge=None, smoke="", values=values, results=results)
+    smoke = texts.TRIAL if are_trial(runs) else ""
+    return Scores(metric="acc_ref", judge=None, smoke=smoke, values=values, results=results)
+
+
+def are_trial(runs: list[Run]) -> bool:
+    """Whether these are trial runs; results_folder.load_runs never mixes them with others."""
+    return any(run.args["mode"] == "trial" for run in runs)
 
 
 def compare_mt_bench(
@@ -205,6 +221,8 @@ def compare_mt_bench(
         "variance": estimates.variance_rows(cells, values, reliability["retest"]),
     }
     title, smoke = judge["title"], judge_identity.smoke_mark(judge)
+    if are_trial(runs):
+        smoke = texts.TRIAL
     return (
         Scores(metric="mt_bench", judge=title, smoke=smoke, values=values, results=results),
         notes.note_judge(judge, judged, questions),
@@ -432,12 +450,16 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
     measured = [*judges, *([accuracy] if any(accuracy.values.values()) else [])]
     study = claims.load_claims(args.results_dir, args.claims)
     judged = verdicts.judge_claims(study, cells, measured, model, args.draws)
+    if are_trial(runs):
+        judged = [row | {"verdict": "not measured", "why": f"{texts.TRIAL}."} for row in judged]
+        all_notes.insert(0, texts.TRIAL)
 
-    # 4) Everything under the keys of the file.
+    # 4) Everything under the keys of the file; what it comes to is derived from the rest.
     mt_bench = [scores.results for scores in judges]
     data = [run.args["data_sha256"] for run in runs if run.args.get("data_sha256")]
-    return {
+    comparison = {
         "model": model,
+        "trial": are_trial(runs),
         "data_sha256": data[0] if data else None,
         "baseline": args.baseline,
         "proposed": args.proposed,
@@ -454,6 +476,7 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
         "notes": all_notes,
         "missing": notes.find_missing(runs, mt_bench, args),
     }
+    return {"answer": answer.find_answers(comparison)} | comparison
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -473,11 +496,11 @@ def main(argv: list[str] | None = None) -> None:
         flush=True,
     )
 
-    # 3) Write. Figures come before the rest of comparison/, because drawing them adds notes on what
-    #    could not be drawn, and the report embeds them.
+    # 3) Write. Figures come first: drawing them adds notes on what could not be drawn, the report
+    #    embeds them, and if they fail, everything else is still that of the last analysis.
+    figures.draw_all(runs, comparison, folder / "figures")
     for run in runs:
         disk.write_json(run.path / "metrics.json", run_metrics.run_metrics(run))
-    figures.draw_all(runs, comparison, folder / "figures")
     tables = paper_tables.list_tables(comparison)
     table_files.write_tables(folder / "tables", tables)
     disk.write_json(folder / "aggregated_metrics.json", comparison)

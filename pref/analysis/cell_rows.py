@@ -14,13 +14,14 @@ SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
 def cell_label(loss: str, beta: float | None, tau: float | None, settings: dict) -> str:
     """The name of a cell in tables: td_dpo β=0.1 τ=2 learning_rate=1e-05."""
     parts = [loss]
-    parts += [f"{letter}={x:g}" for letter, x in (("β", beta), ("τ", tau)) if x is not None]
+    named = (("β", beta), ("τ", tau))
+    parts += [f"{letter}={texts.number_text(x)}" for letter, x in named if x is not None]
     parts += [settings_text(settings)] if settings else []
     return " ".join(parts)
 
 
 def settings_text(settings: dict) -> str:
-    return " ".join(f"{key}={texts.show(value)}" for key, value in settings.items())
+    return " ".join(f"{key}={texts.setting_text(value)}" for key, value in settings.items())
 
 
 def cell_columns(cell: Cell) -> dict:

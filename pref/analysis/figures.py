@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pref.analysis import (
     curve_figures,
@@ -31,7 +32,7 @@ from pref.analysis import (
 )
 from pref.analysis.figure_parts import Look
 from pref.analysis.runs import Run
-from pref.files import console
+from pref.files import console, drawing
 
 WORTH_PROCESSES = 40  # figures: a process takes seconds to import what it draws with
 FIGURE_TITLES = {  # comparison_<key>: the order and the captions of the report
@@ -77,22 +78,38 @@ def draw_all(runs: list[Run], comparison: dict, folder: Path) -> None:
     """Draw the figure of each run, in its folder, and those of the comparison, in `folder`.
 
     comparison: aggregated_metrics.json. Notes about figures that cannot be drawn are added to it.
+    The figures of the last analysis stay until all of this one have been drawn.
     """
-    for old in folder.glob("comparison_*.*"):
-        old.unlink()
     runs = [run_figures.without_texts(run) for run in runs]
-    jobs = [partial(run_figures.draw_run, run) for run in runs]
-    jobs += comparison_jobs(folder, comparison, runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".figures.", dir=folder.parent) as beside:
+        jobs = [partial(run_figures.draw_run, run) for run in runs]
+        jobs += comparison_jobs(Path(beside), comparison, runs)
+        draw_jobs(jobs)
+        drawn = sorted(Path(beside).iterdir())
+        for path in drawn:
+            path.replace(folder / path.name)
+    for old in folder.glob("comparison_*.*"):
+        if old.name not in {path.name for path in drawn}:
+            old.unlink()
+
+
+def draw_jobs(jobs: list[Callable[[], None]]) -> None:
     if len(jobs) < WORTH_PROCESSES:
         for job in console.progress(jobs, "drawing", "figures"):
-            job()
+            draw(job)
         return
     # Spawned, not forked: a fork of a process that has threads, such as those of a linear-algebra
     # library, can hang.
     with ProcessPoolExecutor(console.usable_cores(), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(job) for job in jobs]
+        futures = [pool.submit(draw, job) for job in jobs]
         for future in console.progress(futures, "drawing", "figures"):
             future.result()
+
+
+@drawing.own_style()
+def draw(job: Callable[[], None]) -> None:
+    job()
 
 
 def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Callable[[], None]]:

@@ -67,11 +67,14 @@ def load_runs(
             found[args["mode"]].append((path, args))
         except UserError as error:
             bad.append(str(error))
-    trial = [path.name for path, _ in found["trial"]] if found["full"] else []
+    # The untrained model has no mode of its own.
+    trained = any(args["loss"] is not None for _, args in found["full"])
+    chosen = found["full"] if trained else found["full"] + found["trial"]
+    trial = [path.name for path, _ in found["trial"]] if trained else []
 
     # 2) Their files.
     runs = []
-    for path, args in found["full"] or found["trial"]:
+    for path, args in chosen:
         try:
             runs.append(load_run(path, args))
         except UserError as error:

@@ -1,5 +1,6 @@
 """What a stage says to its user: errors, exit codes, progress, tables of text."""
 
+import codecs
 import os
 import sys
 import threading
@@ -26,6 +27,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     0 done, 1 something is missing (`main` has named it), 2 a mistake of the user's (UserError) or
     of the system's (OSError: permission, full disk), 130 Ctrl-C. pref/files/README.md lists them.
     """
+    print_on_any_terminal()
     try:
         code = main() or 0
     except UserError as error:
@@ -46,6 +48,34 @@ def run_main(main: Callable[[], int | None]) -> None:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+# What tables and messages have beside ASCII, for terminals that have nothing else.
+PLAIN = {"β": "beta", "τ": "tau", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "..."}
+PLAIN |= {"→": "->", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "²": "2", "“": '"', "”": '"'}
+
+
+def plain_text(error: UnicodeError) -> tuple[str, int]:
+    """For `codecs.register_error`: characters that an encoding lacks, in ones that every encoding
+    has.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    escaped = (PLAIN.get(x) or x.encode("ascii", "backslashreplace").decode() for x in letters)
+    return "".join(escaped), error.end
+
+
+codecs.register_error("plain", plain_text)
+
+
+def print_on_any_terminal() -> None:
+    """From now on a character that stdout or stderr cannot encode is printed in plain letters: a
+    terminal with another encoding than UTF-8 must not end hours of work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")
 
 
 def format_table(

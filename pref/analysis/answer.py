@@ -1,0 +1,166 @@
+"""The user's own answer, in short: which loss won, by how much, and what is not decided.
+
+`find_answers` says it for each score, MT-Bench by each judge before validation accuracy, from the
+differences in aggregated_metrics.json. A difference is decided as a claim is: by the adjusted test
+and the interval together, never by one seed, never by a judge that is too small, never in trial
+runs. The report opens with it, and the terminal prints it last.
+"""
+
+from pref.analysis import judge_identity, stats, texts
+from pref.analysis.texts import TRIAL
+
+ONE_SEED = "one seed: how much another seed would differ is not known; train three"
+
+
+def find_answers(comparison: dict) -> list[dict]:
+    """One answer for each score that was measured.
+
+    Each has `score` (what was measured), `lead` (one sentence), and `rows`, one for each comparison:
+    `verdict` ("better", "worse", "not decided" or "not measured"), `text` and `detail`.
+
+    comparison: aggregated_metrics.json.
+    """
+    trial = TRIAL if comparison["trial"] else ""
+    answers = []
+    for judge in comparison["mt_bench"]:
+        if judge["cells"]:
+            name = f"MT-Bench by {judge['title'].removeprefix('judge ')}"
+            mark = trial or judge_identity.smoke_mark(judge)
+            answers.append(answer(name, "MT-Bench points", 2, "questions", judge, mark, comparison))
+    accuracy = comparison["accuracy"]
+    if any(row["best_acc_ref"] is not None for row in accuracy["cells"]):
+        name, unit = "validation accuracy (share of pairs)", "of pairs"
+        answers.append(answer(name, unit, 3, "validation pairs", accuracy, trial, comparison))
+    return answers
+
+
+def answer(
+    name: str, unit: str, digits: int, units: str, part: dict, mark: str, comparison: dict
+) -> dict:
+    """The answer for one score.
+
+    name, unit, units: of the score, of a difference, and of what it is measured on. part:
+    comparison["accuracy"] or one of comparison["mt_bench"]. mark: why the scores measure nothing,
+    or "".
+    """
+    baseline = comparison["baseline"]
+    differences = [row for row in part["improvement"] if row["estimate"] is not None]
+    headline = [row for row in differences if row["comparison"] == "best of grid"]
+    untrained = [row for row in differences if row["comparison"] == "untrained model"]
+    ranked = sorted(headline, key=lambda row: -row["estimate"])
+    verdicts = [verdict_of(row, mark) for row in ranked]
+    rows = [
+        answer_row(row, mark, unit, digits, units)
+        for row in (*ranked, *(row for row in untrained if row["loss"] == baseline or not headline))
+    ]
+    metric = "score" if "score" in part["cells"][0] else "best_acc_ref"
+    if mark:
+        lead = f"{mark}."
+    elif not ranked:
+        lead = lead_without_comparison(part["cells"], metric, digits, baseline)
+    elif "better" in verdicts:
+        won = ranked[verdicts.index("better")]
+        lead = f"{won['proposed']} is better than {won['baseline']}: {size(won, unit, digits)}."
+        close = [
+            row["proposed"]
+            for row in ranked
+            if row is not won
+            and (row["low"], row["high"]) != (None, None)
+            and row["high"] >= won["low"]
+        ]
+        if close:
+            lead += f" Whether it is the best of all is not decided against {', '.join(close)}."
+    elif set(verdicts) == {"worse"}:
+        lead = f"{ranked[0]['baseline']} is better than {names(ranked)}."
+    else:
+        open_ones = [row for row, verdict in zip(ranked, verdicts) if verdict == "not decided"]
+        lead = f"Not decided: whether {names(open_ones)} differs from {ranked[0]['baseline']}."
+    return {"score": name, "lead": lead, "rows": rows}
+
+
+def verdict_of(row: dict, mark: str) -> str:
+    """What a row of "improvement" decides."""
+    if mark:
+        return "not measured"
+    p, low, high = row["p_adjusted"], row["low"], row["high"]
+    if row["paired"] == "one seed" or None in (p, low, high) or p >= stats.ALPHA:
+        return "not decided"
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "not decided"
+
+
+def answer_row(row: dict, mark: str, unit: str, digits: int, units: str) -> dict:
+    verdict = verdict_of(row, mark)
+    details = [f"{row['n_units']} {units}", f"seeds: {row['seeds_compared']}"]
+    if row["p_adjusted"] is not None:
+        method = "Holm" if row["comparison"] == "best of grid" else "Benjamini-Hochberg"
+        details.append(f"p {texts.p_text(row['p_adjusted'])} ({method})")
+    if row["selected_by"] and max(row["proposed_cells"], row["baseline_cells"]) > 1:
+        details.append(
+            f"best of {row['proposed_cells']} against best of {row['baseline_cells']}, "
+            f"selected by {row['selected_by']}"
+        )
+    if row["differs_in"]:
+        details.append(f"differs in {row['differs_in']} too")
+    if verdict == "not decided":
+        details.append(why_open(row, digits))
+    return {
+        "verdict": verdict,
+        "text": f"{row['proposed']} against {row['baseline']}: {size(row, unit, digits)}",
+        "detail": "; ".join(details),
+    }
+
+
+def why_open(row: dict, digits: int) -> str:
+    if row["paired"] == "one seed":
+        return ONE_SEED
+    if row["p_adjusted"] is None:
+        return "all differences are equal, or there is one question: nothing measures the error"
+    if row["detectable"] is None:
+        return "the data do not say which is better"
+    return (
+        f"a study of this size finds a difference of {row['detectable']:.{digits}f} or more in four "
+        "cases of five"
+    )
+
+
+def size(row: dict, unit: str, digits: int) -> str:
+    """E.g. "+0.98 MT-Bench points, 95 % interval [+0.70, +1.26]"."""
+    if row["low"] is None:
+        return f"{row['estimate']:+.{digits}f} {unit}"
+    low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
+    return f"{row['estimate']:+.{digits}f} {unit}, 95 % interval [{low}, {high}]"
+
+
+def lead_without_comparison(cells: list[dict], metric: str, digits: int, baseline: str) -> str:
+    """What can be said where no loss could be set against the baseline."""
+    scored = [row for row in cells if row[metric] is not None]
+    if not scored:
+        return "Nothing is measured: no judgement has a score."
+    best = max(scored, key=lambda row: row[metric])
+    losses = list(dict.fromkeys(row["loss"] for row in scored if not row["untrained"]))
+    highest = f"the highest is {best['label']} with {best[metric]:.{digits}f}"
+    if baseline not in losses:
+        return (
+            f"No loss is compared: there is no run of the baseline {baseline} ({highest}); "
+            "name another with --baseline."
+        )
+    if len(losses) < 2:
+        return f"Only {losses[0]} was measured, so that no losses are compared ({highest})."
+    return f"The losses share no question or pair on which to compare them ({highest})."
+
+
+def names(rows: list[dict]) -> str:
+    labels = [row["proposed"] for row in rows]
+    return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
+
+
+def text_lines(answers: list[dict]) -> list[str]:
+    """The answers for a terminal."""
+    lines = []
+    for one in answers:
+        lines.append(f"{one['score']}: {one['lead']}")
+        for row in one["rows"]:
+            lines += [f"  {row['verdict']}: {row['text']}", f"      {row['detail']}"]
+    return lines
