@@ -1,7 +1,7 @@
 """Compare the runs of a results folder: verdicts on claims, tables, figures, and a report.
 
     python analyze.py results/
-    python analyze.py results/ --run_ids '["base", "dpo_b0.05_s42", "td_dpo_b0.05_t1_s42"]'
+    python analyze.py results/ --run_ids base dpo_b0.05_s42 td_dpo_b0.05_t1_s42 --out results/three
     python analyze.py results/ --baseline simpo --proposed my_loss --claims my_claims.json
 
 Reads   results/<run_id>/args.json                      without it, a folder is not a run
@@ -9,7 +9,8 @@ Reads   results/<run_id>/args.json                      without it, a folder is 
             mt_bench/answers.jsonl, mt_bench/judgements.csv         by gen_mtbench.py, judge.py
         results/claims.json                             your own claims, added to the study's
         question.jsonl in --mt_bench                    questions, as the report shows them
-Writes  results/comparison/report.html                  start here; one file, opens from disk
+Writes  results/comparison/report.html                  start here; one file, opens from disk; or
+                                                        another folder than comparison/ with --out
         results/comparison/aggregated_metrics.json      every number of the report
         results/comparison/tables/*.{csv,md,tex}, figures/*.{pdf,png}
         results/<run_id>/metrics.json, figures/<run_id>_learning_curve.{pdf,png}
@@ -54,7 +55,7 @@ from pref.analysis import (
     verdicts,
 )
 from pref.analysis.runs import Cell, JudgeKey, Run, ScoredCell, Scores, Values
-from pref.files import console, disk
+from pref.files import console, disk, run_folders
 from pref.files.console import UserError
 
 COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model")
@@ -66,7 +67,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("results_dir", type=Path, help="results folder: a folder of run folders")
-    add("--run_ids", type=parse_run_ids, help="JSON list of the runs to use (default: all)")
+    add("--run_ids", nargs="+", metavar="RUN", help="the runs to use (default: all)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for report, tables and figures (default: RESULTS_DIR/comparison)",
+    )
     add("--baseline", default="dpo", help="loss that differences are measured from (default: dpo)")
     add("--proposed", default="td_dpo", help="loss whose improvement is printed (default: td_dpo)")
     add(
@@ -82,6 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--draws", type=int, default=stats.DRAWS, help="bootstrap draws (default: %(default)s)")
     add("--skip_bad", action="store_true", help="leave out runs whose files cannot be read")
     args = parser.parse_args(argv)
+    args.run_ids = parse_run_ids(args.run_ids) if args.run_ids else None
     if args.draws < 200:
         raise UserError(f"--draws {args.draws}: a 95 % interval needs at least 200")
     if args.baseline == args.proposed:
@@ -89,17 +97,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_run_ids(text: str) -> list[str]:
-    try:
-        run_ids = json.loads(text)
-    except json.JSONDecodeError:
-        run_ids = None
+def parse_run_ids(words: list[str]) -> list[str]:
+    """Run ids given one by one, or as a JSON list."""
+    text = " ".join(words)
+    run_ids: object = words
+    if text.lstrip().startswith(("[", '"', "{")):
+        try:
+            run_ids = json.loads(text)
+        except json.JSONDecodeError:
+            run_ids = None
     if isinstance(run_ids, list) and run_ids and all(isinstance(one, str) for one in run_ids):
-        return run_ids
+        return [run_folders.check_run_id(run_id) for run_id in run_ids]
     raise UserError(
-        f"--run_ids {text}: expected a JSON list of run ids in quotes, "
-        'such as \'["base", "dpo_b0.1_s42"]\''
+        f"--run_ids {text}: expected run ids, such as base dpo_b0.1_s42, or a JSON list of them in "
+        "quotes"
     )
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where the comparison is written. Raises UserError for a folder that holds anything else: old
+    tables and figures are removed there.
+    """
+    if args.out is None:
+        return args.results_dir / "comparison"
+    if args.out.is_file():
+        raise UserError(f"--out {args.out}: is a file")
+    if (args.out / "args.json").exists() or (
+        args.out.is_dir()
+        and any(args.out.iterdir())
+        and not (args.out / "aggregated_metrics.json").is_file()
+    ):
+        raise UserError(
+            f"--out {args.out}: holds other files than those of a comparison; name a new folder"
+        )
+    return args.out
 
 
 # ---- cells: which runs differ in their seed alone -----------------------------------------------
@@ -396,31 +427,6 @@ def difference_row(pair: CellPair, metric: str, values: Values, draws: int) -> d
     return row
 
 
-def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
-    """How far each run moved from the reference, and what it gained: KL of its own answers where
-    they carry log-probs, the anchor 0.5 (a^2 + b^2) over the last tenth of the training steps,
-    accuracy, and score by judge.
-    """
-    rows = []
-    for run in runs:
-        last_tenth = run.steps[-max(1, len(run.steps) // 10) :]
-        anchors = [step["anchor"] for step in last_tenth if step.get("anchor") is not None]
-        row = {
-            "run_id": run.run_id,
-            **{key: run.args[key] for key in ("beta", "tau", "seed")},
-            "loss": run.loss,
-            **{key: run.kl and run.kl[key] for key in ("kl", "kl_se", "kl_per_token")},
-            "anchor": stats.mean(anchors),
-            "accuracy": run.summary and run.summary["best_acc_ref"],
-        }
-        for scores in judges:
-            by_question = scores.values.get(run.run_id, {})
-            ratings = [rating for turns in by_question.values() for rating in turns.values()]
-            row[f"score, {scores.judge}"] = stats.mean(ratings)
-        rows.append(row)
-    return rows
-
-
 # ---- the story ----------------------------------------------------------------------------------
 
 
@@ -472,7 +478,7 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
         "mt_bench": mt_bench,
         "pairs": pairwise.win_rows(cells, args.draws),
         "stability": estimates.stability_rows(cells),
-        "movement": movement_rows(used, judges),
+        "movement": cell_rows.movement_rows(used, judges),
         "notes": all_notes,
         "missing": notes.find_missing(runs, mt_bench, args),
     }
@@ -481,7 +487,7 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    folder = args.results_dir / "comparison"
+    folder = output_folder(args)
 
     # 1) Read and check every run.
     questions = results_folder.read_question_texts(args.mt_bench)
@@ -509,7 +515,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4) The same in short on the terminal.
     terminal.print_tables(comparison, args.proposed)
-    notes.print_summary(args.results_dir, comparison)
+    notes.print_summary(args.results_dir, folder, comparison)
 
 
 if __name__ == "__main__":

@@ -374,10 +374,31 @@ def test_claims_are_judged_on_every_judge(tmp_path):
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["a,b", "[]", '"a"', "[1]"])
-def test_run_ids_that_are_no_list(tmp_path, flag):
-    with pytest.raises(UserError, match="expected a JSON list"):
+@pytest.mark.parametrize("flag", ["a,b", "[]", '"a"', "[1]", "[a]", "../x"])
+def test_run_ids_that_are_none(tmp_path, flag):
+    with pytest.raises(UserError, match="expected run ids, such as|run id .*: use letters"):
         analyze.parse_args([str(tmp_path), "--run_ids", flag])
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ['["a", "b"]'], ['["a",', '"b"]']])
+def test_run_ids_as_words_or_as_a_list(tmp_path, words):
+    assert analyze.parse_args([str(tmp_path), "--run_ids", *words]).run_ids == ["a", "b"]
+
+
+def test_another_folder_for_a_subset_but_not_one_with_other_files(tmp_path):
+    def folder(out):
+        return analyze.output_folder(analyze.parse_args([str(tmp_path), "--out", str(out)]))
+
+    assert analyze.output_folder(analyze.parse_args([str(tmp_path)])) == tmp_path / "comparison"
+    assert folder(tmp_path / "new") == tmp_path / "new"
+    (tmp_path / "own" / "tables").mkdir(parents=True)
+    (tmp_path / "own" / "tables" / "mine.csv").write_text("kept")
+    with pytest.raises(UserError, match="own: holds other files than those of a comparison"):
+        folder(tmp_path / "own")
+    (tmp_path / "own" / "aggregated_metrics.json").write_text("{}")
+    assert folder(tmp_path / "own") == tmp_path / "own"
+    with pytest.raises(UserError, match="is a file"):
+        folder(tmp_path / "own" / "tables" / "mine.csv")
 
 
 def test_mistakes_in_the_arguments(tmp_path):

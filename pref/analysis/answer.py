@@ -15,7 +15,7 @@ ONE_SEED = "one seed: how much another seed would differ is not known; train thr
 def find_answers(comparison: dict) -> list[dict]:
     """One answer for each score that was measured.
 
-    Each has `score` (what was measured), `lead` (one sentence), and `rows`, one for each comparison:
+    Each has `score` (what was measured), `lead` (one sentence), and `rows`. A row is a comparison:
     `verdict` ("better", "worse", "not decided" or "not measured"), `text` and `detail`.
 
     comparison: aggregated_metrics.json.
@@ -119,10 +119,8 @@ def why_open(row: dict, digits: int) -> str:
         return "all differences are equal, or there is one question: nothing measures the error"
     if row["detectable"] is None:
         return "the data do not say which is better"
-    return (
-        f"a study of this size finds a difference of {row['detectable']:.{digits}f} or more in four "
-        "cases of five"
-    )
+    detectable = f"{row['detectable']:.{digits}f}"
+    return f"a study of this size finds a difference of {detectable} in four cases of five"
 
 
 def size(row: dict, unit: str, digits: int) -> str:

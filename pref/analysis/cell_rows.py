@@ -1,11 +1,13 @@
-"""Rows of score tables: a cell's means over its seeds, and the questions they are taken over."""
+"""Rows of tables: a cell's means over its seeds, the questions they are taken over, and how far a
+run has moved.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from pref.analysis import run_metrics, stats, texts
-from pref.analysis.runs import ACCURACIES, Cell, Run
+from pref.analysis.runs import ACCURACIES, Cell, Run, Scores
 
 ACCURACY_COLUMNS = (*ACCURACIES, "margin_rho_first", "margin_rho_best")
 SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
@@ -145,3 +147,28 @@ def common_questions(judged: dict[str, list[dict]]) -> CommonQuestions:
         common={question for question, runs in lacking.items() if not runs},
         left_out={question: runs for question, runs in lacking.items() if runs},
     )
+
+
+def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
+    """How far each run moved from the reference, and what it gained: KL of its own answers where
+    they carry log-probs, the anchor 0.5 (a^2 + b^2) over the last tenth of the training steps,
+    accuracy, and score by judge.
+    """
+    rows = []
+    for run in runs:
+        last_tenth = run.steps[-max(1, len(run.steps) // 10) :]
+        anchors = [step["anchor"] for step in last_tenth if step.get("anchor") is not None]
+        row = {
+            "run_id": run.run_id,
+            **{key: run.args[key] for key in ("beta", "tau", "seed")},
+            "loss": run.loss,
+            **{key: run.kl and run.kl[key] for key in ("kl", "kl_se", "kl_per_token")},
+            "anchor": stats.mean(anchors),
+            "accuracy": run.summary and run.summary["best_acc_ref"],
+        }
+        for scores in judges:
+            by_question = scores.values.get(run.run_id, {})
+            ratings = [rating for turns in by_question.values() for rating in turns.values()]
+            row[f"score, {scores.judge}"] = stats.mean(ratings)
+        rows.append(row)
+    return rows

@@ -29,6 +29,7 @@ from pref.analysis import (
     pair_figures,
     run_figures,
     score_figures,
+    texts,
 )
 from pref.analysis.figure_parts import Look
 from pref.analysis.runs import Run
@@ -128,7 +129,7 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
     accuracy = comparison["accuracy"]
     if accuracy["cells"]:
         look = Look(
-            title="Validation accuracy",
+            title="Validation accuracy" + trial_mark(comparison),
             label="validation accuracy (best acc_ref)",
             limits=(0, 1),
             digits=3,
@@ -156,6 +157,7 @@ def mt_bench_jobs(folder: Path, judge: dict, comparison: dict) -> list[Callable[
     title = f"MT-Bench, {len(judge['questions'])} questions, {judge['title']}"
     if judge["smoke_test"]:
         title += f"\n{judge_identity.smoke_mark(judge)}"
+    title += trial_mark(comparison)
     look = Look(
         title=title,
         label="MT-Bench score (1-10, mean of both turns)",
@@ -169,6 +171,10 @@ def mt_bench_jobs(folder: Path, judge: dict, comparison: dict) -> list[Callable[
         stem = folder / f"comparison_mt_bench_categories{suffix}"
         jobs.append(partial(score_figures.draw_categories, stem, judge, title))
     return jobs
+
+
+def trial_mark(comparison: dict) -> str:
+    return f"\n{texts.TRIAL}" if comparison["trial"] else ""
 
 
 def score_jobs(
@@ -204,6 +210,17 @@ def score_jobs(
         row
         for row in part["improvement"]
         if row["comparison"] != "best baseline" and row["estimate"] is not None
+    ]
+    # Two best cells at the same beta are one comparison, with the headline's p-value.
+    headline = {
+        (row["proposed"], row["baseline"])
+        for row in differences
+        if row["comparison"] == "best of grid"
+    }
+    differences = [
+        row
+        for row in differences
+        if row["comparison"] != "matched beta" or (row["proposed"], row["baseline"]) not in headline
     ]
     if differences:
         jobs.append(partial(pair_figures.draw_differences, stem("differences"), differences, look))

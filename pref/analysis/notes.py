@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import judge_identity
+from pref.analysis import claims, judge_identity
 from pref.analysis.cell_rows import CommonQuestions
 from pref.analysis.runs import Cell, JudgeKey, Run, Stale
 from pref.files import judgements
@@ -141,6 +141,27 @@ def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQues
     return notes
 
 
+# ---- claims -------------------------------------------------------------------------------------
+
+
+def fold_claims(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(verdicts to show, those to fold): claims of the published study that these runs do not
+    measure are in the way of the user's own.
+    """
+    study = claims.study_ids()
+    folded = [row for row in rows if row["id"] in study and row["verdict"] == "not measured"]
+    return [row for row in rows if row not in folded], folded
+
+
+def folded_text(folded: list[dict], others: bool) -> str:
+    """others: whether claims are shown beside these."""
+    ids = list(dict.fromkeys(row["id"] for row in folded))
+    return (
+        f"{len(ids)} {'more ' if others else ''}claims, of the published study that this toolkit "
+        f"was made for, are not measured by these runs ({', '.join(ids)})"
+    )
+
+
 # ---- what is missing ----------------------------------------------------------------------------
 
 
@@ -243,8 +264,8 @@ def missing_text(gap: dict) -> str:
 # ---- at the end of analyze.py -------------------------------------------------------------------
 
 
-def print_summary(results_dir: Path, comparison: dict) -> None:
-    """Print the runs by status, notes, gaps, and where the results are."""
+def print_summary(results_dir: Path, folder: Path, comparison: dict) -> None:
+    """Print the runs by status, notes, gaps, and where the results are. folder: --out."""
     statuses = Counter(run["status"] for run in comparison["runs"])
     by_status = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
     print(f"\n{len(comparison['runs'])} runs: {by_status}")
@@ -254,7 +275,6 @@ def print_summary(results_dir: Path, comparison: dict) -> None:
         print(f"  missing: {missing_text(gap)}")
     if not comparison["missing"]:
         print("  nothing is missing")
-    folder = results_dir / "comparison"
     print(f"report: {folder / 'report.html'}")
     print(f"results: {folder / 'aggregated_metrics.json'}, {results_dir}/<run_id>/metrics.json")
     for name in ("tables", "figures"):

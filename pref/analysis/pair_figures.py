@@ -54,9 +54,9 @@ def draw_differences(stem: Path, rows: list[dict], look: Look) -> None:
 
 
 def difference_text(row: dict, digits: int) -> str:
-    """E.g. "+0.50 [+0.10, +0.90]  p 0.02, one seed"."""
+    """E.g. "+0.50 [+0.10, +0.90]  adjusted p 0.02, one seed"."""
     estimate, low, high = (f"{row[key]:+.{digits}f}" for key in ("estimate", "low", "high"))
-    p = "no test" if row["p_adjusted"] is None else f"p {row['p_adjusted']:.2g}"
+    p = "no test" if row["p_adjusted"] is None else f"adjusted p {row['p_adjusted']:.2g}"
     one_seed = ", one seed" if row["paired"] == "one seed" else ""
     return f"{estimate} [{low}, {high}]  {p}{one_seed}"
 

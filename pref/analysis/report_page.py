@@ -1,6 +1,5 @@
 """What the report shows: the `page` that report.py lays out, from runs, comparison and tables."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -33,11 +32,17 @@ def make_page(
 
     folder: results/comparison, with the figures. questions: question -> its turns; may be empty.
     """
+    shown, folded = notes.fold_claims(comparison["claims"])
     paths = sorted((folder / "figures").glob("comparison_*.png"), key=figures.figure_order)
     return {
         "title": "Preference-optimisation study",
         "facts": page_facts(runs, comparison),
-        "verdicts": [texts.verdict_texts(row) for row in comparison["claims"]],
+        "answer": comparison["answer"],
+        "verdicts": [texts.verdict_texts(row) for row in shown],
+        "folded": {
+            "title": notes.folded_text(folded, bool(shown)),
+            "verdicts": [texts.verdict_texts(row) for row in folded],
+        },
         "notes": comparison["notes"],
         "missing": [notes.missing_text(gap) for gap in comparison["missing"]],
         "tables": [table.page() for table in tables if table.id != "verdicts"],
@@ -59,13 +64,11 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
         f"{judge['title']} {judge_identity.smoke_mark(judge)}".strip()
         for judge in comparison["mt_bench"]
     ]
-    data = comparison["data_sha256"]
     return [
         ["model", comparison["model"]],
         ["runs", ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))],
         ["judges", "; ".join(judges) or "none"],
         ["baseline", comparison["baseline"]],
-        ["data sha256", json.dumps(data) if data else None],
         ["intervals", f"95 %, {comparison['draws']:,} bootstrap draws over questions and seeds"],
     ]
 

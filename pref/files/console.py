@@ -51,7 +51,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 # What tables and messages have beside ASCII, for terminals that have nothing else.
-PLAIN = {"β": "beta", "τ": "tau", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "..."}
+PLAIN = {"β": "b", "τ": "t", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "..."}
 PLAIN |= {"→": "->", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "²": "2", "“": '"', "”": '"'}
 
 
