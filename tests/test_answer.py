@@ -24,12 +24,26 @@ def difference(proposed, estimate, low, high, p, comparison="best of grid", **fi
     return row | {"proposed_cells": 2, "baseline_cells": 4} | fields
 
 
-def answer_of(*rows, smoke=False, trial=False, cells=None):
+def answer_of(*rows, smoke=False, trial=False, cells=None, movement=None):
     nothing = {"cells": [], "improvement": []}
+    labels = {row[side] for row in rows for side in ("proposed", "baseline")}
     judge = {"title": "judge big, prompts mt_bench", "smoke_test": smoke, "judge_params_b": 0.1}
-    cells = cells or [{"label": "dpo β=0.5", "loss": "dpo", "score": 6.0, "untrained": False}]
+    cells = cells or [
+        {
+            "label": label,
+            "loss": label.split()[0],
+            "score": 6.0,
+            "untrained": False,
+            "runs": [label],
+        }
+        for label in labels
+    ]
+    movement = movement or [
+        {"run_id": cell["label"], "kl": None, "tokens": None, "cut_off": None} for cell in cells
+    ]
     judge |= {"cells": cells, "improvement": list(rows)}
     comparison = {"trial": trial, "mt_bench": [judge], "accuracy": nothing, "baseline": "dpo"}
+    comparison["movement"] = movement
     (found,) = answer.find_answers(comparison)
     assert found["score"] == "MT-Bench by big, prompts mt_bench"
     return found
@@ -81,6 +95,17 @@ def test_a_baseline_that_beats_all():
     assert answer_of(*rows)["lead"] == "dpo β=0.5 is better than a, b and c."
 
 
+def test_what_a_gain_was_bought_with():
+    movement = [
+        {"run_id": "td_dpo", "kl": 9.5, "tokens": 900.0, "cut_off": 0.25},
+        {"run_id": "dpo β=0.5", "kl": 1.5, "tokens": 300.0, "cut_off": 0.0},
+    ]
+    found = answer_of(difference("td_dpo", 0.5, 0.1, 0.9, 0.01), movement=movement)
+    assert "KL to the base 9.50 against 1.50 nats an answer" in found["rows"][0]["detail"]
+    lengths = "answers of 900 against 300 tokens, 25.0% against 0.0% of them cut off"
+    assert lengths in found["rows"][0]["detail"]
+
+
 def test_a_small_judge_and_trial_runs_measure_nothing():
     row = difference("td_dpo", 0.5, 0.1, 0.9, 0.01)
     for marks, word in (({"smoke": True}, "SMOKE TEST"), ({"trial": True}, "TRIAL RUNS")):
@@ -99,7 +124,7 @@ def test_a_small_judge_and_trial_runs_measure_nothing():
 )
 def test_nothing_to_compare_says_why(losses, text):
     cells = [
-        {"label": f"{loss} β=1", "loss": loss, "score": 5.0 + i, "untrained": False}
+        {"label": f"{loss} β=1", "loss": loss, "score": 5.0 + i, "untrained": False, "runs": []}
         for i, loss in enumerate(losses)
     ]
     found = answer_of(cells=cells)

@@ -63,7 +63,15 @@ def test_kl_of_own_answers_by_hand():
     assert kl["kl"] == pytest.approx((1.5 + 0.5) / 2)
     assert kl["kl_per_token"] == pytest.approx(3.5 / 10)
     assert kl["kl_se"] == pytest.approx(np.std([1.5, 0.5], ddof=1) / math.sqrt(2))
+    assert kl["n_nonfinite"] == 1
     assert run_metrics.run_kl({(81, 0): {"choices": [{"index": 0, "turns": ["a", "b"]}]}}) is None
+
+
+def test_the_shape_of_answers_by_hand():
+    choice = {"index": 0, "tokens": [10, 30], "truncated": [False, True]}
+    answers = {(81, 0): {"choices": [choice]}, (82, 0): {"choices": [{"index": 0}]}}
+    assert run_metrics.answer_shape(answers) == (20, 0.5)
+    assert run_metrics.answer_shape({}) == (None, None)
 
 
 # ---- validation pairs ---------------------------------------------------------------------------

@@ -6,6 +6,8 @@ and the interval together, never by one seed, never by a judge that is too small
 runs. The report opens with it, and the terminal prints it last.
 """
 
+from typing import NamedTuple
+
 from pref.analysis import judge_identity, stats, texts
 from pref.analysis.texts import TRIAL
 
@@ -44,13 +46,14 @@ def answer(
     or "".
     """
     baseline = comparison["baseline"]
+    moved = movement_of(part["cells"], comparison["movement"])
     differences = [row for row in part["improvement"] if row["estimate"] is not None]
     headline = [row for row in differences if row["comparison"] == "best of grid"]
     untrained = [row for row in differences if row["comparison"] == "untrained model"]
     ranked = sorted(headline, key=lambda row: -row["estimate"])
     verdicts = [verdict_of(row, mark) for row in ranked]
     rows = [
-        answer_row(row, mark, unit, digits, units)
+        answer_row(row, mark, unit, digits, units, moved)
         for row in (*ranked, *(row for row in untrained if row["loss"] == baseline or not headline))
     ]
     metric = "score" if "score" in part["cells"][0] else "best_acc_ref"
@@ -90,7 +93,48 @@ def verdict_of(row: dict, mark: str) -> str:
     return "worse" if high < 0 else "not decided"
 
 
-def answer_row(row: dict, mark: str, unit: str, digits: int, units: str) -> dict:
+class Moved(NamedTuple):
+    """How far a cell has moved, mean over its runs; None where that was not measured."""
+
+    kl: float | None  # nats an answer, to the base
+    tokens: float | None  # length of an answer
+    cut_off: float | None  # share of answers that reached the limit of tokens
+
+
+def movement_of(cells: list[dict], movement: list[dict]) -> dict[str, Moved]:
+    """Label -> how far the cell has moved: a score may be gained by leaving the reference behind,
+    or by writing more.
+
+    cells, movement: rows in aggregated_metrics.json.
+    """
+    row_of = {row["run_id"]: row for row in movement}
+
+    def mean_of(cell: dict, name: str) -> float | None:
+        values = [row_of[run_id][name] for run_id in cell["runs"]]
+        return stats.mean(value for value in values if value is not None)
+
+    return {
+        cell["label"]: Moved(*(mean_of(cell, name) for name in Moved._fields)) for cell in cells
+    }
+
+
+def moved_texts(ours: Moved, theirs: Moved) -> list[str]:
+    texts_of = []
+    if None not in (ours.kl, theirs.kl):
+        texts_of.append(f"KL to the base {ours.kl:.2f} against {theirs.kl:.2f} nats an answer")
+    elif ours.kl is not None:
+        texts_of.append(f"KL to the base {ours.kl:.2f} nats an answer")
+    if None not in (ours.tokens, theirs.tokens):
+        text = f"answers of {ours.tokens:.0f} against {theirs.tokens:.0f} tokens"
+        if None not in (ours.cut_off, theirs.cut_off) and max(ours.cut_off, theirs.cut_off) > 0:
+            text += f", {ours.cut_off:.1%} against {theirs.cut_off:.1%} of them cut off"
+        texts_of.append(text)
+    return texts_of
+
+
+def answer_row(
+    row: dict, mark: str, unit: str, digits: int, units: str, moved: dict[str, Moved]
+) -> dict:
     verdict = verdict_of(row, mark)
     details = [f"{row['n_units']} {units}", f"seeds: {row['seeds_compared']}"]
     if row["p_adjusted"] is not None:
@@ -103,6 +147,7 @@ def answer_row(row: dict, mark: str, unit: str, digits: int, units: str) -> dict
         )
     if row["differs_in"]:
         details.append(f"differs in {row['differs_in']} too")
+    details += moved_texts(moved[row["proposed"]], moved[row["baseline"]])
     if verdict == "not decided":
         details.append(why_open(row, digits))
     return {

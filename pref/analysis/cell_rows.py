@@ -151,8 +151,8 @@ def common_questions(judged: dict[str, list[dict]]) -> CommonQuestions:
 
 def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
     """How far each run moved from the reference, and what it gained: KL of its own answers where
-    they carry log-probs, the anchor 0.5 (a^2 + b^2) over the last tenth of the training steps,
-    accuracy, and score by judge.
+    they carry log-probs, their length and the share that was cut off, the anchor 0.5 (a^2 + b^2)
+    over the last tenth of the training steps, accuracy, and score by judge.
     """
     rows = []
     for run in runs:
@@ -164,6 +164,7 @@ def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
             "loss": run.loss,
             **{key: run.kl and run.kl[key] for key in ("kl", "kl_se", "kl_per_token")},
             "anchor": stats.mean(anchors),
+            **run_metrics.answer_shape(run.answers)._asdict(),
             "accuracy": run.summary and run.summary["best_acc_ref"],
         }
         for scores in judges:

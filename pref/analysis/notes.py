@@ -30,6 +30,12 @@ def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
                 f"{run.run_id}: {bad} validation pairs have a non-finite log-probability, "
                 "counted as wrong"
             )
+    for run in runs:
+        if run.kl and run.kl["n_nonfinite"]:
+            notes.append(
+                f"{run.run_id}: {run.kl['n_nonfinite']} turns have no finite log-probability; its "
+                "KL is over the others, and too small where the model broke down"
+            )
     notes += note_answer_settings(runs)
     trained = [cell for cell in cells if not cell.untrained]
     notes += [note for cell in trained if (note := note_token_ids(cell))]
@@ -134,11 +140,27 @@ def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQues
                 f"{name}: {run_id}: {failed.total()} of {len(rows)} judgements have no score "
                 f"({why})"
             )
+    notes += [f"{name}: {text}" for text in note_readings(judged)]
     served = {row["served_model"] for rows in judged.values() for row in rows} - {None}
     if len(served) > 1:
         listed = ", ".join(sorted(served))
         notes.append(f"{name}: answered by different versions of the model: {listed}")
     return notes
+
+
+def note_readings(judged: dict[str, list[dict]]) -> list[str]:
+    """Ratings that are less certain than others, as judge.py has marked them."""
+    rated = [row for rows in judged.values() for row in rows if row["status"] == "ok"]
+    readings = Counter(row.get("reading") for row in rated)
+    faint = sum(row.get("rating_mass") is not None and row["rating_mass"] < 0.5 for row in rated)
+    counts = {
+        "were read from [N] where the judge wrote no [[N]] (FastChat's fallback)": readings[
+            "fallback"
+        ],
+        "hold several ratings, of which the first and the last differ": readings["several"],
+        "are the mean of ratings that hold less than half of the judge's probability": faint,
+    }
+    return [f"{n} of {len(rated)} judgements {what}" for what, n in counts.items() if n]
 
 
 # ---- claims -------------------------------------------------------------------------------------

@@ -374,11 +374,14 @@ def movement(rows: list[dict]) -> Layout:
             Column("KL", "kl", 3),
             Column("KL per token", "kl_per_token", 4),
             Column("anchor", "anchor", 3),
+            Column("tokens per answer", "tokens", 0),
+            Column("cut off", "cut_off", 3),
             Column("best acc_ref", "accuracy", 3),
             *(Column(name, name, 2) for name in scores),
         ],
         "KL: of the run's own answers to the base, in nats per answer (k1 estimator). Anchor: "
-        "0.5 (a^2 + b^2), mean over the last tenth of the training steps.",
+        "0.5 (a^2 + b^2), mean over the last tenth of the training steps. Tokens per answer: mean "
+        "over turns. Cut off: share of turns that reached the limit of tokens.",
         paper=("run", "KL", "anchor", "best acc_ref", *scores[:1]),
     )
 

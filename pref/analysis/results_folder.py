@@ -142,7 +142,7 @@ def load_run(path: Path, args: dict) -> Run:
 
 
 def read_args(path: Path) -> dict:
-    """args.json, checked; beta, tau and seed are finite numbers or None."""
+    """args.json, checked; beta, tau and seed are there, each a finite number or None."""
     args = disk.read_json(path)
     for key in ("loss", "model", "mode"):
         if not isinstance(args.get(key), str) and not (key == "loss" and args.get(key) is None):
@@ -154,7 +154,10 @@ def read_args(path: Path) -> dict:
         raise UserError(f"{path}: mode {args['mode']!r} must be full or trial")
     for name in (path.parent.name, args.get("run_id", path.parent.name)):
         run_folders.check_run_id(str(name), path)
-    return args | {key: read_number(args, key, path) for key in ("beta", "tau", "seed")}
+    numbers = {key: read_number(args, key, path) for key in ("beta", "tau", "seed")}
+    if lost := [key for key, number in numbers.items() if number is None and args.get(key)]:
+        raise UserError(f"{path}: {lost[0]!r} must be a finite number or null")
+    return args | numbers
 
 
 def is_setting(key: str, value, args: dict) -> bool:

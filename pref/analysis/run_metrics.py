@@ -7,12 +7,13 @@ compared, so that a number has one definition.
 import math
 from collections import Counter, defaultdict
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
 from pref.analysis import judge_identity, stats, variation
 from pref.analysis.runs import ACCURACIES, TRAINING_NUMBERS, Margins, Run
-from pref.files import mt_bench
+from pref.files import disk, mt_bench
 
 LENGTH_BINS = 5
 
@@ -226,17 +227,19 @@ def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
     (nats, one value per turn) and `logp_tokens`; None if none does.
 
     The estimate is the mean log-ratio of what the policy itself wrote (the k1 estimator), in nats
-    per answer and per token, with the standard error over questions.
+    per answer and per token, with the standard error over questions. Turns without finite
+    log-probabilities are left out and counted in `n_nonfinite`.
     """
     by_question: dict[int, list[float]] = defaultdict(list)
-    total, tokens = 0.0, 0
+    total, tokens, n_nonfinite = 0.0, 0, 0
     for (question, index), row in answers.items():
         choice = next(choice for choice in row["choices"] if choice["index"] == index)
         columns = [choice.get(key) for key in ("logp", "logp_base", "logp_tokens")]
         if not all(isinstance(column, list) for column in columns):
             continue
         for policy, base, n in zip(*columns):
-            if None in (policy, base, n) or not math.isfinite(policy - base):
+            if not all(map(is_finite, (policy, base, n))):
+                n_nonfinite += 1
                 continue
             by_question[question].append(policy - base)
             total, tokens = total + policy - base, tokens + n
@@ -249,7 +252,39 @@ def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
         "kl_se": se,
         "kl_per_token": total / tokens if tokens else None,
         "n_questions": len(means),
+        "n_nonfinite": n_nonfinite,
     }
+
+
+def is_finite(value) -> bool:
+    return disk.is_number(value) and math.isfinite(value)
+
+
+class AnswerShape(NamedTuple):
+    """What a run's answers look like: a score that rises while they grow, or are cut off, may be
+    a score for length.
+    """
+
+    tokens: float | None  # mean length of a turn
+    cut_off: float | None  # share of turns that reached the limit
+
+
+def answer_shape(answers: dict[mt_bench.AnswerKey, dict]) -> AnswerShape:
+    """answers: (question, choice) -> row of answers.jsonl; None where it has no counts."""
+    choices = [
+        choice
+        for (_, index), row in answers.items()
+        for choice in row["choices"]
+        if choice["index"] == index
+    ]
+
+    def values_of(key: str) -> list:
+        lists = [choice[key] for choice in choices if isinstance(choice.get(key), list)]
+        return [value for values in lists for value in values]
+
+    tokens = [float(value) for value in values_of("tokens") if is_finite(value)]
+    cut_off = [float(value) for value in values_of("truncated") if isinstance(value, bool)]
+    return AnswerShape(stats.mean(tokens), stats.mean(cut_off))
 
 
 # ---- the judge ----------------------------------------------------------------------------------
