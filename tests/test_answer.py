@@ -80,7 +80,7 @@ def test_who_won_and_by_how_much():
     ],
 )
 def test_what_is_not_decided(fields):
-    found = answer_of(difference("td_dpo", 0.5, 0.1, 0.9, 0.01, **fields))
+    found = answer_of(difference("td_dpo", 0.5, 0.1, 0.9, 0.01) | fields)
     assert found["lead"] == "Not decided: whether td_dpo differs from dpo β=0.5."
     assert found["rows"][0]["verdict"] == "not decided"
 

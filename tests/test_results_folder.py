@@ -116,6 +116,9 @@ PAIR_WITHOUT_STEP = (
     '{"id": "p", "step": null, "policy_chosen": 1, "policy_rejected": 1, "ref_chosen": 1, '
     '"ref_rejected": 1}'
 )
+LIST_FOR_A_HASH = (
+    '{"question_id": 81, "choices": [{"index": 0, "turns": ["a", "b"]}], "adapter_sha256": ["x"]}\n'
+)
 BAD_ACCURACY = '{"status": "finished", "best_acc_ref": "high"}'
 PERCENT = '{"status": "finished", "best_acc_ref": 61.5}'
 
@@ -131,6 +134,15 @@ PERCENT = '{"status": "finished", "best_acc_ref": 61.5}'
         ("summary.json", "{}", r"summary.json: no 'status'"),
         ("summary.json", BAD_ACCURACY, r"summary.json: 'best_acc_ref' must be"),
         ("summary.json", PERCENT, r"summary.json: 'best_acc_ref' 61.5 is no share of pairs"),
+        ("summary.json", '{"status": "finished", "steps": 1.5}', r"'steps' 1.5 is no number of st"),
+        ("summary.json", '{"status": "finished", "steps": -1}', r"'steps' -1 is no number of st"),
+        ("summary.json", f'{{"status": "a", "steps": 1{"0" * 400}}}', r"'steps' must be a number"),
+        ("summary.json", f'{{"status": "a", "steps": 1{"0" * 5000}}}', r"summary.json: not valid"),
+        ("summary.json", "[" * 100_000, r"summary.json: not valid JSON"),
+        ("metrics.jsonl", "[" * 100_000 + "\n", r"metrics.jsonl:1: not usable JSON"),
+        ("args.json", '{"model": "m", "mode": "full"}', r"args.json: 'loss' must be text"),
+        ("args.json", '{"loss": "dpo", "model": "m", "mode": "full", "beta": NaN}', "'beta' must"),
+        ("mt_bench/answers.jsonl", LIST_FOR_A_HASH, r"'adapter_sha256' must be text or null"),
         ("summary.json", "[]", r"summary.json: expected a JSON object, found list"),
         ("args.json", '{"loss": "dpo", "model": "m", "mode": "quick"}', r"args.json: mode 'quick'"),
         ("args.json", '{"loss": "dpo", "mode": "full"}', r"args.json: 'model' must be text"),
@@ -189,7 +201,7 @@ def test_a_folder_whose_name_is_no_run_id(tmp_path):
     with pytest.raises(UserError, match="run id 'bad name'"):
         load(tmp_path)
     assert len(compared(tmp_path, "--skip_bad")["runs"]) == 1
-    with pytest.raises(UserError, match=r"no ../good in"):
+    with pytest.raises(UserError, match="run id '../good'"):
         compared(tmp_path, "--run_ids", '["../good"]')
 
 

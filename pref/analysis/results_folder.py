@@ -115,7 +115,6 @@ def load_run(path: Path, args: dict) -> Run:
     steps, evals = read_metrics(path / "metrics.jsonl", is_growing=summary is None)
     val, length_differences = read_val_pairs(path / "val_pairs.jsonl")
     judged, judged_pairs = load_judgements(path / "mt_bench" / "judgements.csv", path.name)
-    answers_path = path / "mt_bench" / "answers.jsonl"
     run = Run(
         run_id=path.name,
         path=path,
@@ -131,7 +130,7 @@ def load_run(path: Path, args: dict) -> Run:
         val=val,
         judged=judged,
         judged_pairs=judged_pairs,
-        answers=mt_bench.read_answers(answers_path) if answers_path.exists() else {},
+        answers=read_answers(path / "mt_bench" / "answers.jsonl"),
     )
     run = provenance.check_training(run)
     return replace(
@@ -145,7 +144,8 @@ def read_args(path: Path) -> dict:
     """args.json, checked; beta, tau and seed are there, each a finite number or None."""
     args = disk.read_json(path)
     for key in ("loss", "model", "mode"):
-        if not isinstance(args.get(key), str) and not (key == "loss" and args.get(key) is None):
+        is_untrained = key == "loss" and args.get("loss", "") is None
+        if not isinstance(args.get(key), str) and not is_untrained:
             raise UserError(
                 f"{path}: {key!r} must be text, found {args.get(key)!r}; "
                 "was it written by train_pref.py?"
@@ -202,6 +202,11 @@ def read_summary(path: Path) -> dict | None:
     for key in ACCURACIES:
         if numbers[key] is not None and not 0 <= numbers[key] <= 1:
             raise UserError(f"{path}: {key!r} {numbers[key]:g} is no share of pairs (0 to 1)")
+    for key in ("best_step", "steps", "nonfinite_steps"):
+        if (number := numbers[key]) is not None:
+            if number < 0 or number != int(number) or number > 1e15:
+                raise UserError(f"{path}: {key!r} {number:g} is no number of steps")
+            numbers[key] = int(number)
     return {"status": summary["status"]} | numbers
 
 
@@ -273,6 +278,19 @@ def pair_margins(
         rho=(policy_chosen - ref_chosen) - (policy_rejected - ref_rejected),
         delta=policy_chosen - policy_rejected,
     )
+
+
+def read_answers(path: Path) -> dict[mt_bench.AnswerKey, dict]:
+    """Answers by question and choice; empty if there is no such file. Their hashes are text."""
+    answers = mt_bench.read_answers(path) if path.exists() else {}
+    for key, row in answers.items():
+        for name in ("adapter_sha256", "question_sha256"):
+            if not isinstance(row.get(name), str | None):
+                raise UserError(
+                    f"{path}: question {key.question_id}: {name!r} must be text or null; "
+                    "rerun gen_mtbench.py"
+                )
+    return answers
 
 
 def load_judgements(path: Path, run_id: str) -> tuple[dict[JudgeKey, list[dict]], list[dict]]:

@@ -108,6 +108,8 @@ def parse_object(line: bytes, place: str) -> dict:
         raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 100,000 brackets
+        raise UserError(f"{place}: not usable JSON: {error}") from None
     return as_object(value, place)
 
 
@@ -122,7 +124,7 @@ def read_json_value(path: Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
@@ -134,8 +136,12 @@ def as_object(value, place: str) -> dict:
 
 
 def is_number(value) -> bool:
-    """Whether a JSON value is a number; true and false, which Python counts as such, are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a JSON value is a number. True and false, which Python counts as such, are not; nor is
+    a whole number that no float can hold.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 # ---- hashes --------------------------------------------------------------------------------------
