@@ -273,7 +273,10 @@ def test_a_tie_in_float32_is_not_another_adapter(tmp_path):
     [
         ({0: BEFORE, 10: AFTER}, "no rows of the best step, 20"),
         ({0: BEFORE[:3], 20: AFTER}, "other pairs at the first step"),
-        ({0: [(-9, -7, -9, -7)] * 4, 20: AFTER}, "two reference models: that of pair p0"),
+        (
+            {0: [(-9, -7, -9, -7)] * 4, 20: AFTER},
+            "has two reference models, whose margins differ by 2 nats",
+        ),
     ],
 )
 def test_validation_pairs_that_are_put_together(tmp_path, by_step, why):

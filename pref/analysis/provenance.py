@@ -20,14 +20,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from pref.analysis import run_metrics
+from pref.analysis import run_metrics, stats
 from pref.analysis.runs import Run, Stale
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 # A margin this near to 0 (nats) may have another sign in the float32 of the training.
-NEAR_TIE = 1e-3
+NEAR_TIE = 5e-3
+# Mean change of the reference's margins (nats) that is no rounding: a run that was continued may
+# have computed its reference again.
+OTHER_REFERENCE = 0.5
 SAME = 1e-6  # accuracies are equal if they differ by less: a pair counts more
 
 
@@ -93,12 +96,14 @@ def why_other_pairs(run: Run) -> str | None:
     first = run.val[min(run.val)]
     if first.keys() != pairs.keys():
         return "has other pairs at the first step than at the best"
-    for pair, margins in pairs.items():
-        if margins and first[pair]:
-            # delta - rho is the reference's part of the margin, which training does not change.
-            moved = (margins.delta - margins.rho) - (first[pair].delta - first[pair].rho)
-            if abs(moved) > NEAR_TIE:
-                return f"two reference models: that of pair {pair} changes by {moved:+.3g} nats"
+    # delta - rho is the reference's part of a margin, which training does not change.
+    moved = [
+        abs((margins.delta - margins.rho) - (first[pair].delta - first[pair].rho))
+        for pair, margins in pairs.items()
+        if margins and first[pair]
+    ]
+    if moved and stats.mean(moved) > OTHER_REFERENCE:
+        return f"has two reference models, whose margins differ by {stats.mean(moved):.3g} nats"
     return None
 
 

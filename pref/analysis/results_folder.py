@@ -168,7 +168,9 @@ def is_setting(key: str, value, args: dict) -> bool:
 
 
 def hashable(value):
-    """A list as JSON text, so that settings can be compared in sets."""
+    """A list as JSON text, so that settings can be compared in sets; text that can be written."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     return json.dumps(value) if isinstance(value, list) else value
 
 

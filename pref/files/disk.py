@@ -136,8 +136,8 @@ def as_object(value, place: str) -> dict:
 
 
 def is_number(value) -> bool:
-    """Whether a JSON value is a number. True and false, which Python counts as such, are not; nor is
-    a whole number that no float can hold.
+    """Whether a JSON value is a number. True and false, which Python counts as such, are not; nor
+    is a whole number that no float can hold.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
