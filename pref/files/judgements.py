@@ -44,7 +44,7 @@ COLUMN_TYPES = {
     "completion_tokens": int,
     "cost_usd": float,
     "tstamp": float,
-    # Since version 1.1; older files lack them.
+    # Since version 1.1.0; None in older files
     "judge_id": str,
     "judge_address": str,
     "judge_settings": str,
@@ -52,7 +52,7 @@ COLUMN_TYPES = {
     "reading": str,
 }
 JUDGEMENT_COLUMNS = tuple(COLUMN_TYPES)
-OPTIONAL_COLUMNS = ("judge_id", "judge_address", "judge_settings", "rating_mass", "reading")
+NEW_COLUMNS = ("judge_id", "judge_address", "judge_settings", "rating_mass", "reading")
 REWRITE = "rerun judge.py to write the file again"
 
 
@@ -80,8 +80,8 @@ def read_judgements(path: Path) -> list[dict]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            required = [c for c in JUDGEMENT_COLUMNS if c not in OPTIONAL_COLUMNS]
-            missing = [c for c in required if c not in (reader.fieldnames or [])]
+            given = {*(reader.fieldnames or []), *NEW_COLUMNS}
+            missing = [column for column in JUDGEMENT_COLUMNS if column not in given]
             if missing:
                 raise UserError(f"{path}: missing columns {', '.join(missing)}; {REWRITE}")
             for row in reader:
@@ -94,12 +94,10 @@ def read_judgements(path: Path) -> list[dict]:
 
 
 def parse_judgement(row: dict, place: str) -> dict:
-    """`row`, as csv reads it, with typed values; columns that an old file lacks are None. Raises
-    UserError, beginning with `place`.
-    """
+    """`row`, as csv reads it, with typed values. Raises UserError, beginning with `place`."""
     if None in row or None in row.values():
         raise UserError(f"{place}: wrong number of fields (an incomplete line?); {REWRITE}")
-    typed = dict.fromkeys(OPTIONAL_COLUMNS)
+    typed = dict.fromkeys(NEW_COLUMNS)
     for column, text in row.items():
         kind = COLUMN_TYPES.get(column, str)
         try:

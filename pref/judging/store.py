@@ -86,7 +86,7 @@ class Item(NamedTuple):
 
 
 STORED_COLUMNS = tuple(
-    name for name in judgements.JUDGEMENT_COLUMNS if name not in judgements.OPTIONAL_COLUMNS
+    name for name in judgements.JUDGEMENT_COLUMNS if name not in judgements.NEW_COLUMNS
 )
 ASKED_COLUMNS = tuple(name for name in Item._fields if name != "request")
 REPLY_COLUMNS = (
