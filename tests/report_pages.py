@@ -91,6 +91,7 @@ def example_page(folder: Path) -> dict:
                 "rows": [{"verdict": "better", "text": "dpo against base", "detail": "3 seeds"}],
             }
         ],
+        "caveats": ["left out: old scores"],
         "folded": {"title": "1 more claim", "verdicts": [{"id": "e", "claim": "Claim e"}]},
         "verdicts": [
             {"id": name, "claim": f"Claim {name}", "verdict": outcome, **verdict}

@@ -68,6 +68,9 @@ def test_who_won_and_by_how_much():
         in (found["rows"][0]["detail"])
     )
     assert found["rows"][1]["detail"].endswith("finds a difference of 0.50 in four cases of five")
+    close = answer_of(difference("a", 0.6, -0.1, 1.3, 0.09), difference("b", 0.1, -1, 1.2, 0.9))
+    assert close["lead"] == "Not decided: whether a and b differ from dpo β=0.5."
+    assert close["rows"][0]["detail"].endswith("decides such a difference four times in five")
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def test_hostile_text_is_escaped_and_complete(tmp_path):
         "dpo against base",
         "3 seeds",
         "1 more claim",
+        "left out: old scores",
         "Claim e",
     ):
         assert f"{part} {everything}" in visible, part
@@ -164,7 +165,9 @@ def test_an_empty_page_says_what_it_lacks(tmp_path):
 
 def test_the_answer_comes_first_and_claims_of_others_are_folded(tmp_path):
     text = write_page(tmp_path, example_page(tmp_path))
-    places = [text.index(part) for part in ("dpo is better than base.", "Claim a", "<details>")]
+    places = [
+        text.index(part) for part in ("is better than base.", "left out", "Claim a", "<details>")
+    ]
     assert places == sorted(places) and text.index("Claim e") > places[-1]
     assert '<span aria-hidden="true">✓</span> better' in text
     assert "<details>" not in write_page(tmp_path, {}).split('id="notes"')[0]

@@ -47,6 +47,8 @@ def answer(
     """
     baseline = comparison["baseline"]
     moved = movement_of(part["cells"], comparison["movement"])
+    if part is comparison["accuracy"]:  # which is not of the answers
+        moved = dict.fromkeys(moved, Moved(None, None, None))
     differences = [row for row in part["improvement"] if row["estimate"] is not None]
     headline = [row for row in differences if row["comparison"] == "best of grid"]
     untrained = [row for row in differences if row["comparison"] == "untrained model"]
@@ -77,7 +79,8 @@ def answer(
         lead = f"{ranked[0]['baseline']} is better than {names(ranked)}."
     else:
         open_ones = [row for row, verdict in zip(ranked, verdicts) if verdict == "not decided"]
-        lead = f"Not decided: whether {names(open_ones)} differs from {ranked[0]['baseline']}."
+        verb = "differs" if len(open_ones) == 1 else "differ"
+        lead = f"Not decided: whether {names(open_ones)} {verb} from {ranked[0]['baseline']}."
     return {"score": name, "lead": lead, "rows": rows}
 
 
@@ -164,6 +167,8 @@ def why_open(row: dict, digits: int) -> str:
         return "all differences are equal, or there is one question: nothing measures the error"
     if row["detectable"] is None:
         return "the data do not say which is better"
+    if abs(row["estimate"]) >= row["detectable"]:
+        return "it was close: a study of this size decides such a difference four times in five"
     detectable = f"{row['detectable']:.{digits}f}"
     return f"a study of this size finds a difference of {detectable} in four cases of five"
 

@@ -76,6 +76,7 @@ def write_report(path: Path, page: dict) -> None:
                   worse, not decided or not measured
       verdicts    [{id, claim, judge, verdict, estimate, interval, test, why}], all str or None;
                   verdict is supported, contradicted, undecided or not measured
+      caveats     [str], what the answer is without; also among the notes
       folded      {title, verdicts}: claims that are shown only if asked for
       notes       [str]
       missing     [str]
@@ -98,7 +99,7 @@ def write_report(path: Path, page: dict) -> None:
         "script_hash": policy_hash(script),
         "title": escape(page.get("title") or "Comparison of runs"),
         "facts": facts_html(page.get("facts") or []),
-        "answer": answers_html(page.get("answer") or []),
+        "answer": answers_html(page.get("answer") or []) + caveats_html(page.get("caveats") or []),
         "verdicts": verdicts_html(page.get("verdicts") or []),
         "folded": folded_html(page.get("folded") or {}),
         "notes": list_html(page.get("notes") or [], "There are no notes."),
@@ -159,6 +160,10 @@ def answers_html(answers: list[dict]) -> str:
     if not answers:
         return none_html("Nothing was measured yet: see what is missing below.")
     return "\n".join(map(answer_html, answers))
+
+
+def caveats_html(caveats: list[str]) -> str:
+    return f'\n<div class="caveats">{list_html(caveats, "")}</div>' if caveats else ""
 
 
 def answer_html(answer: dict) -> str:
