@@ -181,6 +181,8 @@ def test_unequal_questions_are_compared_on_the_common_ones(tmp_path):
     assert judge["questions"] == [81] and judge["questions_left_out"] == [82, 83]
     assert [row["score"] for row in judge["cells"]] == [2, 4]
     assert has_note(comparison, "1 of 3 questions", "left out 82, 83", "partly judged in b")
+    gap = find_gap(comparison, "on all questions (2 left out)")
+    assert (gap["runs"], gap["next"]) == (["b"], "gen_mtbench.py, then judge.py --judge gpt-5-mini")
 
 
 def test_a_failed_judgement_is_counted_and_drops_no_question(tmp_path):
@@ -193,6 +195,8 @@ def test_a_failed_judgement_is_counted_and_drops_no_question(tmp_path):
         (6, 2, 2),
     ]
     assert has_note(comparison, "a: 1 of 2 judgements have no score (parse 1)")
+    gap = find_gap(comparison, "judgements without a score")
+    assert (gap["runs"], gap["next"]) == (["a"], "judge.py --judge gpt-5-mini --retry_failed")
 
 
 def test_no_common_question_is_no_comparison(tmp_path):
@@ -249,6 +253,14 @@ def test_unfinished_run_is_named_and_left_out(tmp_path):
         == 1
     )
     assert find_gap(comparison, "unfinished")["runs"] == ["b"]
+
+
+def test_runs_without_the_kl_that_others_have_are_named(tmp_path):
+    make_study(tmp_path, seeds=(42,))
+    path = tmp_path / "dpo_b0.1_s42" / "mt_bench" / "answers.jsonl"
+    path.write_text(path.read_text().replace('"logp"', '"other"'))
+    gap = find_gap(compared(tmp_path), "KL")
+    assert (gap["runs"], gap["next"]) == (["dpo_b0.1_s42"], "gen_mtbench.py --kl")
 
 
 def test_what_is_missing_is_said(tmp_path):

@@ -193,14 +193,15 @@ def test_a_question_edited_since_it_was_answered_is_left_out_of_all_runs(tmp_pat
     edited = ASKED | {82: ["Write a novel.", "Longer."]}
     comparison = compared(tmp_path, questions=edited)
     assert comparison["mt_bench"][0]["questions"] == [81]
-    assert has_note(comparison, "answers to question 82", "of a, b", "asks something else now")
+    assert has_note(comparison, "answers to question 82", "of all runs", "asks something else")
 
 
 def test_questions_of_another_benchmark_are_not_shown_beside_the_answers(tmp_path):
     make_judged(tmp_path, "a", 4)
     other = {number: ["Other.", "Texts."] for number in ASKED}
     comparison = compared(tmp_path, questions=other)
-    assert scores(comparison) == [4]
+    assert scores(comparison) == [4] and has_note(comparison, "texts of the questions", "of a:")
+    assert find_gap(comparison, "texts of the questions")["next"].startswith("--mt_bench with")
     shown = report_page.page_questions(load(tmp_path, other), other)
     assert [question["turns"] for question in shown.values()] == [None, None]
     shown = report_page.page_questions(load(tmp_path, ASKED), ASKED)

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import claims, judge_identity
+from pref.analysis import cell_rows, claims, judge_identity
 from pref.analysis.cell_rows import CommonQuestions
 from pref.analysis.runs import Cell, JudgeKey, Run, Stale
 from pref.files import judgements
@@ -49,9 +49,10 @@ def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
 
 def note_stale(runs: list[Run]) -> list[str]:
     """What does not belong together, one note for all runs with the same fault."""
+    with_answers = sum(bool(run.answers or run.stale) for run in runs)
     return [
         f"left out, because old and new do not belong together: {stale.what} of "
-        f"{', '.join(run_ids)}: {stale.why}"
+        f"{'all runs' if len(run_ids) == with_answers > 1 else ', '.join(run_ids)}: {stale.why}"
         for stale, run_ids in group_stale(runs).items()
     ]
 
@@ -235,14 +236,43 @@ def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
         Lack("margins (no val_pairs.jsonl)", no_pairs, "train_pref.py"),
         Lack("MT-Bench (no judgements)", no_judge, "gen_mtbench.py, then judge.py"),
     ]
-    for judge in judges if len(judges) > 1 else ():
-        key = JudgeKey(*(judge[name] for name in JudgeKey._fields))
-        lacking = [run for run in usable if run.judged and key not in run.judged]
-        what = f"MT-Bench by {judge['title']}"
-        address = judge["judge_address"] or ""
-        server = f" --base_url {address}" if address.startswith("http") else ""
-        lacks.append(Lack(what, lacking, f"judge.py --judge {judge['judge']}{server}"))
+    with_kl = [run for run in usable if run.kl]
+    no_kl = [run for run in usable if run.answers and not run.kl and not run.untrained]
+    lacks.append(
+        Lack("KL (no log-probs in answers)", no_kl if with_kl else [], "gen_mtbench.py --kl")
+    )
+    for judge in judges:
+        lacks += judge_gaps(judge, usable, several=len(judges) > 1)
     return lacks
+
+
+def judge_gaps(judge: dict, usable: list[Run], several: bool) -> list[Lack]:
+    """What runs lack of one judge's ratings. several: there are other judges."""
+    key = JudgeKey(*(judge[name] for name in JudgeKey._fields))
+    address = judge["judge_address"] or ""
+    server = f" --base_url {address}" if address.startswith("http") else ""
+    command = f"judge.py --judge {judge['judge']}{server}"
+    judged = {run.run_id: run.judged[key] for run in usable if key in run.judged}
+    left_out = cell_rows.common_questions(judged).left_out
+    incomplete = {run_id for run_ids in left_out.values() for run_id in run_ids}
+    failed = {
+        run_id for run_id, rows in judged.items() if any(row["status"] != "ok" for row in rows)
+    }
+
+    def runs(run_ids: set[str]) -> list[Run]:
+        return [run for run in usable if run.run_id in run_ids]
+
+    name = f"MT-Bench by {judge['title']}"
+    lacking = [run for run in usable if run.judged and key not in run.judged] if several else []
+    return [
+        Lack(name, lacking, command),
+        Lack(
+            f"{name} on all questions ({len(left_out)} left out)",
+            runs(incomplete),
+            f"gen_mtbench.py, then {command}",
+        ),
+        Lack(f"{name}: judgements without a score", runs(failed), f"{command} --retry_failed"),
+    ]
 
 
 def usable_runs(runs: list[Run]) -> list[Run]:

@@ -173,11 +173,11 @@ def check_questions(runs: list[Run], questions: dict[int, list[str]]) -> list[Ru
             run = without_answers(run, Stale("answers and scores", why, "gen_mtbench.py, judge.py"))
         kept.append(run)
 
-    # 3) Questions whose version is not the current one. If all are, the file has other questions
+    # 3) Questions whose version is not the current one. If none is, the file has other questions
     #    altogether, and the report only has to leave its texts out.
     edited = edited_questions(kept, questions)
-    if not edited or edited == {q for run in kept for q, _ in run.answers}:
-        return kept
+    if edited == {question for question in version if question in questions}:
+        return [without_texts(run, edited) for run in kept]
     return [without_questions(run, edited) for run in kept]
 
 
@@ -199,6 +199,18 @@ def edited_questions(runs: list[Run], questions: dict[int, list[str]]) -> set[in
         for question, _, is_current in asked_questions(run, questions)
         if question in questions and not is_current
     }
+
+
+def without_texts(run: Run, edited: set[int]) -> Run:
+    """The run with a note that its answers are shown without the texts of the questions."""
+    if not any(key.question_id in edited for key in run.answers):
+        return run
+    stale = Stale(
+        "texts of the questions beside the answers",
+        "question.jsonl has other questions than were answered",
+        "--mt_bench with the folder of the questions that were answered",
+    )
+    return replace(run, stale=[*run.stale, stale])
 
 
 def without_questions(run: Run, edited: set[int]) -> Run:
