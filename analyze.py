@@ -495,6 +495,9 @@ def main(argv: list[str] | None = None) -> None:
         args.results_dir, args.run_ids, args.skip_bad, questions
     )
 
+    if args.run_ids and args.out is None and (note := notes.note_replaced(folder, len(runs))):
+        print(note)
+
     # 2) Compare before anything is written: an error must not leave half of the results new.
     comparison = compare(runs, args, load_notes)
     print(

@@ -23,7 +23,7 @@ from studies import (
 )
 
 import analyze
-from pref.analysis import judge_identity, report_page, terminal
+from pref.analysis import judge_identity, notes, report_page, terminal
 from pref.files.console import UserError
 from pref.files.disk import write_json
 
@@ -411,6 +411,13 @@ def test_another_folder_for_a_subset_but_not_one_with_other_files(tmp_path):
     assert folder(tmp_path / "own") == tmp_path / "own"
     with pytest.raises(UserError, match="is a file"):
         folder(tmp_path / "own" / "tables" / "mine.csv")
+
+
+def test_a_subset_says_that_it_replaces_the_whole(tmp_path):
+    write_json(tmp_path / "aggregated_metrics.json", {"runs": [{}, {}, {}]})
+    assert "comparison of 3 runs is replaced; --out DIR" in notes.note_replaced(tmp_path, 2)
+    assert notes.note_replaced(tmp_path, 3) is None
+    assert notes.note_replaced(tmp_path / "new", 1) is None
 
 
 def test_mistakes_in_the_arguments(tmp_path):

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from pref.analysis import cell_rows, claims, judge_identity
 from pref.analysis.cell_rows import CommonQuestions
 from pref.analysis.runs import Cell, JudgeKey, Run, Stale
-from pref.files import judgements
+from pref.files import disk, judgements
+from pref.files.console import UserError
 
 ORDINARY_STATUSES = ("finished", "untrained", "no training record")
 
@@ -313,7 +314,19 @@ def missing_text(gap: dict) -> str:
     return f"{gap['what']}{of}; next: {gap['next']}"
 
 
-# ---- at the end of analyze.py -------------------------------------------------------------------
+# ---- on the terminal ----------------------------------------------------------------------------
+
+
+def note_replaced(folder: Path, n_runs: int) -> str | None:
+    """A line where the comparison of `n_runs` runs replaces one of more runs."""
+    path = folder / "aggregated_metrics.json"
+    try:
+        before = disk.read_json(path).get("runs") if path.is_file() else None
+    except UserError:  # damaged: it is replaced in any case
+        before = None
+    if not isinstance(before, list) or len(before) <= n_runs:
+        return None
+    return f"{folder}: the comparison of {len(before)} runs is replaced; --out DIR keeps both"
 
 
 def print_summary(results_dir: Path, folder: Path, comparison: dict) -> None:
