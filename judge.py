@@ -37,7 +37,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import console, disk, mt_bench
+from pref.files import console, disk
 from pref.files.console import UserError
 from pref.judging import (
     batch,
@@ -111,7 +111,7 @@ def single_item(unit: Unit, answer: list[str], bench: Bench, judge: Judge) -> It
         turn=unit.turn,
         reference=bench.references.get(unit.question["question_id"], []),
     )
-    answer_sha256 = mt_bench.answer_sha256(unit.turn, answer)
+    answer_sha256 = store.answer_sha256(unit.turn, answer)
     return make_item(unit, messages, answer_sha256, bench, judge, grading="single")
 
 
@@ -119,7 +119,7 @@ def pair_items(
     unit: Unit, answer: list[str], other: list[str], baseline: str, bench: Bench, judge: Judge
 ) -> list[Item]:
     """A comparison of an answer with the `other` of the run `baseline`, once in each order."""
-    answer_sha256 = mt_bench.answer_sha256(unit.turn, answer, other)
+    answer_sha256 = store.answer_sha256(unit.turn, answer, other)
     items = []
     for order in protocol.ORDERS:
         messages = protocol.pair_messages(

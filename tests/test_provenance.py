@@ -19,6 +19,7 @@ from studies import (
 )
 
 from pref.analysis import report_page
+from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.files.disk import write_json, write_jsonl
 from pref.files.judgements import write_judgements
@@ -69,6 +70,18 @@ def make_judged(results, run_id, score, loss="dpo", text=None, **args):
 
 def scores(comparison):
     return [row["score"] for judge in comparison["mt_bench"] for row in judge["cells"]]
+
+
+def test_the_hashes_are_those_that_the_stages_write():
+    from pref.answering import turns
+    from pref.judging import store
+
+    one, other = ["a", "b"], ["c", "ä"]
+    for turn in (1, 2):
+        assert mt_bench.answer_sha256(turn, one) == store.answer_sha256(turn, one)
+        assert mt_bench.answer_sha256(turn, one, other) == store.answer_sha256(turn, one, other)
+    question = {"turns": one, "temperature": 0.7}
+    assert mt_bench.question_sha256(one, 0.7) == turns.question_sha256(question)
 
 
 # ---- judgements and answers ---------------------------------------------------------------------
@@ -233,6 +246,13 @@ def test_answers_made_in_other_ways_are_said(tmp_path):
     (folder / "mt_bench" / "answers.jsonl").write_text(text.replace(": 64}", ": 1024}"))
     comparison = compared(tmp_path)
     assert has_note(comparison, "different max_new_tokens (64: a; 1024: b)")
+    assert not has_note(comparison, "different batch_size")
+    (folder / "mt_bench" / "answers.jsonl").write_text(
+        text.replace('"category"', '"batch_size": 8, "category"')
+    )
+    path = tmp_path / "a" / "mt_bench" / "answers.jsonl"
+    path.write_text(path.read_text().replace('"category"', '"batch_size": 32, "category"'))
+    assert has_note(compared(tmp_path), "different batch_size (32: a; 8: b): in bf16")
 
 
 # ---- one training -------------------------------------------------------------------------------

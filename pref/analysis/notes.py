@@ -68,22 +68,26 @@ def group_stale(runs: list[Run]) -> dict[Stale, list[str]]:
 
 
 def note_answer_settings(runs: list[Run]) -> list[str]:
-    """Settings that the answers of some runs were made with and those of others were not: part of
-    a difference in score may come from these.
+    """Settings, batch size or device that the answers of some runs were made with and those of
+    others were not: part of a difference in score may come from these.
     """
     runs_of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         settings = next((row.get("settings") for row in run.answers.values()), None)
         for name, value in settings.items() if isinstance(settings, dict) else ():
             runs_of[name][json.dumps(value, sort_keys=True)].append(run.run_id)
+        for name in ("batch_size", "device"):
+            values = {json.dumps(row.get(name)) for row in run.answers.values()} - {"null"}
+            if values:
+                runs_of[name][", ".join(sorted(values))].append(run.run_id)
     notes = []
     for name, by_value in sorted(runs_of.items()):
         if len(by_value) > 1:
             listed = "; ".join(f"{value}: {', '.join(ids)}" for value, ids in by_value.items())
-            notes.append(
-                f"answers were made with different {name} ({listed}): differences in score include "
-                "what that changes"
-            )
+            effect = "differences in score include what that changes"
+            if name in ("batch_size", "device"):
+                effect = "in bf16 that alone changes some of the answers"
+            notes.append(f"answers were made with different {name} ({listed}): {effect}")
     return notes
 
 

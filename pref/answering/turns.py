@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pref.answering.work import Bench, Item, Key, Run
-from pref.files import disk, mt_bench
+from pref.files import disk
 from pref.files.console import UserError
 
 # Of one turn. In a row of answers.jsonl each choice has `turns` for the texts, and a list with one
@@ -25,7 +25,7 @@ LISTS = TURN_FIELDS[1:]
 
 
 def question_sha256(question: dict) -> str:
-    return mt_bench.question_sha256(question["turns"], question["temperature"])
+    return disk.sha256_json([question["turns"], question["temperature"]])
 
 
 class Store:

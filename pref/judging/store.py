@@ -19,7 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import judgements, mt_bench
+from pref.files import disk, judgements, mt_bench
 from pref.files.console import UserError
 from pref.judging import protocol
 
@@ -58,7 +58,7 @@ SCHEMA = (
     "prompts TEXT, "  # "mt_bench" or "own", see protocol.label_prompts
     "repeat INTEGER, "  # 0, 1, ... with --repeats
     "refs TEXT, "  # "original" or "corrected:HASH"
-    "answer_sha256 TEXT, "  # of the answers shown, see mt_bench.answer_sha256
+    "answer_sha256 TEXT, "  # of the answers shown, see answer_sha256
     "request_sha256 TEXT,\n    "  # the request that judges them: a key of `judgements`
     'PRIMARY KEY (model_id, question_id, turn, choice, grading, "order", baseline, judge, prompts, '
     "repeat, refs));\n"
@@ -85,9 +85,6 @@ class Item(NamedTuple):
     request: dict
 
 
-STORED_COLUMNS = tuple(
-    name for name in judgements.JUDGEMENT_COLUMNS if name not in judgements.NEW_COLUMNS
-)
 ASKED_COLUMNS = tuple(name for name in Item._fields if name != "request")
 REPLY_COLUMNS = (
     *("status", "score", "winner", "judgement", "served_model", "system_fingerprint"),
@@ -126,6 +123,15 @@ class Lengths(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     request_chars: int
+
+
+def answer_sha256(turn: int, *answers: list[str]) -> str:
+    """Hash of the text that is judged at `turn`: one answer's turns up to it, or those of a pair.
+
+    Turn 2 is judged together with turn 1, hence its hash covers both.
+    """
+    shown = [answer[:turn] for answer in answers]
+    return disk.sha256_json(shown[0] if len(shown) == 1 else shown)
 
 
 # ---- opening and writing -------------------------------------------------------------------------
@@ -269,7 +275,10 @@ def write_csvs(db: sqlite3.Connection, runs: dict[Path, dict]) -> None:
     answers_of = {run.resolve().name: answers for run, answers in runs.items()}
     for run, answers in runs.items():
         # 1) Everything that was ever asked about this run.
-        rows = [dict(zip(STORED_COLUMNS, row)) for row in db.execute(query, (run.resolve().name,))]
+        rows = [
+            dict(zip(judgements.JUDGEMENT_COLUMNS, row))
+            for row in db.execute(query, (run.resolve().name,))
+        ]
         for name in {row["baseline"] for row in rows} - answers_of.keys() - {""}:
             path = run.resolve().parent / name / "mt_bench" / "answers.jsonl"
             answers_of[name] = mt_bench.read_answers(path) if path.is_file() else {}
@@ -284,10 +293,10 @@ def write_csvs(db: sqlite3.Connection, runs: dict[Path, dict]) -> None:
 
 
 def csv_query() -> str:
-    """The query for one run's rows of judgements.csv, in the order of STORED_COLUMNS."""
+    """The query for one run's rows of judgements.csv, in the order of JUDGEMENT_COLUMNS."""
     columns = ", ".join(
         f'{"asked" if column in ASKED_COLUMNS else "judgements"}."{column}"'
-        for column in STORED_COLUMNS
+        for column in judgements.JUDGEMENT_COLUMNS[: -len(judgements.NEW_COLUMNS)]
     )
     return f"""
         SELECT {columns} FROM asked JOIN judgements USING (request_sha256) WHERE model_id = ?
@@ -302,7 +311,7 @@ def is_current(row: dict, answers: dict, answers_of: dict[str, dict]) -> bool:
     if any(key not in side for side in sides):
         return False
     turns = [side[key]["turns"] for side in sides]
-    return row["answer_sha256"] == mt_bench.answer_sha256(row["turn"], *turns)
+    return row["answer_sha256"] == answer_sha256(row["turn"], *turns)
 
 
 # ---- questions that a sweep asks, by results folder ----------------------------------------------
