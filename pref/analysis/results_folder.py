@@ -142,7 +142,7 @@ def load_run(path: Path, args: dict) -> Run:
 
 def read_args(path: Path) -> dict:
     """args.json, checked; beta, tau and seed are there, each a finite number or None."""
-    args = disk.read_json(path)
+    args = {key: writable(value) for key, value in disk.read_json(path).items()}
     for key in ("loss", "model", "mode"):
         is_untrained = key == "loss" and args.get("loss", "") is None
         if not isinstance(args.get(key), str) and not is_untrained:
@@ -168,10 +168,13 @@ def is_setting(key: str, value, args: dict) -> bool:
 
 
 def hashable(value):
-    """A list as JSON text, so that settings can be compared in sets; text that can be written."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+    """A list as JSON text, so that settings can be compared in sets."""
     return json.dumps(value) if isinstance(value, list) else value
+
+
+def writable(value):
+    """Text without lone surrogates, which UTF-8 has no bytes for; other values as they are."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def read_number(row: dict, key: str, place: str | Path) -> float | None:
