@@ -37,13 +37,15 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary file, flush it to disk and rename it to `path`.
 
     A reader, or a crash, finds the old file or the new one, never a part. Line ends stay as given.
+    A lone surrogate, which UTF-8 has no bytes for, is written as \\ud800: in JSON that is its
+    escape, so that it is read as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
