@@ -108,6 +108,24 @@ def test_how_a_run_was_computed_is_no_setting(tmp_path):
     assert cell["seeds"] == [42, 43] and cell["score"] == 6
 
 
+def test_labels_tell_all_cells_apart(tmp_path):
+    # 0.1 and 0.1000001 look alike in six digits; the hash of an adapter is long.
+    make_run(tmp_path, "a", "dpo", 0.1, summary={}, init_adapter_sha256="ab" * 32)
+    make_run(tmp_path, "b", "dpo", 0.1000001, summary={}, init_adapter_sha256="ab" * 32)
+    make_run(tmp_path, "c", "dpo", 0.5, summary={}, init_adapter_sha256=None)
+    # An option whose text is that of another: "none" and None.
+    make_run(tmp_path, "d", "ipo", 0.1, summary={}, option="none")
+    make_run(tmp_path, "e", "ipo", 0.1, summary={}, option=None)
+    labels = [row["label"] for row in compared(tmp_path)["accuracy"]["cells"]]
+    assert labels == [
+        "dpo β=0.1 init_adapter_sha256=abababab",
+        "dpo β=0.1000001 init_adapter_sha256=abababab",
+        "dpo β=0.5 init_adapter_sha256=none",
+        "ipo β=0.1 option=none (d)",
+        "ipo β=0.1 option=none (e)",
+    ]
+
+
 def test_matched_beta_names_what_else_differs(tmp_path):
     make_run(tmp_path, "a", "dpo", 0.1, None, 42, ratings=flat_ratings(4))
     make_run(tmp_path, "c", "td_dpo", 0.1, 1, 42, ratings=flat_ratings(6), learning_rate=2e-5)

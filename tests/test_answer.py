@@ -149,6 +149,9 @@ def test_the_answer_of_a_study(tmp_path):
     assert "4" in {row["id"] for row in shown} and "5a" in {row["id"] for row in folded}
     printed = terminal.verdict_table(comparison["claims"])
     assert "dLRML" not in printed and "more claims, of the published study" in printed
+    rows = comparison["mt_bench"][0]["improvement"]
+    text = terminal.improvement_table("Scores", rows, "td_dpo", 2, "questions")
+    assert "; 12 questions, seeds: 3 paired" in text and "units" not in text
     page = answers_html(comparison["answer"])
     assert "td_dpo β=" in page and page.count('class="badge') == len(texts) + len(accuracy["rows"])
 

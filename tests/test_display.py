@@ -54,6 +54,12 @@ def test_headers_are_unique_and_not_padded(name):
     assert all(header and header == header.strip() for header in headers)
 
 
+def test_records_are_no_column_of_a_csv():
+    for name in ("accuracy_headline", "accuracy_improvement", "mt_bench_improvement"):
+        header = table_files.csv_text(TABLES[name]).splitlines()[0]
+        assert "comparison" in header and "sensitivity" not in header and "mcnemar" not in header
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_for_a_paper_has_at_most_five_columns_that_it_has(name):
     table = TABLES[name]

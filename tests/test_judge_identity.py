@@ -38,7 +38,8 @@ def test_another_server_is_another_judge_and_the_gap_names_its_address(tmp_path)
     assert titles(comparison) == [f", address {here}", f", address {there}"]
     assert comparison["mt_bench"][0]["improvement"] == []
     gap = find_gap(comparison, f"address {here}")
-    assert gap["next"] == f"judge.py --judge gpt-5-mini --base_url {here}"
+    settings = """ --parameters '{"top_p": 1}'"""
+    assert gap["next"] == f"judge.py --judge gpt-5-mini --base_url {here}{settings}"
 
 
 def test_one_judge_has_no_settings_in_its_title(tmp_path):

@@ -6,6 +6,7 @@ them if the list is empty), and the command that comes `next`.
 
 import argparse
 import json
+import shlex
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -247,16 +248,25 @@ def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
         Lack("KL (no log-probs in answers)", no_kl if with_kl else [], "gen_mtbench.py --kl")
     )
     for judge in judges:
-        lacks += judge_gaps(judge, usable, several=len(judges) > 1)
+        lacks += judge_gaps(judge, usable, [other for other in judges if other is not judge])
     return lacks
 
 
-def judge_gaps(judge: dict, usable: list[Run], several: bool) -> list[Lack]:
-    """What runs lack of one judge's ratings. several: there are other judges."""
+def judge_command(judge: dict, others: list[dict]) -> str:
+    """The command that asks this judge, and none of the others."""
+    command = f"judge.py --judge {judge['judge']}"
+    address, settings = judge["judge_address"] or "", judge["judge_settings"]
+    if address.startswith("http"):
+        command += f" --base_url {address}"
+        if settings and any(other["judge"] == judge["judge"] for other in others):
+            command += f" --parameters {shlex.quote(settings)}"
+    return command
+
+
+def judge_gaps(judge: dict, usable: list[Run], others: list[dict]) -> list[Lack]:
+    """What runs lack of one judge's ratings. others: the study's other judges."""
     key = JudgeKey(*(judge[name] for name in JudgeKey._fields))
-    address = judge["judge_address"] or ""
-    server = f" --base_url {address}" if address.startswith("http") else ""
-    command = f"judge.py --judge {judge['judge']}{server}"
+    command = judge_command(judge, others)
     judged = {run.run_id: run.judged[key] for run in usable if key in run.judged}
     left_out = cell_rows.common_questions(judged).left_out
     incomplete = {run_id for run_ids in left_out.values() for run_id in run_ids}
@@ -268,7 +278,7 @@ def judge_gaps(judge: dict, usable: list[Run], several: bool) -> list[Lack]:
         return [run for run in usable if run.run_id in run_ids]
 
     name = f"MT-Bench by {judge['title']}"
-    lacking = [run for run in usable if run.judged and key not in run.judged] if several else []
+    lacking = [run for run in usable if run.judged and key not in run.judged] if others else []
     return [
         Lack(name, lacking, command),
         Lack(
