@@ -1,5 +1,6 @@
 """pref/files: what is read is what was written, and what cannot be read is named."""
 
+import os
 import subprocess
 
 import pytest
@@ -87,10 +88,14 @@ def test_missing_files_are_named(tmp_path):
             read(tmp_path / "missing")
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError("No space left on device")
+
     write_text(tmp_path / "x", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "x", "new \ud800")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
