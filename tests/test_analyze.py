@@ -199,6 +199,7 @@ def test_unequal_questions_are_compared_on_the_common_ones(tmp_path):
     assert judge["questions"] == [81] and judge["questions_left_out"] == [82, 83]
     assert [row["score"] for row in judge["cells"]] == [2, 4]
     assert has_note(comparison, "1 of 3 questions", "left out 82, 83", "partly judged in b")
+    assert sum(map(notes.is_caveat, comparison["notes"])) == 1
     gap = find_gap(comparison, "on all questions (2 left out)")
     assert (gap["runs"], gap["next"]) == (["b"], "gen_mtbench.py, then judge.py --judge gpt-5-mini")
 

@@ -139,7 +139,7 @@ def answer_row(
     row: dict, mark: str, unit: str, digits: int, units: str, moved: dict[str, Moved]
 ) -> dict:
     verdict = verdict_of(row, mark)
-    details = [f"{row['n_units']} {units}", f"seeds: {row['seeds_compared']}"]
+    details = [texts.count_text(row["n_units"], units), f"seeds: {row['seeds_compared']}"]
     if row["p_adjusted"] is not None:
         method = "Holm" if row["comparison"] == "best of grid" else "Benjamini-Hochberg"
         details.append(f"p {texts.p_text(row['p_adjusted'])} ({method})")

@@ -17,6 +17,7 @@ from pref.analysis.runs import Cell, JudgeKey, Run, Stale
 from pref.files import disk, judgements
 from pref.files.console import UserError
 
+COMPARED_ON = "compared on the"
 ORDINARY_STATUSES = ("finished", "untrained", "no training record")
 
 
@@ -136,7 +137,7 @@ def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQues
         runs = sorted({run_id for lacking in questions.left_out.values() for run_id in lacking})
         n_common = len(questions.common)
         notes.append(
-            f"{name}: compared on the {n_common} of {n_common + len(questions.left_out)} questions "
+            f"{name}: {COMPARED_ON} {n_common} of {n_common + len(questions.left_out)} questions "
             f"that all runs were judged on; left out {', '.join(map(str, questions.left_out))} "
             f"(lacking or partly judged in {', '.join(runs)})"
         )
@@ -168,6 +169,11 @@ def note_readings(judged: dict[str, list[dict]]) -> list[str]:
         "are the mean of ratings that hold less than half of the judge's probability": faint,
     }
     return [f"{n} of {len(rated)} judgements {what}" for what, n in counts.items() if n]
+
+
+def is_caveat(note: str) -> bool:
+    """Whether a note says what the answer is without: runs, scores or questions."""
+    return note.startswith("left out") or COMPARED_ON in note
 
 
 # ---- claims -------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def make_page(
         "title": "Preference-optimisation study",
         "facts": page_facts(runs, comparison),
         "answer": comparison["answer"],
-        "caveats": [note for note in comparison["notes"] if note.startswith("left out")],
+        "caveats": [note for note in comparison["notes"] if notes.is_caveat(note)],
         "verdicts": [texts.verdict_texts(row) for row in shown],
         "folded": {
             "title": notes.folded_text(folded, bool(shown)),

@@ -30,6 +30,11 @@ def show(value, digits: int | None = None) -> str:
     return str(value)
 
 
+def count_text(n: int, units: str) -> str:
+    """E.g. "80 questions", "1 question"; units: a plural in -s."""
+    return f"{n} {units if n != 1 else units.removesuffix('s')}"
+
+
 def p_text(p: float | None) -> str | None:
     if p is None:
         return None
