@@ -170,7 +170,8 @@ def show_test(row: dict, digits: int, units: str) -> str:
     return (
         f"  95 % interval [{low}, {high}], p {texts.p_text(row['p'])} "
         f"(primary test; Holm {texts.p_text(row['p_adjusted'])}), "
-        f"detectable {texts.show(row['detectable'], digits)}; {texts.count_text(row['n_units'], units)}, {seeds}"
+        f"detectable {texts.show(row['detectable'], digits)}; "
+        f"{texts.count_text(row['n_units'], units)}, {seeds}"
     )
 
 
