@@ -43,7 +43,9 @@ def answer_of(*rows, smoke=False, trial=False, cells=None, movement=None):
     ]
     judge |= {"cells": cells, "improvement": list(rows)}
     comparison = {"trial": trial, "mt_bench": [judge], "accuracy": nothing, "baseline": "dpo"}
-    comparison["movement"] = movement
+    comparison |= {"movement": movement, "diverged": ["td_dpo-2"]}
+    for cell in cells:
+        cell.setdefault("n_diverged", 0)
     (found,) = answer.find_answers(comparison)
     assert found["score"] == "MT-Bench by big, prompts mt_bench"
     return found
@@ -91,6 +93,26 @@ def test_what_is_not_decided(fields):
 def test_one_seed_says_what_to_do():
     row = difference("td_dpo", 0.5, 0.1, 0.9, 0.01, paired="one seed", seeds_compared="one seed")
     assert "train three" in answer_of(row)["rows"][0]["detail"]
+
+
+def test_a_loss_that_lost_runs_is_not_shown_to_be_better():
+    def cells(n_diverged, runs):
+        cell = {"label": "td_dpo", "loss": "td_dpo", "score": 6.0, "untrained": False}
+        other = {"label": "dpo β=0.5", "loss": "dpo", "score": 5.0, "untrained": False, "runs": []}
+        return [cell | {"runs": runs, "n_diverged": n_diverged}, other]
+
+    nothing = {"kl": None, "tokens": None, "cut_off": None}
+    movement = [{"run_id": f"td_dpo-{i}", **nothing} for i in (1, 2)]
+    better = difference("td_dpo", 0.5, 0.1, 0.9, 0.01)
+    found = answer_of(better, cells=cells(1, ["td_dpo-1"]), movement=movement)
+    assert found["rows"][0]["verdict"] == "not decided"
+    assert "1 run of td_dpo diverged and left no score" in found["rows"][0]["detail"]
+    worse = difference("td_dpo", -0.5, -0.9, -0.1, 0.01)  # is not changed by it
+    found = answer_of(worse, cells=cells(1, ["td_dpo-1"]), movement=movement)
+    assert found["rows"][0]["verdict"] == "worse"
+    # A diverged run that has a score counts in the mean.
+    both = cells(1, ["td_dpo-1", "td_dpo-2"])
+    assert answer_of(better, cells=both, movement=movement)["rows"][0]["verdict"] == "better"
 
 
 def test_a_baseline_that_beats_all():

@@ -45,55 +45,82 @@ def answer(
     comparison["accuracy"] or one of comparison["mt_bench"]. mark: why the scores measure nothing,
     or "".
     """
-    baseline = comparison["baseline"]
-    moved = movement_of(part["cells"], comparison["movement"])
+    baseline, cells = comparison["baseline"], part["cells"]
+    moved = movement_of(cells, comparison["movement"])
     if part is comparison["accuracy"]:  # which is not of the answers
         moved = dict.fromkeys(moved, Moved(None, None, None))
+    lost = lost_runs(cells, comparison["diverged"])
     differences = [row for row in part["improvement"] if row["estimate"] is not None]
     headline = [row for row in differences if row["comparison"] == "best of grid"]
+    headline.sort(key=lambda row: -row["estimate"])
     untrained = [row for row in differences if row["comparison"] == "untrained model"]
-    ranked = sorted(headline, key=lambda row: -row["estimate"])
-    verdicts = [verdict_of(row, mark) for row in ranked]
-    rows = [
-        answer_row(row, mark, unit, digits, units, moved)
-        for row in (*ranked, *(row for row in untrained if row["loss"] == baseline or not headline))
-    ]
-    metric = "score" if "score" in part["cells"][0] else "best_acc_ref"
+    shown = headline + [row for row in untrained if row["loss"] == baseline or not headline]
+    verdicts = [verdict_of(row, mark, lost) for row in shown]
     if mark:
         lead = f"{mark}."
-    elif not ranked:
-        lead = lead_without_comparison(part["cells"], metric, digits, baseline)
-    elif "better" in verdicts:
-        won = ranked[verdicts.index("better")]
-        lead = f"{won['proposed']} is better than {won['baseline']}: {size(won, unit, digits)}."
-        close = [
-            row["proposed"]
-            for row in ranked
-            if row is not won
-            and (row["low"], row["high"]) != (None, None)
-            and row["high"] >= won["low"]
-        ]
-        if close:
-            lead += f" Whether it is the best of all is not decided against {', '.join(close)}."
-    elif set(verdicts) == {"worse"}:
-        lead = f"{ranked[0]['baseline']} is better than {names(ranked)}."
+    elif headline:
+        lead = lead_of(headline, verdicts[: len(headline)], unit, digits)
     else:
-        open_ones = [row for row, verdict in zip(ranked, verdicts) if verdict == "not decided"]
-        verb = "differs" if len(open_ones) == 1 else "differ"
-        lead = f"Not decided: whether {names(open_ones)} {verb} from {ranked[0]['baseline']}."
+        metric = "score" if "score" in cells[0] else "best_acc_ref"
+        lead = lead_without_comparison(cells, metric, digits, baseline)
+    rows = [
+        {
+            "verdict": verdict,
+            "text": f"{row['proposed']} against {row['baseline']}: {size(row, unit, digits)}",
+            "detail": "; ".join(details(row, verdict, digits, units, moved, lost)),
+        }
+        for row, verdict in zip(shown, verdicts)
+    ]
     return {"score": name, "lead": lead, "rows": rows}
 
 
-def verdict_of(row: dict, mark: str) -> str:
-    """What a row of "improvement" decides."""
+def lead_of(ranked: list[dict], verdicts: list[str], unit: str, digits: int) -> str:
+    """The answer in one sentence. ranked: the headline differences, the largest first."""
+    theirs = ranked[0]["baseline"]
+    if "better" in verdicts:
+        won = ranked[verdicts.index("better")]
+        lead = f"{won['proposed']} is better than {theirs}: {size(won, unit, digits)}."
+        close = [row for row in ranked if row is not won and reaches(row, won)]
+        if close:
+            lead += f" Whether it is the best of all is not decided against {names(close)}."
+        return lead
+    if set(verdicts) == {"worse"}:
+        return f"{theirs} is better than {names(ranked)}."
+    open_ones = [row for row, verdict in zip(ranked, verdicts) if verdict == "not decided"]
+    verb = "differs" if len(open_ones) == 1 else "differ"
+    return f"Not decided: whether {names(open_ones)} {verb} from {theirs}."
+
+
+def reaches(row: dict, won: dict) -> bool:
+    """Whether the interval of a difference reaches into the winner's."""
+    return row["high"] is not None and row["high"] >= won["low"]
+
+
+def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
+    """What a row of "improvement" decides. A cell that lost runs looks better than it is: that it
+    is better is then not decided.
+    """
     if mark:
         return "not measured"
     p, low, high = row["p_adjusted"], row["low"], row["high"]
     if row["paired"] == "one seed" or None in (p, low, high) or p >= stats.ALPHA:
         return "not decided"
-    if low > 0:
+    if low > 0 and row["proposed"] not in lost:
         return "better"
-    return "worse" if high < 0 else "not decided"
+    if high < 0 and row["baseline"] not in lost:
+        return "worse"
+    return "not decided"
+
+
+def lost_runs(cells: list[dict], diverged: list[str]) -> dict[str, str]:
+    """Label -> how many runs of the cell diverged and left no score; other cells have no key."""
+    lost = {}
+    for cell in cells:
+        count = cell["n_diverged"] - len(set(cell["runs"]) & set(diverged))
+        if count:
+            runs = texts.count_text(count, "runs")
+            lost[cell["label"]] = f"{runs} of {cell['label']} diverged and left no score"
+    return lost
 
 
 class Moved(NamedTuple):
@@ -135,29 +162,32 @@ def moved_texts(ours: Moved, theirs: Moved) -> list[str]:
     return texts_of
 
 
-def answer_row(
-    row: dict, mark: str, unit: str, digits: int, units: str, moved: dict[str, Moved]
-) -> dict:
-    verdict = verdict_of(row, mark)
-    details = [texts.count_text(row["n_units"], units), f"seeds: {row['seeds_compared']}"]
+def details(
+    row: dict,
+    verdict: str,
+    digits: int,
+    units: str,
+    moved: dict[str, Moved],
+    lost: dict[str, str],
+) -> list[str]:
+    """What a comparison rests on, what the gain came with, and why it is open."""
+    found = [texts.count_text(row["n_units"], units), f"seeds: {row['seeds_compared']}"]
     if row["p_adjusted"] is not None:
         method = "Holm" if row["comparison"] == "best of grid" else "Benjamini-Hochberg"
-        details.append(f"p {texts.p_text(row['p_adjusted'])} ({method})")
+        found.append(f"p {texts.p_text(row['p_adjusted'])} ({method})")
     if row["selected_by"] and max(row["proposed_cells"], row["baseline_cells"]) > 1:
-        details.append(
+        found.append(
             f"best of {row['proposed_cells']} against best of {row['baseline_cells']}, "
             f"selected by {row['selected_by']}"
         )
     if row["differs_in"]:
-        details.append(f"differs in {row['differs_in']} too")
-    details += moved_texts(moved[row["proposed"]], moved[row["baseline"]])
-    if verdict == "not decided":
-        details.append(why_open(row, digits))
-    return {
-        "verdict": verdict,
-        "text": f"{row['proposed']} against {row['baseline']}: {size(row, unit, digits)}",
-        "detail": "; ".join(details),
-    }
+        found.append(f"differs in {row['differs_in']} too")
+    sides = (row["proposed"], row["baseline"])
+    found += moved_texts(*(moved[label] for label in sides))
+    found += [lost[label] for label in sides if label in lost]
+    if verdict == "not decided" and not any(label in lost for label in sides):
+        found.append(why_open(row, digits))
+    return found
 
 
 def why_open(row: dict, digits: int) -> str:
