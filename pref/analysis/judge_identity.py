@@ -1,8 +1,8 @@
 """Judges: which ratings may be compared, what a judge is called, and how its files are named.
 
 Ratings are comparable if they have the same `JudgeKey`. judge.py writes the hash of a judge's whole
-identity (model, parameters, server, prompts, references) as `judge_id`; a file of version 1.0 has
-none, and then the key is what the file has. A judge goes by its name, prompts and references. Only
+identity (model, parameters, server, prompts, references) as `judge_id`. Judgements of version 1.0
+have none; their key is what is recorded of them, the parameters at the most. A judge goes by its name, prompts and references. Only
 where two identities share these, the title also says in what they differ.
 """
 
@@ -23,7 +23,10 @@ LONGEST_SLUG = 60
 
 def key_of(row: dict) -> JudgeKey:
     """The judge of one row of judgements.csv."""
-    return JudgeKey(row["judge"], row["prompts"], row["refs"], row.get("judge_id"))
+    judge_id = row.get("judge_id")
+    if judge_id is None and (settings := describe_settings(row)):
+        judge_id = disk.sha256_json(settings)[:16]
+    return JudgeKey(row["judge"], row["prompts"], row["refs"], judge_id)
 
 
 def describe_judge(key: JudgeKey, rows: list[dict]) -> dict:
@@ -95,7 +98,8 @@ def differing_parts(key: JudgeKey, examples: list[dict]) -> list[str]:
         return []
     if key.judge_id is None:
         return ["settings not recorded"]
-    described = {row["judge_id"]: describe_settings(row) for row in examples if row["judge_id"]}
+    described = {key_of(row).judge_id: describe_settings(row) for row in examples}
+    described.pop(None, None)
     own = described[key.judge_id]
     names = sorted({name for settings in described.values() for name in settings})
     differing = [

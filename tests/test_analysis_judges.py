@@ -62,6 +62,18 @@ def test_files_of_before_are_a_group_of_their_own(tmp_path):
     assert titles(comparison) == ["", ", settings not recorded"]
 
 
+def test_judgements_of_before_whose_parameters_are_known_are_grouped_by_them(tmp_path):
+    for run_id, loss, temperature in (("a", "dpo", 0), ("b", "td_dpo", 0), ("c", "simpo", 1)):
+        row = by(None, temperature=temperature, max_tokens=512)
+        make_run(tmp_path, run_id, loss, ratings=flat_ratings(4 + temperature, **row))
+    comparison = compared(tmp_path)
+    found = {
+        judge["title"][-13:]: [row["score"] for row in judge["cells"]]
+        for judge in comparison["mt_bench"]
+    }
+    assert found == {"temperature 0": [4, 4], "temperature 1": [5]}
+
+
 def test_identities_that_differ_in_nothing_that_is_recorded_are_told_apart():
     rows = [rating(81, 1, 5, **by(judge_id, temperature=0)) for judge_id in ("a1", "b2")]
     broken = rating(81, 1, 5, **by("c3") | {"judge_settings": "{torn"})
