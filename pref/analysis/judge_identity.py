@@ -2,8 +2,9 @@
 
 Ratings are comparable if they have the same `JudgeKey`. judge.py writes the hash of a judge's whole
 identity (model, parameters, server, prompts, references) as `judge_id`. Judgements of version 1.0
-have none; their key is what is recorded of them, the parameters at the most. A judge goes by its name, prompts and references. Only
-where two identities share these, the title also says in what they differ.
+have none; their key is what is recorded of them, the parameters at the most. A judge goes by its
+name, prompts and references. Only where two identities share these, the title also says in what
+they differ.
 """
 
 import json
