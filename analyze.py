@@ -86,7 +86,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="folder with question.jsonl for the report's texts (default: data/mt_bench, if any)",
     )
-    add("--draws", type=int, default=stats.DRAWS, help="bootstrap draws (default: %(default)s)")
+    add(
+        "--draws",
+        type=int,
+        default=stats.DRAWS,
+        help="draws for the interval of a ratio of variances over beta (default: %(default)s)",
+    )
     add("--skip_bad", action="store_true", help="leave out runs whose files cannot be read")
     args = parser.parse_args(argv)
     args.run_ids = parse_run_ids(args.run_ids) if args.run_ids else None
@@ -275,7 +280,9 @@ def compare_scores(
     -> number of the whole run. values: the same scores by question or pair, for estimates.
     """
     for cell, row in scored:
-        row["low"], row["high"] = estimates.cell_interval(cell, row["runs"], values, args.draws)
+        row["low"], row["high"] = estimates.cell_interval(
+            cell, row["runs"], values, proportion=metric == "best_acc_ref"
+        )
     known = [
         run
         for cell in cells
@@ -379,7 +386,7 @@ def improvement_rows(
     what = "comparing accuracy" if metric == "best_acc_ref" else "comparing scores"
     rows = []
     for pair in console.progress(pairs, what, "pairs of cells"):
-        row = difference_row(pair, metric, values, args.draws)
+        row = difference_row(pair, metric, values)
         row["proposed_cells"] = n_cells[pair.proposed.cell.loss]
         row["baseline_cells"] = n_cells[pair.baseline.cell.loss]
         rows.append(row)
@@ -397,7 +404,7 @@ def improvement_rows(
     return rows
 
 
-def difference_row(pair: CellPair, metric: str, values: Values, draws: int) -> dict:
+def difference_row(pair: CellPair, metric: str, values: Values) -> dict:
     """One row of a table of differences, before p-values are adjusted."""
     (our_cell, ours), (their_cell, theirs) = pair.proposed, pair.baseline
     value, base = ours[metric], theirs[metric]
@@ -415,7 +422,7 @@ def difference_row(pair: CellPair, metric: str, values: Values, draws: int) -> d
         "selected_by": pair.selected_by,
         "differs_in": estimates.differences_text(our_cell, their_cell),
     }
-    compared = estimates.compare_cells(our_cell, their_cell, values, draws)
+    compared = estimates.compare_cells(our_cell, their_cell, values)
     row |= estimates.comparison_columns(compared)
     # The difference is that of the runs and units that interval and test are of: one of the two
     # cells may lack seeds or ratings that the other has.
@@ -476,7 +483,7 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
         "claims": judged,
         "accuracy": accuracy.results,
         "mt_bench": mt_bench,
-        "pairs": pairwise.win_rows(cells, args.draws),
+        "pairs": pairwise.win_rows(cells),
         "stability": estimates.stability_rows(cells),
         "movement": cell_rows.movement_rows(used, judges),
         "notes": all_notes,

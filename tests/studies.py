@@ -13,7 +13,7 @@ MODEL, DATA = "meta-llama/Llama-2-7b-chat-hf", {"train": "a1", "val": "b2"}
 SUMMARY = {"status": "finished", "steps": 40, "nonfinite_steps": 0, "best_step": 20}
 SUMMARY |= {"best_acc_ref": 0.6, "final_acc_ref": 0.5, "final_acc_sum": 0.4, "final_acc_mean": 0.3}
 SUMMARY |= {"wall_s": 9.0, "tokens": 100, "peak_gib": 1.5}
-DRAWS = ("--draws", "300")  # where the number of bootstrap draws does not matter
+DRAWS = ("--draws", "300")  # where the number of draws does not matter
 
 
 # ---- run folders --------------------------------------------------------------------------------

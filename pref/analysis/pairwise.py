@@ -56,9 +56,9 @@ def pair_outcomes(rows: list[dict]) -> dict[PairKey, dict[int, dict[Place, float
     return {key: dict(by_question) for key, by_question in outcomes.items()}
 
 
-def win_rows(cells: list[Cell], draws: int) -> list[dict]:
+def win_rows(cells: list[Cell]) -> list[dict]:
     """Win rate of each cell against each baseline run it was judged against (a tie is one half),
-    with the crossed-bootstrap interval over questions and seeds.
+    with the 95 % interval over questions and seeds.
     """
     rows = []
     for cell in cells:
@@ -70,7 +70,7 @@ def win_rows(cells: list[Cell], draws: int) -> list[dict]:
             (table,) = estimates.make_tables(values, [list(values)])
             if not table.size:
                 continue
-            low, high = stats.percentiles(stats.bootstrap(table, draws))
+            low, high = map(estimates.finite, stats.proportion_interval(table))
             parts = estimates.shared_parts(list(values.values()))
             outcomes = [
                 run[question][place]

@@ -122,9 +122,9 @@ VERDICTS = Layout(
 
 # ---- layouts: scores of cells -------------------------------------------------------------------
 
-BOOTSTRAP_NOTE = (
-    "Interval: 95 % bootstrap over questions (or pairs) and seeds; with one seed, over questions "
-    "(or pairs) only."
+INTERVAL_NOTE = (
+    "Interval: 95 %, over questions (or pairs) and seeds; with one seed, over questions (or pairs) "
+    "only."
 )
 
 
@@ -151,11 +151,11 @@ JUDGED = (Column("scored", "n_scored"), Column("judged", "n_judged"))
 ACCURACY = Layout(
     "Validation accuracy: mean over seeds",
     score_columns(ACCURACY_NAMES, 3),
-    BOOTSTRAP_NOTE,
+    INTERVAL_NOTE,
     paper=SCORE_PAPER,
 )
 BY_TURN = Layout(
-    "mean over seeds", score_columns(SCORE_NAMES, 2, JUDGED), BOOTSTRAP_NOTE, paper=SCORE_PAPER
+    "mean over seeds", score_columns(SCORE_NAMES, 2, JUDGED), INTERVAL_NOTE, paper=SCORE_PAPER
 )
 BY_CATEGORY = Layout(
     "by category",
@@ -199,11 +199,12 @@ DIFFERENCE_PAPER += ("p (Holm)", "p (BH)")  # one of the two
 
 def headline(digits: int, units: str) -> Layout:
     note = (
-        "Best cell of each loss, selected by validation accuracy where that is known. p: primary "
-        "test, which counts the variance over questions and over seeds, with Satterthwaite degrees "
-        "of freedom; Holm-adjusted over the losses (Benjamini-Hochberg against the untrained "
-        "model). Detectable difference: the true difference that is detected with 80 % power. The "
-        "interval counts the residual variance twice, so it may contain 0 where p is below 0.05."
+        "Best cell of each loss, selected by validation accuracy where that is known: the best of "
+        "a larger grid is better by chance alone (see the selection at equal budget). p: primary "
+        "test, which counts the variance over questions and over seeds; it is below 0.05 exactly "
+        "where the interval leaves out 0. Holm-adjusted over the losses (Benjamini-Hochberg "
+        "against the untrained model). Detectable difference: the true difference that a study of "
+        "this size finds with 80 % power."
     )
     if units == "pairs":
         note += (
@@ -265,12 +266,13 @@ def selection(digits: int) -> Layout:
             Column("equal budget (cells)", "budget"),
             Column("expected score", "expected_selected", digits),
             Column("expected score of the baseline", "baseline_expected_selected", digits),
+            Column("expected difference", "expected_difference", digits),
             Column("expected maximum", "expected_maximum", digits),
             Column("maximum", "maximum", digits),
         ],
         "Equal budget: the number of cells in the smaller grid, the loss's or the baseline's. "
         "Expected: the mean over all ways to draw that many cells, of the score of the cell that "
-        "is then selected, or of the maximum.",
+        "is then selected, or of the maximum. Chance favours neither grid then.",
         paper=("loss", "cells", "selected", "score", "expected score"),
     )
 
@@ -292,8 +294,8 @@ SPREAD = Layout(
         Column("differs in", "differs_in"),
     ],
     "Variance of the true means over beta: that of the observed means less the noise from seeds "
-    "and questions. Ratio and reduction are relative to the baseline; they are missing where one "
-    "of the two variances is not positive.",
+    "and questions. Ratio and reduction are relative to the baseline; they are missing where its "
+    "variance is not positive. An interval up to inf: its variance cannot be told from 0.",
     paper=("loss", "τ", "variance of true means", "ratio", "ratio, 95 % interval"),
 )
 

@@ -70,7 +70,7 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
         ["runs", ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))],
         ["judges", "; ".join(judges) or "none"],
         ["baseline", comparison["baseline"]],
-        ["intervals", f"95 %, {comparison['draws']:,} bootstrap draws over questions and seeds"],
+        ["intervals", "95 %, over questions and seeds; with one seed, over questions alone"],
     ]
 
 

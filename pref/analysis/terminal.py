@@ -167,6 +167,8 @@ def show_test(row: dict, digits: int, units: str) -> str:
     seeds = f"seeds: {row['seeds_compared']}"
     if row["paired"] == "one seed":
         seeds = "one seed, so the variation over seeds is unknown"
+    elif row["caveat"]:
+        seeds += f"; {row['caveat']}"
     return (
         f"  95 % interval [{low}, {high}], p {texts.p_text(row['p'])} "
         f"(primary test; Holm {texts.p_text(row['p_adjusted'])}), "
