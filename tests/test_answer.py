@@ -82,6 +82,8 @@ def test_who_won_and_by_how_much():
         {"low": -0.01},  # test and interval must agree
         {"paired": "one seed"},
         {"p_adjusted": None},
+        {"low": None, "high": None},
+        {"caveat": "fewer than 10 questions"},
     ],
 )
 def test_what_is_not_decided(fields):

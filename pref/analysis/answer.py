@@ -93,7 +93,7 @@ def lead_of(ranked: list[dict], verdicts: list[str], unit: str, digits: int) -> 
 
 def reaches(row: dict, won: dict) -> bool:
     """Whether the interval of a difference reaches into the winner's."""
-    return row["high"] is not None and row["high"] >= won["low"]
+    return row["high"] is None or row["high"] >= won["low"]
 
 
 def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
@@ -103,6 +103,8 @@ def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
     if mark:
         return "not measured"
     p, low, high = row["p_adjusted"], row["low"], row["high"]
+    if row.get("caveat"):  # the test's error rates are not known for such data
+        return "not decided"
     if row["paired"] == "one seed" or None in (p, low, high) or p >= stats.ALPHA:
         return "not decided"
     if low > 0 and row["proposed"] not in lost:
@@ -193,6 +195,8 @@ def details(
 def why_open(row: dict, digits: int) -> str:
     if row["paired"] == "one seed":
         return ONE_SEED
+    if row.get("caveat"):
+        return row["caveat"]
     if row["p_adjusted"] is None:
         return "all differences are equal, or there is one question: nothing measures the error"
     if row["detectable"] is None:
@@ -205,7 +209,7 @@ def why_open(row: dict, digits: int) -> str:
 
 def size(row: dict, unit: str, digits: int) -> str:
     """E.g. "+0.98 MT-Bench points, 95 % interval [+0.70, +1.26]"."""
-    if row["low"] is None:
+    if None in (row["low"], row["high"]):
         return f"{row['estimate']:+.{digits}f} {unit}"
     low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
     return f"{row['estimate']:+.{digits}f} {unit}, 95 % interval [{low}, {high}]"
