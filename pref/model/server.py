@@ -10,6 +10,12 @@ import re
 from pref.files.console import UserError
 
 FATAL_STATUS = (401, 403, 404)  # a later request would fail in the same way
+# How providers write that a limit for the day (week, month) is reached; to wait a minute is no use.
+LIMIT_OF_THE_DAY = re.compile(
+    r"per[-_ ]?(?:day|week|month)|\b(?:daily|weekly|monthly)\b|by(?:day|month)\b|\b[rt]pd\b"
+    r"|per (?:86400|24)",
+    re.IGNORECASE,
+)
 
 
 def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: int):
@@ -53,10 +59,13 @@ def complete(client, body: dict) -> str:
 
 
 def stop_retries_without_credit(response) -> None:
-    """The client retries every 429, but waiting does not restore an account's credit. This header
-    tells the client not to.
+    """The client retries every 429, but waiting restores neither an account's credit nor, within
+    minutes, a limit for the day. This header tells the client not to.
     """
-    if response.status_code == 429 and b"insufficient_quota" in response.read():
+    if response.status_code != 429:
+        return
+    text = response.read().decode("utf-8", "replace")
+    if "insufficient_quota" in text or LIMIT_OF_THE_DAY.search(text):
         response.headers["x-should-retry"] = "false"
 
 
@@ -74,7 +83,15 @@ def writable(text: str) -> str:
 
 
 def is_out_of_credit(error) -> bool:
-    return error.status_code == 429 and "insufficient_quota" in (error.code, error.type)
+    no_quota = error.status_code == 429 and "insufficient_quota" in (error.code, error.type)
+    return no_quota or error.status_code == 402
+
+
+def is_limit_of_the_day(error) -> bool:
+    """Whether an `openai.APIStatusError` is a rate limit that hours of waiting would lift."""
+    if error.status_code != 429:
+        return False
+    return bool(LIMIT_OF_THE_DAY.search(f"{error.message} {error.body}"))
 
 
 def address(client) -> str:
@@ -109,6 +126,11 @@ def remedy(error, option: str, url: str) -> str:
         return (
             "the account has no credit left; add some, or use another key, and run the same "
             "command again"
+        )
+    if is_limit_of_the_day(error):
+        return (
+            "a limit for the day (or longer) is reached; run the same command again when it is "
+            "lifted: it asks for what is missing"
         )
     if error.status_code >= 500:
         return "the server failed; look at its log, then run the same command again"
