@@ -168,16 +168,16 @@ def write_answers(folder, effect):
 # ---- what the analysis makes of a folder --------------------------------------------------------
 
 
-def load(results):
+def load(results, questions=None):
     """The runs of a results folder, without the notes."""
-    runs, _ = results_folder.load_runs(results)
+    runs, _ = results_folder.load_runs(results, questions=questions)
     return runs
 
 
-def compared(results, *flags):
+def compared(results, *flags, questions=None):
     """aggregated_metrics.json without drawing anything."""
     args = analyze.parse_args([str(results), *DRAWS, *flags])
-    runs, notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad)
+    runs, notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad, questions)
     return analyze.compare(runs, args, notes)
 
 

@@ -421,7 +421,7 @@ def test_claims_beside_the_results_are_added(tmp_path):
     extra = {"id": "mine", "claim": "Ours.", "metric": "acc_ref", **difference()}
     (tmp_path / "claims.json").write_text(json.dumps([extra]))
     found = claims.load_claims(tmp_path)
-    assert found[-1]["id"] == "mine" and len(found) == 11
+    assert found[0]["id"] == "mine" and len(found) == 11
     other = tmp_path / "other.json"
     other.write_text("[]")
     assert len(claims.load_claims(tmp_path, other)) == 10  # instead of the one beside the results

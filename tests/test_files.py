@@ -1,12 +1,20 @@
 """pref/files: what is read is what was written, and what cannot be read is named."""
 
+import os
 import subprocess
 
 import pytest
 
 from pref import ROOT
 from pref.files.console import UserError, format_table, run_main
-from pref.files.disk import finite_or_null, read_json, read_jsonl, write_text
+from pref.files.disk import (
+    finite_or_null,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from pref.files.judgements import (
     JUDGEMENT_COLUMNS,
     params_from_name,
@@ -80,10 +88,14 @@ def test_missing_files_are_named(tmp_path):
             read(tmp_path / "missing")
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError("No space left on device")
+
     write_text(tmp_path / "x", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "x", "new \ud800")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -199,3 +211,12 @@ def test_the_users_python_is_taken_or_refused(tmp_path):
     refused = find_python("/no/python")
     assert refused.returncode == 1 and refused.stdout == ""
     assert "error: PYTHON=/no/python is not a Python 3.11 or later" in refused.stderr
+
+
+def test_a_lone_surrogate_is_written_and_read_again(tmp_path):
+    rows = [{"text": "\ud83d and ä"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [row for _, row in read_jsonl(tmp_path / "rows.jsonl")] == rows
+    write_json(tmp_path / "one.json", rows[0])
+    assert read_json(tmp_path / "one.json") == rows[0]
+    assert "ä" in (tmp_path / "one.json").read_text(encoding="utf-8")

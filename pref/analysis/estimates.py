@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pref.analysis import power, stats, usual_tests, variation
+from pref.analysis import power, stats, texts, usual_tests, variation
 from pref.analysis.runs import Cell, Run, ScoredCell, Values
 
 DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "seed_share")
@@ -85,7 +85,7 @@ def differences_text(one: Cell, other: Cell) -> str | None:
 
 
 def setting_text(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return texts.setting_text(value)
 
 
 def nearest(one: Cell, others: list[Cell]) -> list[Cell]:

@@ -1,5 +1,6 @@
 """What a stage says to its user: errors, exit codes, progress, tables of text."""
 
+import codecs
 import os
 import sys
 import threading
@@ -29,6 +30,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     of the system's (OSError: permission, full disk), 130 Ctrl-C. pref/files/README.md lists them.
     """
     interrupts.hand_over()
+    print_on_any_terminal()
     with output.lasting():
         code = exit_code_of(main)
     sys.exit(code)
@@ -53,6 +55,34 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         code = 130
     return code
+
+
+# What tables and messages have beside ASCII, for terminals that have nothing else.
+PLAIN = {"β": "b", "τ": "t", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "..."}
+PLAIN |= {"→": "->", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "²": "2", "“": '"', "”": '"'}
+
+
+def plain_text(error: UnicodeError) -> tuple[str, int]:
+    """For `codecs.register_error`: characters that an encoding lacks, in ones that every encoding
+    has.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    escaped = (PLAIN.get(x) or x.encode("ascii", "backslashreplace").decode() for x in letters)
+    return "".join(escaped), error.end
+
+
+codecs.register_error("plain", plain_text)
+
+
+def print_on_any_terminal() -> None:
+    """From now on a character that stdout or stderr cannot encode is printed in plain letters: a
+    terminal with another encoding than UTF-8 must not end hours of work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")
 
 
 def format_table(

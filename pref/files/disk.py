@@ -41,13 +41,15 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary file, flush it to disk and rename it to `path`.
 
     A reader, or a crash, finds the old file or the new one, never a part. Line ends stay as given.
+    A lone surrogate, which UTF-8 has no bytes for, is written as \\ud800: in JSON that is its
+    escape, so that it is read as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -95,16 +97,17 @@ def finite_or_null(value):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: Path, skip_torn_end: bool = False) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) of a JSON Lines file; blank lines are skipped.
 
-    Raises UserError, with file and line, for a missing file, invalid UTF-8, invalid JSON or a line
-    that is not an object.
+    skip_torn_end: skip the last line too if it has no newline, as a writer that was killed leaves
+    it. Raises UserError, with file and line, for a missing file, invalid UTF-8, invalid JSON or a
+    line that is not an object.
     """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.strip() and not (skip_torn_end and not line.endswith(b"\n")):
                     yield number, parse_object(line, f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -120,6 +123,8 @@ def parse_object(line: bytes, place: str) -> dict:
         raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 100,000 brackets
+        raise UserError(f"{place}: not usable JSON: {error}") from None
     return as_object(value, place)
 
 
@@ -134,7 +139,7 @@ def read_json_value(path: Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
@@ -146,8 +151,12 @@ def as_object(value, place: str) -> dict:
 
 
 def is_number(value) -> bool:
-    """Whether a JSON value is a number; true and false, which Python counts as such, are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a JSON value is a number. True and false, which Python counts as such, are not; nor
+    is a whole number that no float can hold.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 # ---- hashes --------------------------------------------------------------------------------------

@@ -140,6 +140,20 @@ def pick_questions(questions: list[dict], count: int | None) -> list[dict]:
     return [questions[i * len(questions) // count] for i in range(count)]
 
 
+def answer_sha256(turn: int, *answers: list[str]) -> str:
+    """Hash of the text that is judged at `turn`: one answer's turns up to it, or those of a pair.
+
+    Turn 2 is judged together with turn 1, hence its hash covers both.
+    """
+    shown = [answer[:turn] for answer in answers]
+    return disk.sha256_json(shown[0] if len(shown) == 1 else shown)
+
+
+def question_sha256(turns: list[str], temperature: float) -> str:
+    """Hash of what is asked: the question's turns, and the temperature it is answered with."""
+    return disk.sha256_json([turns, temperature])
+
+
 def read_answers(path: Path) -> dict[AnswerKey, dict]:
     """Answers by question and choice: the row of the file with `choice` (int) and the choice's
     `turns` (two strings) added.

@@ -43,7 +43,7 @@ RUN = (
         "name of the run's folder (default: loss, beta, tau, seed and what else is not a default)"
     ),
     Argument("mode", ("full", "trial"), "full").describe(
-        f"trial: {TRIAL_STEPS} steps to test a set-up; analyze.py refuses the run"
+        f"trial: {TRIAL_STEPS} steps to test a set-up; its numbers measure nothing"
     ),
     Argument(
         "dry_run",

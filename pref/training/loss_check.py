@@ -379,6 +379,7 @@ def draw_curves(axes, rho: Tensor, curves: dict[str, tuple[Tensor, Tensor]]) -> 
         axis.axvline(0, color="#777777", linewidth=0.8)
 
 
+@drawing.own_style()
 def plot_check(name: str, path: Path) -> None:
     """Plot a loss and its gradient over the margin, for a few betas."""
     loss, rho = LOSSES[name], torch.linspace(-20, 20, 161, dtype=torch.float64)
@@ -396,6 +397,7 @@ def plot_check(name: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+@drawing.own_style()
 def plot_study(path: Path) -> None:
     """Plot the losses of the first study and their gradients, one row per beta."""
     rho = torch.linspace(-10, 10, 161, dtype=torch.float64)
