@@ -130,6 +130,7 @@ def test_the_hash_of_an_identity_does_not_change():
 def test_an_address_holds_nothing_secret(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert identity.server_address(None) == "https://api.openai.com/v1"
+    assert identity.server_address("http://h/v1/chat/completions") == "http://h/v1"
     assert identity.server_address("https://me:pw@h.example/v1/?key=k#x") == "https://h.example/v1"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1/")
     assert identity.server_address(None) == "http://localhost:8000/v1"
@@ -290,7 +291,7 @@ def test_a_store_of_a_later_version_is_refused(workplace):
 
 
 def test_status_reads_an_old_store_without_changing_it(workplace):
-    write_old_store(workplace, old_requests()[:5], status="parse", score=None)
+    write_old_store(workplace, old_requests()[:5], status="parse", score=None, judgement="?")
     counts = store.judgement_counts(workplace / "results", "big-70b")
     assert counts == {"base": store.Verdicts(asked=5, without=5)}
     assert store.schema_of(workplace / "results") == 1
