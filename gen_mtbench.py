@@ -33,6 +33,7 @@ missing; the output names those that were refused.
 import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
+import contextlib
 import json
 import os
 from collections import Counter
@@ -305,7 +306,10 @@ def settings_of(args: argparse.Namespace, base: Base, dtype: str, client) -> dic
         "seed": args.seed,
     }
     if client is None:
-        settings |= template.settings_of(chat.load_tokenizer(base.model))
+        # Without the model, answers that are complete can still be summed up; load_author says what
+        # is wrong with it.
+        with contextlib.suppress(UserError):
+            settings |= template.settings_of(chat.load_tokenizer(base.model))
     else:
         settings["server"] = server.address(client)
     if args.num_choices > 1:
