@@ -33,6 +33,7 @@ missing; the output names those that were refused.
 import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
+import contextlib
 import json
 import os
 from collections import Counter
@@ -43,7 +44,7 @@ from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Run, Sampling
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
-from pref.model import chat, loading, server
+from pref.model import chat, loading, server, template
 
 MT_BENCH = Path("data/mt_bench")  # where prep_data.py --mt_bench puts it
 # By category: temperature_config in FastChat's llm_judge/common.py.
@@ -304,7 +305,12 @@ def settings_of(args: argparse.Namespace, base: Base, dtype: str, client) -> dic
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
     }
-    if client is not None:
+    if client is None:
+        # Without the model, answers that are complete can still be summed up; load_author says what
+        # is wrong with it.
+        with contextlib.suppress(UserError):
+            settings |= template.settings_of(chat.load_tokenizer(base.model))
+    else:
         settings["server"] = server.address(client)
     if args.num_choices > 1:
         settings["num_choices"] = args.num_choices

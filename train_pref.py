@@ -30,7 +30,7 @@ from torch import Tensor
 
 from losses import SFT_TERM, PairLogps, chosen_score, k2, reduced
 from pref.files import console, output
-from pref.model import chat, sharding, token_scores
+from pref.model import chat, sharding, template, token_scores
 from pref.model.logps import ResponseLogps, sum_by_row, trainable
 from pref.model.lora import dropout
 from pref.model.packing import Batch, Packing, make_batch, share_out
@@ -46,6 +46,7 @@ from pref.training import (
     run_folder,
     schedule,
     settings,
+    tokenising,
 )
 from pref.training.checkpoint import Checkpoints, Progress
 from pref.training.learned_mix import LearnedMix
@@ -355,7 +356,8 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
 
     # 2) Token ids, and from them the plan, which settles the last `auto`.
     tokenizer = chat.load_tokenizer(args.model)
-    pairs, counts = assembly.tokenise(args, tokenizer, prepared.rows, ranks)
+    record |= template.settings_of(tokenizer)
+    rows, pairs, counts = tokenising.tokenise(args, tokenizer, prepared.rows, ranks)
     longest = max(pair.longest for split in pairs.values() for pair in split)
     args = settings.for_attention(args, longest, ranks)
     packing = settings.packing_of(args, tokenizer.pad_token_id)
@@ -376,7 +378,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
         policy, base = assembly.build_policy(args, ranks)
         record |= reference.identity(base, args.init_adapter_sha256, pairs)
         run_folder.check_same_run(folder, record)
-        splits = assembly.load_splits(args, ranks, policy, packing, record, prepared.rows, pairs)
+        splits = assembly.load_splits(args, ranks, policy, packing, record, rows, pairs)
 
         # 5) Everything else, from the last checkpoint.
         study = assemble(args, parameters, ranks, stop, policy, packing, folder)

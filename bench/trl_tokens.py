@@ -26,8 +26,7 @@ purpose:
   its start to no less than a quarter of max_length, and cuts responses at their ends. Only pairs
   that fit are compared.
 - A prompt that differs from the beginning of its conversations by more than two tokens: TRL warns
-  once; chat.py counts, and refuses the data if it happens in more than 1 % of the pairs. The ids
-  are the same.
+  once; here token_check.py leaves the pair out, and train_pref.py refuses the data if too many are.
 - A template that writes today's date: chat.py gives it a fixed one. No template here does.
 """
 

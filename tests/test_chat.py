@@ -29,6 +29,7 @@ from pref.model.chat import (
     tokenize_pairs,
     truncate,
 )
+from pref.model.token_check import SEAM, tokenize_checked
 
 TEMPLATES = {
     path.stem: path.read_text(encoding="utf-8")
@@ -306,23 +307,19 @@ def test_an_answer_is_generated_up_to_the_token_that_ends_it(tokenizer):
     )
 
 
-def test_a_template_whose_conversations_do_not_begin_with_its_prompts_is_refused():
-    """Above 1 % of the pairs, because a split there would be wrong; up to that it is counted as
-    merged.
-    """
+def test_pairs_whose_conversations_do_not_begin_with_their_prompts_are_left_out():
+    """A split there would be wrong, and the answer would be given after another prompt."""
     head = (
         "{{ bos_token }}{% if messages[-1].content.startswith('ODD') %}another head"
         "{% else %}a head{% endif %}"
     )
-    tokenizer, rows = small_tokenizer(head + CHATML), example_rows(200)
-    for i, row in enumerate(rows[:3]):
-        pairs = tokenize_pairs(tokenizer, rows, NO_LIMIT)
-        assert [pair.merged > 2 for pair in pairs] == [True] * i + [False] * (200 - i)
+    tokenizer, rows = small_tokenizer(head + CHATML), example_rows(20)
+    for row in rows[:3]:
         row["chosen"][0]["content"] = "ODD"
-    with pytest.raises(
-        UserError, match="in 3 of 200 pairs the conversation does not begin with the prompt"
-    ):
-        tokenize_pairs(tokenizer, rows, NO_LIMIT)
+    result = tokenize_checked(tokenizer, rows, NO_LIMIT)
+    assert [(bad.id, bad.reason) for bad in result.bad] == [(f"pair{i}", SEAM) for i in range(3)]
+    assert result.rows == rows[3:]
+    assert result.pairs == [tokenize_pair(tokenizer, row) for row in rows[3:]]
 
 
 def test_a_template_that_shares_nothing_between_prompt_and_conversation_is_refused():
@@ -534,14 +531,14 @@ def test_truncation_is_counted_and_printed(capsys):
     import torch
 
     from pref.model.ranks import Ranks
-    from pref.training import arguments, assembly
+    from pref.training import arguments, tokenising
 
     rows = {"train": example_rows(30), "val": HARD_ROWS}
     tokenizer, ranks = small_tokenizer(LLAMA2_SPACE), Ranks(0, 1, torch.device("cpu"))
     whole = [tokenize_pair(tokenizer, row) for split in rows.values() for row in split]
     args = arguments.parse_args(["--max_length", "80"])
     assert args.truncation == "keep_end"
-    _, counts = assembly.tokenise(args, tokenizer, rows, ranks)
+    counts = tokenising.tokenise(args, tokenizer, rows, ranks).counts
     over = [p for p in whole if len(p.prompt) + max(len(p.chosen), len(p.rejected)) > 80]
     long = [p for p in over if max(len(p.chosen), len(p.rejected)) > 80 - min(len(p.prompt), 20)]
     expected = {
@@ -549,6 +546,8 @@ def test_truncation_is_counted_and_printed(capsys):
         "truncated_responses": len(long),
         "merged_boundaries": sum(p.merged for p in whole),
     }
-    assert counts == expected and 0 < len(long) < len(over) < len(whole)
+    assert counts == {**expected, "dropped_pairs": {}} and 0 < len(long) < len(over) < len(whole)
     line = capsys.readouterr().out
-    assert all(f"{key.replace('_', ' ')} {count}" in line for key, count in expected.items())
+    prompts, responses, merged = expected.values()
+    assert f"prompts of {prompts} pairs are cut; responses of {responses} pairs are cut" in line
+    assert f"in {merged} pairs the end of the prompt" in line and line.endswith("--max_length 80\n")

@@ -159,6 +159,24 @@ def test_a_template_that_opens_a_thought_has_it_closed(loaded):
     assert list(json.loads(reply["judgement"]).values()) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_template_that_leaves_system_messages_out_gets_them_in_the_user_s_message(loaded):
+    model, tokenizer = loaded
+    system, user = our_messages(QUESTIONS[0], 1)
+    merged = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
+    template = tokenizer.chat_template
+    replies = []
+    try:
+        for messages in ([system, user], merged):
+            request = {"messages": messages, "parameters": PREFIX}
+            tokenizer.chat_template = template.replace(
+                "in messages %}", "in messages if m['role'] != 'system' %}"
+            )
+            replies.append(local_judge.ask_local(model, tokenizer, request))
+    finally:
+        tokenizer.chat_template = template
+    assert replies[0] == replies[1] and replies[0]["status"] == "ok"
+
+
 def test_the_answer_begins_as_in_the_prompts_own_example():
     def bench(*templates):
         prompts = {str(i): {"prompt_template": text} for i, text in enumerate(templates)}

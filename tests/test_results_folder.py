@@ -61,6 +61,14 @@ def test_trial_runs_alone_are_analysed(tmp_path):
     assert [run.run_id for run in load(tmp_path)] == ["quick"]
 
 
+def test_an_option_of_a_later_version_that_is_off_makes_no_other_cell():
+    """Runs of before it have no such key."""
+    is_setting = results_folder.is_setting
+    assert not is_setting("append_eos", False, {}) and is_setting("append_eos", True, {})
+    counted = {"dropped_pairs": {"a reason": 3}, "template_date": "2024-07-26"}
+    assert not any(is_setting(key, value, {}) for key, value in counted.items())
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 

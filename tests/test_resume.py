@@ -27,7 +27,7 @@ from pref.model.loading import load_base
 from pref.model.logps import ResponseLogps
 from pref.model.lora import adapter_off, add_lora
 from pref.model.packing import Packing, make_batch
-from pref.training import assembly, checkpoint, signals
+from pref.training import assembly, checkpoint, signals, tokenising
 
 TIMES = {"tok_per_s", "peak_gib", "wall_s", "save_s"}  # what two equal runs may differ in
 
@@ -160,7 +160,7 @@ def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss)
 def test_before_the_first_step_a_signal_ends_the_process_at_once(
     arguments, tmp_path, monkeypatch, capfd
 ):
-    signal_at(monkeypatch, 1, signal.SIGTERM, assembly, "tokenise")
+    signal_at(monkeypatch, 1, signal.SIGTERM, tokenising, "tokenise")
     with pytest.raises(SystemExit) as stopped:
         train_pref.main(arguments(tmp_path))
     assert stopped.value.code == 75 and "nothing to save" in capfd.readouterr().err

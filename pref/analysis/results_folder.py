@@ -34,8 +34,10 @@ NOT_SETTINGS = {
     *("tokens_per_microbatch", "prefix_sharing", "packing", "save_steps", "couples_batch"),
     # What was planned or counted.
     *("planned_gib", "planned_steps", "truncated_prompts", "truncated_responses"),
-    "merged_boundaries",
+    *("merged_boundaries", "dropped_pairs", "template_date", "template_thoughts"),
 }
+# Options that older runs lack, with the value that they had.
+LATER_OPTIONS = {"append_eos": False}
 CURVE_KEYS = (
     *("loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr", "anchor"),
     *("eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean"),
@@ -165,6 +167,8 @@ def is_setting(key: str, value, args: dict) -> bool:
     """Whether a run that differs in argument `key` belongs to another cell."""
     if key in ("per_device_batch", "world_size") and args.get("couples_batch"):
         return True  # the value of such a loss depends on how its batches are cut
+    if key in LATER_OPTIONS and value == LATER_OPTIONS[key]:
+        return False
     return key not in NOT_SETTINGS and not isinstance(value, dict)
 
 

@@ -268,10 +268,10 @@ def turn_tokens(author: Author, item: Item, turn: int) -> TurnTokens:
     store, tokenizer, length = author.store, author.tokenizer, author.engine.length
     answers = store.texts(item)
     messages = work.conversation(item.question, answers[:turn])
-    prompt = chat.prompt_ids(tokenizer, messages)
+    asked = chat.render(tokenizer, messages, generation_prompt=True)
+    prompt = chat.encode(tokenizer, asked)
     messages.append({"role": "assistant", "content": answers[turn]})
-    text = chat.render(tokenizer, messages, generation_prompt=False)
-    ids = chat.encode(tokenizer, text)
+    ids = chat.encode(tokenizer, chat.render_answered(tokenizer, asked, messages))
 
     # The answer is what follows the prompt, up to the first end token: the template may write more.
     #   ids      <user> Hi <assistant> Hello . <end> \n       split 3, end 5

@@ -16,7 +16,7 @@ from pref.answering.turns import Failure, Store
 from pref.answering.work import Item, Sampling
 from pref.files import console
 from pref.files.console import UserError
-from pref.model import chat, completions, server
+from pref.model import completions, server, template
 from pref.model.completions import Completion
 
 # What the server's own message does not tell, by HTTP status.
@@ -97,7 +97,7 @@ class Conversations:
             max_tokens=self.sampling.max_new_tokens,
             seed=seed % 2**31,  # servers take a signed 32-bit integer
             top_p=1,  # else the model's generation config may set another
-            chat_template_kwargs=chat.TEMPLATE_OPTIONS,
+            chat_template_kwargs=template.TEMPLATE_OPTIONS,
         )
 
     def fail(self, item: Item, turn: int, refused: Refused) -> None:

@@ -19,7 +19,6 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from pref.files import console, disk
 from pref.files.console import UserError
 from pref.judging import protocol, reading
 from pref.judging.protocol import Bench, Judge
@@ -31,7 +30,7 @@ GIVE_UP_AFTER = 8  # judgements below --min_rating_mass, if no other came before
 def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
     """Load a transformers model as a judge. It scores one request at a time."""
     # Imported here because they load torch, which a judge behind a server does not need.
-    from pref.model import chat, weights
+    from pref.model import template, weights
 
     model, tokenizer = load_judge(args.judge.removeprefix("hf:"), args.dtype)
     ask = functools.partial(ask_local, model, tokenizer)
@@ -43,7 +42,7 @@ def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
             "prefix": answer_prefix(bench, args.grading),
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": weights.identity(weights.find_model(args.judge.removeprefix("hf:"))),
-            "template": disk.sha256_json([tokenizer.chat_template, chat.TEMPLATE_OPTIONS]),
+            "template": template.identity(tokenizer),
         },
         ask=refuse_without_mass(ask, args.judge, args.min_rating_mass),
         concurrency=1,
@@ -87,36 +86,16 @@ def refuse_without_mass(ask: Callable, name: str, least: float) -> Callable[[dic
 def load_judge(path: str, dtype: str):
     """Model, in evaluation mode on the GPU if there is one, and tokenizer of a folder or hub id.
 
-    Raises UserError if they cannot be loaded, do not fit into memory, or have no chat template that
-    shows system messages.
+    Raises UserError if they cannot be loaded, do not fit into memory, or have no chat template
+    that can be used.
     """
-    import jinja2
     import torch
-    import transformers
 
     from pref.model import chat, loading, weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = weights.find_model(path, "--judge hf:")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--judge hf:{path}: no tokenizer that can be loaded: {console.first_line(error)}"
-        ) from None
-    if not tokenizer.chat_template:
-        raise UserError(f"--judge hf:{path}: has no chat template; use an instruction-tuned model")
-    try:
-        # Some templates leave a system message out, others raise.
-        messages = [{"role": "system", "content": "<<1>>"}, {"role": "user", "content": "<<2>>"}]
-        shown = chat.apply_template(tokenizer, messages, generation_prompt=True)
-    except jinja2.TemplateError as error:
-        shown = str(error)
-    if "<<1>>" not in shown:
-        raise UserError(
-            f"--judge hf:{path}: its chat template does not show system messages, which MT-Bench's "
-            "prompts have; choose another judge"
-        )
+    tokenizer = chat.load_tokenizer(path, "--judge hf:")
     dtype = loading.pick_dtype(dtype, device)
     return loading.load_model(files, dtype, device, option="--judge hf:").eval(), tokenizer
 
@@ -216,7 +195,7 @@ def ask_local(model, tokenizer, request: dict) -> dict:
 
     is_pair = request.get("grading") == "pair"
     verdicts = [mark.strip("[]") for mark in protocol.VERDICTS] if is_pair else protocol.RATINGS
-    prompt_text = chat.apply_template(tokenizer, request["messages"], generation_prompt=True)
+    prompt_text = chat.render(tokenizer, request["messages"], generation_prompt=True)
     prompt_text += answer_start(prompt_text) + request["parameters"]["prefix"]
     prompt, continuations = encode_verdicts(tokenizer, prompt_text, map(str, verdicts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf

@@ -24,6 +24,7 @@ EPOCHS = Range(lambda x: 0 < x <= 1000, "above 0, at most 1000")
 NORMS = Range(lambda x: 0 <= x < math.inf, "a finite number, 0 (no clipping) or above")
 LORA_RANKS = Range(lambda x: 1 <= x <= 8192, "1 to 8192")
 BUDGETS = Range(lambda x: x == 0 or x >= 16, "0 (from --per_device_batch), or at least 16 tokens")
+SHARE = Range(lambda x: 0 <= x <= 1, "a share from 0 to 1")
 STEPS = Range(lambda x: x >= 0, "0 (epochs decide) or more")
 LENGTHS = Range(lambda x: x >= 16, "at least 16 tokens")
 AUTO = ("auto", "on", "off")
@@ -103,6 +104,12 @@ OPTIMISATION = (
     Argument("truncation", ("keep_end", "keep_start"), "keep_end", tag="").describe(
         "keep_end: cut a long prompt at its start, then responses at their end; keep_start: "
         "keep the first tokens, as TRL does"
+    ),
+    Argument("append_eos", bool, False, tag="eos").describe(
+        "end each response with EOS, for a chat template that ends none"
+    ),
+    Argument("max_bad_pairs", float, 0.01, range=SHARE, affects="session").describe(
+        "share of pairs that may be left out because their tokens do not say what their texts say"
     ),
     Argument("weight_decay", float, 0.01, range=BELOW_1, tag="wd").describe(
         "weight decay of AdamW on the adapter"

@@ -3,14 +3,13 @@ pairs, token ids, the policy, and the pairs with their reference log-probs.
 """
 
 import argparse
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from pref.files.console import UserError
 from pref.files.pairs import read_pairs
-from pref.model import chat, loading, sharding, weights
+from pref.model import loading, sharding, weights
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, check_logps
 from pref.model.lora import add_lora
@@ -62,31 +61,6 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
     return Prepared(
         args, parameters, rows, run_folder.begin_record(args, parameters, own_loss, ranks)
     )
-
-
-def tokenise(
-    args: argparse.Namespace, tokenizer, rows: dict[str, list[dict]], ranks: Ranks
-) -> tuple[dict[str, list[TokenPair]], dict[str, int]]:
-    """Token ids by split, and how many pairs were cut. The counts are printed and go into
-    args.json: truncation is never silent.
-    """
-    bar = partial(ranks.progress, what="tokenising", unit="pairs")
-    pairs = {
-        split: chat.tokenize_pairs(tokenizer, r, args.max_length, args.truncation, bar)
-        for split, r in rows.items()
-    }
-    both = [pair for split in pairs.values() for pair in split]
-    counts = {
-        "truncated_prompts": sum(p.cut_prompt > 0 for p in both),
-        "truncated_responses": sum(p.cut_response > 0 for p in both),
-        "merged_boundaries": sum(p.merged > 0 for p in both),
-    }
-    ranks.print(
-        f"{len(pairs['train'])} train and {len(pairs['val'])} val pairs, "
-        f"{sum(p.tokens for p in both) / len(both):.0f} tokens each; "
-        + ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in counts.items())
-    )
-    return pairs, counts
 
 
 def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, BaseHashes]:
