@@ -96,7 +96,7 @@ def load_author(
     tokenizer = chat.load_tokenizer(base.model)
     model = loading.load_base(base.model, dtype, base.quant, device).eval()
     check_base(model, store.runs, base, dtype)
-    check_untrained(model, store, dtype)
+    check_untrained(store, base)
     window = context_of(model.config.get_text_config())
     if max_new_tokens >= window:
         raise UserError(
@@ -143,22 +143,22 @@ def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch
             )
 
 
-def check_untrained(model: PreTrainedModel, store: Store, dtype: torch.dtype) -> None:
+def check_untrained(store: Store, base: Base) -> None:
     """Raise UserError if the base model has other weights now than when its own answers were begun.
-    What it had then is in weights.json of its run folder, by dtype.
+    What it had then is in weights.json of its run folder.
     """
     for run in store.runs:
         if run.adapter is not None:
             continue
-        path, name = run.folder / "weights.json", dtype_name(dtype)
-        known, now = disk.read_json(path) if path.is_file() else {}, loading.fingerprint(model)
-        if known.get(name, now) != now:
+        path, now = run.folder / "weights.json", weights.identity(weights.find_model(base.model))
+        known = disk.read_json(path) if path.is_file() else {}
+        if known.get("model_sha256", now) != now:
             raise UserError(
-                f"{run.folder}: holds answers of other weights than {store.settings['model']} has "
-                "now; remove the folder, or bring the old weights back"
+                f"{run.folder}: holds answers of other weights than {base.model} has now; remove "
+                "the folder, or bring the old weights back"
             )
-        if name not in known and store.rank == 0:
-            disk.write_json(path, known | {name: now})
+        if not known and store.rank == 0:
+            disk.write_json(path, {"model_sha256": now})
 
 
 def device_name(device: torch.device) -> str:
