@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import train_pref
 from losses import LOSSES
 from pref import __version__
+from pref.files import disk
 from pref.files.console import UserError
 from pref.files.pairs import read_pairs
 from pref.model import lora
@@ -232,6 +233,22 @@ def test_a_stale_reference_is_refused_and_all_its_files_named(
     record = json.loads((finished / "args.json").read_text())
     for file in reference.cache_files(pairs_folder, record).values():
         assert str(file) in str(refusal.value)
+
+
+def test_a_cached_reference_that_cannot_be_read_is_reported(tmp_path, monkeypatch, capsys):
+    """The file of another user: safetensors says that it does not exist."""
+    path = tmp_path / "key-train.safetensors"
+    assert reference.read_cache(path, 3) is None and capsys.readouterr().out == ""
+    reference.write_cache(path, torch.zeros(3))
+    assert torch.equal(reference.read_cache(path, 3), torch.zeros(3))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(disk, "check_readable", refuse)
+    assert reference.read_cache(path, 3) is None
+    shown = capsys.readouterr().out
+    assert f"warning: {path}: cannot be read: its owner has not given you the permission" in shown
 
 
 def test_the_probe_is_several_short_pairs_or_one_long_one():

@@ -144,8 +144,8 @@ def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch
 
 
 def check_untrained(store: Store, base: Base) -> None:
-    """Raise UserError if the base model has other weights now than when its own answers were begun,
-    which weights.json of its run folder identifies.
+    """Raise UserError if the base model has other weights now than when its own answers were begun.
+    What it had then is in weights.json of its run folder.
     """
     for run in store.runs:
         if run.adapter is not None:

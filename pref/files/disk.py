@@ -159,6 +159,14 @@ def is_number(value) -> bool:
     return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
+def check_readable(path: Path) -> None:
+    """Raise the OSError that says why a file cannot be read. safetensors reports every reason, a
+    permission too, as a file that does not exist.
+    """
+    with open(path, "rb"):
+        pass
+
+
 # ---- hashes --------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pref.files import disk
 from pref.files.console import UserError, first_line
 
 # Options of an adapter_config.json that have to be at these values: others are not plain LoRA.
@@ -103,6 +104,7 @@ def lora_config(folder: Path) -> LoraConfig:
         raise UserError(
             f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)"
         )
+    disk.check_readable(folder / "adapter_model.safetensors")
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:

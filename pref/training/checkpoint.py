@@ -188,6 +188,7 @@ class Checkpoints:
         """Raises ValueError with the reason if the checkpoint cannot be used, and UserError if
         metrics.jsonl has lost lines that precede it.
         """
+        disk.check_readable(path)
         with safe_open(path, framework="pt") as file:
             names, metadata = file.keys(), file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in names}

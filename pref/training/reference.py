@@ -8,7 +8,6 @@ setting read the same files.
 """
 
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -140,13 +139,14 @@ def read_cache(path: Path, count: int) -> Tensor | None:
     used is never passed over in silence: another pass over all pairs costs hours on a large model.
     """
     try:
+        disk.check_readable(path)
         with safe_open(path, framework="pt") as file:
             tokens, expected = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError) as error:
         problem = f"cannot be read ({first_line(error)})"
-        if not os.access(path, os.R_OK):
+        if isinstance(error, PermissionError):
             problem = "cannot be read: its owner has not given you the permission (chmod a+r)"
     else:
         if tokens.shape == (count,) and expected == sha256_tensor(tokens):
