@@ -58,11 +58,6 @@ def load_base(
         ) from None
     base.requires_grad_(False)
     base.config.use_cache = False
-    # The model stays in train mode throughout (see lora.dropout). Attention dropout would then act
-    # on the reference too.
-    for module in base.modules():
-        if getattr(module, "attention_dropout", 0):
-            module.attention_dropout = 0.0
     return base
 
 
