@@ -1,7 +1,7 @@
 """Compare the runs of a results folder: verdicts on claims, tables, figures, and a report.
 
     python analyze.py results/
-    python analyze.py results/ --run_ids '["base", "dpo_b0.05_s42", "td_dpo_b0.05_t1_s42"]'
+    python analyze.py results/ --run_ids base dpo_b0.05_s42 td_dpo_b0.05_t1_s42 --out results/three
     python analyze.py results/ --baseline simpo --proposed my_loss --claims my_claims.json
 
 Reads   results/<run_id>/args.json                      without it, a folder is not a run
@@ -9,7 +9,8 @@ Reads   results/<run_id>/args.json                      without it, a folder is 
             mt_bench/answers.jsonl, mt_bench/judgements.csv         by gen_mtbench.py, judge.py
         results/claims.json                             your own claims, added to the study's
         question.jsonl in --mt_bench                    questions, as the report shows them
-Writes  results/comparison/report.html                  start here; one file, opens from disk
+Writes  results/comparison/report.html                  start here; one file, opens from disk; or
+                                                        another folder than comparison/ with --out
         results/comparison/aggregated_metrics.json      every number of the report
         results/comparison/tables/*.{csv,md,tex}, figures/*.{pdf,png}
         results/<run_id>/metrics.json, figures/<run_id>_learning_curve.{pdf,png}
@@ -25,18 +26,23 @@ Differences come with an error over questions and over seeds (pref/analysis/stat
 are stated is in pref/analysis/claims.py, how they are judged in pref/analysis/verdicts.py.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import json
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pref.analysis import (
+    answer,
     cell_rows,
     claims,
     estimates,
     figures,
+    judge_identity,
     notes,
     pairwise,
     paper_tables,
@@ -47,10 +53,11 @@ from pref.analysis import (
     stats,
     table_files,
     terminal,
+    texts,
     verdicts,
 )
 from pref.analysis.runs import Cell, JudgeKey, Run, ScoredCell, Scores, Values
-from pref.files import console, disk
+from pref.files import console, disk, run_folders
 from pref.files.console import UserError
 
 COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model")
@@ -62,7 +69,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("results_dir", type=Path, help="results folder: a folder of run folders")
-    add("--run_ids", type=parse_run_ids, help="JSON list of the runs to use (default: all)")
+    add("--run_ids", nargs="+", metavar="RUN", help="the runs to use (default: all)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for report, tables and figures (default: RESULTS_DIR/comparison)",
+    )
     add("--baseline", default="dpo", help="loss that differences are measured from (default: dpo)")
     add("--proposed", default="td_dpo", help="loss whose improvement is printed (default: td_dpo)")
     add(
@@ -75,9 +88,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="folder with question.jsonl for the report's texts (default: data/mt_bench, if any)",
     )
-    add("--draws", type=int, default=stats.DRAWS, help="bootstrap draws (default: %(default)s)")
+    add(
+        "--draws",
+        type=int,
+        default=stats.DRAWS,
+        help="draws for the interval of a ratio of variances over beta (default: %(default)s)",
+    )
     add("--skip_bad", action="store_true", help="leave out runs whose files cannot be read")
     args = parser.parse_args(argv)
+    args.run_ids = parse_run_ids(args.run_ids) if args.run_ids else None
     if args.draws < 200:
         raise UserError(f"--draws {args.draws}: a 95 % interval needs at least 200")
     if args.baseline == args.proposed:
@@ -85,17 +104,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_run_ids(text: str) -> list[str]:
-    try:
-        run_ids = json.loads(text)
-    except json.JSONDecodeError:
-        run_ids = None
+def parse_run_ids(words: list[str]) -> list[str]:
+    """Run ids given one by one, or as a JSON list."""
+    text = " ".join(words)
+    run_ids: object = words
+    if text.lstrip().startswith(("[", '"', "{")):
+        try:
+            run_ids = json.loads(text)
+        except json.JSONDecodeError:
+            run_ids = None
     if isinstance(run_ids, list) and run_ids and all(isinstance(one, str) for one in run_ids):
-        return run_ids
+        return [run_folders.check_run_id(run_id) for run_id in run_ids]
     raise UserError(
-        f"--run_ids {text}: expected a JSON list of run ids in quotes, "
-        'such as \'["base", "dpo_b0.1_s42"]\''
+        f"--run_ids {text}: expected run ids, such as base dpo_b0.1_s42, or a JSON list of them in "
+        "quotes"
     )
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where the comparison is written. Raises UserError for a folder that holds anything else: old
+    tables and figures are removed there.
+    """
+    if args.out is None:
+        return args.results_dir / "comparison"
+    if args.out.is_file():
+        raise UserError(f"--out {args.out}: is a file")
+    if (args.out / "args.json").exists() or (
+        args.out.is_dir()
+        and any(args.out.iterdir())
+        and not (args.out / "aggregated_metrics.json").is_file()
+    ):
+        raise UserError(
+            f"--out {args.out}: holds other files than those of a comparison; name a new folder"
+        )
+    return args.out
 
 
 # ---- cells: which runs differ in their seed alone -----------------------------------------------
@@ -117,7 +159,14 @@ def make_cells(runs: list[Run]) -> list[Cell]:
                 "one run would count twice; choose one with --run_ids"
             )
         group.append(run)
-    return sorted((make_cell(group, differing) for group in groups.values()), key=cell_order)
+    cells = sorted((make_cell(group, differing) for group in groups.values()), key=cell_order)
+    labels = Counter(cell.label for cell in cells)
+    return [
+        cell
+        if labels[cell.label] == 1
+        else replace(cell, label=f"{cell.label} ({cell.runs[0].run_id})")
+        for cell in cells
+    ]
 
 
 def make_cell(runs: list[Run], differing: dict[str, list[str]]) -> Cell:
@@ -169,7 +218,13 @@ def compare_accuracy(cells: list[Cell], args: argparse.Namespace) -> Scores:
     ]
     scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
     results = compare_scores(cells, scored, "best_acc_ref", numbers, values, args)
-    return Scores(metric="acc_ref", judge=None, smoke="", values=values, results=results)
+    smoke = texts.TRIAL if are_trial(runs) else ""
+    return Scores(metric="acc_ref", judge=None, smoke=smoke, values=values, results=results)
+
+
+def are_trial(runs: list[Run]) -> bool:
+    """Whether these are trial runs; results_folder.load_runs never mixes them with others."""
+    return any(run.args["mode"] == "trial" for run in runs)
 
 
 def compare_mt_bench(
@@ -181,7 +236,7 @@ def compare_mt_bench(
     """
     runs = [run for cell in cells for run in cell.runs if key in run.judged]
     judged = {run.run_id: run.judged[key] for run in runs}
-    judge = run_metrics.describe_judge(key, [row for rows in judged.values() for row in rows])
+    judge = judge_identity.describe_judge(key, [row for rows in judged.values() for row in rows])
     questions = cell_rows.common_questions(judged)
     common = {
         run_id: [row for row in rows if row["question_id"] in questions.common]
@@ -203,7 +258,9 @@ def compare_mt_bench(
         **reliability,
         "variance": estimates.variance_rows(cells, values, reliability["retest"]),
     }
-    title, smoke = run_metrics.judge_title(judge), run_metrics.smoke_mark(judge)
+    title, smoke = judge["title"], judge_identity.smoke_mark(judge)
+    if are_trial(runs):
+        smoke = texts.TRIAL
     return (
         Scores(metric="mt_bench", judge=title, smoke=smoke, values=values, results=results),
         notes.note_judge(judge, judged, questions),
@@ -225,7 +282,9 @@ def compare_scores(
     -> number of the whole run. values: the same scores by question or pair, for estimates.
     """
     for cell, row in scored:
-        row["low"], row["high"] = estimates.cell_interval(cell, row["runs"], values, args.draws)
+        row["low"], row["high"] = estimates.cell_interval(
+            cell, row["runs"], values, proportion=metric == "best_acc_ref"
+        )
     known = [
         run
         for cell in cells
@@ -329,7 +388,7 @@ def improvement_rows(
     what = "comparing accuracy" if metric == "best_acc_ref" else "comparing scores"
     rows = []
     for pair in console.progress(pairs, what, "pairs of cells"):
-        row = difference_row(pair, metric, values, args.draws)
+        row = difference_row(pair, metric, values)
         row["proposed_cells"] = n_cells[pair.proposed.cell.loss]
         row["baseline_cells"] = n_cells[pair.baseline.cell.loss]
         rows.append(row)
@@ -347,7 +406,7 @@ def improvement_rows(
     return rows
 
 
-def difference_row(pair: CellPair, metric: str, values: Values, draws: int) -> dict:
+def difference_row(pair: CellPair, metric: str, values: Values) -> dict:
     """One row of a table of differences, before p-values are adjusted."""
     (our_cell, ours), (their_cell, theirs) = pair.proposed, pair.baseline
     value, base = ours[metric], theirs[metric]
@@ -365,7 +424,7 @@ def difference_row(pair: CellPair, metric: str, values: Values, draws: int) -> d
         "selected_by": pair.selected_by,
         "differs_in": estimates.differences_text(our_cell, their_cell),
     }
-    compared = estimates.compare_cells(our_cell, their_cell, values, draws)
+    compared = estimates.compare_cells(our_cell, their_cell, values)
     row |= estimates.comparison_columns(compared)
     # The difference is that of the runs and units that interval and test are of: one of the two
     # cells may lack seeds or ratings that the other has.
@@ -375,31 +434,6 @@ def difference_row(pair: CellPair, metric: str, values: Values, draws: int) -> d
     if compared and pair.comparison == "best of grid":
         row["sensitivity"] = estimates.sensitivity_rows(ours["label"], theirs["label"], compared)
     return row
-
-
-def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
-    """How far each run moved from the reference, and what it gained: KL of its own answers where
-    they carry log-probs, the anchor 0.5 (a^2 + b^2) over the last tenth of the training steps,
-    accuracy, and score by judge.
-    """
-    rows = []
-    for run in runs:
-        last_tenth = run.steps[-max(1, len(run.steps) // 10) :]
-        anchors = [step["anchor"] for step in last_tenth if step.get("anchor") is not None]
-        row = {
-            "run_id": run.run_id,
-            **{key: run.args[key] for key in ("beta", "tau", "seed")},
-            "loss": run.loss,
-            **{key: run.kl and run.kl[key] for key in ("kl", "kl_se", "kl_per_token")},
-            "anchor": stats.mean(anchors),
-            "accuracy": run.summary and run.summary["best_acc_ref"],
-        }
-        for scores in judges:
-            by_question = scores.values.get(run.run_id, {})
-            ratings = [rating for turns in by_question.values() for rating in turns.values()]
-            row[f"score, {scores.judge}"] = stats.mean(ratings)
-        rows.append(row)
-    return rows
 
 
 # ---- the story ----------------------------------------------------------------------------------
@@ -431,12 +465,16 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
     measured = [*judges, *([accuracy] if any(accuracy.values.values()) else [])]
     study = claims.load_claims(args.results_dir, args.claims)
     judged = verdicts.judge_claims(study, cells, measured, model, args.draws)
+    if are_trial(runs):
+        judged = [row | {"verdict": "not measured", "why": f"{texts.TRIAL}."} for row in judged]
+        all_notes.insert(0, texts.TRIAL)
 
-    # 4) Everything under the keys of the file.
+    # 4) Everything under the keys of the file; what it comes to is derived from the rest.
     mt_bench = [scores.results for scores in judges]
     data = [run.args["data_sha256"] for run in runs if run.args.get("data_sha256")]
-    return {
+    comparison = {
         "model": model,
+        "trial": are_trial(runs),
         "data_sha256": data[0] if data else None,
         "baseline": args.baseline,
         "proposed": args.proposed,
@@ -447,20 +485,27 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
         "claims": judged,
         "accuracy": accuracy.results,
         "mt_bench": mt_bench,
-        "pairs": pairwise.win_rows(cells, args.draws),
+        "pairs": pairwise.win_rows(cells),
         "stability": estimates.stability_rows(cells),
-        "movement": movement_rows(used, judges),
+        "movement": cell_rows.movement_rows(used, judges),
         "notes": all_notes,
         "missing": notes.find_missing(runs, mt_bench, args),
     }
+    return {"answer": answer.find_answers(comparison)} | comparison
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    folder = args.results_dir / "comparison"
+    folder = output_folder(args)
 
     # 1) Read and check every run.
-    runs, load_notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad)
+    questions = results_folder.read_question_texts(args.mt_bench)
+    runs, load_notes = results_folder.load_runs(
+        args.results_dir, args.run_ids, args.skip_bad, questions
+    )
+
+    if args.run_ids and args.out is None and (note := notes.note_replaced(folder, len(runs))):
+        print(note)
 
     # 2) Compare before anything is written: an error must not leave half of the results new.
     comparison = compare(runs, args, load_notes)
@@ -469,20 +514,20 @@ def main(argv: list[str] | None = None) -> None:
         flush=True,
     )
 
-    # 3) Write. Figures come before the rest of comparison/, because drawing them adds notes on what
-    #    could not be drawn, and the report embeds them.
+    # 3) Write. Figures come first: drawing them adds notes on what could not be drawn, the report
+    #    embeds them, and if they fail, everything else is still that of the last analysis.
+    figures.draw_all(runs, comparison, folder / "figures")
     for run in runs:
         disk.write_json(run.path / "metrics.json", run_metrics.run_metrics(run))
-    figures.draw_all(runs, comparison, folder / "figures")
     tables = paper_tables.list_tables(comparison)
     table_files.write_tables(folder / "tables", tables)
     disk.write_json(folder / "aggregated_metrics.json", comparison)
-    page = report_page.make_page(runs, comparison, tables, folder, args.mt_bench)
+    page = report_page.make_page(runs, comparison, tables, folder, questions)
     report.write_report(folder / "report.html", page)
 
     # 4) The same in short on the terminal.
     terminal.print_tables(comparison, args.proposed)
-    notes.print_summary(args.results_dir, comparison)
+    notes.print_summary(args.results_dir, folder, comparison)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,17 @@ Reads   results/<run_id>/args.json and adapter/ (from train_pref.py), and
 Writes  results/<run_id>/<mt_bench, or the stem of the questions' file>/answers.jsonl in FastChat's
         schema, plus what reproduces each answer; until all is answered, turns.<rank>.jsonl.
 
-Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category. Each
-(question, choice, turn) has its own seed, so neither the order of the work nor a restart changes
-what is drawn. Every turn is on disk as soon as it is answered: after an interruption, run the same
-command again. Exit code 1: some answers are missing.
+Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category; nothing else
+shapes what is drawn (FastChat's script applies the model's own top_p too). Each (question, choice,
+turn) has its own seed, and rows of a batch do not see each other: neither other runs nor a restart
+change an answer. Another batch size, device or version of torch does so in fp32 only where two
+tokens are equally good to six digits, in bf16 more often; and in bf16 the experts of a mixture see
+the rest of the batch. Runs with the same adapter share their answers. Every turn is on disk as soon
+as it is answered: after an interruption, run the same command again. Exit code 1: some answers are
+missing; the output names those that were refused.
 """
+
+import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
 import json
@@ -32,7 +38,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from pref.answering import local, served, summary, work
+from pref.answering import local, served, summary, twins, work
 from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Run, Sampling
 from pref.files import console, disk, mt_bench, run_folders
@@ -58,8 +64,8 @@ TEMPERATURES = {
 # Too long for a line of the declaration.
 HELP = {
     "quant": "quantisation of the base model; auto: as in training",
-    "questions": "other questions: JSONL with question_id, turns and optionally category, or a "
-    "JSON list of objects with instruction (AlpacaEval)",
+    "questions": "other questions: JSONL or a JSON list of objects with question_id, turns and "
+    "optionally category, or with instruction (AlpacaEval)",
     "temperature": "for all questions; 0 is greedy (default: MT-Bench's, by category)",
     "batch_size": f"answers in flight (0: {local.ROWS_ON_CPU} on CPU, on a GPU what fits)",
     "kl": "then compute log-probabilities of each answer under its adapter and under the base, for "
@@ -108,7 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError for a value out of range."""
     for name in ("max_new_tokens", "num_choices", "concurrency", "timeout_s"):
-        if getattr(args, name) < 1:
+        if not getattr(args, name) >= 1:  # nor NaN
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
@@ -150,12 +156,25 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
                 "at a time"
             )
 
-    # 2) Their base model, unless the arguments name one.
-    models = {(run.record.get("model"), run.record.get("quant")) for run in runs}
-    quants = {quant for _, quant in models}
-    if len(models) > 1 and not args.model:
+    base = base_of(args, runs)
+
+    # 2) The untrained model as a run of its own, first.
+    if args.base:
+        results = runs[0].folder.parent if runs else place
+        runs.insert(0, base_run(results / run_folders.BASE_RUN, base))
+    return runs, base
+
+
+def base_of(args: argparse.Namespace, runs: list[Run]) -> Base:
+    """The base model that all runs were trained on, unless the arguments name another one."""
+    place = args.results[0]
+    models = sorted({model for run in runs if (model := run.record.get("model"))})
+    quants = {run.record.get("quant") for run in runs}
+    # Of several names of one folder, the one that leads there.
+    model = next(iter([m for m in models if Path(m).is_dir()] + models), None)
+    if not (args.model or all(work.may_be_same_model(name, model) for name in models)):
         raise UserError(
-            f"{place}: runs have different base models ({sorted(map(str, models))}); "
+            f"{place}: runs have different base models ({', '.join(models)}); "
             "answer for them separately"
         )
     if len(quants) > 1 and args.quant == "auto":
@@ -163,19 +182,15 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
             f"{place}: runs were trained with different quantisation of the base "
             f"({sorted(map(str, quants))}); give --quant"
         )
-    model, quant = next(iter(models)) if models else (None, "none")
+    quant = next(iter(quants), "none")
     base = Base(
         model=args.model or model,
         quant=quant if args.quant == "auto" else args.quant,
     )
-
-    # 3) The untrained model as a run of its own, first.
-    if args.base:
-        if base.model is None:
-            raise UserError(f"{place}: no run here records its base model; give --model")
-        results = runs[0].folder.parent if runs else place
-        runs.insert(0, base_run(results / run_folders.BASE_RUN, base))
-    return runs, base
+    needs_model = args.base or args.kl or not args.base_url
+    if base.model is None and needs_model:
+        raise UserError(f"{place}: no run here records its base model; give --model")
+    return base
 
 
 def read_run(folder: Path) -> Run | None:
@@ -214,7 +229,8 @@ def base_run(folder: Path, base: Base) -> Run:
     }
     if (folder / "args.json").is_file():
         old = disk.read_json(folder / "args.json")
-        if (old.get("model"), old.get("quant")) != base:
+        same = work.may_be_same_model(old.get("model"), base.model)
+        if not same or old.get("quant") != base.quant:
             raise UserError(
                 f"{folder}: holds answers of base model {old.get('model')} "
                 f"(quant {old.get('quant')}), not of {base.model} (quant {base.quant}); "
@@ -235,10 +251,7 @@ def load_bench(args: argparse.Namespace) -> Bench:
     """
     path = args.questions or args.mt_bench / "question.jsonl"
     name = run_folders.check_run_id(path.stem) if args.questions else "mt_bench"
-    if path.suffix == ".json":
-        questions = read_instructions(path)
-    else:
-        questions = mt_bench.read_questions(path, mt_bench=args.questions is None)
+    questions = mt_bench.read_questions(path, mt_bench=args.questions is None)
     for question in questions:
         temperature = args.temperature
         if temperature is None:
@@ -256,23 +269,6 @@ def load_bench(args: argparse.Namespace) -> Bench:
             "questions with several; leave the option out"
         )
     return Bench(name, mt_bench.pick_questions(questions, args.num_questions))
-
-
-def read_instructions(path: Path) -> list[dict]:
-    """AlpacaEval's list of {instruction, dataset}, as one-turn questions numbered from 1."""
-    rows = disk.read_json_value(path)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: expected a list of objects with 'instruction'")
-    questions = []
-    for number, row in enumerate(rows, 1):
-        text = row.get("instruction") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path}: entry {number}: 'instruction' must be a non-empty string")
-        dataset = row.get("dataset")
-        questions.append(
-            {"question_id": number, "category": None, "turns": [text], "dataset": dataset}
-        )
-    return questions
 
 
 def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
@@ -331,6 +327,22 @@ def print_next(args: argparse.Namespace, bench: Bench) -> None:
         print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
 
 
+def share_answers(store: Store, workers: work.Workers) -> None:
+    """Every rank gets the other ranks' answers, and every run its twins'."""
+    if workers.is_main:
+        gather(store)
+    work.wait_for_all()
+    store.load()
+
+
+def gather(store: Store) -> dict[str, list[dict]]:
+    """Write answers.jsonl, once more if runs with the same adapter share new ones."""
+    table = store.gather()
+    if twins.adopt(store):
+        table = store.gather()
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
     # 1) Everything that can be wrong without a model: arguments, runs, questions, the server's key.
     args = parse_args(argv)
@@ -348,7 +360,10 @@ def main(argv: list[str] | None = None) -> int:
     settings = settings_of(args, base, local.dtype_name(dtype), client)
     store = Store(runs, bench, settings, args.batch_size or args.concurrency, workers.rank)
     items = work.all_items(runs, bench, args.num_choices)
-    missing = [items[number] for number in work.from_main(store.unanswered(items))]
+    if workers.is_main:
+        twins.adopt(store)
+    numbers = twins.first_of_each(store, items, store.unanswered(items))
+    missing = [items[number] for number in work.from_main(numbers)]
 
     try:
         # 3) The server answers ...
@@ -366,13 +381,13 @@ def main(argv: list[str] | None = None) -> int:
                 local.answer_all(author, missing, workers)
             if args.kl:
                 work.wait_for_all()
-                store.load()  # the other ranks' answers
+                share_answers(store, workers)
                 unscored = work.from_main(store.unscored(items))
                 local.score_all(author, items, unscored, workers)
         work.wait_for_all()
     finally:
         # 5) answers.jsonl from the turns, also after an error: complete answers are usable.
-        table = store.gather() if workers.is_main else {}
+        table = gather(store) if workers.is_main else {}
 
     # 6) The summary, and whether anything is missing.
     if not workers.is_main:
@@ -380,6 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         EXPORTS[args.export](store, table)
     summary.print_summary(store, table)
+    summary.print_notes(store, table)
+    summary.print_unlike(store, table)
+    summary.print_failures(store)
     print_next(args, bench)
     return 0 if summary.is_complete(store, table, args.kl) else 1
 

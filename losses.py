@@ -557,8 +557,8 @@ LOSSES: dict[str, Callable[..., tuple[Tensor, Terms]]] = {
 # td_dpo with margin 'free' and kl 'none' needs no reference either.
 NO_REFERENCE = ("slic", "simpo", "orpo", "cpo", "sft")
 # A pair's loss depends on the other pairs of its micro-batch.
-COUPLES_BATCH = ("aot", "aot_unpaired", "kto_pair", "beta_dpo", "dbaql", "aql", "aqfl")
-NEEDS_TWO_PAIRS = ("dbaql", "aql", "aqfl")
+COUPLES_BATCH = {"aot", "aot_unpaired", "kto_pair", "beta_dpo", "dbaql", "aql", "aqfl"}
+NEEDS_TWO_PAIRS = {"dbaql", "aql", "aqfl"}
 # Parameters and defaults of the SFT term, sft_coef * score_c, that can be added to any loss. slic,
 # cpo and rpo define sft_coef themselves.
 SFT_TERM = {

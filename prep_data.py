@@ -14,6 +14,8 @@ pref/files/layouts.py reads the layouts and audit.py there turns rows into pairs
 write a reader and add it to LAYOUTS; CONTRIBUTING.md has the steps.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import hashlib
 import inspect
@@ -24,22 +26,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref.files import columns, console, disk, mt_bench_download, rankings, sources
-from pref.files.audit import Audit, Options, PlacedPair, drop_record, prompt_key, read_split
+from pref.files.audit import (
+    Audit,
+    Options,
+    PlacedPair,
+    check_labels,
+    drop_record,
+    read_split,
+)
 from pref.files.console import UserError
 from pref.files.layouts import LAYOUTS, columns_text
+from pref.files.row_pairs import prompt_key
 from pref.files.tables import file_ending
 
 DATASET = "argilla/dpo-mix-7k"  # the default
 PAIR_FILES = ("train.jsonl", "val.jsonl", "dropped.jsonl", "manifest.json")
 QUICKSTART_MODEL = Path("quickstart/SmolLM2-135M-Instruct")  # where quickstart.sh puts it
 
-# What to do if every row is dropped for a reason that contains this.
+# What to do if every row is dropped for a reason that this pattern is found in.
 REMEDIES = {
     "begins with the assistant": (
         "Many chat templates refuse such conversations, so that no two models would be trained on "
         "the same. Put a user message before the greeting, or remove it."
     ),
-    "prompt column": "If the conversations are right as they are: --ignore_columns prompt",
+    "prompt column": (
+        "If the conversations are right, leave that column out by its name: --ignore_columns prompt"
+    ),
     "only text can be trained": (
         "If the text makes sense without it, leave such a column out with --ignore_columns."
     ),
@@ -51,12 +63,13 @@ REMEDIES = {
         "The two splits have the same prompts. To divide one of them by prompt: --split train=NAME"
     ),
     "different prompts": "A pair is two responses to one prompt.",
+    "^tie": "If scores beside the responses say so and mean something else: --ignore_columns NAME",
     "unknown role": "Rename the role to user, assistant, system or tool.",
 }
 WHY_TEXTS = {
     columns.METADATA: "metadata",
     columns.REPEATED: "repeat what the pairs have",
-    columns.POOL: "responses that the two were taken from",
+    columns.POOL: "responses that the pair was taken from",
     columns.ASKED: "--ignore_columns",
     columns.REPLACED: "replaced by --columns",
 }
@@ -79,7 +92,8 @@ def make_sides(args: argparse.Namespace, splits: dict[str, Audit], dropped: list
     if len(splits) == 1:
         ((name, split),) = splits.items()
         check_not_empty(args.dataset, dropped, **{name: split.pairs})
-        train, val = split_by_prompt(split.pairs, args.val_fraction, args.seed, args.dataset)
+        source = f"{args.dataset} (dropped: {reasons_text(dropped)})"
+        train, val = split_by_prompt(split.pairs, args.val_fraction, args.seed, source)
         rule = f"by prompt: val_fraction {args.val_fraction}, seed {args.seed}"
         return Sides(train, val, rule)
     train_name, val_name = splits
@@ -134,15 +148,21 @@ def check_not_empty(source: str, dropped: list[dict], **sides: list) -> None:
     empty = [name for name, pairs in sides.items() if not pairs]
     if not empty:
         return
-    reasons = count_reasons(dropped)
-    listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-    text = f"{source}: no pairs left for {empty[0]}; dropped: {listed or 'nothing'}"
-    if reasons:
-        most = next(iter(reasons))
+    text = f"{source}: no pairs left for {empty[0]}; dropped: {reasons_text(dropped)}"
+    if dropped:
+        most = next(iter(count_reasons(dropped)))
         example = next(record for record in dropped if record["reason"] == most)
         text += f" (first: {example['place']}: {example['what'][:100]})"
-        text += next((f"\n{fix}" for start, fix in REMEDIES.items() if start in most), "")
+        text += next(
+            (f"\n{fix}" for pattern, fix in REMEDIES.items() if re.search(pattern, most)), ""
+        )
     raise UserError(f"{text}\nNothing was written.")
+
+
+def reasons_text(dropped: list[dict]) -> str:
+    """'2 tie, 1 empty chosen'."""
+    reasons = count_reasons(dropped).items()
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "nothing"
 
 
 def count_reasons(dropped: list[dict]) -> dict[str, int]:
@@ -169,6 +189,7 @@ def prepare_pairs(args: argparse.Namespace) -> None:
         split: read_split(split, rows, args.dataset, name, options)
         for split, rows in source.splits.items()
     }
+    check_labels(list(splits.values()))
     check_options_used(args, splits)
     dropped = [record for audit in splits.values() for record in audit.dropped]
 
@@ -190,7 +211,7 @@ def prepare_pairs(args: argparse.Namespace) -> None:
         "rows": {split: audit.rows for split, audit in splits.items()},
         "not_read": source.unused,
         "ignored_columns": ignored_columns(audits),
-        "notes": list_notes(audits, dropped),
+        "notes": list_notes(audits, dropped, options.choices.ignored),
     }
     manifest = write_pairs(out, head, sides, dropped, args.limit)
     print_summary(out, manifest)
@@ -250,18 +271,20 @@ def ignored_columns(audits: list[Audit]) -> dict[str, dict]:
     return result
 
 
-def list_notes(audits: list[Audit], dropped: list[dict]) -> list[str]:
+def list_notes(audits: list[Audit], dropped: list[dict], ignored: tuple[str, ...]) -> list[str]:
     """What the user should know about the rows, a line each."""
     notes = [
         f"{what}: {len(places):,} (first: {places[0]})"
         for audit in audits
         for what, places in audit.notes.items()
     ]
+    known = {name for audit in audits for name in audit.unused}
+    notes += [
+        f"--ignore_columns {name}: no pair's row has it" for name in ignored if name not in known
+    ]
     rows = sum(audit.rows for audit in audits)
     if len(dropped) > rows / 2:
-        notes.append(
-            f"WARNING: more than half of the rows were dropped: {len(dropped):,} of {rows:,}"
-        )
+        notes.append(f"WARNING: {len(dropped):,} of {rows:,} rows were dropped")
     return notes
 
 
@@ -363,7 +386,7 @@ def group_by_why(ignored: dict[str, dict]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name, item in ignored.items():
         groups.setdefault(WHY_TEXTS[item["why"]], []).append(
-            f"{name or '(no name)'} ({item['rows']:,} rows)"
+            f"{name or '(no name)'} ({columns.rows_text(item['rows'])})"
         )
     return groups
 

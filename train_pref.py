@@ -16,6 +16,8 @@ The defaults are those of the first study: Llama-2-7b-chat in 4 bit, LoRA r 64, 
 pairs per step, 3 epochs.
 """
 
+import pref.files.interrupts  # noqa: F401  isort: skip
+
 import argparse
 import math
 import sys
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from losses import SFT_TERM, PairLogps, chosen_score, k2, reduced
-from pref.files import console
+from pref.files import console, output
 from pref.model import chat, sharding, token_scores
 from pref.model.logps import ResponseLogps, sum_by_row, trainable
 from pref.model.lora import dropout
@@ -203,8 +205,9 @@ def compute_gradients(study: Study, split: Split, members: list[int]) -> Step:
     totals["squared_norm"] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
     summed = ranks.sum(torch.stack(list(totals.values())))
     squared_norm = dict(zip(totals, summed))["squared_norm"]
-    clip = (args.max_grad_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, clip.to(grads[0].dtype))
+    if args.max_grad_norm:  # 0: no clipping
+        clip = (args.max_grad_norm / (squared_norm.sqrt() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, clip.to(grads[0].dtype))
 
     values = dict(zip(totals, summed.tolist()))
     tokens, squared_norm = values.pop("tokens"), values.pop("squared_norm")
@@ -256,14 +259,13 @@ def take_step(study: Study, split: Split, steps: int) -> dict:
 
 
 @torch.no_grad()
-def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
-    """Metrics over all pairs of `split`, and the policy's log-probs (pairs, 2): sums over tokens;
-    chosen, rejected.
+def policy_sums(study: Study, split: Split) -> dict[str, Tensor]:
+    """Of all pairs of `split`, the sums over tokens that depend on the policy: fields of PairLogps,
+    (pairs,) each.
     """
     ranks, count = study.ranks, len(split.pairs)
-
-    # 1) The sums that depend on the policy, a column each. Every rank fills the rows of its share;
-    #    the others stay 0, so that the sum over ranks is the whole table.
+    # Every rank fills the rows of its share; the others stay 0, so that the sum over ranks is the
+    # whole table.
     fields = ("chosen", "rejected", "kl_chosen", "kl_rejected", "score_chosen")
     columns = {field: torch.zeros(count, device=ranks.device) for field in fields}
     batches = share_out(list(range(count)), split.pairs, study.packing, ranks.rank, ranks.world)
@@ -277,9 +279,15 @@ def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
                     column[members] = values
     study.policy.reshard()
     table = ranks.sum(torch.stack(list(columns.values()), dim=1)).cpu()  # (pairs, 5)
-    columns = dict(zip(fields, table.unbind(1)))
+    return dict(zip(fields, table.unbind(1)))
 
-    # 2) Loss and metrics of all pairs in one call.
+
+@torch.no_grad()
+def evaluate(study: Study, split: Split) -> tuple[dict, Tensor]:
+    """Metrics over all pairs of `split`, and the policy's log-probs (pairs, 2): sums over tokens;
+    chosen, rejected.
+    """
+    columns = policy_sums(study, split)
     chosen_tokens, rejected_tokens = response_lengths(split.pairs).float().unbind(1)
     ref_chosen, ref_rejected = split.reference.sums.unbind(1)
     inputs = PairLogps(
@@ -359,16 +367,16 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
 
     # 3) One process per run: the lock is held until the summary is written.
     with checkpoint.run_lock(folder, ranks):
+        output.keep_rest_in(folder / "output.txt")
         if ranks.from_main(run_folder.is_finished(folder)):  # by the process that held the lock
             return 0
 
         # 4) Base model, adapter and reference. Only now is it known whether weights and token ids
         #    are those of the run that the folder holds.
-        policy, weights = assembly.build_policy(args, ranks)
-        record |= reference.identity(weights, args.init_adapter_sha256, pairs)
+        policy, base = assembly.build_policy(args, ranks)
+        record |= reference.identity(base, args.init_adapter_sha256, pairs)
         run_folder.check_same_run(folder, record)
-        keys = record["reference"]
-        splits = assembly.load_splits(args, ranks, policy, packing, keys, prepared.rows, pairs)
+        splits = assembly.load_splits(args, ranks, policy, packing, record, prepared.rows, pairs)
 
         # 5) Everything else, from the last checkpoint.
         study = assemble(args, parameters, ranks, stop, policy, packing, folder)
@@ -418,6 +426,8 @@ def run(study: Study, training: Split, validation: Split, folder: Path) -> bool:
             # 1) An evaluation, if one is due after this step and has not been made.
             is_due = schedule.is_evaluated(progress.step, steps, count, args)
             if is_due and progress.evaluated < progress.step:
+                if progress.step == 0:
+                    check_first_batch(study, training)
                 keep_evaluation(study, validation, folder, log, epoch=progress.step / per_epoch)
             if progress.step == steps:
                 break
@@ -442,6 +452,18 @@ def run(study: Study, training: Split, validation: Split, folder: Path) -> bool:
     return True
 
 
+def check_first_batch(study: Study, training: Split) -> None:
+    """The gate before training, on the pairs of the first step: their reference is in a file of its
+    own.
+    """
+    args = study.args
+    first = schedule.pairs_of_step(0, len(training.pairs), args.global_batch, args.seed)
+    part = training.part(first)
+    sums = policy_sums(study, part)
+    logps = torch.stack([sums["chosen"], sums["rejected"]], dim=1)
+    gates.check_step0(logps, part, getattr(torch, args.dtype), "training pairs of the first step")
+
+
 def keep_evaluation(study: Study, val: Split, folder: Path, log: Log, epoch: float) -> None:
     """Evaluate, log it, and keep the adapter if it is the best by acc_ref so far; in a tie the
     earlier step stays the best.
@@ -454,7 +476,8 @@ def keep_evaluation(study: Study, val: Split, folder: Path, log: Log, epoch: flo
     if progress.step == 0:
         # The adapter is still the identity: the gate, and the rows that the best step is compared
         # with.
-        progress.step0_difference = gates.check_step0(logps, val, getattr(torch, args.dtype))
+        dtype = getattr(torch, args.dtype)
+        progress.step0_difference = gates.check_step0(logps, val, dtype, "validation pairs")
         if ranks.main:
             run_folder.write_pairs(folder, rows)
     else:

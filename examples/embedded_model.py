@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pref.files import disk
 from pref.files.console import UserError, run_main
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,7 +57,7 @@ def convert(out: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    (temporary / "model.safetensors").chmod(0o644)
+    disk.as_umask_says(temporary)
     temporary.rename(out)
 
 

@@ -94,11 +94,12 @@ def no_group_left_open():
 def own_losses_are_forgotten():
     """A loss of one's own that a test registers in this process is no other test's loss."""
     losses = sys.modules.get("losses")
-    before = dict(losses.LOSSES) if losses else {}
+    tables = (losses.LOSSES, losses.COUPLES_BATCH, losses.NEEDS_TWO_PAIRS) if losses else ()
+    before = [table.copy() for table in tables]
     yield
-    if losses:
-        losses.LOSSES.clear()
-        losses.LOSSES.update(before)
+    for table, content in zip(tables, before):
+        table.clear()
+        table.update(content)
 
 
 @pytest.fixture

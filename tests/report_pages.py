@@ -84,6 +84,15 @@ def example_page(folder: Path) -> dict:
     return {
         "title": "Three runs",
         "facts": [["model", "tiny"], ["runs", 3], ["share", 0.25]],
+        "answer": [
+            {
+                "score": "Score by judge-1",
+                "lead": "dpo is better than base.",
+                "rows": [{"verdict": "better", "text": "dpo against base", "detail": "3 seeds"}],
+            }
+        ],
+        "caveats": ["left out: old scores"],
+        "folded": {"title": "1 more claim", "verdicts": [{"id": "e", "claim": "Claim e"}]},
         "verdicts": [
             {"id": name, "claim": f"Claim {name}", "verdict": outcome, **verdict}
             for name, outcome in zip(

@@ -13,7 +13,7 @@ MODEL, DATA = "meta-llama/Llama-2-7b-chat-hf", {"train": "a1", "val": "b2"}
 SUMMARY = {"status": "finished", "steps": 40, "nonfinite_steps": 0, "best_step": 20}
 SUMMARY |= {"best_acc_ref": 0.6, "final_acc_ref": 0.5, "final_acc_sum": 0.4, "final_acc_mean": 0.3}
 SUMMARY |= {"wall_s": 9.0, "tokens": 100, "peak_gib": 1.5}
-DRAWS = ("--draws", "300")  # where the number of bootstrap draws does not matter
+DRAWS = ("--draws", "300")  # where the number of draws does not matter
 
 
 # ---- run folders --------------------------------------------------------------------------------
@@ -168,16 +168,16 @@ def write_answers(folder, effect):
 # ---- what the analysis makes of a folder --------------------------------------------------------
 
 
-def load(results):
+def load(results, questions=None):
     """The runs of a results folder, without the notes."""
-    runs, _ = results_folder.load_runs(results)
+    runs, _ = results_folder.load_runs(results, questions=questions)
     return runs
 
 
-def compared(results, *flags):
+def compared(results, *flags, questions=None):
     """aggregated_metrics.json without drawing anything."""
     args = analyze.parse_args([str(results), *DRAWS, *flags])
-    runs, notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad)
+    runs, notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad, questions)
     return analyze.compare(runs, args, notes)
 
 

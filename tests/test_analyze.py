@@ -6,6 +6,7 @@ import math
 import pytest
 from studies import (
     DRAWS,
+    SUMMARY,
     compared,
     find_gap,
     flat_ratings,
@@ -22,8 +23,9 @@ from studies import (
 )
 
 import analyze
-from pref.analysis import report_page, run_metrics, terminal
+from pref.analysis import judge_identity, notes, report_page, terminal
 from pref.files.console import UserError
+from pref.files.disk import write_json
 
 # ---- the grid -----------------------------------------------------------------------------------
 
@@ -106,6 +108,24 @@ def test_how_a_run_was_computed_is_no_setting(tmp_path):
     assert cell["seeds"] == [42, 43] and cell["score"] == 6
 
 
+def test_labels_tell_all_cells_apart(tmp_path):
+    # 0.1 and 0.1000001 look alike in six digits; the hash of an adapter is long.
+    make_run(tmp_path, "a", "dpo", 0.1, summary={}, init_adapter_sha256="ab" * 32)
+    make_run(tmp_path, "b", "dpo", 0.1000001, summary={}, init_adapter_sha256="ab" * 32)
+    make_run(tmp_path, "c", "dpo", 0.5, summary={}, init_adapter_sha256=None)
+    # An option whose text is that of another: "none" and None.
+    make_run(tmp_path, "d", "ipo", 0.1, summary={}, option="none")
+    make_run(tmp_path, "e", "ipo", 0.1, summary={}, option=None)
+    labels = [row["label"] for row in compared(tmp_path)["accuracy"]["cells"]]
+    assert labels == [
+        "dpo β=0.1 init_adapter_sha256=abababab",
+        "dpo β=0.1000001 init_adapter_sha256=abababab",
+        "dpo β=0.5 init_adapter_sha256=none",
+        "ipo β=0.1 option=none (d)",
+        "ipo β=0.1 option=none (e)",
+    ]
+
+
 def test_matched_beta_names_what_else_differs(tmp_path):
     make_run(tmp_path, "a", "dpo", 0.1, None, 42, ratings=flat_ratings(4))
     make_run(tmp_path, "c", "td_dpo", 0.1, 1, 42, ratings=flat_ratings(6), learning_rate=2e-5)
@@ -153,15 +173,14 @@ def test_other_prompts_or_references_are_another_judge(tmp_path, field):
     comparison = compared(tmp_path)
     assert sorted(judge["cells"][0]["score"] for judge in comparison["mt_bench"]) == [2, 8]
     suffixes = {
-        run_metrics.judge_suffix(judge, comparison["mt_bench"]) for judge in comparison["mt_bench"]
+        judge_identity.file_suffix(judge, comparison["mt_bench"])
+        for judge in comparison["mt_bench"]
     }
     assert len(suffixes) == 2 and "" not in suffixes
 
 
 def test_pairwise_rows_are_not_scores(tmp_path):
-    pair = rating(
-        81, 1, None, grading="pair", status="ok", winner="model", order="ab", baseline="base"
-    )
+    pair = rating(81, 1, None, grading="pair", status="ok", winner="a", order="1", baseline="base")
     make_run(tmp_path, "a", ratings=[rating(81, 1, 6), pair])
     row = compared(tmp_path)["mt_bench"][0]["cells"][0]
     assert (row["score"], row["n_judged"]) == (6, 1)
@@ -180,6 +199,9 @@ def test_unequal_questions_are_compared_on_the_common_ones(tmp_path):
     assert judge["questions"] == [81] and judge["questions_left_out"] == [82, 83]
     assert [row["score"] for row in judge["cells"]] == [2, 4]
     assert has_note(comparison, "1 of 3 questions", "left out 82, 83", "partly judged in b")
+    assert sum(map(notes.is_caveat, comparison["notes"])) == 1
+    gap = find_gap(comparison, "on all questions (2 left out)")
+    assert (gap["runs"], gap["next"]) == (["b"], "gen_mtbench.py, then judge.py --judge gpt-5-mini")
 
 
 def test_a_failed_judgement_is_counted_and_drops_no_question(tmp_path):
@@ -192,6 +214,8 @@ def test_a_failed_judgement_is_counted_and_drops_no_question(tmp_path):
         (6, 2, 2),
     ]
     assert has_note(comparison, "a: 1 of 2 judgements have no score (parse 1)")
+    gap = find_gap(comparison, "judgements without a score")
+    assert (gap["runs"], gap["next"]) == (["a"], "judge.py --judge gpt-5-mini --retry_failed")
 
 
 def test_no_common_question_is_no_comparison(tmp_path):
@@ -248,6 +272,14 @@ def test_unfinished_run_is_named_and_left_out(tmp_path):
         == 1
     )
     assert find_gap(comparison, "unfinished")["runs"] == ["b"]
+
+
+def test_runs_without_the_kl_that_others_have_are_named(tmp_path):
+    make_study(tmp_path, seeds=(42,))
+    path = tmp_path / "dpo_b0.1_s42" / "mt_bench" / "answers.jsonl"
+    path.write_text(path.read_text().replace('"logp"', '"other"'))
+    gap = find_gap(compared(tmp_path), "KL")
+    assert (gap["runs"], gap["next"]) == (["dpo_b0.1_s42"], "gen_mtbench.py --kl")
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -327,6 +359,7 @@ def test_nonfinite_validation_pairs_are_wrong_and_said(tmp_path):
         folder,
         {0: [(-9, -9, -9, -9)] * 40, 20: [(None, -9, -9, -9)] * 30 + [(-8, -9, -9, -9)] * 10},
     )
+    write_json(folder / "summary.json", SUMMARY | {"best_acc_ref": 0.25})
     comparison = compared(tmp_path)
     assert has_note(comparison, "td_dpo_b0.1_s42: 30 validation pairs", "counted as wrong")
     row = next(
@@ -372,10 +405,38 @@ def test_claims_are_judged_on_every_judge(tmp_path):
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["a,b", "[]", '"a"', "[1]"])
-def test_run_ids_that_are_no_list(tmp_path, flag):
-    with pytest.raises(UserError, match="expected a JSON list"):
+@pytest.mark.parametrize("flag", ["a,b", "[]", '"a"', "[1]", "[a]", "../x"])
+def test_run_ids_that_are_none(tmp_path, flag):
+    with pytest.raises(UserError, match="expected run ids, such as|run id .*: use letters"):
         analyze.parse_args([str(tmp_path), "--run_ids", flag])
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ['["a", "b"]'], ['["a",', '"b"]']])
+def test_run_ids_as_words_or_as_a_list(tmp_path, words):
+    assert analyze.parse_args([str(tmp_path), "--run_ids", *words]).run_ids == ["a", "b"]
+
+
+def test_another_folder_for_a_subset_but_not_one_with_other_files(tmp_path):
+    def folder(out):
+        return analyze.output_folder(analyze.parse_args([str(tmp_path), "--out", str(out)]))
+
+    assert analyze.output_folder(analyze.parse_args([str(tmp_path)])) == tmp_path / "comparison"
+    assert folder(tmp_path / "new") == tmp_path / "new"
+    (tmp_path / "own" / "tables").mkdir(parents=True)
+    (tmp_path / "own" / "tables" / "mine.csv").write_text("kept")
+    with pytest.raises(UserError, match="own: holds other files than those of a comparison"):
+        folder(tmp_path / "own")
+    (tmp_path / "own" / "aggregated_metrics.json").write_text("{}")
+    assert folder(tmp_path / "own") == tmp_path / "own"
+    with pytest.raises(UserError, match="is a file"):
+        folder(tmp_path / "own" / "tables" / "mine.csv")
+
+
+def test_a_subset_says_that_it_replaces_the_whole(tmp_path):
+    write_json(tmp_path / "aggregated_metrics.json", {"runs": [{}, {}, {}]})
+    assert "comparison of 3 runs is replaced; --out DIR" in notes.note_replaced(tmp_path, 2)
+    assert notes.note_replaced(tmp_path, 3) is None
+    assert notes.note_replaced(tmp_path / "new", 1) is None
 
 
 def test_mistakes_in_the_arguments(tmp_path):

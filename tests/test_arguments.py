@@ -55,7 +55,7 @@ def test_what_makes_another_run():
     """Written out: a run continued with another value cannot be told apart later."""
     assert set(names_affecting("session")) == {"dry_run", "plan_json", "report_to", "status"}
     assert {
-        *("results_dir", "run_id", "data", "loss_file", "init_adapter"),
+        *("model", "results_dir", "run_id", "data", "loss_file", "init_adapter"),
         *("save_steps", "shard", "tokens_per_microbatch", "versions"),
         *("checkpointing", "compile", "prefix_sharing", "packing"),
     } == run_folder.NOT_THE_RUN
@@ -90,12 +90,32 @@ def test_order_of_the_tags_in_a_run_id():
         ("--seed -1", "--seed -1: must be 0 or more"),
         ("--max_steps -1", "--max_steps -1: must be 0 .epochs decide. or more"),
         ("--max_length 15", "--max_length 15: must be at least 16 tokens"),
+        ("--seed 4294967296", "--seed 4294967296: must be 0 or more, below 4294967296"),
+        ("--beta_mix_lr nan", "--beta_mix_lr nan: must be above 0, at most 1"),
+        ("--learning_rate 10", "--learning_rate 10.0: must be above 0, at most 1"),
+        ("--tokens_per_microbatch -1", "--tokens_per_microbatch -1: must be 0 .*or at least 16"),
+        ("--max_grad_norm inf", "--max_grad_norm inf: must be a finite number, 0 .no clipping."),
+        ("--max_grad_norm -1", "--max_grad_norm -1.0: must be a finite number, 0 .no clipping."),
+        ("--epochs 1e9", "--epochs 1000000000.0: must be above 0, at most 1000"),
+        ("--lora_r 100000", "--lora_r 100000: must be 1 to 8192"),
+        ("--dry_run -3", "--dry_run -3: must be a number of ranks"),
+        ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be in"),
     ],
 )
 def test_values_out_of_range_are_refused(given, message):
     with pytest.raises(UserError, match=message):
         arguments.check_args(arguments.parse_args(given.split()), world=1)
     assert Argument("x", float).check(float("nan")) is None  # no range, no check
+
+
+def test_every_number_has_a_range():
+    for argument in (*arguments.RUN, *arguments.OPTIMISATION, *arguments.MODEL):
+        if argument.values in (int, float):
+            assert argument.range is not None, argument.name
+            for value in (float("nan"), -float("inf"), -1):
+                assert not argument.range.allows(value), (argument.name, value)
+            if argument.values is float:
+                assert not argument.range.allows(float("inf")), argument.name
 
 
 def test_values_at_the_edge_of_their_range_pass():

@@ -4,13 +4,14 @@ claim is about, and claims that cannot be read.
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from studies import MODEL, a_cell, a_run
 
-from pref.analysis import claims, verdicts
+from pref.analysis import claims, estimates, verdicts
 from pref.analysis.runs import Scores
 from pref.files.console import UserError
 
@@ -86,6 +87,29 @@ def test_difference(level, word):
     assert row["p_holm"] == row["p"] and row["a"] == "td_dpo 0.1 1.0"
     if word == "undecided":
         assert "the difference is as measured" in row["why"] and "questions" in row["why"]
+
+
+def test_test_and_interval_are_one_rule():
+    """A difference at its limit: supported exactly where the interval begins at or above it."""
+    row = judged(difference(at_least=0.0), [A, B], scores([(A, 0.5), (B, 0)], noise=1.5))
+    for at_least in (row["low"] - 1e-6, row["low"] + 1e-6):
+        again = judged(difference(at_least=at_least), [A, B], scores([(A, 0.5), (B, 0)], noise=1.5))
+        assert (again["verdict"] == "supported") == (at_least < row["low"])
+        assert again["p"] == pytest.approx(0.025, abs=1e-4)  # one-sided
+
+
+def test_the_best_of_more_cells_is_said_to_be_favoured_by_chance():
+    several = [make_cell("td_dpo", 0.1, tau, accuracy=0.6 + tau / 100) for tau in (0.5, 1.0, 2.0)]
+    values = scores([*((cell, 0.8) for cell in several), (B, 0)])
+    row = judged(difference(), [*several, B], values)
+    # the expected maximum of three standard normal variables is 3 / (2 sqrt(pi))
+    half_width = (row["high"] - row["low"]) / 2
+    gain = float(re.search(r"up to ([\d.]+) too high", row["why"]).group(1))
+    assert "Best of 3 against best of 1" in row["why"]
+    found = estimates.compare_cells(several[-1], B, values).difference
+    assert gain == pytest.approx(1.5 / math.sqrt(math.pi) * found.se / math.sqrt(2), rel=0.06)
+    assert 0 < gain < half_width
+    assert "chance" not in judged(difference(), [A, B], scores([(A, 1.0), (B, 0)]))["why"]
 
 
 @pytest.mark.parametrize(
@@ -305,18 +329,27 @@ def over_beta(pattern_a, pattern_b, noise=0.3, seeds=(42, 43, 44)):
     ("ours", "theirs", "word"),
     [
         ((-0.2, 0.1, 0.2, -0.1), (-2, 1, 2, -1), "supported"),
+        ((0, 0, 0, 0), (-2, 1, 2, -1), "supported"),  # as flat as can be: a reduction by 100 %
         ((-2, 1, 2, -1), (-0.5, 0.3, 0.5, -0.3), "contradicted"),
-        ((0, 0, 0, 0), (0, 0, 0, 0), "undecided"),
+        ((-2, 1, 2, -1), (0, 0, 0, 0), "contradicted"),
     ],
 )
 def test_variance_reduction(ours, theirs, word):
-    cells, values = over_beta(ours, theirs, noise=0.3 if any(ours) else 0)
+    cells, values = over_beta(ours, theirs)
     row = judged(SPREAD, cells, values)
     assert row["verdict"] == word
-    if word == "undecided":
-        assert "undefined" in row["why"] and row["estimate"] is None
-    else:
-        assert row["low"] <= row["estimate"] <= row["high"]
+    if row["estimate"] is not None:
+        assert row["low"] <= row["estimate"] <= row["high"] <= 1
+    if not any(ours):
+        assert row["estimate"] > 0.99
+
+
+@pytest.mark.parametrize("noise", [0, 0.3])
+def test_a_reduction_of_no_variance_is_undecided(noise):
+    cells, values = over_beta((0, 0, 0, 0), (0, 0, 0, 0), noise)
+    row = judged(SPREAD, cells, values)
+    assert row["verdict"] == "undecided"
+    assert "The variance of dpo over beta cannot be told from 0" in row["why"]
 
 
 def test_variance_that_is_not_decided_says_what_would():
@@ -388,7 +421,7 @@ def test_claims_beside_the_results_are_added(tmp_path):
     extra = {"id": "mine", "claim": "Ours.", "metric": "acc_ref", **difference()}
     (tmp_path / "claims.json").write_text(json.dumps([extra]))
     found = claims.load_claims(tmp_path)
-    assert found[-1]["id"] == "mine" and len(found) == 11
+    assert found[0]["id"] == "mine" and len(found) == 11
     other = tmp_path / "other.json"
     other.write_text("[]")
     assert len(claims.load_claims(tmp_path, other)) == 10  # instead of the one beside the results

@@ -108,3 +108,25 @@ def test_the_cores_are_those_of_this_process(monkeypatch):
     assert console.usable_cores() == 1
     monkeypatch.delattr(os, "sched_getaffinity")
     assert console.usable_cores() == (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_a_terminal_without_the_letters_gets_plain_ones(monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(console.sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    monkeypatch.setattr(console.sys, "stderr", io.StringIO())  # cannot be changed: left alone
+    console.print_on_any_terminal()
+    print("td_dpo β=0.1 τ=2: 5 → 6, 裁判 \ud800", flush=True)
+    text = raw.getvalue().decode(encoding)
+    if encoding == "utf-8":
+        assert text == "td_dpo β=0.1 τ=2: 5 → 6, 裁判 \\ud800\n"
+    else:
+        assert text == "td_dpo b=0.1 t=2: 5 -> 6, \\u88c1\\u5224 \\ud800\n"
+
+
+def test_run_main_prints_on_any_terminal(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(console.sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        console.run_main(lambda: print("β ± γ", flush=True))
+    assert (ended.value.code, raw.getvalue()) == (0, b"b +- \\u03b3\n")

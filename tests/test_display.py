@@ -5,10 +5,11 @@ import io
 
 import pytest
 
-from pref.analysis import paper_tables, table_files
+from pref.analysis import figures, paper_tables, table_files
 from pref.files import drawing
 
 JUDGE = {"judge": "judge-1", "judge_params_b": 0.1, "smoke_test": True, "prompts": "own"}
+JUDGE |= {"refs": "original", "judge_id": None, "title": "judge judge-1, prompts own"}
 
 
 def every_table() -> list[paper_tables.Table]:
@@ -23,9 +24,10 @@ def every_table() -> list[paper_tables.Table]:
     part = {"cells": [{}], "improvement": differences, "selection": [{}], "spread": [{}]}
     judge = {"categories": [{}], "variance": [{}], "retest": {"n_items": 2}, "length": {"n": 3}}
     comparison = {
+        "trial": False,
         "claims": [{}],
         "accuracy": {**part, "improvement": [row | test for row in differences]},
-        "mt_bench": [{**part, **judge, **JUDGE, "refs": "original"}],
+        "mt_bench": [{**part, **judge, **JUDGE}],
         "stability": [{}],
         "pairs": [{}],
         "movement": [{"run_id": "a", "score, judge-1": 5.0, "score, judge-2": 6.0}],
@@ -50,6 +52,21 @@ def test_headers_are_unique_and_not_padded(name):
     headers = TABLES[name].headers()
     assert len(set(headers)) == len(headers)
     assert all(header and header == header.strip() for header in headers)
+
+
+def test_records_are_no_column_of_a_csv():
+    for name in ("accuracy_headline", "accuracy_improvement", "mt_bench_improvement"):
+        header = table_files.csv_text(TABLES[name]).splitlines()[0]
+        assert "comparison" in header and "sensitivity" not in header and "mcnemar" not in header
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_for_a_paper_has_at_most_five_columns_that_it_has(name):
+    table = TABLES[name]
+    columns = table.paper_columns()
+    assert 2 <= len(columns) <= 5
+    if table.paper:
+        assert len(columns) >= min(4, len(table.columns))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -95,3 +112,53 @@ def test_a_figure_is_the_same_bytes_and_carries_its_key(tmp_path):
     assert not drawing.is_drawn(tmp_path / "a", "another")
     (tmp_path / "a.pdf").unlink()
     assert not drawing.is_drawn(tmp_path / "a", "one")
+
+
+HOSTILE_STYLE = {"text.usetex": True, "font.family": "No Such Font", "savefig.bbox": "tight"}
+HOSTILE_STYLE |= {"figure.dpi": 500, "savefig.transparent": True, "axes.grid": True}
+
+
+def test_figures_do_not_depend_on_the_users_matplotlibrc(tmp_path):
+    import matplotlib
+
+    @drawing.own_style()
+    def draw(name):
+        figure = drawing.new_figure(3, 2, "Costs $1, $x_$ and {")
+        figure.subplots().plot([0, 1], [1, 2], label="$")
+        drawing.save_figure(figure, tmp_path / name, dpi=40)
+        return [(tmp_path / f"{name}.{suffix}").read_bytes() for suffix in ("png", "pdf")]
+
+    plain = draw("plain")
+    with matplotlib.rc_context(HOSTILE_STYLE):
+        assert draw("hostile") == plain
+        assert matplotlib.rcParams["text.usetex"] is True  # the user's settings are back
+
+
+def test_figures_of_before_stay_until_all_are_drawn(tmp_path, monkeypatch):
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    for name in ("comparison_old.png", "comparison_new.png", "mine.png"):
+        (folder / name).write_text("before")
+
+    def fail():
+        raise OSError("no space")
+
+    def jobs(beside, *_):
+        return [lambda: (beside / "comparison_new.png").write_text("after"), *last]
+
+    monkeypatch.setattr(figures, "comparison_jobs", jobs)
+    last = [fail]
+    with pytest.raises(OSError, match="no space"):
+        figures.draw_all([], {}, folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "comparison_old.png": "before",
+        "comparison_new.png": "before",
+        "mine.png": "before",
+    }
+    last = []
+    figures.draw_all([], {}, folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "comparison_new.png": "after",
+        "mine.png": "before",
+    }
+    assert list(tmp_path.iterdir()) == [folder]  # nothing beside it

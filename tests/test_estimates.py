@@ -43,7 +43,7 @@ def test_common_seeds_are_paired():
     values = {"a1": flat(5, 6, 7), "a2": flat(6, 7, 9), "a3": flat(1, 1, 1)}
     values |= {"b1": flat(4, 6, 6), "b2": flat(6, 5, 6)}
     a, b = make_cell("x", {42: "a1", 43: "a2", 44: "a3"}), make_cell("y", {43: "b2", 42: "b1"})
-    difference, table_a, table_b = estimates.compare_cells(a, b, values, 300)
+    difference, table_a, table_b = estimates.compare_cells(a, b, values)
     assert (difference.seeds, difference.n_seeds) == ("paired", 2)
     assert table_a.tolist() == [[5, 6, 7], [6, 7, 9]] and table_b.tolist() == [[4, 6, 6], [6, 5, 6]]
     assert difference.estimate == pytest.approx(7 / 6)
@@ -52,21 +52,38 @@ def test_common_seeds_are_paired():
 def test_other_seeds_are_unpaired():
     values = {"a1": flat(5, 6, 7), "a2": flat(6, 7, 9), "b1": flat(4, 6, 6), "b2": flat(6, 5, 6)}
     a, b = make_cell("x", {42: "a1", 43: "a2"}), make_cell("y", {44: "b1", 45: "b2"})
-    assert estimates.compare_cells(a, b, values, 300).difference.seeds == "unpaired"
+    assert estimates.compare_cells(a, b, values).difference.seeds == "unpaired"
 
 
 def test_a_single_seed_is_said_and_compared_with_the_same_seed():
     values = {"a1": flat(5, 6, 7), "b1": flat(4, 6, 6), "b2": flat(9, 9, 9)}
     a, b = make_cell("x", {42: "a1"}), make_cell("y", {41: "b2", 42: "b1"})
-    compared = estimates.compare_cells(a, b, values, 300)
+    compared = estimates.compare_cells(a, b, values)
     assert compared.difference.seeds == "one seed" and compared.table_b.tolist() == [[4, 6, 6]]
     assert compared.difference.se == pytest.approx(np.std([1, 0, 1], ddof=1) / math.sqrt(3))
+
+
+def test_what_p_and_interval_cannot_promise_is_said():
+    def compared(questions):
+        rng = np.random.default_rng(0)
+        values = {run: flat(*rng.normal(5, 1, questions)) for run in ("a1", "a2", "b1", "b2")}
+        cells = [make_cell(cell, {1: f"{cell}1", 2: f"{cell}2"}) for cell in "ab"]
+        return estimates.comparison_columns(estimates.compare_cells(*cells, values))
+
+    enough = compared(questions=10)
+    assert (enough["calibrated"], enough["caveat"]) == (True, None)
+    assert 0 < enough["seed_share"] < 1
+    assert "fewer than 10 questions" in compared(questions=9)["caveat"]
+    one = make_cell("x", {1: "a"}), make_cell("y", {1: "b"})
+    values = {"a": flat(5, 6, 7), "b": flat(4, 6, 6)}
+    row = estimates.comparison_columns(estimates.compare_cells(*one, values))
+    assert row["calibrated"] is False and "one seed" in row["caveat"]
 
 
 def test_the_untrained_model_has_no_seeds_to_sample():
     values = {"a1": flat(5, 6, 7), "a2": flat(6, 7, 9), "base": flat(4, 6, 6)}
     trained, base = make_cell("x", {42: "a1", 43: "a2"}), make_cell("base", "base")
-    compared = estimates.compare_cells(trained, base, values, 300)
+    compared = estimates.compare_cells(trained, base, values)
     assert compared.difference.seeds == "unpaired"
     assert compared.difference.estimate == pytest.approx(40 / 6 - 16 / 3)
     row = estimates.comparison_columns(compared)
@@ -75,8 +92,8 @@ def test_the_untrained_model_has_no_seeds_to_sample():
 
 def test_no_common_question_is_no_comparison():
     a, b = make_cell("x", {42: "a"}), make_cell("y", {42: "b"})
-    assert estimates.compare_cells(a, b, {"a": {1: {1: 5.0}}, "b": {2: {1: 5.0}}}, 300) is None
-    assert estimates.compare_cells(a, b, {"a": flat(1)}, 300) is None
+    assert estimates.compare_cells(a, b, {"a": {1: {1: 5.0}}, "b": {2: {1: 5.0}}}) is None
+    assert estimates.compare_cells(a, b, {"a": flat(1)}) is None
     assert set(estimates.comparison_columns(None).values()) == {None}
 
 
@@ -113,6 +130,8 @@ def test_selection_and_equal_budget_by_hand():
     assert td["expected_selected"] == pytest.approx((3 * 6 + 2 * 7 + 2) / 6)
     assert td["expected_maximum"] == pytest.approx((3 * 7 + 2 * 6 + 3) / 6)
     assert td["baseline_expected_selected"] == 4
+    assert td["expected_difference"] == pytest.approx(td["expected_selected"] - 4)
+    assert "expected_difference" not in dpo
     dpo, _ = estimates.selection_rows(scored, "best_acc_ref", "dpo")
     assert dpo["selected_by"] == "the score itself"
 
@@ -197,12 +216,12 @@ def test_win_rate_by_hand():
         *[pair(85, "1", "run"), pair(85, "2", None, status="parse")],  # one verdict: does not count
         pair(86, "1", "run"),  # was asked in one order only
     ]
-    (won,) = pairwise.win_rows([cell_with_pairs(run=rows)], 300)
+    (won,) = pairwise.win_rows([cell_with_pairs(run=rows)])
     assert [won[key] for key in ("wins", "ties", "losses", "n_questions")] == [1, 2, 1, 4]
     assert won["win_rate"] == 0.5 and won["low"] <= 0.5 <= won["high"]
     assert won["baseline"] == "base" and won["smoke_test"] is False
     rows = [row | {"judge_params_b": 0.135} for row in rows]
-    (won,) = pairwise.win_rows([cell_with_pairs(run=rows)], 300)
+    (won,) = pairwise.win_rows([cell_with_pairs(run=rows)])
     assert won["smoke_test"] is True
 
 
@@ -211,6 +230,6 @@ def test_win_rates_of_seeds_are_over_what_both_have():
         return [pair(81, order, winner, turn=number) for order in "12"]
 
     cell = cell_with_pairs(r1=turn(2, "r1"), r2=turn(1, "base") + turn(2, "r2"))
-    (won,) = pairwise.win_rows([cell], 300)
+    (won,) = pairwise.win_rows([cell])
     assert won["win_rate"] == 1 and won["n_seeds"] == 2
     assert (won["wins"], won["losses"]) == (2, 0)

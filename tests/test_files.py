@@ -1,12 +1,20 @@
 """pref/files: what is read is what was written, and what cannot be read is named."""
 
+import os
 import subprocess
 
 import pytest
 
 from pref import ROOT
 from pref.files.console import UserError, format_table, run_main
-from pref.files.disk import finite_or_null, read_json, read_jsonl, write_text
+from pref.files.disk import (
+    finite_or_null,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from pref.files.judgements import (
     JUDGEMENT_COLUMNS,
     params_from_name,
@@ -80,10 +88,14 @@ def test_missing_files_are_named(tmp_path):
             read(tmp_path / "missing")
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError("No space left on device")
+
     write_text(tmp_path / "x", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "x", "new \ud800")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -116,6 +128,33 @@ def test_bad_run_ids(run_id):
         ("Qwen-1.5B", 1.5),
         ("gpt-5-mini", None),
         ("model-v2", None),
+        ("Qwen-1_8B-Chat", 1.8),
+        ("llama_2_7b_chat", 7),
+        ("1.8b", 1.8),
+        ("7b-instruct", 7),
+        ("8x22B", 176),
+        ("Qwen3-30B-A3B", 30),
+        ("A3B", None),  # active parameters say nothing of the whole
+        ("OLMoE-1B-7B-0924", 7),
+        ("gemma-3-27b-it", 27),
+        ("gemma-3n-E2B-it", 2),
+        ("Qwen2.5-0.5B", 0.5),
+        ("1.5-Pints-2K", None),
+        ("phi-3.5-mini", 3.8),
+        ("phi-4", None),
+        ("GLM-4-9B", 9),
+        ("glm-4-9b-chat-1m", 9),
+        ("gemini-1.5-pro-1m", None),
+        ("gpt-oss-20b", 20),
+        ("qwen2:1.5b", 1.5),
+        ("llama3.1:8b-instruct-q4_K_M", 8),
+        ("vicuna13b-v1.5", 13),
+        ("bloom-7b1", 7.1),
+        ("accounts/fireworks/models/qwen2p5-1p5b-instruct", 1.5),
+        ("TinyLlama-1.1B-step-50K-105b", 1.1),
+        ("Llama-2-70B-GPTQ-4bit-128g", 70),
+        ("hf:/models/Qwen-0.5B/snapshots/c1899de289a04d12100db370d81485cdf75e47b", 0.5),
+        ("/models/70b/Qwen-7B", 7),
     ],
 )
 def test_size_in_a_models_name(name, billions):
@@ -128,6 +167,8 @@ def test_pair_reasons():
     assert check_pair(pair) is None
     assert check_pair(pair | {"rejected": [answer]}) == "chosen == rejected"
     assert check_pair(pair | {"chosen": [answer | {"content": " "}]}) == "empty chosen"
+    # Written by an earlier version: read, so that its runs can be continued.
+    assert check_pair(pair | {"chosen": [answer | {"content": "\u200b"}]}) is None
     two = check_pair(pair | {"prompt": [user, user]})
     assert two == "roles do not alternate: two user messages in a row"
     assert (
@@ -170,3 +211,12 @@ def test_the_users_python_is_taken_or_refused(tmp_path):
     refused = find_python("/no/python")
     assert refused.returncode == 1 and refused.stdout == ""
     assert "error: PYTHON=/no/python is not a Python 3.11 or later" in refused.stderr
+
+
+def test_a_lone_surrogate_is_written_and_read_again(tmp_path):
+    rows = [{"text": "\ud83d and ä"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert [row for _, row in read_jsonl(tmp_path / "rows.jsonl")] == rows
+    write_json(tmp_path / "one.json", rows[0])
+    assert read_json(tmp_path / "one.json") == rows[0]
+    assert "ä" in (tmp_path / "one.json").read_text(encoding="utf-8")

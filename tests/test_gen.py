@@ -195,10 +195,11 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_answered(
     save_file(weights | halved, path)
     with pytest.raises(UserError, match="adapter's shape.*give --model"):
         answer(tmp_path / "shapes", bench)
-    record = adapter("weights").parent.parent / "args.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"base_sha256": "0" * 64}))
-    with pytest.raises(UserError, match="trained on other weights"):
-        answer(tmp_path / "weights", bench)
+    for key in ("base_sha256", "model_sha256"):
+        record = adapter(key).parent.parent / "args.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {key: "0" * 64}))
+        with pytest.raises(UserError, match="trained on other weights"):
+            answer(tmp_path / key, bench)
     assert not list(tmp_path.glob("*/*/mt_bench/*"))
 
 
@@ -245,6 +246,7 @@ def test_num_questions_spread_over_the_categories(bench):
         ("adapter/adapter_config.json", None, "no adapter there"),
         ("adapter/adapter_config.json", "{", "adapter_config.json cannot be read"),
         ("adapter/adapter_model.safetensors", "torn", "cannot be read"),
+        ("adapter/adapter_model.safetensors", "", "cannot be read"),
         ("args.json", "{", "not valid JSON"),
     ],
 )
@@ -255,6 +257,21 @@ def test_broken_adapters_are_named(results, bench, tmp_path, file, content, mess
         path.write_text(content)
     with pytest.raises(UserError, match=message):
         answer(tmp_path, bench)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_adapters_that_are_not_finite_are_named_before_anything_is_answered(
+    results, bench, tmp_path, value
+):
+    copy_run(results, "dpo", tmp_path)
+    path = copy_run(results, "td_dpo", tmp_path) / "td_dpo/adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "layers.1.mlp" in name and "lora_B" in name)
+    weights[name][0, 0] = value
+    save_file(weights, path)
+    with pytest.raises(UserError, match=r"td_dpo/adapter: has NaN or infinite weights \(model.lay"):
+        answer(tmp_path, bench)
+    assert not list(tmp_path.glob("*/mt_bench/*"))
 
 
 def test_results_without_adapters(tmp_path, bench):
@@ -309,12 +326,30 @@ def test_alpaca_evals_instructions_and_its_outputs(results, tmp_path):
     assert len(outputs) == 5
 
 
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl"])
+def test_forms_of_a_file_of_questions(tmp_path, name):
+    """One list or a line each, with a byte order mark, whatever the file is called."""
+    rows = [{"question_id": 7, "turns": ["a"]}, {"question_id": 9, "turns": ["b", "c"]}]
+    path = tmp_path / name
+    for text in (json.dumps(rows, indent=1), "\n\n".join(map(json.dumps, rows))):
+        path.write_text("\ufeff" + text, encoding="utf-8")
+        assert mt_bench.read_questions(path, mt_bench=False) == rows
+    path.write_text(json.dumps([{"instruction": "a"}, {"instruction": "b", "dataset": "koala"}]))
+    questions = mt_bench.read_questions(path, mt_bench=False)
+    assert [question["question_id"] for question in questions] == [1, 2]
+    assert questions[1]["turns"] == ["b"] and questions[1]["dataset"] == "koala"
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"turns": ["a"]}, {"turns": ["b"]}], "other.jsonl:2: question_id 1 appears"),
         ([{"turns": []}], "other.jsonl:1: 'turns' must be"),
         ([{"turns": ["a"], "question_id": "1"}], "other.jsonl:1: 'question_id' must be"),
+        ([{"turns": ["a"], "question_id": True}], "other.jsonl:1: 'question_id' must be"),
+        ([{"turns": "a"}], "other.jsonl:1: 'turns' must be"),
+        ([{"turns": None, "instruction": "a"}], "other.jsonl:1: 'turns' must be"),
+        ([{"turns": ["a \ud83d"]}], "other.jsonl:1: a turn is not valid Unicode"),
         ([{"turns": ["a"], "category": "cooking"}], "category 'cooking'"),
         ([], "no questions"),
     ],

@@ -3,15 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
-from pref.answering.generation import GREEDY_BELOW, MOST_ADAPTERS, Engine, Request
+from pref.answering import generation
+from pref.answering.generation import GREEDY_BELOW, MOST_ADAPTERS, Engine, Request, pick
 from pref.files.console import UserError
 
 
@@ -36,46 +31,12 @@ def greedy(prompt: list[int], count: int, adapter: str | None = None, tag=None) 
     return Request(prompt, adapter, temperature=0.0, seed=0, max_new_tokens=count, tag=tag)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "mistral"])
-def test_soft_caps_and_sliding_windows(tiny_model, kind):
-    """Other kinds of attention, prompts longer than the window, rows that leave and join."""
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 600,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "pad_token_id": 2,
-        "eos_token_id": 2,
-    }
-    if kind == "gemma2":
-        model = Gemma2ForCausalLM(
-            Gemma2Config(
-                **sizes, sliding_window=8, attn_logit_softcapping=1.0, final_logit_softcapping=2.0
-            )
-        )
-    else:
-        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
-    prompts = [torch.randint(3, 600, (length,)).tolist() for length in (5, 30, 17, 40)]
-    expected = [plain_generate(model.eval(), prompt, 10)[0] for prompt in prompts]
-    engine, answers = Engine(model, {}, rows=2, length=64, ends=[2]), {}
-    requests = (greedy(prompt, 10, tag=number) for number, prompt in enumerate(prompts))
-    engine.run(requests, lambda request: answers.update({request.tag: request.tokens}))
-    assert [answers[number] for number in range(4)] == expected
-
-
-def test_follow_ups_keep_their_keys_and_values(tiny_model):
-    """Turn 2 begins with turn 1: only the new tokens go through the model, and the answer equals
-    that of a fresh row.
-    """
+def test_follow_ups_read_the_whole_conversation(tiny_model):
+    """As after a restart between the turns: turn 2 does not depend on how turn 1 came about."""
     models = [AutoModelForCausalLM.from_pretrained(tiny_model).eval() for _ in range(2)]
     engine, sizes, answers = Engine(models[0], {}, rows=1, length=128, ends=[2]), [], []
     original = engine.forward
-    engine.forward = lambda flat: sizes.append(len(flat.tokens)) or original(flat)
+    engine.forward = lambda flat, groups: sizes.append(len(flat.tokens)) or original(flat, groups)
 
     def finished(request):
         answers.append(request.tokens)
@@ -84,20 +45,28 @@ def test_follow_ups_keep_their_keys_and_values(tiny_model):
         return None
 
     engine.run(iter([greedy(list(range(5, 45)), 6, tag=1)]), finished)
-    assert sizes == [40, *[1] * 5, 4, *[1] * 5]  # 4: the last token of turn 1 and three new ones
+    assert sizes == [40, *[1] * 5, 49, *[1] * 5]
     prompt = [*range(5, 45), *answers[0], 9, 10, 11]
     assert answers[1] == plain_generate(models[1], prompt, 6)[0]
 
 
-def test_sampling_follows_the_softmax(tiny_model):
-    engine = Engine(AutoModelForCausalLM.from_pretrained(tiny_model), {}, rows=1, length=8, ends=[])
+def test_sampling_follows_the_softmax():
     logits, request = torch.tensor([[0.0, 1.0, 2.0, -1.0]]), Request([1], None, 0.7, 5, 1)
-    draws = torch.tensor([engine.pick(logits.clone(), [request])[0] for _ in range(20000)])
+    draws = torch.tensor([pick(logits.clone(), [request])[0] for _ in range(20000)])
     frequencies = torch.bincount(draws, minlength=4) / len(draws)
     assert torch.allclose(frequencies, (logits[0] / 0.7).softmax(0), atol=0.015)
-    assert engine.pick(logits.clone(), [Request([1], None, GREEDY_BELOW / 2, 5, 1)]) == [2]
-    with pytest.raises(UserError, match="dpo: its logits are NaN"):
-        engine.pick(logits * float("nan"), [Request([1], "dpo", 0.0, 5, 1)])
+    assert pick(logits.clone(), [Request([1], None, GREEDY_BELOW / 2, 5, 1)]) == [2]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nothing_is_drawn_from_broken_logits(broken, temperature):
+    """One value among many is enough; the other row of the batch is not blamed."""
+    logits = torch.zeros(2, 4)
+    logits[1, 3] = broken
+    requests = [Request([1], name, temperature, 5, 1) for name in ("fine", "dpo")]
+    with pytest.raises(UserError, match="^dpo: its logits are NaN or infinite"):
+        pick(logits, requests)
 
 
 def test_many_adapters_take_turns_in_memory(tiny_model, tmp_path):
@@ -118,3 +87,33 @@ def test_many_adapters_take_turns_in_memory(tiny_model, tmp_path):
     engine.adapters.use = use
     engine.run((greedy([5, 6, 7], 3, adapter=name) for name in folders), lambda request: None)
     assert max(loaded) == MOST_ADAPTERS
+
+
+def test_rows_do_not_see_each_other(tiny_model, tmp_path, monkeypatch):
+    """In bf16 the logits of a request are the same bits, alone or beside other prompts, lengths,
+    adapters and ages, and in another row.
+    """
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "mine")
+    drawn: dict[str, list] = {}
+
+    def recording(logits, requests):
+        for row, request in zip(logits, requests):
+            drawn.setdefault(request.tag, []).append(row.clone())
+        return pick(logits, requests)
+
+    monkeypatch.setattr(generation, "pick", recording)
+
+    def logits_of(*others) -> torch.Tensor:
+        drawn.clear()
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+        engine = Engine(model, {"mine": tmp_path / "mine"}, rows=4, length=600, ends=[])
+        mine = greedy(list(range(5, 38)), 12, adapter="mine", tag="mine")
+        engine.run(iter([*others, mine]), lambda request: None)
+        return torch.stack(drawn["mine"])
+
+    alone = logits_of()
+    short = greedy([7, 8, 9], 3)
+    long = greedy([9] * 501, 30, adapter="mine")
+    assert torch.equal(alone, logits_of(short, greedy([5] * 77, 9), long, greedy([6], 20)))

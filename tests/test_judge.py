@@ -30,7 +30,8 @@ import judge
 import prep_data
 from pref.files.console import UserError
 from pref.files.disk import locked, sha256_json
-from pref.judging import protocol, store
+from pref.judging import identity, protocol, schema
+from pref.judging.reading import Reading
 
 pytest_plugins = ("judge_fixtures",)
 
@@ -246,8 +247,10 @@ def test_huge_rating_is_none():
         ),
     ],
 )
-def test_request_hashes_do_not_change(options, parameters, sha256):
-    """A changed hash would be paid for again. The expected values are those of commit a8c848b."""
+def test_requests_of_version_1_0_0_are_found(options, parameters, sha256):
+    """A changed hash would be paid for again. The expected values are those of version 1.0.0, whose
+    requests are today's without the server.
+    """
     bench = protocol.Bench(
         folder=Path("unused"),
         questions=QUESTIONS,
@@ -267,15 +270,20 @@ def test_request_hashes_do_not_change(options, parameters, sha256):
         parameters={"temperature": 0, "max_tokens": 2048, **parameters},
         ask=None,
         concurrency=1,
+        server="http://localhost:8000/v1",
     )
     args = judge.parse_args(["results", "--judge", the_judge.name, *options])
-    items = judge.make_items(runs, bench, the_judge, args)
-    assert sha256_json([item.request_sha256 for item in items]) == sha256
+    who = identity.identify(the_judge, bench, Reading())
+    items = judge.make_items(runs, bench, who, args)
+    legacy = [sha256_json(identity.legacy(item.request)) for item in items]
+    assert sha256_json(legacy) == sha256
+    assert not set(legacy) & {item.request_sha256 for item in items}
 
 
 def test_the_schema_does_not_change_within_its_version():
-    expected = "c0327ef4cb1f721c5f05c1c73a993edef5080b354cff0bbaa094096a31ae94a0"
-    assert store.SCHEMA_VERSION == 1 and sha256_json(store.SCHEMA) == expected
+    expected = "ef82b54c61fe09117dd0b23de168691f291b0d4a07434e0b41e12933288a7534"
+    statements = [schema.JUDGEMENTS, schema.NEW_COLUMNS, schema.ASKED, schema.JUDGES]
+    assert schema.SCHEMA_VERSION == 2 and sha256_json(statements) == expected
 
 
 def test_key_is_the_hash_of_the_stored_request(workplace, server):

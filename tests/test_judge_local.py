@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from judge_workplace import (
@@ -13,10 +15,12 @@ from judge_workplace import (
     our_messages,
     rows_of,
 )
+from safetensors.torch import load_file, save_file
 
 import judge
 from pref.files.console import UserError
 from pref.judging import local_judge
+from pref.model import weights
 
 pytest_plugins = ("judge_fixtures",)
 
@@ -65,54 +69,149 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def naive_score(model, tokenizer, messages: list[dict]) -> tuple[float, list[float]]:
-    """Score and probabilities from ten full sequences, one forward pass each."""
+def naive_probabilities(model, tokenizer, text: str) -> list[float]:
+    """P(rating, then any token that begins with "]") for 1 to 10, from ten full sequences."""
     import torch
 
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    closing = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).startswith("]")]
     probabilities = []
     for rating in range(1, 11):
-        string = tokenizer(f"[[{rating}]]", add_special_tokens=False)["input_ids"]
+        string = tokenizer(str(rating), add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             probs = model(torch.tensor([prompt + string])).logits[0].double().softmax(-1)
         steps = [probs[len(prompt) + i - 1, token].item() for i, token in enumerate(string)]
-        probabilities.append(math.prod(steps))
-    return sum(r * p for r, p in enumerate(probabilities, 1)) / sum(probabilities), probabilities
+        probabilities.append(math.prod(steps) * probs[-1, closing].sum().item())
+    return probabilities
 
 
-def test_the_local_score_equals_the_naive_one(tiny):
-    model, tokenizer = local_judge.load_judge(str(tiny), "float32")
+@pytest.fixture(scope="session")
+def loaded(tiny):
+    return local_judge.load_judge(str(tiny), "float32")
+
+
+PREFIX = {"prefix": "Rating: [["}
+
+
+def test_the_local_score_equals_the_naive_one(loaded):
+    model, tokenizer = loaded
     for question in QUESTIONS:
         messages = our_messages(question, 2)
-        reply = local_judge.ask_local(model, tokenizer, {"messages": messages})
-        score, probabilities = naive_score(model, tokenizer, messages)
+        reply = local_judge.ask_local(
+            model, tokenizer, {"messages": messages, "parameters": PREFIX}
+        )
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        probabilities = naive_probabilities(model, tokenizer, text + "Rating: [[")
+        mass = sum(probabilities)
+        score = sum(r * p for r, p in enumerate(probabilities, 1)) / mass
         assert reply["status"] == "ok"
         assert reply["score"] == pytest.approx(score, rel=1e-5)
+        assert reply["rating_mass"] == pytest.approx(mass, rel=1e-4)
         given = json.loads(reply["judgement"])
         assert list(given) == [str(rating) for rating in range(1, 11)]
         assert list(given.values()) == pytest.approx(probabilities, rel=1e-4)
 
 
-def test_rating_strings_have_different_lengths(tiny):
-    _, tokenizer = local_judge.load_judge(str(tiny), "float32")
-    ids, ratings = local_judge.encode_ratings(tokenizer, "<|assistant|>\n")
-    assert len(set(map(len, ratings))) > 1, "or padding is not tested"
-    assert tokenizer.decode(ids + ratings[9]) == "<|assistant|>\n[[10]]"
+def test_verdicts_have_different_lengths(loaded):
+    _, tokenizer = loaded
+    ids, verdicts = local_judge.encode_verdicts(tokenizer, "Rating: [[", map(str, range(1, 11)))
+    assert len(set(map(len, verdicts))) > 1, "or padding is not tested"
+    assert tokenizer.decode(ids + verdicts[9]) == "Rating: [[10"
 
 
-def test_a_string_that_merges_with_the_prompt_is_encoded_alone(tiny):
-    _, tokenizer = local_judge.load_judge(str(tiny), "float32")
-    prompt = "of the ["  # "[[" is one token after it was trained, so the boundary falls inside it
-    ids, ratings = local_judge.encode_ratings(tokenizer, prompt)
-    assert ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert ratings[0] == tokenizer("[[1]]", add_special_tokens=False)["input_ids"]
+def test_a_verdict_that_merges_with_the_prompt_is_split_before_the_merged_token(loaded):
+    _, tokenizer = loaded
+    ids, verdicts = local_judge.encode_verdicts(tokenizer, "of the [", ["[5", "[7"])
+    assert tokenizer.decode(ids) == "of the", "before the token that became ' [['"
+    assert [tokenizer.decode(verdict) for verdict in verdicts] == [" [[5", " [[7"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "start"),
+    [
+        ("<|assistant|>\n", ""),
+        ("<|assistant|><think>\n", "\n</think>\n\n"),
+        ("<think>\n\n</think>\n\n", ""),  # the template has closed it
+        ("the answer says <think> a lot</s><|assistant|>", ""),
+        ("<|CHATBOT_TOKEN|><|START_THINKING|>", "\n<|END_THINKING|>\n\n"),
+        ("[THINK]", "\n[/THINK]\n\n"),
+        ("<|start|>assistant", "<|channel|>final<|message|>"),
+    ],
+)
+def test_a_rating_follows_the_thoughts(prompt, start):
+    assert local_judge.answer_start(prompt) == start
+
+
+def test_a_template_that_opens_a_thought_has_it_closed(loaded):
+    """The rating after the closed thought, not within it."""
+    model, tokenizer = loaded
+    messages = our_messages(QUESTIONS[0], 1)
+    request = {"messages": messages, "parameters": PREFIX}
+    plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template.replace("<|assistant|>\n", "<|assistant|>\n<think>\n")
+        reply = local_judge.ask_local(model, tokenizer, request)
+    finally:
+        tokenizer.chat_template = template
+    closed = plain + "<think>\n\n</think>\n\nRating: [["
+    expected = naive_probabilities(model, tokenizer, closed)
+    assert list(json.loads(reply["judgement"]).values()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_answer_begins_as_in_the_prompts_own_example():
+    def bench(*templates):
+        prompts = {str(i): {"prompt_template": text} for i, text in enumerate(templates)}
+        return SimpleNamespace(prompts=prompts)
+
+    assert local_judge.answer_prefix(bench('e.g. "Mark: [[5]]"', "Mark: [[5]]"), "single") == (
+        "Mark: [["
+    )
+    assert local_judge.answer_prefix(bench("{answer}", "none"), "single") == "Rating: [["
+    assert local_judge.answer_prefix(bench("Mark: [[5]]", "Note: [[3]]"), "single") == "Rating: [["
+    assert local_judge.answer_prefix(bench("Mark: [[5]]"), "pair") == "[["
+
+
+def test_a_judge_that_would_answer_something_else_has_no_score(workplace, tiny, capsys):
+    """The ten ratings of a random model hold a hundred-thousandth of its probability."""
+    command = [*arguments(workplace, None, model=f"hf:{tiny}"), "--allow_incomplete"]
+    assert judge.main([*command, "--dtype", "float32"]) == 1
+    rows = rows_of(workplace)
+    assert {(row["status"], row["score"]) for row in rows} == {("mass", None)}
+    assert all(0 < row["rating_mass"] < 0.01 for row in rows)
+    assert "6 mass: the verdicts have less of the judge's probability" in capsys.readouterr().out
+    first = {row["judge_id"] for row in rows}
+    assert judge.main([*command, "--dtype", "float32", "--min_rating_mass", "0"]) == 0
+    rows = rows_of(workplace)
+    read = {row["judge_id"]: row for row in rows}
+    assert len(read) == 2 and first < read.keys(), "another reading is another judge"
+    (other,) = read.keys() - first
+    assert read[other]["status"] == "ok"
+    assert json.loads(read[other]["judge_settings"])["min_rating_mass"] == 0
+
+
+def test_a_judge_without_mass_stops_early():
+    asked = []
+
+    def ask(request):
+        asked.append(request)
+        return {"status": "ok", "rating_mass": 0.01 if len(asked) > 1 else mass}
+
+    mass = 0.01
+    watched = local_judge.refuse_without_mass(ask, "hf:x", 0.5)
+    with pytest.raises(UserError, match=r"--judge hf:x: .* less than --min_rating_mass 0.5"):
+        for number in range(100):
+            watched(number)
+    assert len(asked) == local_judge.GIVE_UP_AFTER
+    asked, mass = [], 0.9  # one good judgement: the others fail one by one
+    watched = local_judge.refuse_without_mass(ask, "hf:x", 0.5)
+    assert [watched(number)["rating_mass"] for number in range(20)][:2] == [0.9, 0.01]
 
 
 def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     command = [*arguments(workplace, None, model=f"hf:{tiny}"), "--allow_incomplete"]
+    command += ["--min_rating_mass", "0"]
     assert judge.main([*command, "--dtype", "float32"]) == 0
     rows = rows_of(workplace)
     assert all(row["status"] == "ok" and 1 < row["score"] < 10 for row in rows)
@@ -130,23 +229,20 @@ def test_local_judge_end_to_end(workplace, tiny, capsys, monkeypatch):
 def test_a_prompt_beyond_the_context_has_no_score(workplace, tiny):
     make_run(workplace, "base", {**ANSWERS, 81: ["word " * 600, "x"]})
     command = [*arguments(workplace, None, model=f"hf:{tiny}"), "--allow_incomplete"]
-    assert judge.main(command) == 1
+    assert judge.main([*command, "--min_rating_mass", "0"]) == 1
     rows = {(row["question_id"], row["turn"]): row for row in rows_of(workplace)}
     assert (rows[81, 1]["status"], rows[81, 1]["score"]) == ("context", None)
     assert rows[111, 1]["status"] == "ok"
 
 
-def test_other_weights_at_the_same_path_are_another_judge(tiny):
-    import torch
-
-    from pref.model.loading import fingerprint
-
-    model, _ = local_judge.load_judge(str(tiny), "float32")
-    before = fingerprint(model)
-    assert fingerprint(local_judge.load_judge(str(tiny), "float32")[0]) == before
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.01)
-    assert fingerprint(model) != before
+def test_other_weights_at_the_same_path_are_another_judge(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "judge")
+    before = weights.identity(weights.find_model(str(tiny)))
+    assert weights.identity(weights.find_model(str(folder))) == before
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][5] += 0.01
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert weights.identity(weights.find_model(str(folder))) != before
 
 
 def test_a_path_without_a_model(workplace, tmp_path):

@@ -349,6 +349,30 @@ BAD_LOSSES = {
         "return torch.exp(pairs.rho) / torch.exp(pairs.rho) - pairs.rho, {}",
         "not finite",
     ),
+    "nan_at_0": (
+        "return (pairs.rho ** 2).sqrt() - beta * pairs.rho, {}",
+        "its gradient is NaN at rho 0, {'beta': 0.1}, where every run starts",
+    ),
+    "inf_at_0": (
+        "return pairs.rho.clamp(min=0) ** 0.5 - beta * pairs.rho, {}",
+        "its gradient is infinite in float32 at rho 0",
+    ),
+    "nan_around_0": (
+        "return -beta * pairs.rho / ((pairs.rho > 0.01) | (pairs.rho <= 0)), {}",
+        "at rho 1e-06",
+    ),
+    "nan_at_the_reference": (
+        "return -beta * pairs.rho + ((pairs.chosen - pairs.ref_chosen) ** 2).sqrt(), {}",
+        "where every run starts",
+    ),
+    "nan_far_away": (
+        "return -beta * pairs.rho + 0 * (2 * pairs.rho).exp(), {}",
+        "its value is NaN at rho 500",
+    ),
+    "nan_for_one_pair": (
+        "return (pairs.rho - pairs.rho.mean()) / pairs.rho.std() - beta * pairs.rho, {}",
+        "not finite for 1 pair(s)",
+    ),
     "no_gradient": ("return torch.relu(pairs.rho.detach()) + 0 * pairs.rho, {}", "no gradient"),
     "raises": ("return pairs.nothing, {}", "raises AttributeError"),
     "imprecise": ("return (pairs.rho + 1e6) - 1e6, {}", "float32"),

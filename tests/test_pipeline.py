@@ -34,7 +34,7 @@ def answer(results, bench) -> int:
 
 
 def rate(results, bench, model) -> int:
-    tolerant = ("--dtype", "float32", "--allow_incomplete")
+    tolerant = ("--dtype", "float32", "--allow_incomplete", "--min_rating_mass", 0)
     return call(judge, results, "--judge", f"hf:{model}", "--mt_bench", bench, *tolerant)
 
 

@@ -75,6 +75,143 @@ def test_empty_file(tmp_path, text):
         prepare(tmp_path / "x.jsonl", tmp_path / "out")
 
 
+# ---- what is wrong with the file as a whole ------------------------------------------------------
+
+
+def texts(count, **more):
+    return [
+        {"prompt": f"Ask {i}?", "chosen": f"Good {i}.", "rejected": f"Bad {i}.", **more}
+        for i in range(count)
+    ]
+
+
+def test_the_same_pair_both_ways_round_is_dropped(tmp_path):
+    rows = [*texts(5), {"prompt": "Ask 0? ", "chosen": "Bad 0.", "rejected": "Good 0.\u200b"}]
+    train, val, dropped, _ = prepare_rows(tmp_path, rows)
+    assert {d["place"].rpartition(":")[2] for d in dropped} == {"1", "6"}
+    assert {d["reason"] for d in dropped} == {
+        "another row has the same two responses the other way round"
+    }
+    assert len(train) + len(val) == 4
+
+
+def scored(count, chosen, rejected):
+    return texts(count, score_chosen=chosen, score_rejected=rejected)
+
+
+def test_scores_that_contradict_the_labels(tmp_path, capsys):
+    rows = [*scored(16, 5, 2), *texts(18)[16:]]
+    rows[3]["score_chosen"], rows[5]["score_rejected"] = 1, 5
+    _, _, dropped, manifest = prepare_rows(tmp_path, rows)
+    inverted = "the scores say that the rejected response is better"
+    assert {(d["place"].rpartition(":")[2], d["reason"].partition(" (")[0]) for d in dropped} == {
+        ("4", inverted),
+        ("6", "tie"),
+    }
+    warning = f"WARNING: rows dropped, because {inverted}: 1 (first: {tmp_path / 'source.jsonl'}:4)"
+    assert manifest["notes"] == [warning] and warning in capsys.readouterr().out
+    # Where many rows say so, lower is better in this file, or the columns are swapped.
+    for row in rows[:4]:
+        row["score_chosen"] = 1
+    with pytest.raises(UserError, match="in 4 of 16 rows with scores .*chosen=rejected,rejected="):
+        prepare_rows(tmp_path, rows)
+    assert len(prepare_rows(tmp_path, rows, "--ignore_columns", "score_chosen")[2]) == 0
+    rows = [*scored(8, 5, 4), *scored(12, 5, 1)[8:]]
+    _, _, dropped, manifest = prepare_rows(tmp_path, rows, "--min_margin", "2")
+    assert manifest["drops"] == {"tie, or scores less than 2 apart": 8}
+    assert manifest["notes"] == ["WARNING: 8 of 12 rows were dropped"]
+
+
+CHOICES = [{"prompt": f"q{i}", "completion_a": f"x{i}", "completion_b": "y"} for i in range(4)]
+EVALS = [{"instruction": f"q{i}", "output_1": f"x{i}", "output_2": "y"} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row | {"choice": 1} for row in CHOICES], "the label is 1 in all 4 rows .*completion_a"),
+        ([row | {"choice": "1"} for row in CHOICES], "the label is 1 in all 4 rows"),
+        ([row | {"preference": 1} for row in EVALS], "the label is 1 in all 4 rows .*output_1"),
+        # 0 is a tie in AlpacaEval's old files; here it seems to be a response.
+        (
+            [row | {"preference": i % 2} for i, row in enumerate(EVALS)],
+            "the label is 0 or 1 in all 4 rows",
+        ),
+    ],
+)
+def test_numbers_that_may_mean_the_opposite_are_refused(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        prepare_rows(tmp_path, rows)
+    first, second = list(rows[0])[1:3]
+    renamed = prepare_rows(tmp_path, rows, "--columns", f"chosen={second},rejected={first}")
+    assert {p["chosen"][0]["content"] for p in renamed[0]} == {"y"}
+
+
+def test_a_split_of_ones_is_explained_by_the_other_split(tmp_path):
+    rows = [row | {"choice": i % 2} for i, row in enumerate(CHOICES)]
+    (tmp_path / "d").mkdir()
+    write_rows(tmp_path / "d" / "train.jsonl", rows)
+    write_rows(tmp_path / "d" / "test.jsonl", [rows[1] | {"prompt": "other"}])
+    _, val, _, _ = prepare(tmp_path / "d", tmp_path / "out")
+    assert val[0]["chosen"][0]["content"] == "y"
+
+
+def test_a_prompt_that_the_responses_repeat_is_cut_off(tmp_path):
+    plain = texts(6)
+    echoed = [
+        row | {key: f"{row['prompt']}\n{row[key]}" for key in ("chosen", "rejected")}
+        for row in plain
+    ]
+    train, val, _, manifest = prepare_rows(tmp_path, echoed)
+    assert (train, val) == prepare_rows(tmp_path, plain)[:2]
+    assert "rows whose responses repeat the prompt, where it was cut off: 6" in manifest["notes"][0]
+    # A single such row is not a habit; a short prompt may come back by chance.
+    story = "Write a very long and detailed story about the sea."
+    rows = [*plain, {"prompt": story, "chosen": f"{story}\nIt", "rejected": f"{story} So"}]
+    rows.append({"prompt": "Hello", "chosen": "Hello there", "rejected": "Hello yourself"})
+    _, _, dropped, _ = prepare_rows(tmp_path, rows)
+    assert [d["reason"] for d in dropped] == ["both responses begin with the prompt"]
+
+
+def test_a_response_that_goes_on_with_the_users_turn_is_counted(tmp_path):
+    rows = texts(4)
+    rows[2]["rejected"] += "\n\nHuman: And now?\n\nAssistant: Now this."
+    notes = prepare_rows(tmp_path, rows)[3]["notes"]
+    what = "rows in which a response goes on with a turn of the user's, kept"
+    assert notes == [f"{what}: 1 (first: {tmp_path / 'source.jsonl'}:3)"]
+
+
+def test_rows_of_two_layouts_in_one_file(tmp_path, capsys):
+    train, val, dropped, manifest = prepare_rows(tmp_path, [*rows_of(3), *texts(3)])
+    assert len(train) + len(val) == 6 and not dropped
+    assert manifest["layouts"] == {"conversations": 3, "prompt": 3}
+    assert "layouts 'conversations' (3), 'prompt' (3)" in capsys.readouterr().out
+
+
+def test_an_error_for_every_row_has_the_remedy(tmp_path):
+    greeting = {"role": "assistant", "content": "Hello."}
+    rows = [lists(f"q{i}", "a", "b") for i in range(2)]
+    rows = [{side: [greeting, *messages] for side, messages in row.items()} for row in rows]
+    with pytest.raises(UserError, match=r"2 roles do not alternate: it begins with the assistant"):
+        prepare_rows(tmp_path, rows)
+    rows = [{"chosen": "yes", "rejected": "no"}] * 2
+    with pytest.raises(UserError, match=r"If a column has the prompts: --columns prompt=NAME"):
+        prepare_rows(tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": "q", "completion": "a", "label": True}, "unpaired data"),
+        ({"prompt": "q", "completion": "a"}, "one response only"),
+        ({"ask": "q", "good": "a", "bad": "b"}, "--columns prompt=NAME,chosen=NAME,rejected=NAME"),
+    ],
+)
+def test_an_unknown_layout_is_told_apart(tmp_path, row, hint):
+    with pytest.raises(UserError, match=hint):
+        prepare_rows(tmp_path, [row])
+
+
 # ---- splitting -----------------------------------------------------------------------------------
 
 
@@ -162,10 +299,21 @@ def test_a_run_cut_short_leaves_no_manifest(tmp_path, monkeypatch):
         ("/a/b/pairs.csv.gz", "pairs"),
         ("sharegpt-300.json", "sharegpt-300"),
         ("/a/folder/", "folder"),
+        ("/hub/datasets--me--mix/snapshots/" + "0a" * 20, "mix"),
+        ("/hub/datasets--me--mix/snapshots/" + "0a" * 20 + "/train.jsonl", "train"),
     ],
 )
 def test_source_name(source, name):
     assert prep_data.source_name(source) == name
+
+
+def test_a_link_in_the_hubs_cache_keeps_its_name(tmp_path, monkeypatch):
+    blob = write_rows(tmp_path / ("a1" * 32), rows_of(4))
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "mix.jsonl").symlink_to(blob)
+    monkeypatch.chdir(tmp_path)
+    prep_data.main(["--dataset", "snapshots/mix.jsonl"])
+    assert (tmp_path / "data" / "mix" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,13 @@ def test_hostile_text_is_escaped_and_complete(tmp_path):
         "something",
         "Numbers",
         "A figure",
+        "Score by judge-1",
+        "dpo is better than base.",
+        "dpo against base",
+        "3 seeds",
+        "1 more claim",
+        "left out: old scores",
+        "Claim e",
     ):
         assert f"{part} {everything}" in visible, part
     data = unpack_data(text)
@@ -154,6 +161,16 @@ def test_an_empty_page_says_what_it_lacks(tmp_path):
     empty = {key: type(value)() for key, value in example_page(tmp_path).items()}
     assert write_page(tmp_path, empty) == text
     assert unpack_data(text) == {"runs": [], "questions": {}, "answers": [], "judgements": []}
+
+
+def test_the_answer_comes_first_and_claims_of_others_are_folded(tmp_path):
+    text = write_page(tmp_path, example_page(tmp_path))
+    places = [
+        text.index(part) for part in ("is better than base.", "left out", "Claim a", "<details>")
+    ]
+    assert places == sorted(places) and text.index("Claim e") > places[-1]
+    assert '<span aria-hidden="true">✓</span> better' in text
+    assert "<details>" not in write_page(tmp_path, {}).split('id="notes"')[0]
 
 
 def test_rows_without_most_of_their_keys_are_laid_out(tmp_path):

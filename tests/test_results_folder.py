@@ -4,6 +4,7 @@ import math
 
 import pytest
 from studies import (
+    SUMMARY,
     compared,
     flat_ratings,
     has_note,
@@ -17,7 +18,7 @@ from studies import (
 
 from pref.analysis import results_folder
 from pref.files.console import UserError
-from pref.files.disk import write_jsonl
+from pref.files.disk import write_json, write_jsonl
 
 
 def test_resumed_run_counts_a_step_once(tmp_path):
@@ -28,8 +29,10 @@ def test_resumed_run_counts_a_step_once(tmp_path):
 
 
 def test_a_run_is_read_into_fields(tmp_path):
-    folder = make_run(tmp_path, "a", beta=0.5, tau=2, seed=43, summary={}, layers=["q", "v"])
-    write_pairs(folder, {0: [(-9, -9, -9, -9)], 20: [(-7, -9, -8, -9)]})
+    folder = make_run(
+        tmp_path, "a", beta=0.5, tau=2, seed=43, summary={"best_acc_ref": 1}, layers=["q", "v"]
+    )
+    write_pairs(folder, {0: [(-8, -9, -8, -9)], 20: [(-7, -9, -8, -9)]})
     make_base(tmp_path)
     base, run = load(tmp_path)
     assert (base.loss, base.untrained, base.status, base.best_val) == (
@@ -43,17 +46,26 @@ def test_a_run_is_read_into_fields(tmp_path):
     assert run.best_val["p0"] == (1, 2)  # rho, delta
 
 
+def test_a_line_that_is_being_written_does_not_count_yet(tmp_path):
+    folder = make_run(tmp_path, "a")
+    spoil(folder, "metrics.jsonl", '{"step": 1, "loss": NaN}\n{"step": 2, "lo')
+    (run,) = load(tmp_path)
+    assert run.status == "unfinished" and run.steps == [{"step": 1, "loss": None}]
+    write_json(folder / "summary.json", SUMMARY)  # an ended run writes nothing any more
+    with pytest.raises(UserError, match="metrics.jsonl:2: not valid JSON"):
+        load(tmp_path)
+
+
+def test_trial_runs_alone_are_analysed(tmp_path):
+    make_run(tmp_path, "quick", mode="trial", summary={})
+    assert [run.run_id for run in load(tmp_path)] == ["quick"]
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
 def test_empty_results_folder(tmp_path):
     with pytest.raises(UserError, match="no runs here"):
-        load(tmp_path)
-
-
-def test_only_trial_runs_is_an_error(tmp_path):
-    make_run(tmp_path, "quick", mode="trial")
-    with pytest.raises(UserError, match="only trial runs.*quick.*--mode full"):
         load(tmp_path)
 
 
@@ -68,6 +80,18 @@ def test_other_model_or_data_is_refused_with_the_groups(tmp_path):
         assert part in str(error.value)
     chosen = compared(tmp_path, "--run_ids", '["a", "base"]')
     assert [run["run_id"] for run in chosen["runs"]] == ["base", "a"]
+
+
+def test_a_model_is_known_by_its_files_not_by_their_place(tmp_path):
+    """Base and old runs, which have no hash, belong to the model at their path."""
+    make_base(tmp_path, model="here")
+    make_run(tmp_path, "old", "dpo", model="here")
+    make_run(tmp_path, "a", "dpo", model="here", model_sha256="1" * 64)
+    make_run(tmp_path, "moved", "dpo", model="there", model_sha256="1" * 64)
+    assert len(load(tmp_path)) == 4
+    make_run(tmp_path, "replaced", "dpo", model="there", model_sha256="2" * 64)
+    with pytest.raises(UserError, match=r'2 groups(.|\n)*\["replaced"\]'):
+        load(tmp_path)
 
 
 def test_duplicate_judgement_is_refused(tmp_path):
@@ -99,12 +123,16 @@ def test_a_pair_that_appears_twice_is_refused(tmp_path):
         load(tmp_path)
 
 
-TORN_METRICS = '{"step": 1, "loss": 1}\n{"step": 2, "lo'
+TORN_METRICS = '{"step": 1, "loss": 1}\n{"step": 2, "lo\n'
 PAIR_WITHOUT_STEP = (
     '{"id": "p", "step": null, "policy_chosen": 1, "policy_rejected": 1, "ref_chosen": 1, '
     '"ref_rejected": 1}'
 )
+LIST_FOR_A_HASH = (
+    '{"question_id": 81, "choices": [{"index": 0, "turns": ["a", "b"]}], "adapter_sha256": ["x"]}\n'
+)
 BAD_ACCURACY = '{"status": "finished", "best_acc_ref": "high"}'
+PERCENT = '{"status": "finished", "best_acc_ref": 61.5}'
 
 
 @pytest.mark.parametrize(
@@ -117,6 +145,17 @@ BAD_ACCURACY = '{"status": "finished", "best_acc_ref": "high"}'
         ("val_pairs.jsonl", PAIR_WITHOUT_STEP, r"val_pairs.jsonl:1: no 'step'"),
         ("summary.json", "{}", r"summary.json: no 'status'"),
         ("summary.json", BAD_ACCURACY, r"summary.json: 'best_acc_ref' must be"),
+        ("summary.json", PERCENT, r"summary.json: 'best_acc_ref' 61.5 is no share of pairs"),
+        ("summary.json", '{"status": "finished", "steps": 1.5}', r"'steps' 1.5 is no number of st"),
+        ("summary.json", '{"status": "finished", "steps": -1}', r"'steps' -1 is no number of st"),
+        ("summary.json", f'{{"status": "a", "steps": 1{"0" * 400}}}', r"'steps' must be a number"),
+        ("summary.json", f'{{"status": "a", "steps": 1{"0" * 5000}}}', r"summary.json: not valid"),
+        ("summary.json", "[" * 100_000, r"summary.json: not valid JSON"),
+        ("metrics.jsonl", "[" * 100_000 + "\n", r"metrics.jsonl:1: not usable JSON"),
+        ("args.json", '{"model": "m", "mode": "full"}', r"args.json: 'loss' must be text"),
+        ("args.json", '{"loss": "dpo", "model": "m", "mode": "full", "beta": NaN}', "'beta' must"),
+        ("mt_bench/answers.jsonl", LIST_FOR_A_HASH, r"'adapter_sha256' must be text or null"),
+        ("summary.json", "[]", r"summary.json: expected a JSON object, found list"),
         ("args.json", '{"loss": "dpo", "model": "m", "mode": "quick"}', r"args.json: mode 'quick'"),
         ("args.json", '{"loss": "dpo", "mode": "full"}', r"args.json: 'model' must be text"),
         ("mt_bench/judgements.csv", "a,b\n1,2\n", r"judgements.csv: missing columns"),
@@ -174,7 +213,7 @@ def test_a_folder_whose_name_is_no_run_id(tmp_path):
     with pytest.raises(UserError, match="run id 'bad name'"):
         load(tmp_path)
     assert len(compared(tmp_path, "--skip_bad")["runs"]) == 1
-    with pytest.raises(UserError, match=r"no ../good in"):
+    with pytest.raises(UserError, match="run id '../good'"):
         compared(tmp_path, "--run_ids", '["../good"]')
 
 

@@ -105,13 +105,14 @@ def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
 
 # ---- stopped by a signal ------------------------------------------------------------------------
 
-# In train_pref.py, make_batch is called twice for the first evaluation, then three times per step.
+# In train_pref.py, make_batch is called four times for the first step's pairs and for each
+# evaluation, and three or four times per step.
 MOMENTS = {
-    "first evaluation": 1,
-    "first step": 4,
-    "middle of a step": 10,
-    "an evaluation": 16,
-    "late": 24,
+    "first step's pairs": 1,
+    "first step": 8,
+    "middle of a step": 14,
+    "an evaluation": 17,
+    "late": 28,
 }
 
 
@@ -119,7 +120,7 @@ MOMENTS = {
 @pytest.mark.parametrize(
     ("moment", "number", "code"),
     [
-        ("first evaluation", signal.SIGTERM, 75),
+        ("first step's pairs", signal.SIGTERM, 75),
         ("first step", signal.SIGINT, 130),
         ("middle of a step", signal.SIGUSR1, 75),
         ("an evaluation", signal.SIGTERM, 75),
@@ -139,7 +140,7 @@ def test_a_signal_saves_and_the_same_command_continues(
     assert train_pref.main(given) == 0
     assert_same(run, undisturbed)
     steps = [start["step"] for start in json.loads((run / "args.json").read_text())["starts"]]
-    assert len(steps) == 2 or moment == "first evaluation"
+    assert len(steps) == 2 or moment == "first step's pairs"
 
 
 @pytest.mark.slow
@@ -151,7 +152,7 @@ def test_a_signal_saves_and_the_same_command_continues(
 def test_what_a_loss_learns_is_saved_too(arguments, tmp_path, monkeypatch, loss):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train_pref.main(arguments(whole, *loss)) == 0
-    assert stop_at(monkeypatch, arguments(cut, *loss), 12) == 75
+    assert stop_at(monkeypatch, arguments(cut, *loss), 15) == 75
     assert train_pref.main(arguments(cut, *loss)) == 0
     assert_same(cut / "run", whole / "run")
 
@@ -252,7 +253,7 @@ def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, 
     again.
     """
     run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
-    assert stop_at(monkeypatch, given, 12) == 75
+    assert stop_at(monkeypatch, given, 15) == 75
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     launcher.append(str(ROOT / "train_pref.py"))
     lines = len(metrics_of(run))
@@ -367,7 +368,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     undisturbed, arguments, tmp_path, monkeypatch, capsys, damage, message
 ):
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 24) == 75
+    assert stop_at(monkeypatch, given, 27) == 75
     older, newest = sorted(checkpoints.glob("step-*.safetensors"))
     if "best" in message:
         shutil.copytree(
@@ -404,7 +405,7 @@ def test_without_a_whole_checkpoint_the_run_starts_over(
     undisturbed, arguments, tmp_path, monkeypatch, capsys
 ):
     given = arguments(tmp_path)
-    assert stop_at(monkeypatch, given, 18) == 75
+    assert stop_at(monkeypatch, given, 21) == 75
     for path in (tmp_path / "run" / "checkpoint").glob("step-*"):
         path.write_bytes(b"nothing")
     assert train_pref.main(given) == 0
@@ -428,7 +429,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
 ):
     """A limit on the size of files acts as a full disk: the write fails half-way."""
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 12) == 75
+    assert stop_at(monkeypatch, given, 15) == 75
     (saved,) = checkpoints.glob("step-*.safetensors")
     before = saved.read_bytes()
     script = tmp_path / "limited.py"
@@ -464,7 +465,7 @@ def stopped(arguments, tmp_path_factory):
     """A run stopped after a few steps."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        assert stop_at(patch, arguments(folder), 12) == 75
+        assert stop_at(patch, arguments(folder), 15) == 75
     return folder
 
 
@@ -492,21 +493,15 @@ def test_other_data_model_and_template_are_refused_by_name(
     (data / "train.jsonl").write_text("".join(lines[1:]))
     refused(arguments(stopped, "--data", data), "the pairs in --data have changed")
     shutil.copytree(tiny_model, model)
-    record = json.loads((stopped / "run" / "args.json").read_text())
-    moved = record | {"model": str(model)}
-    (stopped / "run" / "args.json").write_text(json.dumps(moved))
-    try:
-        template = model / "chat_template.jinja"
-        original = template.read_text()
-        template.write_text(original.replace("'\n' + m['content']", "'\n ' + m['content']"))
-        refused(arguments(stopped, "--model", model), "another tokenizer or chat template")
-        template.write_text(original)
-        weights = load_file(model / "model.safetensors")
-        weights["model.norm.weight"] += 0.5
-        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-        refused(arguments(stopped, "--model", model), "the base model's weights have changed")
-    finally:
-        (stopped / "run" / "args.json").write_text(json.dumps(record))
+    template = model / "chat_template.jinja"
+    original = template.read_text()
+    template.write_text(original.replace("'\n' + m['content']", "'\n ' + m['content']"))
+    refused(arguments(stopped, "--model", model), "another tokenizer or chat template")
+    template.write_text(original)
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][541, 3] += 0.5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refused(arguments(stopped, "--model", model), "weights or configuration have changed")
 
 
 def refused(given, message) -> None:
@@ -519,8 +514,27 @@ def test_coupling_losses_are_not_continued_with_other_micro_batches(
     arguments, tmp_path, monkeypatch
 ):
     given = arguments(tmp_path, "--loss", "aot", "--per_device_batch", "4")
-    assert stop_at(monkeypatch, given, 8) == 75
+    assert stop_at(monkeypatch, given, 10) == 75
     refused([*given, "--per_device_batch", "2"], "per_device_batch was 4, is 2")
+
+
+def test_a_run_of_version_1_0_0_from_a_model_that_was_moved_is_continued(
+    undisturbed, stopped, arguments, tiny_model, tmp_path
+):
+    """Its record has only a sample of the weights; a difference in these is still noticed."""
+    run, model = shutil.copytree(stopped / "run", tmp_path / "run"), tmp_path / "moved"
+    shutil.copytree(tiny_model, model)
+    record = json.loads((run / "args.json").read_text())
+    del record["model_sha256"]
+    (run / "args.json").write_text(json.dumps(record | {"base_sha256": "0" * 64}))
+    refused(arguments(tmp_path, "--model", model), "base model's weights, as loaded, have changed")
+    (run / "args.json").write_text(json.dumps(record))
+    assert train_pref.main(arguments(tmp_path, "--model", model)) == 0
+    one, two = content_of(run), content_of(undisturbed)
+    assert json.loads(one.pop("adapter_config.json"))["base_model_name_or_path"] == str(model)
+    two.pop("adapter_config.json")
+    one.pop("README.md"), two.pop("README.md")  # PEFT's, which names the base too
+    assert one == two
 
 
 def test_what_may_change_may_change(undisturbed, stopped, arguments, pairs_folder, tmp_path):
@@ -659,7 +673,7 @@ def test_an_interrupted_run_from_an_adapter_continues(
         from_adapter(tiny_model, own_pairs, tmp_path / name, sft) for name in ("whole", "cut")
     )
     assert train_pref.main(whole) == 0
-    assert stop_at(monkeypatch, cut, 4) == 75
+    assert stop_at(monkeypatch, cut, 5) == 75
     assert train_pref.main(cut) == 0
     assert_same(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
 

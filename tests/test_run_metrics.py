@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from studies import a_run, load, make_run, rating, write_pairs
 
-from pref.analysis import run_metrics
+from pref.analysis import judge_identity, run_metrics
 from pref.analysis.runs import JudgeKey, Margins
 
 # ---- MT-Bench -----------------------------------------------------------------------------------
@@ -63,17 +63,25 @@ def test_kl_of_own_answers_by_hand():
     assert kl["kl"] == pytest.approx((1.5 + 0.5) / 2)
     assert kl["kl_per_token"] == pytest.approx(3.5 / 10)
     assert kl["kl_se"] == pytest.approx(np.std([1.5, 0.5], ddof=1) / math.sqrt(2))
+    assert kl["n_nonfinite"] == 1
     assert run_metrics.run_kl({(81, 0): {"choices": [{"index": 0, "turns": ["a", "b"]}]}}) is None
+
+
+def test_the_shape_of_answers_by_hand():
+    choice = {"index": 0, "tokens": [10, 30], "truncated": [False, True]}
+    answers = {(81, 0): {"choices": [choice]}, (82, 0): {"choices": [{"index": 0}]}}
+    assert run_metrics.answer_shape(answers) == (20, 0.5)
+    assert run_metrics.answer_shape({}) == (None, None)
 
 
 # ---- validation pairs ---------------------------------------------------------------------------
 
 
 def test_run_metrics_by_hand(tmp_path):
-    folder = make_run(tmp_path, "a", summary={}, ratings=[rating(81, 1, 6)])
+    folder = make_run(tmp_path, "a", summary={"best_acc_ref": 0.375}, ratings=[rating(81, 1, 6)])
     # at step 20: rho = 3, -1, 0, and one pair that is not finite; delta = 2, -3, 1
     after = [(-9, -11, -10, -9), (-12, -9, -11, -9), (-8, -9, -8, -9), (None, -9, -8, -9)]
-    write_pairs(folder, {0: [(-10, -12, -10, -12)] * 4, 20: after})
+    write_pairs(folder, {0: [2 * logps[2:] for logps in after], 20: after})
     metrics = run_metrics.run_metrics(load(tmp_path)[0])
     first, best = metrics["margins"]["first"], metrics["margins"]["best"]
     assert first["rho"] == {"mean": 0, "se": 0} and first["n_pairs"] == 4
@@ -83,7 +91,7 @@ def test_run_metrics_by_hand(tmp_path):
     assert best["rho"]["se"] == pytest.approx(math.sqrt(13) / 3)
     assert best["delta"]["mean"] == pytest.approx(0)
     accuracy = metrics["accuracy"]
-    assert accuracy["best_acc_ref"] == 0.6 and accuracy["final_acc_mean"] == 0.3
+    assert accuracy["best_acc_ref"] == 0.375 and accuracy["final_acc_mean"] == 0.3
     # hits 1, 0, one half for the tie and 0 for the pair that is not finite: squares about 3/8 sum
     # to 11/16
     assert accuracy["n_pairs"] == 4
@@ -126,7 +134,7 @@ def test_length_bias_by_hand():
 )
 def test_a_judge_below_7b_is_a_smoke_test(judge, params_b, smoke):
     row = rating(81, 1, 5, judge=judge, judge_params_b=params_b)
-    described = run_metrics.describe_judge(JudgeKey(judge, "fastchat", None), [row])
+    described = judge_identity.describe_judge(JudgeKey(judge, "fastchat", None), [row])
     assert described["smoke_test"] is smoke
 
 

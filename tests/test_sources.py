@@ -106,6 +106,70 @@ def test_json_lines_in_a_json_file(tmp_path):
     assert len(train) + len(val) == 12
 
 
+FEW = [{"prompt": f"q{i}", "chosen": f"é {i}", "rejected": f"b {i}"} for i in range(4)]
+COLUMNS = {name: [row[name] for row in FEW] for name in FEW[0]}
+# Other ways in which the same rows come: the file's ending, and its text.
+SHAPES = {
+    "a list in .jsonl": ("jsonl", json.dumps(FEW, indent=1)),
+    "a list on one line": ("jsonl", json.dumps(FEW)),
+    "pretty-printed objects": ("jsonl", "\n".join(json.dumps(row, indent=2) for row in FEW)),
+    "objects with commas": ("json", ",\n".join(json.dumps(row, indent=2) for row in FEW)),
+    "JSON Lines in .ndjson": ("ndjson", "\n".join(map(json.dumps, FEW))),
+    "a byte-order mark": ("jsonl", "\ufeff" + "\n".join(map(json.dumps, FEW))),
+    "a byte-order mark before a list": ("json", "\ufeff" + json.dumps(FEW)),
+    "under data": ("json", json.dumps({"version": "1.0", "data": FEW}, indent=1)),
+    "columns of lists": ("json", json.dumps(COLUMNS)),
+    "columns of objects": (
+        "json",
+        json.dumps({name: dict(enumerate(cells)) for name, cells in COLUMNS.items()}),
+    ),
+    "rows by index": ("json", json.dumps(dict(enumerate(FEW)))),
+    "columns and data": (
+        "json",
+        json.dumps({"columns": list(COLUMNS), "data": [list(row.values()) for row in FEW]}),
+    ),
+    "semicolons": ("csv", as_csv(FEW).decode().replace(",", ";")),
+    "semicolons and a byte-order mark": ("csv", "\ufeff" + as_csv(FEW).decode().replace(",", ";")),
+    "tabs in .csv": ("csv", as_csv(FEW).decode().replace(",", "\t")),
+    "tabs": ("tsv", as_csv(FEW).decode().replace(",", "\t")),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_a_table(tmp_path, name):
+    ending, text = SHAPES[name]
+    path = tmp_path / f"x.{ending}"
+    path.write_text(text, encoding="utf-8")
+    assert read_rows(path) == [(place, row) for (place, _), row in zip(read_rows(path), FEW)]
+    assert len(read_rows(path)) == 4
+
+
+def test_a_single_row_is_no_table(tmp_path):
+    row = {"chosen": [user("q"), user("r")], "rejected": [user("q"), user("r")]}
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(row, indent=1))
+    assert [found for _, found in read_rows(path)] == [row]
+
+
+def test_splits_in_one_file(tmp_path):
+    path = tmp_path / "both.json"
+    path.write_text(json.dumps({"train": FEW[:3], "test": FEW[3:]}))
+    train, val, _, manifest = prepare(path, tmp_path / "out")
+    assert (len(train), len(val)) == (3, 1) and manifest["rows"] == {"train": 3, "test": 1}
+    path.write_text(json.dumps({"data": {"train": FEW[:3], "test": FEW[3:]}}))
+    assert prepare(path, tmp_path / "out")[:2] == (train, val)
+    path.write_text(json.dumps({"part_1": FEW[:1], "part_2": FEW[1:3], "rest": FEW[3:]}))
+    with pytest.raises(UserError, match="no split named .* among part_1, part_2, rest"):
+        prepare(path, tmp_path / "out")
+    split = "train=part_1+part_2,val=rest"
+    train, val, _, manifest = prepare(path, tmp_path / "out", "--split", split)
+    assert (len(train), len(val)) == (3, 1)
+    train, val, _, manifest = prepare(path, tmp_path / "out", "--split", "train=part_2")
+    assert len(train) + len(val) == 2
+    assert manifest["not_read"] == ["split 'part_1'", "split 'rest'"]
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
 BROKEN = {
     "x.jsonl": (b'{"chosen": "a"\n', r"x\.jsonl:1: not valid JSON"),
     "x.json": (b'[\n{"prompt": "q"},\n{"prompt": }\n]', r"x\.json:3: not valid JSON"),
@@ -113,7 +177,7 @@ BROKEN = {
         b'[{"prompt": "q", "chosen": "a", "rejected": "b"}, 3]',
         r"y\.json\[1\]: expected a JSON object",
     ),
-    "z.json": (b'["\xff"]', r"z\.json:1: not UTF-8"),
+    "z.json": (b'["\xff"]', r"z\.json: not UTF-8"),
     "x.csv": (
         b"prompt,chosen,rejected\nq,a,b\n\nq,a,b,c\n",
         r"x\.csv:4: more fields than the header",
@@ -130,6 +194,21 @@ BROKEN = {
     "x.jsonl.gz": (b'{"prompt": "no gzip"}', r"x\.jsonl\.gz: not a complete gzip file"),
     "y.jsonl.gz": (gzip.compress(b"{}" * 500)[:-9], r"y\.jsonl\.gz: not a complete gzip file"),
     "z.jsonl.gz": (gzip.compress(b"{}\n{"), r"z\.jsonl\.gz:2: not valid JSON"),
+    "dup.csv": (
+        b"prompt,chosen,rejected,chosen\nq,a,b,c\n",
+        r"dup\.csv:1: two columns named 'chosen'",
+    ),
+    "dup.jsonl": (
+        b'{"chosen": "a", "chosen": "b"}\n{}',
+        r"dup\.jsonl:1: two values under .*'chosen'",
+    ),
+    "dup.json": (b'[{"a": 1},\n{"b": 1, "b": 2}]', r"dup\.json:1: two values under the key 'b'"),
+    "lfs.parquet": (LFS, r"lfs\.parquet: a Git LFS pointer, not the data itself; run `git lfs"),
+    "lfs.jsonl": (LFS, r"lfs\.jsonl: a Git LFS pointer"),
+    "page.json": (b"<!DOCTYPE html><html>", r"page\.json: a web page, not data"),
+    "utf16.csv": ("prompt,chosen".encode("utf-16"), r"utf16\.csv: UTF-16 text; save it as UTF-8"),
+    "latin.csv": (b"prompt,chosen\nq\xe9,a\n", r"latin\.csv: not UTF-8 .*save it as UTF-8"),
+    "number.json": (b"3", r"number\.json:1: expected a JSON object, found int"),
     "x.txt": (b"text", r"x\.txt: not a \.json, \.jsonl, \.parquet, \.csv or \.tsv file"),
 }
 
@@ -168,6 +247,34 @@ def test_folder_keeps_its_own_split(tmp_path):
     assert not prompts_of(train) & prompts_of(val)
 
 
+def test_the_files_of_a_folder_are_read_each_by_itself(tmp_path):
+    """Text in one and messages in the other; a column that only one has; LFS pointers by name."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    write_rows(folder / "train-0.jsonl", FEW)
+    more = [lists(f"r{i}", "a", "b", note="x") | {"prompt": f"r{i}"} for i in range(4)]
+    write_rows(folder / "train-1.jsonl", more)
+    write_rows(folder / "test.jsonl", [lists("s", "a", "b", note="x")])
+    (folder / "extra.csv").write_text("a\n1\n")
+    train, val, _, manifest = prepare(folder, tmp_path / "out")
+    assert [p["prompt"][0]["content"] for p in train] == [f"{c}{i}" for c in "qr" for i in range(4)]
+    assert len(val) == 1 and manifest["not_read"] == ["file 'extra.csv'"]
+    assert manifest["ignored_columns"] == {"note": {"rows": 5, "why": "metadata"}}
+    (folder / "train-1.jsonl").write_bytes(LFS)
+    with pytest.raises(UserError, match=r"two.train-1\.jsonl: a Git LFS pointer"):
+        prepare(folder, tmp_path / "out")
+
+
+def test_a_column_that_is_null_in_the_first_pretty_printed_rows(tmp_path):
+    folder = tmp_path / "late"
+    folder.mkdir()
+    rows = [{**row, "system": None if i < 3 else "Be brief."} for i, row in enumerate(FEW)]
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    train, val, _, _ = prepare(folder, tmp_path / "out")
+    roles = {p["prompt"][-1]["content"]: p["prompt"][0]["role"] for p in train + val}
+    assert roles == {"q0": "user", "q1": "user", "q2": "user", "q3": "system"}
+
+
 def test_folder_with_nothing_left_in_its_validation_split(tmp_path):
     folder = make_folder(tmp_path / "mix")
     (folder / "data" / "test-00000-of-00001.parquet").write_bytes(
@@ -186,6 +293,20 @@ def test_folder_saved_to_disk(tmp_path):
     datasets.Dataset.from_list(rows_of(10)).save_to_disk(tmp_path / "saved")
     train, val, _, manifest = prepare(tmp_path / "saved", tmp_path / "out")
     assert (len(train), len(val)) == (9, 1) and manifest["rows"] == {"train": 10}
+
+
+def test_a_folder_with_several_configurations(tmp_path):
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    write_rows(tmp_path / "easy.jsonl", FEW)
+    write_rows(tmp_path / "hard.jsonl", [])
+    message = r"it has the configurations \['easy', 'hard'\]; choose one with --config"
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path, tmp_path / "out")
+    _, _, _, manifest = prepare(tmp_path, tmp_path / "out", "--config", "easy")
+    assert manifest["rows"] == {"train": 4} and manifest["not_read"] == ["file 'hard.jsonl'"]
 
 
 def test_folder_that_datasets_cannot_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -179,8 +180,8 @@ def test_reference_cache_is_shared_and_a_damaged_one_recomputed(
 ):
     data = tmp_path / "data"
     shutil.copytree(pairs_folder, data)
-    keys = json.loads((finished / "args.json").read_text())["reference"].values()
-    files = sorted(data / "reference" / f"{key}.safetensors" for key in keys)
+    record = json.loads((finished / "args.json").read_text())
+    files = sorted(reference.cache_files(data, record).values())
     everything = sorted((data / "reference").iterdir())
     assert len(files) == 2 and set(files) <= set(everything)
     files[0].write_bytes(files[0].read_bytes()[:-40])  # torn
@@ -191,6 +192,8 @@ def test_reference_cache_is_shared_and_a_damaged_one_recomputed(
     done = run_script("train_pref.py", *train_args(tiny_model, data, tmp_path, *dpo))
     assert done.returncode == 0, done.stderr
     assert "read from" not in done.stdout
+    for file, problem in zip(files, ("cannot be read", "is damaged")):
+        assert f"warning: {file}: {problem}" in done.stdout
     discopop = ("--loss", "discopop", "--seed", "7", "--max_steps", "1")
     again = run_script("train_pref.py", *train_args(tiny_model, data, tmp_path, *discopop))
     assert again.stdout.count("read from") == 2
@@ -210,12 +213,54 @@ def test_reference_cached_with_other_batches_passes_the_gate(tiny_model, pairs_f
     assert len(list((data / "reference").iterdir())) == 2
 
 
-def test_wrong_reference_is_refused(tiny_model, pairs_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "read_cache", lambda path, count: torch.full((count,), -5.0))
+@pytest.mark.parametrize(
+    ("stale", "pairs"), [("train", "training pairs of the first step"), ("val", "validation pairs")]
+)
+def test_a_stale_reference_is_refused_and_all_its_files_named(
+    finished, tiny_model, pairs_folder, tmp_path, monkeypatch, stale, pairs
+):
+    read_cache = reference.read_cache
+
+    def read(path, count):
+        whole = read_cache(path, count)
+        return whole - 0.01 if f"-{stale}." in path.name else whole  # nats per token
+
+    monkeypatch.setattr(reference, "read_cache", read)
     arguments = train_args(tiny_model, pairs_folder, tmp_path, "--run_id", "wrong")
-    with pytest.raises(UserError, match="differs from its reference by"):
+    with pytest.raises(UserError, match=f"by 0.01 nats per token on the {pairs}") as refusal:
         train(*arguments)
-    torch.distributed.destroy_process_group()
+    record = json.loads((finished / "args.json").read_text())
+    for file in reference.cache_files(pairs_folder, record).values():
+        assert str(file) in str(refusal.value)
+
+
+def test_the_probe_is_several_short_pairs_or_one_long_one():
+    lengths = (300, 20, 2000, 100, 400)  # of a prompt, which counts twice
+    pairs = [TokenPair([1] * (length - 1), [1], [1]) for length in lengths]
+    assert gates.probe_of(pairs) == [pairs[1], pairs[3], pairs[0]]  # 40 + 200 + 600 tokens
+    assert gates.probe_of(pairs[2:3]) == [pairs[2]]
+
+
+def test_files_can_be_read_by_those_whom_the_umask_allows(finished, pairs_folder):
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    files += (pairs_folder / "reference").iterdir()
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_clipping_can_be_turned_off(tiny_model, pairs_folder, tmp_path):
+    def trained(norm: str) -> dict:
+        more = f"--max_grad_norm {norm} --max_steps 1 --run_id clip{norm}"
+        assert train(*train_args(tiny_model, pairs_folder, tmp_path, *more.split())) == 0
+        return metrics_of(tmp_path / f"clip{norm}")[1], load_file(
+            tmp_path / f"clip{norm}" / "adapter" / "adapter_model.safetensors"
+        )
+
+    step, off = trained("0")
+    assert step["grad_norm"] > 1  # a norm of 1 would clip it
+    _, never_reached = trained("1e9")
+    assert all(torch.equal(off[name], never_reached[name]) for name in off)
 
 
 @pytest.mark.slow
@@ -357,6 +402,11 @@ def my_loss(pairs, *, beta: float = 0.1, offset: float = 0.5):
         raise ValueError("offset too large")
     return losses, {"preference": losses, "half": losses / 2}
 
+def coupled(pairs, *, beta: float = 0.1):
+    if len(pairs.rho) < 2:
+        raise ValueError("needs two pairs")
+    return F.softplus(-beta * (pairs.rho - pairs.rho.mean() / 2)), {}
+
 def clash(pairs, *, seed: int = 3):
     return -pairs.rho, {}
 
@@ -380,6 +430,7 @@ def test_a_custom_loss(tiny_model, pairs_folder, tmp_path):
     assert first["loss"] == pytest.approx(math.log1p(math.exp(0.25)), rel=1e-4)
     assert first["terms/half"] == pytest.approx(first["loss"] / 2)
     for spec, more, message in (
+        ("coupled", ["--global_batch", "1"], "some micro-batch would hold a single pair"),
         ("broken", [], "fails its self-test: not finite in float32"),
         ("clash", [], "parameter seed is an argument of train_pref.py"),
         ("my_loss", ["--offset", "200"], "raises ValueError: offset too large"),
@@ -387,6 +438,10 @@ def test_a_custom_loss(tiny_model, pairs_folder, tmp_path):
         with pytest.raises(UserError, match=message):
             args = parse_args(["--data", str(pairs_folder), "--loss_file", f"{file}:{spec}", *more])
             assembly.prepare(args, ONE)
+    more = ["--model", str(tiny_model), "--data", str(pairs_folder), "--global_batch", "8"]
+    args = parse_args(["--loss_file", f"{file}:coupled", *more])
+    assert assembly.prepare(args, ONE).record["couples_batch"]
+    assert settings.packing_of(args, pad_id=0).pairs == 4  # a fixed number, whatever their length
 
 
 def test_published_discopop_that_overflows_ends_as_diverged(tiny_model, pairs_folder, tmp_path):
@@ -532,7 +587,7 @@ def test_bad_line_of_the_data_is_named(pairs_folder, tmp_path):
     [
         ("--loss unheard_of", "invalid choice"),
         ("--tau 0", "error: --tau 0.0: must be above 0"),
-        ("--model /no/model", "error: --model /no/model: no tokenizer there"),
+        ("--model /no/model", "error: --model /no/model: no such folder, and not a hub id"),
     ],
 )
 def test_errors_reach_the_user_in_one_or_two_lines(pairs_folder, tmp_path, arguments, message):

@@ -1,11 +1,13 @@
-"""Rows of score tables: a cell's means over its seeds, and the questions they are taken over."""
+"""Rows of tables: a cell's means over its seeds, the questions they are taken over, and how far a
+run has moved.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from pref.analysis import run_metrics, stats, texts
-from pref.analysis.runs import ACCURACIES, Cell, Run
+from pref.analysis.runs import ACCURACIES, Cell, Run, Scores
 
 ACCURACY_COLUMNS = (*ACCURACIES, "margin_rho_first", "margin_rho_best")
 SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
@@ -14,13 +16,14 @@ SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
 def cell_label(loss: str, beta: float | None, tau: float | None, settings: dict) -> str:
     """The name of a cell in tables: td_dpo β=0.1 τ=2 learning_rate=1e-05."""
     parts = [loss]
-    parts += [f"{letter}={x:g}" for letter, x in (("β", beta), ("τ", tau)) if x is not None]
+    named = (("β", beta), ("τ", tau))
+    parts += [f"{letter}={texts.number_text(x)}" for letter, x in named if x is not None]
     parts += [settings_text(settings)] if settings else []
     return " ".join(parts)
 
 
 def settings_text(settings: dict) -> str:
-    return " ".join(f"{key}={texts.show(value)}" for key, value in settings.items())
+    return " ".join(f"{key}={texts.setting_text(value)}" for key, value in settings.items())
 
 
 def cell_columns(cell: Cell) -> dict:
@@ -144,3 +147,29 @@ def common_questions(judged: dict[str, list[dict]]) -> CommonQuestions:
         common={question for question, runs in lacking.items() if not runs},
         left_out={question: runs for question, runs in lacking.items() if runs},
     )
+
+
+def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
+    """How far each run moved from the reference, and what it gained: KL of its own answers where
+    they carry log-probs, their length and the share that was cut off, the anchor 0.5 (a^2 + b^2)
+    over the last tenth of the training steps, accuracy, and score by judge.
+    """
+    rows = []
+    for run in runs:
+        last_tenth = run.steps[-max(1, len(run.steps) // 10) :]
+        anchors = [step["anchor"] for step in last_tenth if step.get("anchor") is not None]
+        row = {
+            "run_id": run.run_id,
+            **{key: run.args[key] for key in ("beta", "tau", "seed")},
+            "loss": run.loss,
+            **{key: run.kl and run.kl[key] for key in ("kl", "kl_se", "kl_per_token")},
+            "anchor": stats.mean(anchors),
+            **run_metrics.answer_shape(run.answers)._asdict(),
+            "accuracy": run.summary and run.summary["best_acc_ref"],
+        }
+        for scores in judges:
+            by_question = scores.values.get(run.run_id, {})
+            ratings = [rating for turns in by_question.values() for rating in turns.values()]
+            row[f"score, {scores.judge}"] = stats.mean(ratings)
+        rows.append(row)
+    return rows

@@ -57,8 +57,9 @@ FIELDS = {
 
 
 def load_claims(results_dir: Path, path: Path | None = None) -> list[dict]:
-    """The study's claims, then the user's: those of `path`, or of `results_dir`/claims.json if it
-    exists. Raises UserError for a claim that is not well formed, or whose id is taken.
+    """The user's claims, of `path`, or of `results_dir`/claims.json if it exists; then the study's.
+
+    Raises UserError for a claim that is not well formed, or whose id is taken.
     """
     default = results_dir / "claims.json"
     path = path or (default if default.is_file() else None)
@@ -67,7 +68,12 @@ def load_claims(results_dir: Path, path: Path | None = None) -> list[dict]:
         raise UserError(
             f"{path}: the study's own claims have the ids {', '.join(sorted(taken))}; choose others"
         )
-    return study + others
+    return others + study
+
+
+def study_ids() -> set[str]:
+    """Ids of the published study's claims; all others are the user's own."""
+    return {claim["id"] for claim in read_claims(STUDY_CLAIMS)}
 
 
 def read_claims(path: Path) -> list[dict]:

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pref.analysis import stats, variation
+from pref.analysis import power, stats, texts, usual_tests, variation
 from pref.analysis.runs import Cell, Run, ScoredCell, Values
 
-DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "rate", "rate_low", "rate_high")
+DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "seed_share")
+FEWEST_QUESTIONS = 10  # with which error rates were simulated
 SPREAD_NUMBERS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_forsythe_p")
 
 
@@ -84,7 +85,7 @@ def differences_text(one: Cell, other: Cell) -> str | None:
 
 
 def setting_text(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return texts.setting_text(value)
 
 
 def nearest(one: Cell, others: list[Cell]) -> list[Cell]:
@@ -105,22 +106,26 @@ class Comparison(NamedTuple):
 
 
 def cell_interval(
-    cell: Cell, counted: list[str], values: Values, draws: int
+    cell: Cell, counted: list[str], values: Values, proportion: bool = False
 ) -> tuple[float | None, float | None]:
-    """Crossed-bootstrap interval of a cell's mean over its seeds and units; of a single seed, over
-    units alone.
+    """95 % interval of a cell's mean over its seeds and units; of a single seed, over units alone.
 
     counted: ids of the runs in the mean that the interval is shown with. (None, None) if not all of
-    them have values: it would be the interval of another mean.
+    them have values: it would be the interval of another mean. proportion: whether a value is right
+    or wrong, 1 or 0.
     """
     runs = runs_with_values(cell, values)
     if not runs or set(runs.values()) != set(counted):
         return None, None
     table = cell_table(cell, values)
-    return stats.percentiles(stats.bootstrap(table, draws)) if table.size else (None, None)
+    if not table.size:
+        return None, None
+    interval = stats.proportion_interval if proportion else stats.mean_interval
+    low, high = map(finite, interval(table))
+    return low, high
 
 
-def compare_cells(a: Cell, b: Cell, values: Values, draws: int) -> Comparison | None:
+def compare_cells(a: Cell, b: Cell, values: Values) -> Comparison | None:
     """Difference of two cells' means; None if they share no unit.
 
     Seeds that both cells have are paired. If there are fewer than two of these, all seeds count,
@@ -144,7 +149,7 @@ def compare_cells(a: Cell, b: Cell, values: Values, draws: int) -> Comparison | 
     table_a, table_b = make_tables(values, groups)
     if not table_a.size:
         return None
-    return Comparison(stats.difference(table_a, table_b, paired, draws), table_a, table_b)
+    return Comparison(stats.difference(table_a, table_b, paired), table_a, table_b)
 
 
 def comparison_columns(compared: Comparison | None) -> dict:
@@ -152,9 +157,11 @@ def comparison_columns(compared: Comparison | None) -> dict:
     comparison.
     """
     if compared is None:
-        others = ("p", "detectable", "n_units", "paired", "seeds_compared")
+        others = ("rate", "rate_low", "rate_high")
+        others += ("p", "detectable", "n_units", "paired", "seeds_compared", "calibrated", "caveat")
         return dict.fromkeys((*DIFFERENCE_NUMBERS, *others))
     difference, table_a, table_b = compared
+    rate = stats.improvement_rate(table_a, table_b, difference.seeds != "unpaired")
     seeds_compared = {
         "paired": f"{len(table_a)} paired",
         "unpaired": f"{len(table_a)} against {len(table_b)}, unpaired",
@@ -162,12 +169,27 @@ def comparison_columns(compared: Comparison | None) -> dict:
     }
     return {
         **{key: finite(getattr(difference, key)) for key in DIFFERENCE_NUMBERS},
+        **{key: finite(value) for key, value in zip(("rate", "rate_low", "rate_high"), rate)},
         "p": finite(difference.p()),
-        "detectable": finite(difference.minimum_detectable()),
+        "detectable": finite(power.minimum_detectable(difference)),
         "n_units": difference.n_questions,
         "paired": difference.seeds,
         "seeds_compared": seeds_compared[difference.seeds],
+        "calibrated": (caveat := find_caveat(compared)) is None,
+        "caveat": caveat,
     }
+
+
+def find_caveat(compared: Comparison) -> str | None:
+    """Why p and interval may not keep the error rates that bench/calibration.py has simulated; None
+    if they do.
+    """
+    difference = compared.difference
+    if difference.seeds == "one seed":
+        return "one seed: how much other seeds would differ is not known"
+    if difference.n_questions < FEWEST_QUESTIONS:
+        return f"fewer than {FEWEST_QUESTIONS} questions or pairs: never tried in simulation"
+    return None
 
 
 def finite(value: float) -> float | None:
@@ -188,7 +210,7 @@ def sensitivity_rows(label: str, baseline: str, compared: Comparison) -> list[di
         "p": finite(difference.p()),
         "ignores": ignores[difference.seeds],
     }
-    others = [row | {"p": finite(row["p"])} for row in stats.sensitivity(table_a, table_b)]
+    others = [row | {"p": finite(row["p"])} for row in usual_tests.sensitivity(table_a, table_b)]
     return [{"proposed": label, "baseline": baseline} | row for row in (primary, *others)]
 
 
@@ -200,7 +222,9 @@ def mcnemar_rows(a: Cell, b: Cell, values: Values) -> list[dict]:
     rows = []
     for seed in sorted(set(seeds_a) & set(seeds_b), key=str):
         (right_a,), (right_b,) = make_tables(values, [[seeds_a[seed]], [seeds_b[seed]]])
-        rows.append({"seed": seed, "n_pairs": len(right_a), **stats.mcnemar(right_a, right_b)})
+        rows.append(
+            {"seed": seed, "n_pairs": len(right_a), **usual_tests.mcnemar(right_a, right_b)}
+        )
     return rows
 
 
@@ -214,9 +238,9 @@ class SpreadComparison(NamedTuple):
     spread_a: variation.BetaSpread
     spread_b: variation.BetaSpread
     ratio: float | None  # a's variance over beta / b's, and its interval
-    low: float | None
-    high: float | None
-    high_open: bool  # the interval has no upper limit
+    low: float
+    high: float
+    high_open: bool  # the interval has no upper limit: b's variance may be 0
     reduction_percent: float | None
     n_seeds: int  # the smallest number in a cell
     brown_forsythe_p: float | None
@@ -236,11 +260,13 @@ def beta_series(cells: list[Cell], values: Values) -> list[list[Cell]]:
 def spread_of(
     cells: list[Cell], values: Values, draws: int, stream: int = 0
 ) -> variation.BetaSpread | None:
-    """Variance over beta of the cells' values on their common units; None without a common unit."""
+    """Variance over beta of the cells' values on their common units; None with fewer than two: a
+    single unit does not show how much units differ.
+    """
     by_cell = [dict(sorted(runs_with_values(cell, values).items(), key=str)) for cell in cells]
     tables = make_tables(values, [list(runs.values()) for runs in by_cell])
     same_seeds = all(list(runs) == list(by_cell[0]) for runs in by_cell) and len(by_cell[0]) > 1
-    if not tables[0].size:
+    if tables[0].shape[-1] < 2:
         return None
     return variation.beta_spread(tables, same_seeds, draws, stream)
 
@@ -249,7 +275,7 @@ def compare_spreads(
     a: list[Cell], b: list[Cell], values: Values, draws: int
 ) -> SpreadComparison | None:
     """Variance over beta of the series a against the series b, at the betas that both have; None
-    with fewer than two such betas, or without a common unit.
+    with fewer than two such betas, or than two common units.
     """
     betas = sorted({cell.beta for cell in a} & {cell.beta for cell in b})
     a, b = ([cell for cell in cells if cell.beta in betas] for cells in (a, b))
@@ -257,7 +283,7 @@ def compare_spreads(
     if len(betas) < 2:
         return None
     spread_a = spread_of(a, values, draws)
-    spread_b = spread_of(b, values, draws, stream=100)  # seeds resampled independently of a's
+    spread_b = spread_of(b, values, draws, stream=1)
     if spread_a is None or spread_b is None:
         return None
     ratio = variation.variance_ratio(spread_a, spread_b)
@@ -314,8 +340,9 @@ def selection_rows(scored: list[ScoredCell], metric: str, baseline: str) -> list
     """The best cell of each loss by validation accuracy, and what its grid and the baseline's would
     give at equal budget.
 
-    The budget is the number of cells of the smaller grid; what a grid gives is the expected score
-    of the best of that many cells, drawn at random (variation.expected_best).
+    The best of a larger grid is better by chance alone. The budget is the number of cells of the
+    smaller grid; what a grid gives is the expected score of the best of that many cells, drawn at
+    random (variation.expected_best). Chance then favours neither.
     """
     grids: dict[str, list[ScoredCell]] = defaultdict(list)
     for one in scored:
@@ -340,9 +367,10 @@ def selection_rows(scored: list[ScoredCell], metric: str, baseline: str) -> list
         }
         if baseline_grid:
             of_baseline = grid_scores(baseline_grid, metric)
-            row["baseline_expected_selected"] = variation.expected_best(
-                of_baseline.selector, of_baseline.scores, budget
-            )
+            expected = variation.expected_best(of_baseline.selector, of_baseline.scores, budget)
+            row["baseline_expected_selected"] = expected
+            if loss != baseline:
+                row["expected_difference"] = row["expected_selected"] - expected
         rows.append(row)
     return rows
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from pref.files import drawing
 
-INTERVAL = "95 % bootstrap interval over questions and seeds"
+INTERVAL = "95 % interval over questions and seeds"
 
 
 class Look(NamedTuple):

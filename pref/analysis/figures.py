@@ -21,11 +21,19 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from pref.analysis import curve_figures, pair_figures, run_figures, run_metrics, score_figures
+from pref.analysis import (
+    curve_figures,
+    judge_identity,
+    pair_figures,
+    run_figures,
+    score_figures,
+    texts,
+)
 from pref.analysis.figure_parts import Look
 from pref.analysis.runs import Run
-from pref.files import console
+from pref.files import console, drawing
 
 WORTH_PROCESSES = 40  # figures: a process takes seconds to import what it draws with
 FIGURE_TITLES = {  # comparison_<key>: the order and the captions of the report
@@ -71,22 +79,38 @@ def draw_all(runs: list[Run], comparison: dict, folder: Path) -> None:
     """Draw the figure of each run, in its folder, and those of the comparison, in `folder`.
 
     comparison: aggregated_metrics.json. Notes about figures that cannot be drawn are added to it.
+    The figures of the last analysis stay until all of this one have been drawn.
     """
-    for old in folder.glob("comparison_*.*"):
-        old.unlink()
     runs = [run_figures.without_texts(run) for run in runs]
-    jobs = [partial(run_figures.draw_run, run) for run in runs]
-    jobs += comparison_jobs(folder, comparison, runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".figures.", dir=folder.parent) as beside:
+        jobs = [partial(run_figures.draw_run, run) for run in runs]
+        jobs += comparison_jobs(Path(beside), comparison, runs)
+        draw_jobs(jobs)
+        drawn = sorted(Path(beside).iterdir())
+        for path in drawn:
+            path.replace(folder / path.name)
+    for old in folder.glob("comparison_*.*"):
+        if old.name not in {path.name for path in drawn}:
+            old.unlink()
+
+
+def draw_jobs(jobs: list[Callable[[], None]]) -> None:
     if len(jobs) < WORTH_PROCESSES:
         for job in console.progress(jobs, "drawing", "figures"):
-            job()
+            draw(job)
         return
     # Spawned, not forked: a fork of a process that has threads, such as those of a linear-algebra
     # library, can hang.
     with ProcessPoolExecutor(console.usable_cores(), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(job) for job in jobs]
+        futures = [pool.submit(draw, job) for job in jobs]
         for future in console.progress(futures, "drawing", "figures"):
             future.result()
+
+
+@drawing.own_style()
+def draw(job: Callable[[], None]) -> None:
+    job()
 
 
 def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Callable[[], None]]:
@@ -105,7 +129,7 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
     accuracy = comparison["accuracy"]
     if accuracy["cells"]:
         look = Look(
-            title="Validation accuracy",
+            title="Validation accuracy" + trial_mark(comparison),
             label="validation accuracy (best acc_ref)",
             limits=(0, 1),
             digits=3,
@@ -129,10 +153,11 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
 
 def mt_bench_jobs(folder: Path, judge: dict, comparison: dict) -> list[Callable[[], None]]:
     """The figures of MT-Bench by one judge."""
-    suffix = run_metrics.judge_suffix(judge, comparison["mt_bench"])
-    title = f"MT-Bench, {len(judge['questions'])} questions, {run_metrics.judge_title(judge)}"
+    suffix = judge_identity.file_suffix(judge, comparison["mt_bench"])
+    title = f"MT-Bench, {len(judge['questions'])} questions, {judge['title']}"
     if judge["smoke_test"]:
-        title += f"\n{run_metrics.smoke_mark(judge)}"
+        title += f"\n{judge_identity.smoke_mark(judge)}"
+    title += trial_mark(comparison)
     look = Look(
         title=title,
         label="MT-Bench score (1-10, mean of both turns)",
@@ -146,6 +171,10 @@ def mt_bench_jobs(folder: Path, judge: dict, comparison: dict) -> list[Callable[
         stem = folder / f"comparison_mt_bench_categories{suffix}"
         jobs.append(partial(score_figures.draw_categories, stem, judge, title))
     return jobs
+
+
+def trial_mark(comparison: dict) -> str:
+    return f"\n{texts.TRIAL}" if comparison["trial"] else ""
 
 
 def score_jobs(
@@ -169,7 +198,7 @@ def score_jobs(
     if grids := curve_figures.find_grids(cells, look.metric):
         jobs.append(partial(curve_figures.draw_heatmaps, stem("heatmap"), grids, look))
     else:
-        what = "accuracy" if name == "accuracy" else f"MT-Bench, {run_metrics.judge_title(part)}"
+        what = "accuracy" if name == "accuracy" else f"MT-Bench, {part['title']}"
         note = f"no heat map of {what}: no loss has two cells of beta x tau"
         comparison["notes"].append(note)
     if series := curve_figures.find_series(cells, look.metric):
@@ -181,6 +210,17 @@ def score_jobs(
         row
         for row in part["improvement"]
         if row["comparison"] != "best baseline" and row["estimate"] is not None
+    ]
+    # Two best cells at the same beta are one comparison, with the headline's p-value.
+    headline = {
+        (row["proposed"], row["baseline"])
+        for row in differences
+        if row["comparison"] == "best of grid"
+    }
+    differences = [
+        row
+        for row in differences
+        if row["comparison"] != "matched beta" or (row["proposed"], row["baseline"]) not in headline
     ]
     if differences:
         jobs.append(partial(pair_figures.draw_differences, stem("differences"), differences, look))

@@ -5,34 +5,104 @@ them if the list is empty), and the command that comes `next`.
 """
 
 import argparse
-from collections import Counter
+import json
+import shlex
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import run_metrics
+from pref.analysis import cell_rows, claims, judge_identity
 from pref.analysis.cell_rows import CommonQuestions
-from pref.analysis.runs import Cell, JudgeKey, Run
-from pref.files import judgements
+from pref.analysis.runs import Cell, JudgeKey, Run, Stale
+from pref.files import disk, judgements
+from pref.files.console import UserError
 
+COMPARED_ON = "compared on the"
 ORDINARY_STATUSES = ("finished", "untrained", "no training record")
 
 
 def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
-    """Runs that did not end well, non-finite validation pairs, and seeds that a cell lacks."""
-    notes = [note for run in runs if (note := note_status(run))]
+    """What was taken out of the runs, runs that did not end well, non-finite validation pairs,
+    answers made in different ways, and seeds that a cell lacks.
+    """
+    notes = note_stale(runs)
+    notes += [note for run in runs if (note := note_status(run))]
     for run in runs:
         if bad := sum(margins is None for margins in run.best_val.values()):
             notes.append(
                 f"{run.run_id}: {bad} validation pairs have a non-finite log-probability, "
                 "counted as wrong"
             )
+    for run in runs:
+        if run.kl and run.kl["n_nonfinite"]:
+            notes.append(
+                f"{run.run_id}: {run.kl['n_nonfinite']} turns have no finite log-probability; its "
+                "KL is over the others, and too small where the model broke down"
+            )
+    notes += note_answer_settings(runs)
     trained = [cell for cell in cells if not cell.untrained]
+    notes += [note for cell in trained if (note := note_token_ids(cell))]
     seeds = {seed for cell in trained for seed in cell_seeds(cell)}
     for cell in trained:
         if lacking := seeds - cell_seeds(cell):
             listed = ", ".join(map(str, sorted(lacking)))
             notes.append(f"unbalanced grid: {cell.label} has no seed {listed}")
     return notes
+
+
+def note_stale(runs: list[Run]) -> list[str]:
+    """What does not belong together, one note for all runs with the same fault."""
+    with_answers = sum(bool(run.answers or run.stale) for run in runs)
+    return [
+        f"left out, because old and new do not belong together: {stale.what} of "
+        f"{'all runs' if len(run_ids) == with_answers > 1 else ', '.join(run_ids)}: {stale.why}"
+        for stale, run_ids in group_stale(runs).items()
+    ]
+
+
+def group_stale(runs: list[Run]) -> dict[Stale, list[str]]:
+    """What was taken out -> the runs that it was taken out of."""
+    groups: dict[Stale, list[str]] = defaultdict(list)
+    for run in runs:
+        for stale in run.stale:
+            groups[stale].append(run.run_id)
+    return groups
+
+
+def note_answer_settings(runs: list[Run]) -> list[str]:
+    """Settings, batch size or device that the answers of some runs were made with and those of
+    others were not: part of a difference in score may come from these.
+    """
+    runs_of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        settings = next((row.get("settings") for row in run.answers.values()), None)
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            runs_of[name][json.dumps(value, sort_keys=True)].append(run.run_id)
+        for name in ("batch_size", "device"):
+            values = {json.dumps(row.get(name)) for row in run.answers.values()} - {"null"}
+            if values:
+                runs_of[name][", ".join(sorted(values))].append(run.run_id)
+    notes = []
+    for name, by_value in sorted(runs_of.items()):
+        if len(by_value) > 1:
+            listed = "; ".join(f"{value}: {', '.join(ids)}" for value, ids in by_value.items())
+            effect = "differences in score include what that changes"
+            if name in ("batch_size", "device"):
+                effect = "in bf16 that alone changes some of the answers"
+            notes.append(f"answers were made with different {name} ({listed}): {effect}")
+    return notes
+
+
+def note_token_ids(cell: Cell) -> str | None:
+    """Seeds of one cell must have been trained on the same token ids."""
+    hashes = [run.args.get("reference") for run in cell.runs]
+    if len({json.dumps(one, sort_keys=True) for one in hashes if isinstance(one, dict)}) < 2:
+        return None
+    return (
+        f"{cell.label}: its runs were trained on different token ids or another base (another "
+        f"tokenizer, chat template, or a date in it): {', '.join(run.run_id for run in cell.runs)} "
+        "differ in more than their seed"
+    )
 
 
 def note_status(run: Run) -> str | None:
@@ -54,10 +124,10 @@ def cell_seeds(cell: Cell) -> set[int]:
 def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQuestions) -> list[str]:
     """What limits the scores of one judge: its size, questions left out, failed judgements.
 
-    judge: of run_metrics.describe_judge. judged: run id -> all of its judgements by this judge.
+    judge: of judge_identity.describe_judge. judged: run id -> all of its judgements by this judge.
     """
-    name, notes = run_metrics.judge_title(judge), []
-    if mark := run_metrics.smoke_mark(judge):
+    name, notes = judge["title"], []
+    if mark := judge_identity.smoke_mark(judge):
         notes.append(f"{name}: {mark}")
     elif judge["judge_params_b"] is None:
         notes.append(
@@ -67,7 +137,7 @@ def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQues
         runs = sorted({run_id for lacking in questions.left_out.values() for run_id in lacking})
         n_common = len(questions.common)
         notes.append(
-            f"{name}: compared on the {n_common} of {n_common + len(questions.left_out)} questions "
+            f"{name}: {COMPARED_ON} {n_common} of {n_common + len(questions.left_out)} questions "
             f"that all runs were judged on; left out {', '.join(map(str, questions.left_out))} "
             f"(lacking or partly judged in {', '.join(runs)})"
         )
@@ -78,11 +148,53 @@ def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQues
                 f"{name}: {run_id}: {failed.total()} of {len(rows)} judgements have no score "
                 f"({why})"
             )
+    notes += [f"{name}: {text}" for text in note_readings(judged)]
     served = {row["served_model"] for rows in judged.values() for row in rows} - {None}
     if len(served) > 1:
         listed = ", ".join(sorted(served))
         notes.append(f"{name}: answered by different versions of the model: {listed}")
     return notes
+
+
+def note_readings(judged: dict[str, list[dict]]) -> list[str]:
+    """Ratings that are less certain than others, as judge.py has marked them."""
+    rated = [row for rows in judged.values() for row in rows if row["status"] == "ok"]
+    readings = Counter(row.get("reading") for row in rated)
+    faint = sum(row.get("rating_mass") is not None and row["rating_mass"] < 0.5 for row in rated)
+    counts = {
+        "were read from [N] where the judge wrote no [[N]] (FastChat's fallback)": readings[
+            "fallback"
+        ],
+        "hold several ratings, of which the first and the last differ": readings["several"],
+        "are the mean of ratings that hold less than half of the judge's probability": faint,
+    }
+    return [f"{n} of {len(rated)} judgements {what}" for what, n in counts.items() if n]
+
+
+def is_caveat(note: str) -> bool:
+    """Whether a note says what the answer is without: runs, scores or questions."""
+    return note.startswith("left out") or COMPARED_ON in note
+
+
+# ---- claims -------------------------------------------------------------------------------------
+
+
+def fold_claims(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(verdicts to show, those to fold): claims of the published study that these runs do not
+    measure are in the way of the user's own.
+    """
+    study = claims.study_ids()
+    folded = [row for row in rows if row["id"] in study and row["verdict"] == "not measured"]
+    return [row for row in rows if row not in folded], folded
+
+
+def folded_text(folded: list[dict], others: bool) -> str:
+    """others: whether claims are shown beside these."""
+    ids = list(dict.fromkeys(row["id"] for row in folded))
+    return (
+        f"{len(ids)} {'more ' if others else ''}claims, of the published study that this toolkit "
+        f"was made for, are not measured by these runs ({', '.join(ids)})"
+    )
 
 
 # ---- what is missing ----------------------------------------------------------------------------
@@ -99,12 +211,16 @@ class Lack(NamedTuple):
 def find_missing(runs: list[Run], judges: list[dict], args: argparse.Namespace) -> list[dict]:
     """What could not be done, of which runs, and what would supply it.
 
-    judges: of run_metrics.describe_judge, one for each judge of the study.
+    judges: of judge_identity.describe_judge, one for each judge of the study.
     """
     gaps = [
         {"what": lack.what, "runs": [run.run_id for run in lack.runs], "next": lack.next}
         for lack in run_gaps(runs, judges)
         if lack.runs
+    ]
+    gaps += [
+        {"what": stale.what, "runs": run_ids, "next": stale.next}
+        for stale, run_ids in group_stale(runs).items()
     ]
     return gaps + study_gaps(runs, args)
 
@@ -116,9 +232,15 @@ def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
     usable = usable_runs(runs)
     unfinished = [run for run in trained if run.status == "unfinished"]
     unrecorded = [run for run in trained if run.status == "no training record"]
-    no_curve = [run for run in ended if not run.steps and not run.evals]
-    no_pairs = [run for run in ended if run in usable and not run.val]
-    no_judge = [run for run in usable if not run.judged]
+    # What was taken out of a run is listed on its own.
+    taken = {(run.run_id, stale.what) for run in runs for stale in run.stale}
+    no_curve = [
+        run
+        for run in ended
+        if not (run.steps or run.evals or (run.run_id, "learning curve") in taken)
+    ]
+    no_pairs = [run for run in ended if run in usable and not run.val and not run.stale]
+    no_judge = [run for run in usable if not run.judged and not run.stale]
     lacks = [
         Lack("accuracy (unfinished)", unfinished, "the same train_pref.py command again"),
         Lack("accuracy (no summary.json)", unrecorded, "train_pref.py"),
@@ -126,12 +248,52 @@ def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
         Lack("margins (no val_pairs.jsonl)", no_pairs, "train_pref.py"),
         Lack("MT-Bench (no judgements)", no_judge, "gen_mtbench.py, then judge.py"),
     ]
-    for judge in judges if len(judges) > 1 else ():
-        key = JudgeKey(judge["judge"], judge["prompts"], judge["refs"])
-        lacking = [run for run in usable if run.judged and key not in run.judged]
-        what = f"MT-Bench by {run_metrics.judge_title(judge)}"
-        lacks.append(Lack(what, lacking, f"judge.py --judge {judge['judge']}"))
+    with_kl = [run for run in usable if run.kl]
+    no_kl = [run for run in usable if run.answers and not run.kl and not run.untrained]
+    lacks.append(
+        Lack("KL (no log-probs in answers)", no_kl if with_kl else [], "gen_mtbench.py --kl")
+    )
+    for judge in judges:
+        lacks += judge_gaps(judge, usable, [other for other in judges if other is not judge])
     return lacks
+
+
+def judge_command(judge: dict, others: list[dict]) -> str:
+    """The command that asks this judge, and none of the others."""
+    command = f"judge.py --judge {judge['judge']}"
+    address, settings = judge["judge_address"] or "", judge["judge_settings"]
+    if address.startswith("http"):
+        command += f" --base_url {address}"
+        if settings and any(other["judge"] == judge["judge"] for other in others):
+            command += f" --parameters {shlex.quote(settings)}"
+    return command
+
+
+def judge_gaps(judge: dict, usable: list[Run], others: list[dict]) -> list[Lack]:
+    """What runs lack of one judge's ratings. others: the study's other judges."""
+    key = JudgeKey(*(judge[name] for name in JudgeKey._fields))
+    command = judge_command(judge, others)
+    judged = {run.run_id: run.judged[key] for run in usable if key in run.judged}
+    left_out = cell_rows.common_questions(judged).left_out
+    incomplete = {run_id for run_ids in left_out.values() for run_id in run_ids}
+    failed = {
+        run_id for run_id, rows in judged.items() if any(row["status"] != "ok" for row in rows)
+    }
+
+    def runs(run_ids: set[str]) -> list[Run]:
+        return [run for run in usable if run.run_id in run_ids]
+
+    name = f"MT-Bench by {judge['title']}"
+    lacking = [run for run in usable if run.judged and key not in run.judged] if others else []
+    return [
+        Lack(name, lacking, command),
+        Lack(
+            f"{name} on all questions ({len(left_out)} left out)",
+            runs(incomplete),
+            f"gen_mtbench.py, then {command}",
+        ),
+        Lack(f"{name}: judgements without a score", runs(failed), f"{command} --retry_failed"),
+    ]
 
 
 def usable_runs(runs: list[Run]) -> list[Run]:
@@ -172,11 +334,23 @@ def missing_text(gap: dict) -> str:
     return f"{gap['what']}{of}; next: {gap['next']}"
 
 
-# ---- at the end of analyze.py -------------------------------------------------------------------
+# ---- on the terminal ----------------------------------------------------------------------------
 
 
-def print_summary(results_dir: Path, comparison: dict) -> None:
-    """Print the runs by status, notes, gaps, and where the results are."""
+def note_replaced(folder: Path, n_runs: int) -> str | None:
+    """A line where the comparison of `n_runs` runs replaces one of more runs."""
+    path = folder / "aggregated_metrics.json"
+    try:
+        before = disk.read_json(path).get("runs") if path.is_file() else None
+    except UserError:  # damaged: it is replaced in any case
+        before = None
+    if not isinstance(before, list) or len(before) <= n_runs:
+        return None
+    return f"{folder}: the comparison of {len(before)} runs is replaced; --out DIR keeps both"
+
+
+def print_summary(results_dir: Path, folder: Path, comparison: dict) -> None:
+    """Print the runs by status, notes, gaps, and where the results are. folder: --out."""
     statuses = Counter(run["status"] for run in comparison["runs"])
     by_status = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
     print(f"\n{len(comparison['runs'])} runs: {by_status}")
@@ -186,7 +360,6 @@ def print_summary(results_dir: Path, comparison: dict) -> None:
         print(f"  missing: {missing_text(gap)}")
     if not comparison["missing"]:
         print("  nothing is missing")
-    folder = results_dir / "comparison"
     print(f"report: {folder / 'report.html'}")
     print(f"results: {folder / 'aggregated_metrics.json'}, {results_dir}/<run_id>/metrics.json")
     for name in ("tables", "figures"):

@@ -5,6 +5,7 @@ draw_win_matrix   each cell against each baseline run in pairwise judgements
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 from pref.analysis.figure_parts import INTERVAL, Look, add_legend_below, distinct, series_style
@@ -29,12 +30,11 @@ def draw_differences(stem: Path, rows: list[dict], look: Look) -> None:
     kinds = distinct(row["comparison"] for row in rows)
     for y, row in enumerate(rows):
         style = series_style(kinds.index(row["comparison"]))
-        below = max(0, row["estimate"] - row["low"])
-        above = max(0, row["high"] - row["estimate"])
+        low, high = (row["estimate"] if row[key] is None else row[key] for key in ("low", "high"))
         axis.errorbar(
             row["estimate"],
             y,
-            xerr=[[below], [above]],
+            xerr=[[max(0, row["estimate"] - low)], [max(0, high - row["estimate"])]],
             capsize=3,
             fmt=style["marker"],
             color=style["color"],
@@ -53,9 +53,12 @@ def draw_differences(stem: Path, rows: list[dict], look: Look) -> None:
 
 
 def difference_text(row: dict, digits: int) -> str:
-    """E.g. "+0.50 [+0.10, +0.90]  p 0.02, one seed"."""
-    estimate, low, high = (f"{row[key]:+.{digits}f}" for key in ("estimate", "low", "high"))
-    p = "no test" if row["p_adjusted"] is None else f"p {row['p_adjusted']:.2g}"
+    """E.g. "+0.50 [+0.10, +0.90]  adjusted p 0.02, one seed"."""
+    estimate, low, high = (
+        "?" if row[key] is None else f"{row[key]:+.{digits}f}"
+        for key in ("estimate", "low", "high")
+    )
+    p = "no test" if row["p_adjusted"] is None else f"adjusted p {row['p_adjusted']:.2g}"
     one_seed = ", one seed" if row["paired"] == "one seed" else ""
     return f"{estimate} [{low}, {high}]  {p}{one_seed}"
 
@@ -67,7 +70,7 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
     rows: of "pairs" in aggregated_metrics.json.
     """
     labels = distinct(row["label"] for row in rows)
-    columns = distinct((row["judge"], row["baseline"]) for row in rows)
+    columns = distinct((row["title"], row["baseline"]) for row in rows)
     title = "Win rate in pairwise judgements (a tie is one half; both orders must agree)"
     if any(row["smoke_test"] for row in rows):
         title += "\nSMOKE TEST: a judge below 7B parameters, these rates measure nothing"
@@ -76,15 +79,16 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
     axis = figure.subplots()
     rates = [[math.nan] * len(columns) for _ in labels]
     for row in rows:
-        y, x = labels.index(row["label"]), columns.index((row["judge"], row["baseline"]))
+        y, x = labels.index(row["label"]), columns.index((row["title"], row["baseline"]))
         rates[y][x] = row["win_rate"]
-        interval = f"{row['win_rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        low, high = ("?" if row[key] is None else f"{row[key]:.2f}" for key in ("low", "high"))
+        interval = f"{row['win_rate']:.2f} [{low}, {high}]"
         counts = f"{row['wins']} / {row['ties']} / {row['losses']}"
         colour = "black" if 0.2 < row["win_rate"] < 0.8 else "white"
         centred = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
         axis.text(x, y, f"{interval}\n{counts}", **centred)
     image = axis.imshow(rates, cmap="PuOr", vmin=0, vmax=1, aspect="auto")
-    names = [f"{baseline}\n{judge}" for judge, baseline in columns]
+    names = [f"{baseline}\n{textwrap.fill(judge, 30)}" for judge, baseline in columns]
     axis.set_xticks(range(len(columns)), names, fontsize=8)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_xlabel("baseline (wins / ties / losses)")

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import NamedTuple
 
-from pref.analysis import estimates, run_metrics, stats
+from pref.analysis import estimates, judge_identity, stats
 from pref.analysis.runs import Cell, Values
 
 
@@ -14,6 +14,8 @@ class PairKey(NamedTuple):
     prompts: str | None
     refs: str | None
     baseline: str  # run id of the model that answers are compared with
+    judge_id: str | None
+    title: str  # of the judge
 
 
 class Place(NamedTuple):
@@ -33,7 +35,15 @@ def pair_outcomes(rows: list[dict]) -> dict[PairKey, dict[int, dict[Place, float
     """
     winners: dict[tuple, dict[str, str | None]] = defaultdict(dict)  # ... -> order -> winner
     for row in rows:
-        key = PairKey(row["judge"], row["prompts"], row["refs"], row["baseline"])
+        judge = judge_identity.key_of(row)
+        key = PairKey(
+            judge=judge.judge,
+            prompts=judge.prompts,
+            refs=judge.refs,
+            baseline=row["baseline"],
+            judge_id=judge.judge_id,
+            title=row.get("title") or judge_identity.plain_title(judge),
+        )
         place = Place(row["turn"], row["choice"], row["repeat"])
         winner = row["winner"] if row["status"] == "ok" else None
         winners[key, row["question_id"], place][row["order"]] = winner
@@ -46,9 +56,9 @@ def pair_outcomes(rows: list[dict]) -> dict[PairKey, dict[int, dict[Place, float
     return {key: dict(by_question) for key, by_question in outcomes.items()}
 
 
-def win_rows(cells: list[Cell], draws: int) -> list[dict]:
+def win_rows(cells: list[Cell]) -> list[dict]:
     """Win rate of each cell against each baseline run it was judged against (a tie is one half),
-    with the crossed-bootstrap interval over questions and seeds.
+    with the 95 % interval over questions and seeds.
     """
     rows = []
     for cell in cells:
@@ -60,7 +70,7 @@ def win_rows(cells: list[Cell], draws: int) -> list[dict]:
             (table,) = estimates.make_tables(values, [list(values)])
             if not table.size:
                 continue
-            low, high = stats.percentiles(stats.bootstrap(table, draws))
+            low, high = map(estimates.finite, stats.proportion_interval(table))
             parts = estimates.shared_parts(list(values.values()))
             outcomes = [
                 run[question][place]
@@ -69,7 +79,7 @@ def win_rows(cells: list[Cell], draws: int) -> list[dict]:
                 for place in places
             ]
             judgements = [row for run in cell.runs for row in run.judged_pairs]
-            _, smoke_test = run_metrics.judge_size(key.judge, judgements)
+            _, smoke_test = judge_identity.judge_size(key.judge, judgements)
             rows.append(
                 {
                     "judge": key.judge,
@@ -87,6 +97,8 @@ def win_rows(cells: list[Cell], draws: int) -> list[dict]:
                     "n_questions": table.shape[1],
                     "n_seeds": len(values),
                     "smoke_test": smoke_test,
+                    "judge_id": key.judge_id,
+                    "title": key.title,
                 }
             )
     return rows

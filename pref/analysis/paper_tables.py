@@ -10,7 +10,7 @@ A `Layout` is what a table looks like: title, note, and columns with a header, t
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.analysis import run_metrics, texts
+from pref.analysis import judge_identity, texts
 
 CELL_HEADER = "loss β τ"
 ACCURACY_NAMES = {  # field -> header, in tables and on the terminal
@@ -46,6 +46,7 @@ class Layout(NamedTuple):
     title: str
     columns: list[Column]
     note: str = ""
+    paper: tuple[str, ...] = ()  # headers of the columns that a paper prints; empty: all
 
 
 class Table(NamedTuple):
@@ -55,6 +56,10 @@ class Table(NamedTuple):
     columns: list[Column]
     rows: list[dict]
     judge: dict | None = None  # whose scores these are, for each row of the CSV
+    paper: tuple[str, ...] = ()  # headers of the columns that a paper prints; empty: all
+
+    def paper_columns(self) -> list[Column]:
+        return [one for one in self.columns if not self.paper or one.header in self.paper]
 
     def headers(self) -> list[str]:
         return [column.header for column in self.columns]
@@ -112,13 +117,14 @@ VERDICTS = Layout(
         p_column("p (Holm)", "p_holm"),
         Column("why", "why"),
     ],
+    paper=("id", "verdict", "estimate", "95 % interval", "p (Holm)"),
 )
 
 # ---- layouts: scores of cells -------------------------------------------------------------------
 
-BOOTSTRAP_NOTE = (
-    "Interval: 95 % bootstrap over questions (or pairs) and seeds; with one seed, over questions "
-    "(or pairs) only."
+INTERVAL_NOTE = (
+    "Interval: 95 %, over questions (or pairs) and seeds; with one seed, over questions (or pairs) "
+    "only."
 )
 
 
@@ -140,11 +146,17 @@ def score_columns(names: dict[str, str], digits: int, counts: Iterable[Column] =
     ]
 
 
+SCORE_PAPER = (CELL_HEADER, "seeds", "best acc_ref", "score", "95 % interval", "SD over seeds")
 JUDGED = (Column("scored", "n_scored"), Column("judged", "n_judged"))
 ACCURACY = Layout(
-    "Validation accuracy: mean over seeds", score_columns(ACCURACY_NAMES, 3), BOOTSTRAP_NOTE
+    "Validation accuracy: mean over seeds",
+    score_columns(ACCURACY_NAMES, 3),
+    INTERVAL_NOTE,
+    paper=SCORE_PAPER,
 )
-BY_TURN = Layout("mean over seeds", score_columns(SCORE_NAMES, 2, JUDGED), BOOTSTRAP_NOTE)
+BY_TURN = Layout(
+    "mean over seeds", score_columns(SCORE_NAMES, 2, JUDGED), INTERVAL_NOTE, paper=SCORE_PAPER
+)
 BY_CATEGORY = Layout(
     "by category",
     [
@@ -155,6 +167,7 @@ BY_CATEGORY = Layout(
         Column("seeds", "n_seeds"),
         *JUDGED,
     ],
+    paper=(CELL_HEADER, "category", "score", "SD over seeds", "seeds"),
 )
 
 # ---- layouts: comparisons of cells --------------------------------------------------------------
@@ -180,20 +193,26 @@ def difference_columns(digits: int, units: str, adjusted: str) -> list[Column]:
     ]
 
 
+DIFFERENCE_PAPER = ("proposed", "baseline", "difference", "difference, 95 % interval")
+DIFFERENCE_PAPER += ("p (Holm)", "p (BH)")  # one of the two
+
+
 def headline(digits: int, units: str) -> Layout:
     note = (
-        "Best cell of each loss, selected by validation accuracy where that is known. p: primary "
-        "test, which counts the variance over questions and over seeds, with Satterthwaite degrees "
-        "of freedom; Holm-adjusted over the losses (Benjamini-Hochberg against the untrained "
-        "model). Detectable difference: the true difference that is detected with 80 % power. The "
-        "interval counts the residual variance twice, so it may contain 0 where p is below 0.05."
+        "Best cell of each loss, selected by validation accuracy where that is known: the best of "
+        "a larger grid is better by chance alone (see the selection at equal budget). p: primary "
+        "test, which counts the variance over questions and over seeds; it is below 0.05 exactly "
+        "where the interval leaves out 0. Holm-adjusted over the losses (Benjamini-Hochberg "
+        "against the untrained model). Detectable difference: the true difference that a study of "
+        "this size finds with 80 % power."
     )
     if units == "pairs":
         note += (
             " The best cell is selected on the same pairs it is tested on, which makes p and "
             "interval flatter the larger grid."
         )
-    return Layout("headline differences", difference_columns(digits, units, "p (Holm)"), note)
+    columns = difference_columns(digits, units, "p (Holm)")
+    return Layout("headline differences", columns, note, paper=DIFFERENCE_PAPER)
 
 
 def cell_by_cell(digits: int, units: str) -> Layout:
@@ -201,6 +220,7 @@ def cell_by_cell(digits: int, units: str) -> Layout:
         "differences cell by cell",
         difference_columns(digits, units, "p (BH)"),
         "p as in the headline table, Benjamini-Hochberg over the cells of a comparison.",
+        paper=DIFFERENCE_PAPER,
     )
 
 
@@ -230,6 +250,7 @@ MCNEMAR = Layout(
     ],
     "Pairs that only one of the two gets right. Rows of several seeds share their pairs, so they "
     "are not independent.",
+    paper=("proposed", "seed", "only proposed right", "only baseline right", "p"),
 )
 
 
@@ -245,12 +266,14 @@ def selection(digits: int) -> Layout:
             Column("equal budget (cells)", "budget"),
             Column("expected score", "expected_selected", digits),
             Column("expected score of the baseline", "baseline_expected_selected", digits),
+            Column("expected difference", "expected_difference", digits),
             Column("expected maximum", "expected_maximum", digits),
             Column("maximum", "maximum", digits),
         ],
         "Equal budget: the number of cells in the smaller grid, the loss's or the baseline's. "
         "Expected: the mean over all ways to draw that many cells, of the score of the cell that "
-        "is then selected, or of the maximum.",
+        "is then selected, or of the maximum. Chance favours neither grid then.",
+        paper=("loss", "cells", "selected", "score", "expected score"),
     )
 
 
@@ -271,8 +294,9 @@ SPREAD = Layout(
         Column("differs in", "differs_in"),
     ],
     "Variance of the true means over beta: that of the observed means less the noise from seeds "
-    "and questions. Ratio and reduction are relative to the baseline; they are missing where one "
-    "of the two variances is not positive.",
+    "and questions. Ratio and reduction are relative to the baseline; they are missing where its "
+    "variance is not positive. An interval up to inf: its variance cannot be told from 0.",
+    paper=("loss", "τ", "variance of true means", "ratio", "ratio, 95 % interval"),
 )
 
 # ---- layouts: the judge, and everything besides the scores --------------------------------------
@@ -299,6 +323,8 @@ JUDGE = Layout(
     ],
     "Retest: answers judged several times. Length: Spearman correlation of score and answer length "
     "within a question's turn.",
+    paper=("answers judged again", "ICC(1,1)", "SD of one rating")
+    + ("share rated identically", "Spearman correlation with length"),
 )
 STABILITY = Layout(
     "Divergence and non-finite steps by loss and beta",
@@ -318,11 +344,12 @@ STABILITY = Layout(
     ],
     "Rates: exact 95 % intervals (Clopper-Pearson). The steps of one run are not independent: rely "
     "on the rates of runs.",
+    paper=("loss", "β", "runs", "diverged", "diverged, rate"),
 )
 PAIRS = Layout(
     "Win rates of pairwise judgements",
     [
-        Column("judge", "judge"),
+        Column("judge", lambda row: row["title"].removeprefix("judge ")),
         Column(CELL_HEADER, "label"),
         Column("against", "baseline"),
         Column("win rate", "win_rate", 3),
@@ -335,6 +362,7 @@ PAIRS = Layout(
         Column("seeds", "n_seeds"),
     ],
     "Each question is judged in both orders; a disagreement is a tie, which counts one half.",
+    paper=(CELL_HEADER, "against", "win rate", "95 % interval", "seeds"),
 )
 
 
@@ -348,11 +376,15 @@ def movement(rows: list[dict]) -> Layout:
             Column("KL", "kl", 3),
             Column("KL per token", "kl_per_token", 4),
             Column("anchor", "anchor", 3),
+            Column("tokens per answer", "tokens", 0),
+            Column("cut off", "cut_off", 3),
             Column("best acc_ref", "accuracy", 3),
             *(Column(name, name, 2) for name in scores),
         ],
         "KL: of the run's own answers to the base, in nats per answer (k1 estimator). Anchor: "
-        "0.5 (a^2 + b^2), mean over the last tenth of the training steps.",
+        "0.5 (a^2 + b^2), mean over the last tenth of the training steps. Tokens per answer: mean "
+        "over turns. Cut off: share of turns that reached the limit of tokens.",
+        paper=("run", "KL", "anchor", "best acc_ref", *scores[:1]),
     )
 
 
@@ -362,6 +394,7 @@ def movement(rows: list[dict]) -> Layout:
 class Score(NamedTuple):
     """A score that has tables of its own: validation accuracy, or MT-Bench by one judge."""
 
+    mark: str  # why the scores measure nothing, or ""
     name: str  # begins the names of its tables
     heading: str  # begins their titles
     digits: int
@@ -370,7 +403,7 @@ class Score(NamedTuple):
     suffix: str = ""  # ends the names of its tables
 
     def table(self, kind: str, layout: Layout, rows: list[dict]) -> Table:
-        mark = run_metrics.smoke_mark(self.judge) if self.judge else ""
+        mark = self.mark or (judge_identity.smoke_mark(self.judge) if self.judge else "")
         return Table(
             id=f"{self.name}_{kind}{self.suffix}",
             title=f"{self.heading}: {layout.title}",
@@ -378,17 +411,19 @@ class Score(NamedTuple):
             columns=layout.columns,
             rows=rows,
             judge=self.judge,
+            paper=layout.paper,
         )
 
 
 def plain_table(id: str, layout: Layout, rows: list[dict]) -> Table:
-    return Table(id, layout.title, layout.note or None, layout.columns, rows)
+    return Table(id, layout.title, layout.note or None, layout.columns, rows, paper=layout.paper)
 
 
 def list_tables(comparison: dict) -> list[Table]:
     """Every table that has rows, verdicts first. comparison: aggregated_metrics.json."""
     accuracy = comparison["accuracy"]
-    score = Score("accuracy", "Validation accuracy", digits=3, units="pairs")
+    mark = texts.TRIAL if comparison["trial"] else ""
+    score = Score(mark, "accuracy", "Validation accuracy", digits=3, units="pairs")
     tables = [
         plain_table("verdicts", VERDICTS, comparison["claims"]),
         plain_table("accuracy", ACCURACY, accuracy["cells"]),
@@ -396,7 +431,8 @@ def list_tables(comparison: dict) -> list[Table]:
         plain_table("accuracy_mcnemar", MCNEMAR, mcnemar_rows(accuracy["improvement"])),
     ]
     for judge in comparison["mt_bench"]:
-        tables += mt_bench_tables(judge, run_metrics.judge_suffix(judge, comparison["mt_bench"]))
+        suffix = judge_identity.file_suffix(judge, comparison["mt_bench"])
+        tables += mt_bench_tables(judge, suffix, mark)
     tables += [
         plain_table("stability", STABILITY, comparison["stability"]),
         plain_table("pairs", PAIRS, comparison["pairs"]),
@@ -405,9 +441,9 @@ def list_tables(comparison: dict) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def mt_bench_tables(judge: dict, suffix: str) -> list[Table]:
-    heading = f"MT-Bench, {run_metrics.judge_title(judge)}"
-    score = Score("mt_bench", heading, digits=2, units="questions", judge=judge, suffix=suffix)
+def mt_bench_tables(judge: dict, suffix: str, mark: str) -> list[Table]:
+    heading = f"MT-Bench, {judge['title']}"
+    score = Score(mark, "mt_bench", heading, 2, "questions", judge=judge, suffix=suffix)
     lengths = {f"length_{key}": value for key, value in (judge["length"] or {}).items()}
     reliability = {**(judge["retest"] or {}), **lengths}
     return [

@@ -48,8 +48,13 @@ BADGES = {
     "contradicted": Badge("contradicted", "✗"),
     "undecided": Badge("undecided", "≈"),
     "not measured": Badge("unmeasured", "○"),
+    # Of the answer.
+    "better": Badge("supported", "✓"),
+    "worse": Badge("contradicted", "✗"),
+    "not decided": Badge("undecided", "≈"),
 }
 UNKNOWN_VERDICT = Badge("unmeasured", "?")
+FIRST_FOLDED = 10_001  # folded claims are numbered from here, behind all others
 VERDICT_NUMBERS = ("estimate", "interval", "test", "judge")
 ANSWER_FIELDS = ("run_id", "question_id", "choice", "turns")
 JUDGEMENT_FIELDS = (
@@ -67,8 +72,12 @@ def write_report(path: Path, page: dict) -> None:
     page:
       title       str
       facts       [[label, value]]
+      answer      [{score, lead, rows [{verdict, text, detail}]}], all str; verdict is better,
+                  worse, not decided or not measured
       verdicts    [{id, claim, judge, verdict, estimate, interval, test, why}], all str or None;
                   verdict is supported, contradicted, undecided or not measured
+      caveats     [str], what the answer is without; also among the notes
+      folded      {title, verdicts}: claims that are shown only if asked for
       notes       [str]
       missing     [str]
       tables      [{id, title, note, headers, rows}]; a cell is str, int, float or None
@@ -90,7 +99,9 @@ def write_report(path: Path, page: dict) -> None:
         "script_hash": policy_hash(script),
         "title": escape(page.get("title") or "Comparison of runs"),
         "facts": facts_html(page.get("facts") or []),
+        "answer": answers_html(page.get("answer") or []) + caveats_html(page.get("caveats") or []),
         "verdicts": verdicts_html(page.get("verdicts") or []),
+        "folded": folded_html(page.get("folded") or {}),
         "notes": list_html(page.get("notes") or [], "There are no notes."),
         "missing": list_html(page.get("missing") or [], "Nothing is missing."),
         "figures": figures_html(page.get("figures") or []),
@@ -141,6 +152,39 @@ def note_html(note: str | None) -> str:
     return f'<p class="note">{escape(note)}</p>\n' if note else ""
 
 
+# ---- the answer ---------------------------------------------------------------------------------
+
+
+def answers_html(answers: list[dict]) -> str:
+    """For each score its answer in one sentence, and a card per comparison."""
+    if not answers:
+        return none_html("Nothing was measured yet: see what is missing below.")
+    return "\n".join(map(answer_html, answers))
+
+
+def caveats_html(caveats: list[str]) -> str:
+    return f'\n<div class="caveats">{list_html(caveats, "")}</div>' if caveats else ""
+
+
+def answer_html(answer: dict) -> str:
+    cards = "".join(map(comparison_html, answer.get("rows") or []))
+    return (
+        f'<div class="answer">\n<h3>{escape(answer.get("score") or "")}</h3>\n'
+        f'<p class="lead">{escape(answer.get("lead") or "")}</p>\n'
+        f'<div class="verdicts">\n{cards}</div>\n</div>'
+    )
+
+
+def comparison_html(row: dict) -> str:
+    verdict = verdict_of(row)
+    style = BADGES.get(verdict, UNKNOWN_VERDICT).style
+    return (
+        f'<article class="verdict {style}">\n<p class="mark">{badge_html(verdict)}</p>\n'
+        f"<div>\n<p>{escape(row.get('text') or '')}</p>\n"
+        f'<p class="why">{escape(row.get("detail") or "")}</p>\n</div>\n</article>\n'
+    )
+
+
 # ---- facts, notes, verdicts ---------------------------------------------------------------------
 
 
@@ -161,6 +205,10 @@ def verdicts_html(rows: list[dict]) -> str:
     """How many claims got which verdict, then a card per claim."""
     if not rows:
         return none_html("There are no verdicts: no claim was tested.")
+    return f'{tally_html(rows)}\n<div class="verdicts">\n{cards_html(rows, 1)}</div>'
+
+
+def tally_html(rows: list[dict]) -> str:
     counts = Counter(map(verdict_of, rows))
     unknown = sorted(verdict for verdict in counts if verdict not in BADGES)
     tally = "".join(
@@ -168,8 +216,22 @@ def verdicts_html(rows: list[dict]) -> str:
         for verdict in [*BADGES, *unknown]
         if verdict in counts
     )
-    cards = "".join(verdict_html(row, number) for number, row in enumerate(rows, 1))
-    return f'<ul class="tally">{tally}</ul>\n<div class="verdicts">\n{cards}</div>'
+    return f'<ul class="tally">{tally}</ul>'
+
+
+def cards_html(rows: list[dict], first: int) -> str:
+    """A card per claim; `first`: the number of the first, which makes its link unique."""
+    return "".join(verdict_html(row, number) for number, row in enumerate(rows, first))
+
+
+def folded_html(folded: dict) -> str:
+    """Claims behind a title that opens them."""
+    rows = folded.get("verdicts") or []
+    if not rows:
+        return ""
+    summary = f"<summary>{escape(folded.get('title') or 'More claims')}</summary>"
+    cards = cards_html(rows, FIRST_FOLDED)
+    return f'<details>{summary}\n<div class="verdicts">\n{cards}</div>\n</details>'
 
 
 def verdict_of(row: dict) -> str:

@@ -1,12 +1,18 @@
 """What the report shows: the `page` that report.py lays out, from runs, comparison and tables."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
-from pref.analysis import figures, notes, paper_tables, run_metrics, texts
+from pref.analysis import (
+    figures,
+    judge_identity,
+    notes,
+    paper_tables,
+    provenance,
+    run_metrics,
+    texts,
+)
 from pref.analysis.runs import ACCURACIES, Run
-from pref.files.mt_bench import read_questions
 
 RUN_NUMBERS = (*ACCURACIES, "best_step", "nonfinite_steps", "wall_s", "peak_gib")
 JUDGEMENT_FIELDS = (
@@ -20,17 +26,24 @@ def make_page(
     comparison: dict,
     tables: list[paper_tables.Table],
     folder: Path,
-    mt_bench: Path,
+    questions: dict[int, list[str]],
 ) -> dict:
     """The `page` of report.write_report.
 
-    folder: results/comparison, with the figures. mt_bench: folder that may hold question.jsonl.
+    folder: results/comparison, with the figures. questions: question -> its turns; may be empty.
     """
+    shown, folded = notes.fold_claims(comparison["claims"])
     paths = sorted((folder / "figures").glob("comparison_*.png"), key=figures.figure_order)
     return {
         "title": "Preference-optimisation study",
         "facts": page_facts(runs, comparison),
-        "verdicts": [texts.verdict_texts(row) for row in comparison["claims"]],
+        "answer": comparison["answer"],
+        "caveats": [note for note in comparison["notes"] if notes.is_caveat(note)],
+        "verdicts": [texts.verdict_texts(row) for row in shown],
+        "folded": {
+            "title": notes.folded_text(folded, bool(shown)),
+            "verdicts": [texts.verdict_texts(row) for row in folded],
+        },
         "notes": comparison["notes"],
         "missing": [notes.missing_text(gap) for gap in comparison["missing"]],
         "tables": [table.page() for table in tables if table.id != "verdicts"],
@@ -39,7 +52,7 @@ def make_page(
             for path in paths
         ],
         "runs": [page_run(run) for run in runs],
-        "questions": page_questions(runs, mt_bench),
+        "questions": page_questions(runs, questions),
         "answers": page_answers(runs),
         "judgements": page_judgements(runs),
     }
@@ -49,17 +62,15 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
     """[label, value] pairs for the head of the report."""
     statuses = Counter(run.status for run in runs)
     judges = [
-        f"{run_metrics.judge_title(judge)} {run_metrics.smoke_mark(judge)}".strip()
+        f"{judge['title']} {judge_identity.smoke_mark(judge)}".strip()
         for judge in comparison["mt_bench"]
     ]
-    data = comparison["data_sha256"]
     return [
         ["model", comparison["model"]],
         ["runs", ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))],
         ["judges", "; ".join(judges) or "none"],
         ["baseline", comparison["baseline"]],
-        ["data sha256", json.dumps(data) if data else None],
-        ["intervals", f"95 %, {comparison['draws']:,} bootstrap draws over questions and seeds"],
+        ["intervals", "95 %, over questions and seeds; with one seed, over questions alone"],
     ]
 
 
@@ -67,10 +78,10 @@ def page_run(run: Run) -> dict:
     """One run with its arguments and numbers; scores are over all questions it was judged on."""
     numbers = {key: (run.summary or {}).get(key) for key in RUN_NUMBERS}
     for key, rows in run.judged.items():
-        judge = run_metrics.describe_judge(key, rows)
+        judge = judge_identity.describe_judge(key, rows)
         mark = " (smoke test)" if judge["smoke_test"] else ""
         score = run_metrics.score_ratings(rows)["score"]
-        numbers[f"score, {run_metrics.judge_title(judge)}{mark}"] = score
+        numbers[f"score, {judge['title']}{mark}"] = score
     return {
         "run_id": run.run_id,
         "status": run.status,
@@ -79,14 +90,12 @@ def page_run(run: Run) -> dict:
     }
 
 
-def page_questions(runs: list[Run], mt_bench: Path) -> dict[int, dict]:
+def page_questions(runs: list[Run], questions: dict[int, list[str]]) -> dict[int, dict]:
     """question -> category and texts of its turns; None for texts that question.jsonl does not
-    have, or if there is no such file.
+    have, or has in another wording than was answered.
     """
-    path = mt_bench / "question.jsonl"
-    turns_of = (
-        {row["question_id"]: row["turns"] for row in read_questions(path)} if path.is_file() else {}
-    )
+    other = provenance.edited_questions(runs, questions)
+    turns_of = {number: turns for number, turns in questions.items() if number not in other}
     categories = {
         question: row.get("category") for run in runs for (question, _), row in run.answers.items()
     }
@@ -121,6 +130,6 @@ def page_judgements(runs: list[Run]) -> list[dict]:
         single = [row for rows in run.judged.values() for row in rows]
         for row in [*single, *run.judged_pairs]:
             fields = {key: row[key] for key in JUDGEMENT_FIELDS}
-            judge = run_metrics.judge_title(row).removeprefix("judge ")
+            judge = row["title"].removeprefix("judge ")
             rows.append({"run_id": run.run_id, **fields, "judge": judge})
     return rows

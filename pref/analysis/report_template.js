@@ -96,9 +96,10 @@ function enlargeFigure(button) {
 
 // ---- unpacking ------------------------------------------------------------------------------
 
+// DecompressionStream and Element.replaceChildren; in Chrome the latter is the younger of the two.
 const UNABLE =
-  "This browser is too old to unpack the answers (it has no DecompressionStream). " +
-  "Chrome and Edge can from version 80, Firefox from 113, Safari from 16.4.";
+  "This browser is too old to unpack and show the answers. " +
+  "Chrome and Edge can from version 86, Firefox from 113, Safari from 16.4.";
 
 let report; // {runs, questions, answers, judgements}, as report.py packed them
 let answersOf, judgementsOf; // keyOf(run, question) -> rows
@@ -487,7 +488,7 @@ function listen() {
 
 async function openReport() {
   listen();
-  if (typeof DecompressionStream === "undefined") {
+  if (typeof DecompressionStream === "undefined" || !Element.prototype.replaceChildren) {
     find("answers-state").textContent = UNABLE;
     return;
   }

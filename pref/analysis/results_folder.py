@@ -16,8 +16,8 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from pref.analysis import run_metrics
-from pref.analysis.runs import SUMMARY_KEYS, JudgeKey, Margins, Run
+from pref.analysis import judge_identity, provenance, run_metrics
+from pref.analysis.runs import ACCURACIES, SUMMARY_KEYS, JudgeKey, Margins, Run
 from pref.files import disk, judgements, mt_bench, run_folders
 from pref.files.console import UserError
 
@@ -28,6 +28,7 @@ NOT_SETTINGS = {
     *("run_id", "loss", "beta", "tau", "seed", "mode", "model", "data", "data_sha256"),
     # Paths, and how it was started; where a file matters, its hash is another argument.
     *("results_dir", "command", "starts", "versions", "git", "loss_file", "init_adapter"),
+    "model_sha256",  # older runs lack it; base_sha256 is a setting
     # How the same numbers are computed.
     *("reference", "per_device_batch", "world_size", "shard", "checkpointing", "compile"),
     *("tokens_per_microbatch", "prefix_sharing", "packing", "save_steps", "couples_batch"),
@@ -45,22 +46,38 @@ VAL_KEYS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 
 
 def load_runs(
-    results_dir: Path, run_ids: list[str] | None = None, skip_bad: bool = False
+    results_dir: Path,
+    run_ids: list[str] | None = None,
+    skip_bad: bool = False,
+    questions: dict[int, list[str]] | None = None,
 ) -> tuple[list[Run], list[str]]:
-    """Read the full runs of `results_dir`, or those in `run_ids`.
+    """Read the full runs of `results_dir`, or those in `run_ids`; trial runs if all of them are.
 
     Returns (runs, notes). The notes name what was left out: trial runs and, with `skip_bad`, runs
-    whose files cannot be read. Raises UserError, one line per run, for unreadable files without
-    `skip_bad`, for an unknown run id, and for runs of different models or data.
+    whose files cannot be read. What does not belong together is taken out of the runs, which name
+    it themselves (`Run.stale`). questions: question -> its turns as they are asked now. Raises
+    UserError, one line per run, for unreadable files without `skip_bad`, for an unknown run id, and
+    for runs of different models or data.
     """
-    runs, trial, bad = [], [], []
+    # 1) Which runs: the full ones, or trial runs where there is nothing else.
+    found: dict[str, list[tuple[Path, dict]]] = {"full": [], "trial": []}
+    bad = []
     for path in choose_folders(results_dir, run_ids):
         try:
             args = read_args(path / "args.json")
-            if args["mode"] == "trial":
-                trial.append(path.name)
-            else:
-                runs.append(load_run(path, args))
+            found[args["mode"]].append((path, args))
+        except UserError as error:
+            bad.append(str(error))
+    # The untrained model has no mode of its own.
+    trained = any(args["loss"] is not None for _, args in found["full"])
+    chosen = found["full"] if trained else found["full"] + found["trial"]
+    trial = [path.name for path, _ in found["trial"]] if trained else []
+
+    # 2) Their files.
+    runs = []
+    for path, args in chosen:
+        try:
+            runs.append(load_run(path, args))
         except UserError as error:
             bad.append(str(error))
     if bad and not (skip_bad and runs):
@@ -70,13 +87,13 @@ def load_runs(
         notes.append(
             f"left out, trial runs (they test the path, not the method): {', '.join(trial)}"
         )
-    if not runs:
-        raise UserError(
-            f"{results_dir}: only trial runs here ({', '.join(trial)}), which measure nothing; "
-            "train with train_pref.py --mode full"
-        )
+
+    # 3) What of them belongs together.
     check_same_model_and_data(runs)
-    return runs, notes
+    judge_identity.add_titles(
+        row for run in runs for rows in (*run.judged.values(), run.judged_pairs) for row in rows
+    )
+    return provenance.keep_what_belongs(runs, questions or {}), notes
 
 
 def choose_folders(results_dir: Path, run_ids: list[str] | None) -> list[Path]:
@@ -96,10 +113,9 @@ def choose_folders(results_dir: Path, run_ids: list[str] | None) -> list[Path]:
 def load_run(path: Path, args: dict) -> Run:
     """Read the files of one run folder; `args` are those of `read_args`."""
     summary = read_summary(path / "summary.json")
-    steps, evals = read_metrics(path / "metrics.jsonl")
+    steps, evals = read_metrics(path / "metrics.jsonl", is_growing=summary is None)
     val, length_differences = read_val_pairs(path / "val_pairs.jsonl")
-    judged, judged_pairs = load_judgements(path / "mt_bench" / "judgements.csv")
-    answers_path = path / "mt_bench" / "answers.jsonl"
+    judged, judged_pairs = load_judgements(path / "mt_bench" / "judgements.csv", path.name)
     run = Run(
         run_id=path.name,
         path=path,
@@ -115,8 +131,9 @@ def load_run(path: Path, args: dict) -> Run:
         val=val,
         judged=judged,
         judged_pairs=judged_pairs,
-        answers=mt_bench.read_answers(answers_path) if answers_path.exists() else {},
+        answers=read_answers(path / "mt_bench" / "answers.jsonl"),
     )
+    run = provenance.check_training(run)
     return replace(
         run,
         length_bias=run_metrics.length_bias(run.best_val, length_differences),
@@ -125,10 +142,11 @@ def load_run(path: Path, args: dict) -> Run:
 
 
 def read_args(path: Path) -> dict:
-    """args.json, checked; beta, tau and seed are finite numbers or None."""
-    args = disk.read_json(path)
+    """args.json, checked; beta, tau and seed are there, each a finite number or None."""
+    args = {key: writable(value) for key, value in disk.read_json(path).items()}
     for key in ("loss", "model", "mode"):
-        if not isinstance(args.get(key), str) and not (key == "loss" and args.get(key) is None):
+        is_untrained = key == "loss" and args.get("loss", "") is None
+        if not isinstance(args.get(key), str) and not is_untrained:
             raise UserError(
                 f"{path}: {key!r} must be text, found {args.get(key)!r}; "
                 "was it written by train_pref.py?"
@@ -137,7 +155,10 @@ def read_args(path: Path) -> dict:
         raise UserError(f"{path}: mode {args['mode']!r} must be full or trial")
     for name in (path.parent.name, args.get("run_id", path.parent.name)):
         run_folders.check_run_id(str(name), path)
-    return args | {key: read_number(args, key, path) for key in ("beta", "tau", "seed")}
+    numbers = {key: read_number(args, key, path) for key in ("beta", "tau", "seed")}
+    if lost := [key for key, number in numbers.items() if number is None and args.get(key)]:
+        raise UserError(f"{path}: {lost[0]!r} must be a finite number or null")
+    return args | numbers
 
 
 def is_setting(key: str, value, args: dict) -> bool:
@@ -150,6 +171,11 @@ def is_setting(key: str, value, args: dict) -> bool:
 def hashable(value):
     """A list as JSON text, so that settings can be compared in sets."""
     return json.dumps(value) if isinstance(value, list) else value
+
+
+def writable(value):
+    """Text without lone surrogates, which UTF-8 has no bytes for; other values as they are."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def read_number(row: dict, key: str, place: str | Path) -> float | None:
@@ -179,6 +205,14 @@ def read_summary(path: Path) -> dict | None:
     if not isinstance(summary.get("status"), str):
         raise UserError(f"{path}: no 'status'; delete the file and rerun train_pref.py")
     numbers = {key: read_number(summary, key, path) for key in SUMMARY_KEYS}
+    for key in ACCURACIES:
+        if numbers[key] is not None and not 0 <= numbers[key] <= 1:
+            raise UserError(f"{path}: {key!r} {numbers[key]:g} is no share of pairs (0 to 1)")
+    for key in ("best_step", "steps", "nonfinite_steps"):
+        if (number := numbers[key]) is not None:
+            if number < 0 or number != int(number) or number > 1e15:
+                raise UserError(f"{path}: {key!r} {number:g} is no number of steps")
+            numbers[key] = int(number)
     return {"status": summary["status"]} | numbers
 
 
@@ -190,12 +224,15 @@ def run_status(args: dict, summary: dict | None, has_metrics: bool) -> str:
     return "unfinished" if has_metrics else "no training record"
 
 
-def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+def read_metrics(path: Path, is_growing: bool = False) -> tuple[list[dict], list[dict]]:
     """Optimiser steps and evaluations of metrics.jsonl, each in order of step; empty lists if there
     is no such file.
+
+    is_growing: the run has not ended. Then a last line without its end is one that is being
+    written, or was when the run was killed: it does not count yet.
     """
     steps, evals = {}, {}
-    for line, row in disk.read_jsonl(path) if path.exists() else ():
+    for line, row in disk.read_jsonl(path, skip_torn_end=is_growing) if path.exists() else ():
         place = f"{path}:{line}"
         step = read_step(row, place)
         records = evals if any(key.startswith("eval/") for key in row) else steps
@@ -249,17 +286,31 @@ def pair_margins(
     )
 
 
-def load_judgements(path: Path) -> tuple[dict[JudgeKey, list[dict]], list[dict]]:
+def read_answers(path: Path) -> dict[mt_bench.AnswerKey, dict]:
+    """Answers by question and choice; empty if there is no such file. Their hashes are text."""
+    answers = mt_bench.read_answers(path) if path.exists() else {}
+    for key, row in answers.items():
+        for name in ("adapter_sha256", "question_sha256"):
+            if not isinstance(row.get(name), str | None):
+                raise UserError(
+                    f"{path}: question {key.question_id}: {name!r} must be text or null; "
+                    "rerun gen_mtbench.py"
+                )
+    return answers
+
+
+def load_judgements(path: Path, run_id: str) -> tuple[dict[JudgeKey, list[dict]], list[dict]]:
     """Single-answer judgements by judge, and pairwise judgements, of judgements.csv.
 
-    Empty if there is no such file. Raises UserError for a judgement that appears twice.
+    Empty if there is no such file. Raises UserError for a judgement that appears twice, and for one
+    that is none.
     """
     if not path.exists():
         return {}, []
     judged, pairs, seen = defaultdict(list), [], set()
     for row in judgements.read_judgements(path):
-        check_judgement(row, path)
-        judge = JudgeKey(row["judge"], row["prompts"], row["refs"])
+        check_judgement(row, path, run_id)
+        judge = judge_identity.key_of(row)
         key = (judge, *(row[name] for name in JUDGED_ONCE))
         if key in seen:
             raise UserError(
@@ -275,21 +326,50 @@ def load_judgements(path: Path) -> tuple[dict[JudgeKey, list[dict]], list[dict]]
     return dict(judged), pairs
 
 
-def check_judgement(row: dict, path: Path) -> None:
+def check_judgement(row: dict, path: Path, run_id: str) -> None:
     known = row["question_id"] is not None and row["turn"] in (1, 2)
+    known = known and row["grading"] in ("single", "pair")
     if not (known and row["judge"] and row["category"]):
-        fields = {key: row[key] for key in ("question_id", "turn", "category", "judge")}
+        fields = {key: row[key] for key in ("question_id", "turn", "category", "judge", "grading")}
         raise UserError(
-            f"{path}: a row without question, turn 1 or 2, category or judge: {fields}; "
+            f"{path}: a row without question, turn 1 or 2, category, judge, or grading: {fields}; "
             "rerun judge.py"
         )
+    if row["grading"] == "pair":
+        winners = (run_id, row["model_id"], row["baseline"], "tie")
+        is_known = row["winner"] is not None and row["winner"] in winners
+        if not row["baseline"] or row["order"] not in ("1", "2"):
+            raise UserError(
+                f"{path}: a comparison without baseline, or of order {row['order']!r}, which must "
+                "be 1 or 2; rerun judge.py"
+            )
+        if row["status"] == "ok" and not is_known:
+            raise UserError(
+                f"{path}: question {row['question_id']}: the winner {row['winner']!r} is neither "
+                f"{run_id}, nor {row['baseline']}, nor tie; rerun judge.py"
+            )
+
+
+def read_question_texts(folder: Path) -> dict[int, list[str]]:
+    """question -> its turns, of question.jsonl in `folder`; empty if there is no such file."""
+    path = folder / "question.jsonl"
+    if not path.is_file():
+        return {}
+    return {
+        row["question_id"]: row["turns"] for row in mt_bench.read_questions(path, mt_bench=False)
+    }
 
 
 def check_same_model_and_data(runs: list[Run]) -> None:
     """Raise UserError, listing the groups, if runs are of different models or different data."""
+    # A model is known by the hash of its files, wherever they are; of older runs, by its path.
+    hashes = {run.args["model"]: sha for run in runs if (sha := run.args.get("model_sha256"))}
+    paths: dict[str, str] = {}  # by model, for the message
     groups: dict[tuple, list[str]] = {}  # (model, hash of the data as JSON) -> run ids
     for run in sorted(runs, key=lambda run: run.args.get("data_sha256") is None):
-        model, data = run.args["model"], run.args.get("data_sha256")
+        path, data = run.args["model"], run.args.get("data_sha256")
+        model = run.args.get("model_sha256") or hashes.get(path, path)
+        paths[model] = path
         key = (model, json.dumps(data, sort_keys=True))
         if data is None:
             # The untrained model has seen no data: it belongs with the runs trained from it, which
@@ -298,7 +378,7 @@ def check_same_model_and_data(runs: list[Run]) -> None:
         groups.setdefault(key, []).append(run.run_id)
     if len(groups) > 1:
         listed = [
-            f"\n  model {model}, data {data[:60]}: {json.dumps(ids)}"
+            f"\n  model {paths[model]}, data {data[:60]}: {json.dumps(ids)}"
             for (model, data), ids in groups.items()
         ]
         raise UserError(

@@ -1,19 +1,19 @@
-"""Numbers of one run: accuracy, margins, MT-Bench scores by judge, KL; and how judges are named.
+"""Numbers of one run: accuracy, margins, MT-Bench scores by judge, KL.
 
 `run_metrics` collects what metrics.json holds. The other functions are also used where runs are
 compared, so that a number has one definition.
 """
 
 import math
-import re
 from collections import Counter, defaultdict
 from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 
-from pref.analysis import stats, variation
-from pref.analysis.runs import ACCURACIES, TRAINING_NUMBERS, JudgeKey, Margins, Run
-from pref.files import judgements, mt_bench
+from pref.analysis import judge_identity, stats, variation
+from pref.analysis.runs import ACCURACIES, TRAINING_NUMBERS, Margins, Run
+from pref.files import disk, mt_bench
 
 LENGTH_BINS = 5
 
@@ -32,7 +32,7 @@ def run_metrics(run: Run) -> dict:
         "length_bias": run.length_bias,
         "training": training,
         "mt_bench": [
-            describe_judge(key, rows)
+            judge_identity.describe_judge(key, rows)
             | score_ratings(rows)
             | judge_reliability({run.run_id: rows}, {run.run_id: run.answers})
             for key, rows in sorted(run.judged.items(), key=lambda item: str(item[0]))
@@ -227,17 +227,19 @@ def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
     (nats, one value per turn) and `logp_tokens`; None if none does.
 
     The estimate is the mean log-ratio of what the policy itself wrote (the k1 estimator), in nats
-    per answer and per token, with the standard error over questions.
+    per answer and per token, with the standard error over questions. Turns without finite
+    log-probabilities are left out and counted in `n_nonfinite`.
     """
     by_question: dict[int, list[float]] = defaultdict(list)
-    total, tokens = 0.0, 0
+    total, tokens, n_nonfinite = 0.0, 0, 0
     for (question, index), row in answers.items():
         choice = next(choice for choice in row["choices"] if choice["index"] == index)
         columns = [choice.get(key) for key in ("logp", "logp_base", "logp_tokens")]
         if not all(isinstance(column, list) for column in columns):
             continue
         for policy, base, n in zip(*columns):
-            if None in (policy, base, n) or not math.isfinite(policy - base):
+            if not all(map(is_finite, (policy, base, n))):
+                n_nonfinite += 1
                 continue
             by_question[question].append(policy - base)
             total, tokens = total + policy - base, tokens + n
@@ -250,37 +252,42 @@ def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
         "kl_se": se,
         "kl_per_token": total / tokens if tokens else None,
         "n_questions": len(means),
+        "n_nonfinite": n_nonfinite,
     }
 
 
-# ---- judges -------------------------------------------------------------------------------------
+def is_finite(value) -> bool:
+    return disk.is_number(value) and math.isfinite(value)
 
 
-def describe_judge(key: JudgeKey, rows: list[dict]) -> dict:
-    """What a score depends on besides the answers, and whether it measures anything."""
-    judge, prompts, refs = key
-    params_b, smoke_test = judge_size(judge, rows)
-    return {
-        "judge": judge,
-        "judge_params_b": params_b,
-        "smoke_test": smoke_test,
-        "prompts": prompts,
-        "refs": refs,
-        "grading": "single",
-    }
-
-
-def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
-    """Billions of parameters of a judge, None if unknown; and whether that is too few for its
-    judgements to measure anything.
+class AnswerShape(NamedTuple):
+    """What a run's answers look like: a score that rises while they grow, or are cut off, may be
+    a score for length.
     """
-    sizes = [
-        row["judge_params_b"]
-        for row in rows
-        if row["judge"] == judge and row.get("judge_params_b") is not None
+
+    tokens: float | None  # mean length of a turn
+    cut_off: float | None  # share of turns that reached the limit
+
+
+def answer_shape(answers: dict[mt_bench.AnswerKey, dict]) -> AnswerShape:
+    """answers: (question, choice) -> row of answers.jsonl; None where it has no counts."""
+    choices = [
+        choice
+        for (_, index), row in answers.items()
+        for choice in row["choices"]
+        if choice["index"] == index
     ]
-    size = min(sizes) if sizes else judgements.params_from_name(judge)
-    return size, size is not None and size < judgements.SMOKE_TEST_BELOW_B
+
+    def values_of(key: str) -> list:
+        lists = [choice[key] for choice in choices if isinstance(choice.get(key), list)]
+        return [value for values in lists for value in values]
+
+    tokens = [float(value) for value in values_of("tokens") if is_finite(value)]
+    cut_off = [float(value) for value in values_of("truncated") if isinstance(value, bool)]
+    return AnswerShape(stats.mean(tokens), stats.mean(cut_off))
+
+
+# ---- the judge ----------------------------------------------------------------------------------
 
 
 def judge_reliability(judged: dict[str, list[dict]], answers: dict[str, dict]) -> dict:
@@ -305,30 +312,3 @@ def judge_reliability(judged: dict[str, list[dict]], answers: dict[str, dict]) -
     if scores:
         length = variation.length_correlation(np.array(scores), np.array(lengths), groups)
     return {"retest": variation.retest(list(items.values())), "length": length}
-
-
-def judge_title(judge: dict) -> str:
-    parts = [f"judge {judge['judge']}"]
-    parts += [f"{key} {judge[key]}" for key in ("prompts", "refs") if judge[key]]
-    return ", ".join(parts)
-
-
-def smoke_mark(judge: dict) -> str:
-    """The label of scores by a judge that is too small, or ""."""
-    if not judge["smoke_test"]:
-        return ""
-    return (
-        f"SMOKE TEST: judge of {judge['judge_params_b']:.3g}B parameters, "
-        "these scores measure nothing"
-    )
-
-
-def judge_suffix(judge: dict, judges: list[dict]) -> str:
-    """What a judge's files carry in their names: nothing if there is one judge."""
-    if len(judges) == 1:
-        return ""
-    same = [other for other in judges if other["judge"] == judge["judge"]]
-    name = judge["judge"]
-    if len(same) > 1:
-        name += f"_{judge['prompts']}_{judge['refs']}"
-    return "_" + re.sub(r"[^A-Za-z0-9.-]+", "-", name)

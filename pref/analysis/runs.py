@@ -33,6 +33,15 @@ class JudgeKey(NamedTuple):
     judge: str
     prompts: str | None
     refs: str | None  # the reference answers that the judge was shown
+    judge_id: str | None = None  # hash of model, parameters, server, prompts and references
+
+
+class Stale(NamedTuple):
+    """What of a run was taken out because it does not belong to the rest (see provenance.py)."""
+
+    what: str
+    why: str
+    next: str  # what supplies it
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +64,7 @@ class Run:
     judged_pairs: list[dict] = field(default_factory=list)  # pairwise judgements
     answers: dict[AnswerKey, dict] = field(default_factory=dict)  # rows of answers.jsonl
     kl: dict | None = None  # on-policy KL to the base model
+    stale: list[Stale] = field(default_factory=list)
 
     @property
     def beta(self) -> float | None:

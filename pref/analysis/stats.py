@@ -1,4 +1,4 @@
-"""Differences between two cells of the grid: tests, intervals, multiplicity, required sizes.
+"""Means and differences of cells of the grid: tests, intervals, multiplicity.
 
 Functions on arrays, on top of SciPy. A "table" is the scores of one cell: shape (S, Q), with S
 seeds (training runs) and Q questions. For MT-Bench, an entry is a question's mean rating over the
@@ -6,24 +6,33 @@ turns that all compared runs have. For validation accuracy, the "questions" are 
 and an entry is 0, 0.5 (a tie) or 1.
 
 Such a study samples two things, questions and seeds, and both contribute to the error: ratings of
-another turn, or of another question in the same run, are not independent observations.
-bench/calibration.py simulates how often these procedures err. Statistics of variation (over beta,
-between sources, of a judge) are in variation.py.
+another turn, or of another question in the same run, are not independent observations. There are
+many questions but two or three seeds, so the two parts are known very unequally well. One rule
+answers for both, in tests and intervals alike:
+
+1. The error of a mean has a part from the questions and a part from the seeds (`MeanError`).
+2. The interval's half-width is the root of the two parts' squared half-widths, each with its own
+   t quantile: t(Q - 1) of the questions, t(S - 1) of the seeds.
+3. A p-value is the level at which the interval would just reach the hypothesis. Test and interval
+   therefore always agree.
+
+bench/calibration.py simulates how often this errs. What a study of a given size can find is in
+power.py, statistics of variation (over beta, between sources, of a judge) in variation.py.
 """
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 from scipy import stats as scipy_stats
+from scipy.optimize import brentq
 
 ALPHA = 0.05
-POWER = 0.8
-DRAWS = 10_000  # of a bootstrap, unless told otherwise
-QUESTION_STREAM = 2**32 - 1  # random stream of resampled questions; seeds use 0, 1, ...
+DRAWS = 10_000  # of the confidence distribution of a variance, unless told otherwise
+LEAST_P = 1e-100  # smaller p-values are given as this one
 
 
 def mean(values: Iterable[float]) -> float | None:
@@ -74,42 +83,196 @@ def mean_squares(table: np.ndarray) -> MeanSquares:
     )
 
 
-class Arm(NamedTuple):
-    """Seeds whose variance enters a standard error: one arm if paired, else one for each cell."""
+class MeanError(NamedTuple):
+    """What is known about the error of a mean over questions and seeds, in two parts.
 
-    squares: MeanSquares
-    n_seeds: int
-
-
-class Variances(NamedTuple):
-    """Variance components of a difference.
-
-    The squared standard error is question / Q + seed / S + residual / (Q S).
+    Each field is a float or an array, and the methods work elementwise. Variances are those of the
+    mean: divided by the numbers of questions and seeds.
     """
 
-    question: float  # NaN with a single question
-    seed: float
-    residual: float
+    questions: float  # variance from the questions and the residual; NaN with a single question
+    questions_df: float  # Q - 1
+    seeds: float  # mean square of the seeds: their variance, and `chance`; 0 with a single seed
+    seeds_df: float  # S - 1; 0 with a single seed
+    chance: float  # what `seeds` would be, on average, if seeds did not matter
+
+    def seed_variance(self) -> float:
+        """Variance of the mean that is due to its seeds.
+
+        The mean square of the seeds exceeds `chance` by this variance, on average. With two or
+        three seeds it scatters so widely that it is often below `chance` although seeds matter.
+        What chance contributed is therefore taken out as a random amount: the expectation of
+        max(0, seeds - chance * Y), Y ~ chi2(df / 2) / (df / 2). Half of the degrees of freedom are
+        twice the variance: both the observed mean square and chance's part of it scatter. The
+        result is above 0 wherever seeds > 0, and about seeds - chance where that is large.
+        bench/README.md compares this with other rules.
+        """
+        df = np.maximum(self.seeds_df / 2, 1e-300)
+        scaled = df * self.seeds / np.maximum(self.chance, 1e-300)
+        return self.seeds * special.chdtr(df, scaled) - self.chance * special.chdtr(df + 2, scaled)
+
+    def half_width(self, alpha: float = ALPHA) -> float:
+        """Half-width of the 1 - alpha interval: t(Q-1) and t(S-1) half-widths, squared and added.
+
+        The sum is that of Banerjee (1960), who showed that it covers at least 1 - alpha if both
+        variances are estimated without bias.
+        """
+        squared = quantile(self.questions_df, alpha) ** 2 * self.questions
+        if np.all(self.seeds_df == 0):
+            return np.sqrt(squared)
+        return np.sqrt(squared + quantile(self.seeds_df, alpha) ** 2 * self.seed_variance())
+
+    def p(self, distance: float) -> float:
+        """Two-sided p-value: the alpha at which the half-width is `distance`."""
+        if self.seeds_df == 0:
+            t = abs(distance) / math.sqrt(self.questions)
+            return max(LEAST_P, float(2 * special.stdtr(self.questions_df, -t)))
+
+        def excess(log_alpha: float) -> float:
+            return self.half_width(math.exp(log_alpha)) - abs(distance)
+
+        least = math.log(LEAST_P)
+        if excess(least) <= 0:
+            return LEAST_P
+        return 1.0 if excess(0.0) >= 0 else math.exp(brentq(excess, least, 0.0, xtol=1e-10))
+
+
+def quantile(df: float, alpha: float) -> float:
+    """Two-sided critical value of Student's t."""
+    return -special.stdtrit(df, alpha / 2)
+
+
+def mean_error(by_question: np.ndarray, tables: list[np.ndarray]) -> MeanError:
+    """Error of the mean of `by_question`.
+
+    Parameters
+    ----------
+    by_question : (Q,) array
+        The mean (or the difference of two means), one for each question.
+    tables : list of (S, Q) arrays
+        Tables whose seeds were sampled independently of each other's, and whose means are added or
+        subtracted: one of paired differences, or one for each cell.
+    """
+    n = len(by_question)
+    seeds = seed_error(tables)
+    return MeanError(
+        questions=float(by_question.var(ddof=1)) / n if n > 1 else math.nan,
+        questions_df=n - 1,
+        seeds=seeds.variance,
+        seeds_df=seeds.df,
+        chance=seeds.chance,
+    )
+
+
+class SeedError(NamedTuple):
+    """The part of the seeds in the variance of a sum of means, as `MeanError` has it."""
+
+    variance: float
+    df: float
+    chance: float
+
+
+def seed_error(tables: list[np.ndarray]) -> SeedError:
+    """Part of the seeds in the variance of the sum of the means of (S, Q) tables.
+
+    Seeds of two tables are independent of each other. A table with a single seed adds nothing: its
+    seed's part is not known. Mean squares are added, with the degrees of freedom of Satterthwaite
+    (1946), as in Welch's test; of tables with unequal numbers of seeds, each counts as if it had
+    the smallest number. (With their own numbers, Welch's test of two seeds against five errs in up
+    to 10 % of studies.)
+    """
+    tables = [table for table in tables if len(table) > 1]
+    variance = chance = squared = 0.0
+    for table in tables:
+        squares = mean_squares(table)
+        part = float(squares.seed) / table.size
+        variance += part
+        chance += float(squares.residual) / table.size
+        squared += part**2
+    least_df = min((len(table) - 1 for table in tables), default=0)
+    return SeedError(variance, least_df * (variance**2 / squared if squared else 1.0), chance)
+
+
+def mean_interval(table: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of an (S, Q) table over questions and seeds; of a single seed, over
+    questions alone. NaN with a single question.
+    """
+    half_width = float(mean_error(table.mean(0), [table]).half_width())
+    return float(table.mean()) - half_width, float(table.mean()) + half_width
+
+
+def proportion_interval(table: np.ndarray) -> tuple[float, float]:
+    """`mean_interval` of scores from 0 to 1, such as wins or right answers: it stays within these
+    limits, and has some width even where all scores are 0 or all are 1.
+
+    Notes
+    -----
+    Korn and Graubard (1998): the interval of Clopper and Pearson (1934) for a sample of such a size
+    that it would be as wide as `mean_interval`. Where all scores are the same, that is the number
+    of questions: seeds answer the same ones.
+    """
+    rate, n_questions = float(table.mean()), table.shape[1]
+    if n_questions < 2:
+        return math.nan, math.nan
+    half_width = float(mean_error(table.mean(0), [table]).half_width())
+    size = n_questions
+    if half_width > 0:
+        size = rate * (1 - rate) * (scipy_stats.norm.ppf(1 - ALPHA / 2) / half_width) ** 2
+    hits, misses = rate * size, (1 - rate) * size
+    low = special.betaincinv(hits, misses + 1, ALPHA / 2) if hits > 0 else 0.0
+    high = special.betaincinv(hits + 1, misses, 1 - ALPHA / 2) if misses > 0 else 1.0
+    return float(low), float(high)
 
 
 class Difference(NamedTuple):
     """Mean of a minus mean of b, as `difference` estimates it. NaN where a value is unknown."""
 
     estimate: float
-    se: float  # standard error over questions and seeds
-    df: float  # its degrees of freedom
-    low: float  # bootstrap interval of the estimate
-    high: float
-    rate: float  # estimate / mean of b, and its bootstrap interval
-    rate_low: float
-    rate_high: float
+    error: MeanError
     n_questions: int
     n_seeds: int  # the smaller number of the two cells
     seeds: str  # "paired", "unpaired", or "one seed": nothing is known about other seeds
-    variances: Variances
+    residual: float  # variance of one score around what its question and its seed explain
+
+    @property
+    def se(self) -> float:
+        """Standard error over questions and seeds."""
+        return math.sqrt(self.error.questions + self.error.seed_variance())
+
+    @property
+    def df(self) -> float:
+        """Degrees of freedom with which Student's t and `se` give the interval."""
+        error = self.error
+        if not self.measurable():
+            return math.nan
+        if error.seed_variance() == 0:
+            return error.questions_df
+        return float(special.stdtridf(1 - ALPHA / 2, error.half_width() / self.se))
+
+    @property
+    def seed_share(self) -> float:
+        """Share of the seeds in the squared standard error; NaN with one seed."""
+        if self.seeds == "one seed" or not self.measurable():
+            return math.nan
+        return float(self.error.seed_variance() / self.se**2)
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.estimate - float(self.error.half_width())
+
+    @property
+    def high(self) -> float:
+        return self.estimate + float(self.error.half_width())
+
+    def measurable(self) -> bool:
+        """Whether anything measures the error: not so with a single question, or with differences
+        that are equal throughout.
+        """
+        return self.se > 1e-12 * max(1.0, abs(self.estimate))
 
     def p(self, null: float = 0.0, side: int = 0) -> float:
-        """p-value of the t-test of the hypothesis that the true difference is `null`.
+        """p-value of the hypothesis that the true difference is `null`.
 
         Parameters
         ----------
@@ -121,14 +284,14 @@ class Difference(NamedTuple):
         Returns
         -------
         float
-            NaN if nothing measures the error: a single question, or equal differences throughout.
+            NaN unless `measurable`.
         """
-        if not self.se > 1e-12 * max(1.0, abs(self.estimate)):
+        if not self.measurable():
             return math.nan
-        t = (self.estimate - null) / self.se
+        p = self.error.p(self.estimate - null)
         if side == 0:
-            return float(2 * scipy_stats.t.sf(abs(t), self.df))
-        return float(scipy_stats.t.sf(side * t, self.df))
+            return p
+        return p / 2 if side * (self.estimate - null) > 0 else 1 - p / 2
 
     def p_equivalent(self, margin: float) -> float:
         """p-value of the equivalence test with limits -margin and margin.
@@ -138,15 +301,8 @@ class Difference(NamedTuple):
         """
         return max(self.p(-margin, side=1), self.p(margin, side=-1))
 
-    def minimum_detectable(self) -> float:
-        """True difference that this design finds with probability POWER, two-sided at ALPHA."""
-        if math.isnan(self.p()):
-            return math.nan
-        quantiles = scipy_stats.t.ppf(1 - ALPHA / 2, self.df) + scipy_stats.t.ppf(POWER, self.df)
-        return float(self.se * quantiles)
 
-
-def difference(a: np.ndarray, b: np.ndarray, paired: bool, draws: int = DRAWS) -> Difference:
+def difference(a: np.ndarray, b: np.ndarray, paired: bool) -> Difference:
     """Compare the mean scores of two cells on the same questions.
 
     Parameters
@@ -156,8 +312,6 @@ def difference(a: np.ndarray, b: np.ndarray, paired: bool, draws: int = DRAWS) -
         Columns are the same questions in both. If `paired`, rows are the same seeds in both.
     paired : bool
         Whether row s of `a` and row s of `b` share a training seed.
-    draws : int
-        Number of bootstrap draws.
 
     Returns
     -------
@@ -167,242 +321,63 @@ def difference(a: np.ndarray, b: np.ndarray, paired: bool, draws: int = DRAWS) -
     -----
     Assumes questions and seeds that are sampled independently of each other and residuals of
     equal variance (a two-way random-effects model).
-
-    Standard error: question component + seed component - residual of the differences, which for
-    paired seeds is (MS_question + MS_seed - MS_residual) / (Q S), with the degrees of freedom of
-    Satterthwaite (1946). A seed component estimated below 0 counts as 0 in the standard error but
-    not in the degrees of freedom: with so few seeds, it does not show that seeds do not matter.
-
-    Interval: percentile bootstrap that resamples questions and seeds, crossed (Owen 2007). It
-    counts the residual twice, and is therefore too wide rather than too narrow with few questions.
     """
-    (n_a, n_questions), n_b = a.shape, b.shape[0]
     by_question = a.mean(0) - b.mean(0)  # (Q,)
-    estimate = float(by_question.mean())
     tables = [a - b] if paired else [a, b]
-    arms = [Arm(mean_squares(table), len(table)) for table in tables if len(table) > 1]
-    se, df = crossed_standard_error(by_question, arms)
-
-    boot_a, boot_b = bootstrap(a, draws, 0), bootstrap(b, draws, 0 if paired else 1)
-    low, high = percentiles(boot_a - boot_b)
-    rate_low = rate_high = math.nan
-    if (boot_b > 0).all():
-        rate_low, rate_high = percentiles((boot_a - boot_b) / boot_b)
-
-    residual = sum(arm.squares.residual / arm.n_seeds for arm in arms)
+    several = [table for table in tables if len(table) > 1]
     return Difference(
-        estimate=estimate,
-        se=se,
-        df=df,
-        low=low,
-        high=high,
-        rate=estimate / b.mean() if b.mean() > 0 else math.nan,
-        rate_low=rate_low,
-        rate_high=rate_high,
-        n_questions=n_questions,
-        n_seeds=min(n_a, n_b),
-        seeds="one seed" if not arms else "paired" if paired else "unpaired",
-        variances=Variances(
-            question=max(0.0, by_question.var(ddof=1) - residual) if n_questions > 1 else math.nan,
-            seed=sum(
-                max(0.0, squares.seed - squares.residual) / n_questions for squares, _ in arms
-            ),
-            residual=sum(arm.squares.residual for arm in arms),
-        ),
+        estimate=float(by_question.mean()),
+        error=mean_error(by_question, tables),
+        n_questions=len(by_question),
+        n_seeds=min(len(a), len(b)),
+        seeds="one seed" if not several else "paired" if paired else "unpaired",
+        residual=float(sum(mean_squares(table).residual for table in several)),
     )
 
 
-def crossed_standard_error(by_question: np.ndarray, arms: list[Arm]) -> tuple[float, float]:
-    """Standard error of a mean difference, and its degrees of freedom.
+class Rate(NamedTuple):
+    """A difference in units of b's mean, and its 95 % interval. NaN where b's mean is not positive,
+    infinite where the data give no limit."""
 
-    Parameters
-    ----------
-    by_question : (Q,) array
-        Differences of the two cells' means, one for each question.
-    arms : list of Arm
-        Cells (or the paired differences) with at least two seeds; empty with one seed, where the
-        test becomes the paired t-test over questions.
-
-    Returns
-    -------
-    se, df : float
-        NaN with a single question. The components' degrees of freedom are combined by
-        Satterthwaite (1946).
-    """
-    n = len(by_question)
-    if n < 2:
-        return math.nan, math.nan
-    question_part = by_question.var(ddof=1) / n
-    if not arms:
-        return math.sqrt(question_part), n - 1
-    seed_part = sum((arm.squares.seed - arm.squares.residual) / (n * arm.n_seeds) for arm in arms)
-    parts = [(question_part, n - 1)]  # (mean square in units of the error variance, its df)
-    for squares, n_seeds in arms:
-        parts += [
-            (squares.seed / (n * n_seeds), n_seeds - 1),
-            (squares.residual / (n * n_seeds), (n - 1) * (n_seeds - 1)),
-        ]
-    variance = question_part + seed_part
-    weight = sum(part**2 / df for part, df in parts)
-    df = max(1.0, variance**2 / weight) if variance > 0 and weight > 0 else 1.0
-    return math.sqrt(question_part + max(0.0, seed_part)), df
+    rate: float
+    low: float
+    high: float
 
 
-@lru_cache(maxsize=8)  # 60 MB each at 750 validation pairs
-def bootstrap_weights(n: int, draws: int, stream: int) -> np.ndarray:
-    """(draws, n) weights of a bootstrap: how often each of n units is drawn, divided by n.
-
-    The same arguments give the same weights.
-    """
-    counts = np.random.default_rng([n, stream]).multinomial(n, np.full(n, 1 / n), draws)
-    return counts / n
-
-
-def bootstrap(table: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
-    """Bootstrap draws of a table's mean, seeds and questions resampled independently (crossed).
-
-    Parameters
-    ----------
-    table : (S, Q) array
-    draws : int
-    stream : int
-        Random stream of the seeds. Tables with the same Q get the same draws of questions, and
-        tables with the same S and `stream` the same draws of seeds, so that the draws of two
-        tables can be subtracted pair by pair.
-
-    Returns
-    -------
-    (draws,) array
+def improvement_rate(a: np.ndarray, b: np.ndarray, paired: bool) -> Rate:
+    """(mean of a - mean of b) / mean of b. Arguments as for `difference`.
 
     Notes
     -----
-    Crossed bootstrap of Owen (2007). Resampled seeds show only (S - 1) / S of the seeds' variance,
-    which is a third too little with three seeds; their weights are therefore spread by
-    sqrt(S / (S - 1)).
+    Interval by Fieller's (1954) theorem: the rates r at which the mean of a - (1 + r) b is not
+    distinguished from 0.
     """
-    n_seeds, n_questions = table.shape
-    questions = bootstrap_weights(n_questions, draws, QUESTION_STREAM)  # (draws, Q)
-    seeds = bootstrap_weights(n_seeds, draws, stream)  # (draws, S)
-    if n_seeds > 1:
-        seeds = 1 / n_seeds + (seeds - 1 / n_seeds) * math.sqrt(n_seeds / (n_seeds - 1))
-    return ((questions @ table.T) * seeds).sum(1)
+    if not b.mean() > 0:
+        return Rate(math.nan, math.nan, math.nan)
+    rate = float(a.mean() / b.mean() - 1)
 
+    def excess(r: float) -> float:
+        """Distance of the mean of a - (1 + r) b from 0, beyond what its interval reaches."""
+        compared = difference(a, (1 + r) * b, paired)
+        return abs(compared.estimate) - float(compared.error.half_width())
 
-def percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """The (1 - ALPHA) percentile interval of bootstrap draws; an infinite draw stays infinite."""
-    low, high = np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2], method="nearest")
-    return float(low), float(high)
+    scale = max(1.0, abs(rate))
 
+    def reach(side: int) -> float:
+        """How far the interval reaches to one side."""
+        step = 1e-3 * scale
+        while not excess(rate + side * step) > 0:
+            step *= 2
+            if step > 1e3 * scale:
+                return math.inf
+        tolerance = 1e-9 * scale
+        return float(brentq(lambda size: excess(rate + side * size), 0.0, step, xtol=tolerance))
 
-def sensitivity(a: np.ndarray, b: np.ndarray) -> list[dict]:
-    """The usual tests of the same difference, each with what it ignores.
-
-    Parameters
-    ----------
-    a, b : (S_a, Q) and (S_b, Q) arrays
-        As for `difference`.
-
-    Returns
-    -------
-    list of dict
-        `test`, `p` (two-sided; NaN if not computed) and `ignores`. Tests over questions need two
-        questions, tests over seeds two seeds in both cells.
-    """
-    rows = []
-    by_question = a.mean(0) - b.mean(0)  # (Q,)
-    if len(by_question) > 1:
-        rows += question_tests(by_question)
-    if min(len(a), len(b)) > 1:
-        rows += seed_tests(a, b)
-    return [row | {"p": float(row["p"])} for row in rows]
-
-
-def question_tests(by_question: np.ndarray) -> list[dict]:
-    """Tests that take (Q,) mean differences as independent observations."""
-    constant = by_question.std() == 0
-    flips = scipy_stats.permutation_test(
-        (by_question,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=9999,
-        rng=np.random.default_rng(0),
-    )
-    p_values = {
-        "paired t on questions": (
-            math.nan if constant else scipy_stats.ttest_1samp(by_question, 0).pvalue
-        ),
-        "Wilcoxon signed rank on questions": (
-            math.nan if constant else scipy_stats.wilcoxon(by_question).pvalue
-        ),
-        "sign-flip permutation on questions": flips.pvalue,
-    }
-    ignores = "ignores that other seeds would differ"
-    return [{"test": test, "p": p, "ignores": ignores} for test, p in p_values.items()]
-
-
-def seed_tests(a: np.ndarray, b: np.ndarray) -> list[dict]:
-    """Tests that take each seed's mean over questions as an independent observation."""
-    means_a, means_b = a.mean(1), b.mean(1)
-    constant = means_a.std() + means_b.std() == 0
-    p = math.nan if constant else scipy_stats.ttest_ind(means_a, means_b, equal_var=False).pvalue
-    ignores = "ignores that other questions would differ, and that seeds are paired"
-    rows = [{"test": "Welch t on seed means", "p": p, "ignores": ignores}]
-    # Of the C(S_a + S_b, S_a) ways to assign the seeds, two are as extreme as can be: with three
-    # against three seeds the least p-value is 2 / 20 = 0.1.
-    least = 2 / math.comb(len(a) + len(b), len(a))
-    if least > ALPHA:
-        design = f"{len(a)} against {len(b)} seeds"
-        why = f"not computed: with {design} its p cannot be below {least:.2g}"
-        rows.append({"test": "exact permutation of seeds", "p": math.nan, "ignores": why})
-    return rows
-
-
-class RequiredSizes(NamedTuple):
-    """Sizes at which a study would decide; None where no number is large enough."""
-
-    seeds: int | None  # with the questions of this study
-    questions: int | None  # with the seeds of this study
-
-
-def required_sizes(measured: Difference, gap: float, equivalent: bool = False) -> RequiredSizes:
-    """Number of seeds, or of questions, at which a claim is decided with probability POWER.
-
-    Parameters
-    ----------
-    measured : Difference
-        The measured difference; its variance components are taken as the true ones.
-    gap : float
-        Distance of the true difference from the claim's limit.
-    equivalent : bool
-        Whether both limits of an equivalence test are `gap` away.
-
-    Returns
-    -------
-    RequiredSizes
-
-    Notes
-    -----
-    An approximation: the components are themselves rough with three seeds, and quantiles are
-    normal. It leaves room for the 95 % interval to agree with the test.
-    """
-    if math.isnan(measured.p()) or not gap > 0:
-        return RequiredSizes(None, None)
-    power = (1 + POWER) / 2 if equivalent else POWER  # an equivalence test can fail on either side
-    target = (gap / (scipy_stats.norm.ppf(1 - ALPHA / 2) + scipy_stats.norm.ppf(power))) ** 2
-
-    def least_n(fixed: float, per_unit: float) -> int | None:
-        """Least n with fixed + per_unit / n <= target."""
-        if fixed == 0 and per_unit == 0:
-            return 1
-        return math.ceil(per_unit / (target - fixed)) if target > fixed else None
-
-    question, seed, residual = measured.variances
-    q, s = measured.n_questions, measured.n_seeds
-    seeds = None
-    if measured.seeds != "one seed":
-        seeds = least_n(question / q, seed + residual / q)
-    return RequiredSizes(seeds, questions=least_n(seed / s, question + residual / s))
+    if math.isnan(excess(rate)):  # a single question
+        return Rate(rate, math.nan, math.nan)
+    if excess(rate) >= -1e-12:
+        return Rate(rate, rate, rate)
+    return Rate(rate, rate - reach(-1), rate + reach(1))
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -440,24 +415,3 @@ def exact_interval(count: int, total: int) -> tuple[float, float]:
         return 0.0, 1.0
     interval = scipy_stats.binomtest(count, total).proportion_ci(1 - ALPHA, method="exact")
     return float(interval.low), float(interval.high)
-
-
-def mcnemar(a: np.ndarray, b: np.ndarray) -> dict:
-    """Exact McNemar (1947) test of two classifiers on the same pairs.
-
-    Parameters
-    ----------
-    a, b : (Q,) arrays
-        1 right, 0 wrong, 0.5 a tie. A pair in which either has a tie is left out and counted.
-
-    Returns
-    -------
-    dict
-        `only_a` and `only_b` (pairs that only one of the two ranks correctly), `ties`, and `p`,
-        two-sided; 1 without a discordant pair.
-    """
-    tie = (a == 0.5) | (b == 0.5)
-    only_a = int(((a == 1) & (b == 0))[~tie].sum())
-    only_b = int(((a == 0) & (b == 1))[~tie].sum())
-    p = float(scipy_stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return {"only_a": only_a, "only_b": only_b, "ties": int(tie.sum()), "p": p}

@@ -1,7 +1,8 @@
 """Tables as files: CSV to compute with, Markdown and LaTeX to paste.
 
 A CSV has every field of every row at full precision, under the names of aggregated_metrics.json.
-Markdown and LaTeX have the columns of the table's definition in paper_tables.py, rounded.
+Markdown has the columns of the table's definition in paper_tables.py, rounded. LaTeX has those of
+them that a paper prints, five or fewer where there are many.
 """
 
 import csv
@@ -10,9 +11,10 @@ import re
 from pathlib import Path
 
 from pref.analysis import texts
-from pref.analysis.paper_tables import Table
+from pref.analysis.paper_tables import Column, Table
 from pref.files import disk
 
+RECORDS = ("sensitivity", "mcnemar")  # lists of records, which have tables of their own
 JUDGE_FIELDS = ("judge", "prompts", "refs", "smoke_test")  # in each row of a table of scores
 
 
@@ -20,13 +22,13 @@ def write_tables(folder: Path, tables: list[Table]) -> None:
     """Write each table as <id>.csv, .md and .tex, and delete all others: a table of runs or judges
     that no longer exist would pass for a current one.
     """
-    for suffix in ("csv", "md", "tex"):
+    writers = {"csv": csv_text, "md": markdown_text, "tex": latex_text}
+    for suffix, text_of in writers.items():
+        for table in tables:
+            disk.write_text(folder / f"{table.id}.{suffix}", text_of(table))
         for old in folder.glob(f"*.{suffix}"):
-            old.unlink()
-    for table in tables:
-        disk.write_text(folder / f"{table.id}.csv", csv_text(table))
-        disk.write_text(folder / f"{table.id}.md", markdown_text(table))
-        disk.write_text(folder / f"{table.id}.tex", latex_text(table))
+            if old.stem not in {table.id for table in tables}:
+                old.unlink()
 
 
 # ---- CSV ----------------------------------------------------------------------------------------
@@ -35,8 +37,10 @@ def write_tables(folder: Path, tables: list[Table]) -> None:
 def csv_text(table: Table) -> str:
     """All fields of all rows that are not records themselves; list items are joined by spaces."""
     judge = {key: table.judge[key] for key in JUDGE_FIELDS} if table.judge else {}
+    nested = {key for row in table.rows for key, value in row.items() if is_nested(value)}
+    nested |= set(RECORDS)
     rows = [
-        judge | {key: csv_value(value) for key, value in row.items() if not is_nested(value)}
+        judge | {key: csv_value(value) for key, value in row.items() if key not in nested}
         for row in table.rows
     ]
     fields = dict.fromkeys(key for row in rows for key in row)  # in order of first appearance
@@ -60,12 +64,12 @@ def is_nested(value) -> bool:
 # ---- Markdown -----------------------------------------------------------------------------------
 
 
-def text_lines(table: Table) -> list[list[str]]:
+def text_lines(table: Table, columns: list[Column]) -> list[list[str]]:
     """The cells of each row as text, each number with its column's digits."""
     return [
         [
-            "" if value is None else texts.show(value, column.digits)
-            for column, value in zip(table.columns, table.values(row))
+            "" if (value := column.of(row)) is None else texts.show(value, column.digits)
+            for column in columns
         ]
         for row in table.rows
     ]
@@ -76,7 +80,7 @@ def markdown_text(table: Table) -> str:
         return f"| {' | '.join(map(markdown_escape, cells))} |"
 
     rule = f"|{'---|' * len(table.columns)}"
-    lines = [line(table.headers()), rule, *map(line, text_lines(table))]
+    lines = [line(table.headers()), rule, *map(line, text_lines(table, table.columns))]
     note = f"\n{table.note}\n" if table.note else ""
     return f"**{markdown_escape(table.title)}**\n{note}\n" + "\n".join(lines) + "\n"
 
@@ -108,7 +112,8 @@ LATEX = {
 
 def latex_text(table: Table) -> str:
     r"""A table environment for \usepackage{booktabs}: numbers to the right, text to the left."""
-    lines = text_lines(table)
+    columns = table.paper_columns()
+    lines = text_lines(table, columns)
     alignment = "".join("r" if is_numeric(column) else "l" for column in zip(*lines))
     caption = latex_escape(table.title + (f". {table.note}" if table.note else ""))
     return "\n".join(
@@ -119,7 +124,7 @@ def latex_text(table: Table) -> str:
             rf"\label{{tab:{table.id}}}",
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
-            latex_line(table.headers()),
+            latex_line([column.header for column in columns]),
             r"\midrule",
             *map(latex_line, lines),
             r"\bottomrule",

@@ -5,7 +5,7 @@ All of it is in the report too, in more detail. Rows are those of aggregated_met
 
 from collections import defaultdict
 
-from pref.analysis import paper_tables, run_metrics, texts
+from pref.analysis import answer, judge_identity, notes, paper_tables, texts
 from pref.files import console, mt_bench
 
 
@@ -15,15 +15,21 @@ def print_tables(comparison: dict, proposed: str) -> None:
     comparison: aggregated_metrics.json. proposed: the loss whose improvement is shown.
     """
     accuracy = comparison["accuracy"]
-    tables = [accuracy_table(accuracy["cells"])] if accuracy["cells"] else []
+    tables = [f"*** {texts.TRIAL} ***"] if comparison["trial"] else []
+    tables += [accuracy_table(accuracy["cells"])] if accuracy["cells"] else []
     title = "Improvement of best_acc_ref"
-    tables.append(improvement_table(title, accuracy["improvement"], proposed, digits=3))
+    rows = accuracy["improvement"]
+    tables.append(improvement_table(title, rows, proposed, digits=3, units="validation pairs"))
     for judge in comparison["mt_bench"]:
         if judge["cells"]:
             tables += [score_table(judge), category_table(judge)]
         title = score_title(judge, "improvement")
-        tables.append(improvement_table(title, judge["improvement"], proposed, digits=2))
+        rows = judge["improvement"]
+        tables.append(improvement_table(title, rows, proposed, digits=2, units="questions"))
     tables.append(verdict_table(comparison["claims"]))
+    tables.append(
+        "\n".join(["Answer", *(f"  {x}" for x in answer.text_lines(comparison["answer"]))])
+    )
     print("".join(f"\n{table}\n" for table in tables if table), end="")
 
 
@@ -83,9 +89,9 @@ def category_table(judge: dict) -> str:
 
 
 def score_title(judge: dict, what: str) -> str:
-    mark = f"*** {run_metrics.smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
+    mark = f"*** {judge_identity.smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
     score = f"MT-Bench score (1-10, {len(judge['questions'])} questions)"
-    return f"{mark}{score}, {run_metrics.judge_title(judge)}: {what}"
+    return f"{mark}{score}, {judge['title']}: {what}"
 
 
 def show_mean(row: dict, name: str, digits: int) -> str:
@@ -103,11 +109,13 @@ def show_diverged(row: dict) -> str:
 # ---- improvement --------------------------------------------------------------------------------
 
 
-def improvement_table(title: str, rows: list[dict], proposed: str, digits: int) -> str | None:
+def improvement_table(
+    title: str, rows: list[dict], proposed: str, digits: int, units: str
+) -> str | None:
     """Each cell of the proposed loss against the baseline, at its own beta and at the baseline's
     best; below, best cell against best cell with the primary test. None without a comparison.
 
-    rows: of "improvement".
+    rows: of "improvement". units: what they are compared on.
     """
     rows = [row for row in rows if row["loss"] == proposed]
     of_kind = {
@@ -135,7 +143,7 @@ def improvement_table(title: str, rows: list[dict], proposed: str, digits: int) 
         f"{best['baseline_cells']} baseline cells (selected by {best['selected_by']}): "
         f"{best['proposed']} {show_improvement(best, digits)}"
     )
-    return f"{table}\n{last}\n{show_test(best, digits)}"
+    return f"{table}\n{last}\n{show_test(best, digits, units)}"
 
 
 def is_same_cell(row: dict, other: dict) -> bool:
@@ -151,7 +159,7 @@ def show_improvement(row: dict, digits: int) -> str:
     return f"{row['difference']:+.{digits}f} {rate} ({baseline})"
 
 
-def show_test(row: dict, digits: int) -> str:
+def show_test(row: dict, digits: int, units: str) -> str:
     """Interval, p-values and power of the primary test."""
     if row["p"] is None:
         return "  no test: fewer than two questions or pairs in common, or all differences equal"
@@ -159,10 +167,13 @@ def show_test(row: dict, digits: int) -> str:
     seeds = f"seeds: {row['seeds_compared']}"
     if row["paired"] == "one seed":
         seeds = "one seed, so the variation over seeds is unknown"
+    elif row["caveat"]:
+        seeds += f"; {row['caveat']}"
     return (
         f"  95 % interval [{low}, {high}], p {texts.p_text(row['p'])} "
         f"(primary test; Holm {texts.p_text(row['p_adjusted'])}), "
-        f"detectable {texts.show(row['detectable'], digits)}; {row['n_units']} units, {seeds}"
+        f"detectable {texts.show(row['detectable'], digits)}; "
+        f"{texts.count_text(row['n_units'], units)}, {seeds}"
     )
 
 
@@ -170,10 +181,13 @@ def show_test(row: dict, digits: int) -> str:
 
 
 def verdict_table(rows: list[dict]) -> str:
+    shown, folded = notes.fold_claims(rows)
     lines = ["Claims"]
-    for row in map(texts.verdict_texts, rows):
+    for row in map(texts.verdict_texts, shown):
         judge = f" ({row['judge']})" if row["judge"] else ""
         lines.append(f"  {row['id']}  {row['verdict'].upper()}: {row['claim']}{judge}")
         numbers = f"{row['estimate']} {row['interval']}" if row["estimate"] else ""
         lines += [f"      {text}" for text in (numbers, row["why"]) if text]
+    if folded:
+        lines.append(f"  {notes.folded_text(folded, bool(shown))}")
     return "\n".join(lines)

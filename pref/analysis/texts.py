@@ -1,5 +1,26 @@
 """Numbers and verdicts as text, the same in tables, figures, the report and on the terminal."""
 
+import re
+
+# Where all runs are trial runs (train_pref.py --mode trial).
+TRIAL = "TRIAL RUNS: a few steps that show that the path works; these numbers measure nothing"
+
+
+def number_text(x: float) -> str:
+    """A setting's number: short, unless another number would then have the same text."""
+    return f"{x:g}" if float(f"{x:g}") == x else repr(x)
+
+
+def setting_text(value) -> str:
+    """A setting's value in a label: "none" where the run has none, the start of a hash."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return number_text(value)
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,64}", value):
+        return value[:8]
+    return str(value)
+
 
 def show(value, digits: int | None = None) -> str:
     if value is None:
@@ -7,6 +28,11 @@ def show(value, digits: int | None = None) -> str:
     if isinstance(value, float):
         return f"{value:g}" if digits is None else f"{value:.{digits}f}"
     return str(value)
+
+
+def count_text(n: int, units: str) -> str:
+    """E.g. "80 questions", "1 question"; units: a plural in -s."""
+    return f"{n} {units if n != 1 else units.removesuffix('s')}"
 
 
 def p_text(p: float | None) -> str | None:

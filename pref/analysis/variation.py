@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 from scipy import stats as scipy_stats
 
 from pref.analysis import stats
@@ -19,7 +20,9 @@ class BetaSpread(NamedTuple):
     raw: float  # sample variance of the observed means over beta
     noise: float  # the part of it that questions and seeds contribute
     variance: float  # raw - noise: the estimate of the true means' variance; may be negative
-    draws: np.ndarray  # (draws,) bootstrap draws of `variance`
+    draws: np.ndarray  # (draws,) of the confidence distribution of the true variance; none negative
+    error: stats.MeanError  # of one beta's mean around its true one
+    n_betas: int
 
 
 def beta_spread(
@@ -34,9 +37,9 @@ def beta_spread(
     same_seeds : bool
         Whether the rows of all tables are the same seeds in the same order.
     draws : int
-        Number of bootstrap draws.
+        Number of draws of the confidence distribution.
     stream : int
-        First random stream of the resampled seeds (see `stats.bootstrap`).
+        Random stream; two losses that are compared need different ones.
 
     Returns
     -------
@@ -46,11 +49,8 @@ def beta_spread(
     -----
     Noise: the variance that the B means have around the true ones, from the interaction of
     questions and beta, from the seeds, and from the residual. Whatever all betas share cancels:
-    the questions' difficulty and, if `same_seeds`, the level of a seed.
-
-    Bootstrap: all betas get the same draws of questions and, if `same_seeds`, of seeds.
-    Resampling adds the noise a second time; the draws are therefore centred on `raw` and lowered
-    by `noise`.
+    the questions' difficulty and, if `same_seeds`, the level of a seed. The noise is taken to be
+    alike at all betas.
     """
     n_betas, n_questions = len(tables), tables[0].shape[1]
     means = np.array([table.mean() for table in tables])  # (B,)
@@ -58,34 +58,93 @@ def beta_spread(
     # Questions: the interaction left after taking out each beta's and each question's mean.
     crossed = np.array([table.mean(0) for table in tables])  # (B, Q)
     crossed = crossed - crossed.mean(0) - crossed.mean(1, keepdims=True) + crossed.mean()
-    noise = (crossed**2).sum() / ((n_betas - 1) * max(1, n_questions - 1) * n_questions)
+    questions_df = (n_betas - 1) * max(1, n_questions - 1)
 
     # Seeds: where they are the same at every beta, only their deviation from the mean over betas.
-    own = tables
+    own, df_share = tables, 1.0
     if same_seeds:
         common = np.mean(tables, axis=0)  # (S, Q)
         own = [(table - common) * math.sqrt(n_betas / (n_betas - 1)) for table in tables]
-    seed_parts = [seed_part(table) for table in own if len(table) > 1]
-    noise += max(0.0, sum(seed_parts) / n_betas)
-
-    streams = [stream if same_seeds else stream + beta for beta in range(n_betas)]
-    boot = np.stack(
-        [stats.bootstrap(table, draws, one) for table, one in zip(tables, streams)]
-    )  # (B, draws)
-    raw, spread = float(means.var(ddof=1)), boot.var(axis=0, ddof=1)
+        df_share = (n_betas - 1) / n_betas
+    own = [table for table in own if len(table) > 1]
+    of_sum, n_own = stats.seed_error(own), max(1, len(own))
+    error = stats.MeanError(
+        questions=float((crossed**2).sum()) / (questions_df * n_questions),
+        questions_df=questions_df,
+        seeds=of_sum.variance / n_own,
+        seeds_df=df_share * sum(len(table) - 1 for table in own),
+        chance=of_sum.chance / n_own,
+    )
+    raw = float(means.var(ddof=1))
+    noise = error.questions + max(0.0, error.seeds - error.chance)
     return BetaSpread(
         raw=raw,
-        noise=float(noise),
-        variance=raw - float(noise),
-        draws=spread - spread.mean() + raw - noise,
+        noise=noise,
+        variance=raw - noise,
+        draws=confidence_draws(raw, error, n_betas, draws, stream),
+        error=error,
+        n_betas=n_betas,
     )
 
 
-def seed_part(table: np.ndarray) -> float:
-    """Variance of an (S, Q) table's mean that is due to its seeds; unbiased, may be negative."""
-    n_seeds, n_questions = table.shape
-    squares = stats.mean_squares(table)
-    return (squares.seed - squares.residual) / (n_questions * n_seeds)
+def confidence_draws(
+    raw: float, error: stats.MeanError, n_betas: int, draws: int, stream: int
+) -> np.ndarray:
+    """Draws of the confidence distribution of the true variance over B betas.
+
+    If the noise were known, raw * (B - 1) / noise would follow the noncentral chi-square
+    distribution with B - 1 degrees of freedom whose noncentrality is the true variance * (B - 1) /
+    noise. Its confidence distribution gives a draw: the noncentrality at which what was observed,
+    or less, has a probability u that is drawn evenly from 0 to 1 (0 if that is so for none). The
+    noise is not known: each draw has its own, from the distribution that its mean squares leave it
+    (a generalised pivotal quantity, Weerahandi 1993).
+    """
+    rng = np.random.default_rng([n_betas, stream])
+    question_chi, seed_chi = rng.chisquare(error.questions_df, draws), np.ones(draws)
+    probability = rng.random(draws)
+    seeds = np.zeros(draws)
+    if error.seeds_df:
+        seed_chi = rng.chisquare(error.seeds_df, draws)
+        seeds = np.maximum(0.0, error.seeds * error.seeds_df / seed_chi - error.chance)
+    noise = error.questions * error.questions_df / question_chi + seeds
+    if not (noise > 0).all():  # equal deviations everywhere: nothing is noise
+        return np.full(draws, raw)
+    observed = raw * (n_betas - 1) / noise
+    return noncentrality(observed, n_betas - 1, probability) * noise / (n_betas - 1)
+
+
+def noncentrality(x: np.ndarray, df: int, probability: np.ndarray) -> np.ndarray:
+    """Noncentrality at which a noncentral chi-square variable is at most `x` with this probability;
+    0 where even the central one is so with a smaller one. Elementwise.
+    """
+    found = np.zeros_like(x)
+    large = x > 1000  # SciPy's inversion becomes slow, then fails; the root is normal, SD 1
+    normal = np.sqrt(x[large]) - special.ndtri(probability[large])
+    found[large] = np.maximum(0.0, normal**2 - (df - 1))
+    exact = ~large & (special.chdtr(df, x) > probability)
+    found[exact] = special.chndtrinc(x[exact], df, probability[exact])
+    return found
+
+
+def with_less_noise(spread: BetaSpread, factor: float, draws: int, stream: int) -> BetaSpread:
+    """What a study with `factor` times the seeds and the questions would show of the same true
+    variance.
+    """
+    error = spread.error._replace(
+        questions=spread.error.questions / factor,
+        seeds=spread.error.seeds / factor,
+        seeds_df=spread.error.seeds_df * factor,
+        chance=spread.error.chance / factor,
+    )
+    noise, variance = spread.noise / factor, max(0.0, spread.variance)
+    raw = variance + noise
+    return spread._replace(
+        raw=raw,
+        noise=noise,
+        variance=variance,
+        draws=confidence_draws(raw, error, spread.n_betas, draws, stream),
+        error=error,
+    )
 
 
 def variance_ratio(a: BetaSpread, b: BetaSpread) -> dict:
@@ -94,16 +153,24 @@ def variance_ratio(a: BetaSpread, b: BetaSpread) -> dict:
     Returns
     -------
     dict
-        `ratio` and its bootstrap interval `low`, `high`; all None unless both variances are
-        positive. A draw in which b's variance is not positive makes the ratio infinite: an
-        infinite `high` says that the data give no upper limit.
+        `ratio` and its 95 % interval `low`, `high`. The ratio is 0 where a's variance is estimated
+        as 0 or below: that a loss is flat is a finding. It is None where b's is: a ratio to nothing
+        is undefined, though it may have a lower limit. An infinite `high` says that b's variance is
+        not distinguishable from 0, so that the data give no upper limit.
     """
-    if a.variance <= 0 or b.variance <= 0:
-        return {"ratio": None, "low": None, "high": None}
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.where(b.draws > 0, np.maximum(a.draws, 0) / b.draws, np.inf)
-    low, high = stats.percentiles(ratios)
-    return {"ratio": a.variance / b.variance, "low": low, "high": high}
+        ratios = a.draws / b.draws  # 0 / 0: any ratio
+    interval = [
+        float(np.quantile(np.nan_to_num(ratios, nan=unknown, posinf=math.inf), tail, method=method))
+        for unknown, tail, method in (
+            (0.0, stats.ALPHA / 2, "lower"),
+            (math.inf, 1 - stats.ALPHA / 2, "higher"),
+        )
+    ]
+    if b.variance <= 0:
+        return {"ratio": None, "low": interval[0], "high": math.inf}
+    ratio = max(0.0, a.variance) / b.variance
+    return {"ratio": ratio, "low": min(interval[0], ratio), "high": max(interval[1], ratio)}
 
 
 def brown_forsythe(a: list[float], b: list[float]) -> float:
@@ -137,6 +204,12 @@ def expected_best(selected_by: list[float], scores: list[float], budget: int) ->
     order = sorted(range(len(scores)), key=lambda i: (selected_by[i], i))
     total = math.comb(len(scores), budget)
     return sum(math.comb(rank, budget - 1) / total * scores[i] for rank, i in enumerate(order))
+
+
+def expected_normal_maximum(n: int) -> float:
+    """Expected maximum of n independent standard normal variables: 0, 0.56, 0.85, 1.03, ..."""
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    return float(weights @ special.ndtri(((1 + nodes) / 2) ** (1 / n)) / 2)
 
 
 def variance_parts(cube: np.ndarray) -> dict[str, float]:

@@ -3,9 +3,9 @@
 claims.py says how claims are stated and which cells they are about. How they are judged:
 
     difference, equivalence   supported if the test, Holm-adjusted over the claims on the same
-                              scores, and the interval agree; contradicted if the whole interval
-                              lies on the wrong side and the test of that agrees
-    variance_reduction        by the bootstrap interval of the ratio of the two variances
+                              scores, says so and the whole 95 % interval fulfils the claim;
+                              contradicted if the whole interval lies on the wrong side
+    variance_reduction        by the interval of the ratio of the two variances
     rarely, often             exact binomial test on the number of runs
 
 An undecided verdict says roughly how many seeds, questions or runs would decide. With one seed, or
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from scipy.stats import binomtest
 
-from pref.analysis import claims, estimates, stats, variation
+from pref.analysis import claims, estimates, power, stats, variation
 from pref.analysis.claims import Candidates, NotMeasurable
 from pref.analysis.runs import Cell, Scores, Values
 
@@ -99,7 +99,7 @@ def judge_scores(
         if claim["kind"] == "variance_reduction":
             row = judge_spread(claim, candidates, scores, draws)
         else:
-            pending = estimate_difference(claim, candidates, scores, draws)
+            pending = estimate_difference(claim, candidates, scores)
             row = pending.row
     except NotMeasurable as reason:
         return verdict_row(claim, scores.judge, "not measured", str(reason)), None
@@ -112,12 +112,10 @@ def judge_scores(
 # ---- differences and equivalence ----------------------------------------------------------------
 
 
-def estimate_difference(
-    claim: dict, candidates: Candidates, scores: Scores, draws: int
-) -> PendingVerdict:
+def estimate_difference(claim: dict, candidates: Candidates, scores: Scores) -> PendingVerdict:
     """Estimate and test the difference that a claim is about."""
     choice = claims.choose_pair(claim, candidates, scores.values)
-    compared = estimates.compare_cells(choice.a, choice.b, scores.values, draws)
+    compared = estimates.compare_cells(choice.a, choice.b, scores.values)
     if compared is None:
         raise NotMeasurable("The runs share no question that was rated in all of them.")
     difference = compared.difference
@@ -131,7 +129,7 @@ def estimate_difference(
         claim,
         scores.judge,
         "pending",
-        why=choice.remark,
+        why=join_sentences(choice.remark, selection_remark(candidates, scores, difference)),
         a=choice.a.label,
         b=choice.b.label,
         estimate=difference.estimate,
@@ -145,6 +143,28 @@ def estimate_difference(
     )
     lost = [lost_runs(cell, scores.values) for cell in (choice.a, choice.b)]
     return PendingVerdict(row, difference, join_sentences(*lost))
+
+
+def selection_remark(candidates: Candidates, scores: Scores, difference: stats.Difference) -> str:
+    """Says how far chance alone may favour the side that is the best of more cells; "" if neither.
+
+    The best of n cells that are truly equal exceeds their mean by the expected maximum of n
+    standard normal variables times the standard error of a cell, if what selects follows the very
+    noise of the score. Validation accuracy follows it less, so this is a limit.
+    """
+    numbers = [
+        sum(bool(estimates.runs_with_values(cell, scores.values)) for cell in cells)
+        for cells in candidates
+    ]
+    if numbers[0] == numbers[1] or not difference.measurable():
+        return ""
+    maximum_a, maximum_b = map(variation.expected_normal_maximum, numbers)
+    gain = (maximum_a - maximum_b) * difference.se / math.sqrt(2)
+    return (
+        f"Best of {numbers[0]} against best of {numbers[1]}: chance alone may have put the "
+        f"difference up to {abs(gain):.2g} too {'high' if gain > 0 else 'low'}; the selection "
+        "table compares at equal budget."
+    )
 
 
 def lost_runs(cell: Cell, values: Values) -> str:
@@ -191,12 +211,9 @@ def decide_difference(case: PendingVerdict) -> tuple[str, str]:
         )
     if row["kind"] == "equivalence":
         inside = -limit < low and high < limit
-        above = low > limit and difference.p(limit, side=1) < stats.ALPHA
-        below = high < -limit and difference.p(-limit, side=-1) < stats.ALPHA
-        outside = above or below
+        outside = low > limit or high < -limit
     else:
-        inside = low >= limit
-        outside = high < limit and difference.p(limit, side=-1) < stats.ALPHA
+        inside, outside = low >= limit, high < limit
     if outside:
         return "contradicted", "The whole interval lies on the other side."
     if row["p_holm"] < stats.ALPHA and inside:
@@ -214,7 +231,7 @@ def what_would_decide(row: dict, difference: stats.Difference) -> str:
     gap = row["limit"] if equivalence else abs(row["estimate"] - row["limit"])
     if gap == 0:
         return "The measured difference is the limit itself."
-    seeds, questions = stats.required_sizes(difference, gap, equivalence)
+    seeds, questions = power.required_sizes(difference, gap, equivalence)
     unit = "questions" if row["metric"] == "mt_bench" else "validation pairs"
     n_seeds, n_questions = difference.n_seeds, difference.n_questions
     if (seeds and seeds <= n_seeds) or (questions and questions <= n_questions):
@@ -238,7 +255,7 @@ def judge_spread(claim: dict, candidates: Candidates, scores: Scores, draws: int
     choice = claims.choose_series(claim, candidates, scores.values)
     compared = estimates.compare_spreads(choice.a, choice.b, scores.values, draws)
     if compared is None:
-        raise NotMeasurable("Fewer than two betas, or no question, that both have.")
+        raise NotMeasurable("Fewer than two betas, or than two questions, that both have.")
     name_a, name_b = series_name(choice.a[0]), series_name(choice.b[0])
     numbers = {
         "a": name_a,
@@ -246,7 +263,7 @@ def judge_spread(claim: dict, candidates: Candidates, scores: Scores, draws: int
         "limit": claim["at_least"],
         "n_seeds": compared.n_seeds,
         "p": compared.brown_forsythe_p,
-        "test": f"bootstrap of the ratio over {len(compared.betas)} betas; "
+        "test": f"interval of the ratio over {len(compared.betas)} betas; "
         "Brown-Forsythe on the beta means",
     }
     if compared.ratio is not None:  # a reduction is 1 - ratio: the interval's ends change places
@@ -255,7 +272,7 @@ def judge_spread(claim: dict, candidates: Candidates, scores: Scores, draws: int
             "low": 1 - compared.high,
             "high": 1 - compared.low,
         }
-    verdict, why = decide_spread(compared, claim["at_least"], name_a, name_b)
+    verdict, why = decide_spread(compared, claim["at_least"], name_b, draws)
     why = join_sentences(why, choice.remark)
     return verdict_row(claim, scores.judge, verdict, why, **numbers)
 
@@ -265,40 +282,40 @@ def series_name(cell: Cell) -> str:
 
 
 def decide_spread(
-    compared: estimates.SpreadComparison, at_least: float, name_a: str, name_b: str
+    compared: estimates.SpreadComparison, at_least: float, name_b: str, draws: int
 ) -> tuple[str, str]:
-    """Verdict on a variance reduction of `at_least` or more, and why."""
-    if compared.ratio is None:
-        name = name_a if compared.spread_a.variance <= 0 else name_b
-        return (
-            "undecided",
-            "The ratio is undefined: what seeds and questions explain leaves no variance over beta "
-            f"for {name}. More seeds and questions would show it.",
-        )
+    """Verdict on a variance reduction of `at_least` or more, and why.
+
+    name_b: the series whose variance is the denominator. draws: of each confidence distribution.
+    """
     if compared.n_seeds < 2:
         return "undecided", "One seed: its noise cannot be told from beta."
     if compared.high <= 1 - at_least:
         return "supported", "The whole interval lies above the claim."
     if compared.low > 1 - at_least:
         return "contradicted", "The whole interval lies below the claim."
-    # If the variances are as estimated, the draws' distance from their centre shrinks with the
-    # square root of the study's size.
+    sizes = what_would_decide_spread(compared, 1 - at_least, draws)
+    if compared.high_open:
+        why = f"The variance of {name_b} over beta cannot be told from 0: there is no upper limit."
+        return "undecided", join_sentences(why, sizes)
+    return "undecided", sizes
+
+
+def what_would_decide_spread(compared: estimates.SpreadComparison, limit: float, draws: int) -> str:
+    """How much larger a study would decide whether the ratio is at most `limit`, if the variances
+    are as estimated.
+    """
     for factor in (2, 4, 8, 16, 32, 64, 128):
-        shrunk_a, shrunk_b = (
-            spread._replace(
-                draws=spread.variance + (spread.draws - spread.variance) / math.sqrt(factor)
-            )
-            for spread in (compared.spread_a, compared.spread_b)
-        )
-        ratio = variation.variance_ratio(shrunk_a, shrunk_b)
-        if not ratio["low"] <= 1 - at_least <= ratio["high"]:
-            return (
-                "undecided",
-                f"It would take roughly {factor} times the seeds and the questions, or more betas.",
-            )
+        larger = [
+            variation.with_less_noise(spread, factor, min(draws, 2000), stream)
+            for stream, spread in enumerate((compared.spread_a, compared.spread_b))
+        ]
+        ratio = variation.variance_ratio(*larger)
+        if not ratio["low"] <= limit <= ratio["high"]:
+            size = f"{factor} times the seeds and the questions"
+            return f"It would take roughly {size}, or more betas."
     return (
-        "undecided",
-        "No number of seeds and questions up to 128 times these would decide it; more betas might.",
+        "No number of seeds and questions up to 128 times these would decide it; more betas might."
     )
 
 
@@ -354,6 +371,7 @@ def runs_needed(claim: dict, rate: float) -> str:
         return f"It would take {runs} runs without one."
     if rate == limit:
         return "The rate is at the claimed limit itself."
-    # Normal approximation, one-sided at 5 % (1.645) with 80 % power (0.842).
-    runs = math.ceil((1.645 + 0.842) ** 2 * limit * (1 - limit) / (rate - limit) ** 2)
+    runs = power.required_runs(limit, rate)
+    if runs is None:
+        return "The rate is so near the limit that no feasible number of runs would decide it."
     return f"It would take roughly {runs} runs, if the rate is as measured (80 % power)."

@@ -100,6 +100,11 @@ class Adapters:
                     file.get_tensor(lora_key(layer, side)).to(self.device, self.dtype)
                     for side in "AB"
                 )
+                if not (a.isfinite().all() and b.isfinite().all()):
+                    raise UserError(
+                        f"{self.folders[name]}: weights that are NaN or infinite ({layer}); train "
+                        f"{name} again"
+                    )
                 rank = len(a)
                 weights[layer] = LayerWeights(
                     a=a,
@@ -143,7 +148,7 @@ def check_adapter(name: str, folder: Path, linears: dict[str, nn.Linear]) -> lis
     """Names of the layers that the adapter in `folder` changes.
 
     Raises UserError unless it is plain LoRA of linear layers, all of them present in this base
-    model with these shapes. Reads the header of the weights only.
+    model with these shapes, all of them finite.
     """
     config = lora.lora_config(folder)
     misfit = f"{folder}: does not fit this base model"
@@ -161,6 +166,11 @@ def check_adapter(name: str, folder: Path, linears: dict[str, nn.Linear]) -> lis
                         f"{misfit} (which has no layer {layer} of the adapter's shape); "
                         "give --model with the model it was trained on"
                     )
+                for side in "AB":
+                    if not file.get_tensor(lora_key(layer, side)).isfinite().all():
+                        raise UserError(
+                            f"{folder}: has NaN or infinite weights ({layer}); train {name} again"
+                        )
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{folder}: {WEIGHTS} cannot be read ({error}); train {name} again"

@@ -4,10 +4,14 @@ The buffers of a layer have one row per answer: (rows, K, length, D) with K key-
 channels. A pass through the model carries no padding: it is one flat sequence of N tokens, and the
 cache knows row and position of each. There are two kinds of pass:
 
-    prompts       rows      [2 2 2 2 0 0 0]     piece 1: four tokens of row 2, piece 2: three of
-                  positions [0 1 2 3 5 6 7]     row 0, which holds five tokens already
-    next tokens   rows      [0 1 2]             one token of each row in flight, in order
+    a prompt      rows      [2 2 2 2]     the tokens of one row, from its start
+                  positions [0 1 2 3]
+    next tokens   rows      [0 1 2]       one token of every row, in order
                   positions [8 3 4]
+
+In a pass of next tokens a row attends over its own length, rounded up to a multiple of STRETCH:
+rows of the same rounded length form a `Group` and share one call. So neither the shape of a call
+nor its result, also in bf16, depends on how long the other rows are.
 """
 
 import math
@@ -18,31 +22,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-STRETCH = 256  # positions set to zero at a time
+STRETCH = 256  # positions: see `group_rows`, and set to zero at a time
 IMPLEMENTATION = "answers"  # name of the attention function in transformers
 
 
-class Piece(NamedTuple):
-    """Tokens [start, end) of a pass continue `row`, which holds `before` tokens already."""
+class Group(NamedTuple):
+    """Rows that attend over the same number of positions in a pass of next tokens."""
 
-    row: int
-    start: int
-    end: int
-    before: int
+    rows: list[int]
+    length: int
 
-    @property
-    def after(self) -> int:
-        """Tokens in the row once the piece is written."""
-        return self.before + self.end - self.start
+
+def group_rows(positions: list[int]) -> list[Group]:
+    """Rows 0, 1, ... by the position of their next token, rounded up.
+
+    >>> group_rows([8, 300, 255])
+    [Group(rows=[0, 2], length=256), Group(rows=[1], length=512)]
+    """
+    groups: dict[int, list[int]] = {}
+    for row, position in enumerate(positions):
+        groups.setdefault(rounded_up(position + 1), []).append(row)
+    return [Group(groups[length], length) for length in sorted(groups)]
+
+
+def rounded_up(length: int) -> int:
+    """The next multiple of STRETCH."""
+    return -(-length // STRETCH) * STRETCH
 
 
 class Cache:
     """Keys and values of `rows` rows of `length` positions. Buffers are made when a layer first
     asks for them.
 
-    Rows in flight differ in length, and a pass over their next tokens reads all of them up to the
-    longest. What a shorter row has not written is masked, i.e. multiplied by 0, so it must be
-    finite: zeros are written ahead of the longest row, a stretch at a time.
+    A pass over next tokens reads each row beyond its end. What the row has not written there is
+    masked, i.e. multiplied by 0, so it must be finite: zeros are written ahead of the longest row.
     """
 
     def __init__(self, rows: int, length: int):
@@ -50,15 +63,14 @@ class Cache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys, values: (rows, K, length, D)
         self.zeroed = 0  # positions that hold a number in every row
 
-    def begin(self, rows: Tensor, positions: Tensor, pieces: list[Piece] | None) -> None:
-        """Announce a pass: row and position of each token, (N,) both. pieces: of prompts; None for
-        the next token of rows 0 to N - 1.
+    def begin(self, rows: Tensor, positions: Tensor, groups: list[Group] | None) -> None:
+        """Announce a pass: row and position of each token, (N,) both. groups: of next tokens, for
+        rows 0 to N - 1; rows in none of them are free. None for a prompt.
         """
-        self.token_rows, self.positions, self.pieces = rows, positions, pieces
+        self.token_rows, self.positions, self.groups = rows, positions, groups
         self.masks: dict[tuple, Tensor] = {}  # shared by the layers of the pass
-        self.longest = int(positions.max()) + 1
-        if self.longest > self.zeroed:
-            end = self.longest + STRETCH
+        end = rounded_up(int(positions.max()) + 1)
+        if end > self.zeroed:
             for buffers in self.layers.values():
                 for buffer in buffers:
                     buffer[:, :, self.zeroed : end] = 0
@@ -67,7 +79,7 @@ class Cache:
     def buffers(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:
             buffers = tuple(
-                new.new_empty(self.rows, new.shape[1], self.length, new.shape[3])
+                new.new_empty(self.rows, new.shape[1], rounded_up(self.length), new.shape[3])
                 for new in (key, value)
             )
             for buffer in buffers:
@@ -93,7 +105,7 @@ class Cache:
         keys, values = self.buffers(module.layer_idx, key, value)
         keys[self.token_rows, :, self.positions] = key[0].transpose(0, 1)  # (N, K, D)
         values[self.token_rows, :, self.positions] = value[0].transpose(0, 1)
-        attend = self.attend_next if self.pieces is None else self.attend_pieces
+        attend = self.attend_prompt if self.groups is None else self.attend_next
         return attend(query, keys, values, sliding_window, scaling, softcap), None
 
     def attend_next(
@@ -110,17 +122,21 @@ class Cache:
         # The H / K query heads of a group read the same keys. Laid out as if they were that many
         # positions of one head, they need no copies of the keys.
         grouped = query[0].transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, -1)
-        output = weigh(
-            grouped,  # (N, K, H/K, D)
-            keys[:count, :, : self.longest],  # (N, K, longest, D)
-            values[:count, :, : self.longest],
-            self.next_mask(window),
-            scaling,
-            softcap,
-        )
+        output = query.new_zeros(*grouped.shape[:3], values.shape[3])  # (N, K, H/K, D)
+        for number, group in enumerate(self.groups):
+            # All rows in flight, or those of this group: a slice needs no copy.
+            chosen = slice(len(group.rows)) if len(self.groups) == 1 else group.rows
+            output[chosen] = weigh(
+                grouped[chosen],
+                keys[chosen, :, : group.length],  # (n, K, length, D)
+                values[chosen, :, : group.length],
+                self.next_mask(number, window),
+                scaling,
+                softcap,
+            )
         return output.reshape(1, count, heads, -1)
 
-    def attend_pieces(
+    def attend_prompt(
         self,
         query: Tensor,
         keys: Tensor,
@@ -129,31 +145,27 @@ class Cache:
         scaling: float | None,
         softcap: float | None,
     ) -> Tensor:
-        """Prompts, each over its own row."""
-        group = query.shape[1] // keys.shape[1]
-        outputs = []
-        for piece in self.pieces:
-            row_keys, row_values = (
-                buffer[piece.row, :, : piece.after].repeat_interleave(group, 0)[None]
-                for buffer in (keys, values)
-            )  # (1, H, after, D)
-            asked = query[:, :, piece.start : piece.end]  # (1, H, tokens, D)
-            mask = self.piece_mask(piece, window)
-            outputs.append(weigh(asked, row_keys, row_values, mask, scaling, softcap))
-        return torch.cat(outputs, 2).transpose(1, 2)
+        """The prompt of one row."""
+        row, count, group = self.token_rows[0], query.shape[2], query.shape[1] // keys.shape[1]
+        row_keys, row_values = (
+            buffer[row, :, :count].repeat_interleave(group, 0)[None] for buffer in (keys, values)
+        )  # (1, H, N, D)
+        mask = self.prompt_mask(window)
+        return weigh(query, row_keys, row_values, mask, scaling, softcap).transpose(1, 2)
 
-    def next_mask(self, window: int | None) -> Tensor:
-        """(N, 1, 1, longest) bool: what each row's next token sees."""
-        if window not in self.masks:
-            self.masks[window] = visible(self.positions, self.longest, window)[:, None, None]
-        return self.masks[window]
+    def next_mask(self, number: int, window: int | None) -> Tensor:
+        """(n, 1, 1, length) bool: what the next token of each row of a group sees."""
+        if (number, window) not in self.masks:
+            rows, length = self.groups[number]
+            mask = visible(self.positions[rows], length, window)
+            self.masks[number, window] = mask[:, None, None]
+        return self.masks[number, window]
 
-    def piece_mask(self, piece: Piece, window: int | None) -> Tensor:
-        """(tokens of the piece, tokens of its row) bool."""
-        if (piece, window) not in self.masks:
-            positions = torch.arange(piece.before, piece.after, device=self.positions.device)
-            self.masks[piece, window] = visible(positions, piece.after, window)
-        return self.masks[piece, window]
+    def prompt_mask(self, window: int | None) -> Tensor:
+        """(N, N) bool."""
+        if ("prompt", window) not in self.masks:
+            self.masks["prompt", window] = visible(self.positions, len(self.positions), window)
+        return self.masks["prompt", window]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of row `source` to row `target`."""
@@ -204,3 +216,10 @@ def attend(module: nn.Module, *args, **kwargs) -> tuple[Tensor, None]:
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+def uninstall(model: nn.Module, implementation: str) -> None:
+    """Give the model its own attention function back."""
+    model.set_attn_implementation(implementation)
+    for module in model.modules():
+        vars(module).pop("answer_cache", None)

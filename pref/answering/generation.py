@@ -8,18 +8,25 @@ token for every row). An example with three rows, adapters A and B, and the requ
 of which A1 has a follow-up (turn 2 of its conversation):
 
     pass        row 0   row 1   row 2   tokens through the model
-    1 prefill   A1      A2      B1      three prompts, end to end, each in its own row
+    1 prefill   A1      A2      B1      three prompts, one after the other, each in its own row
     2 decode    A1      A2      B1      3: one for each row, two with adapter A and one with B
                 A2 ends: B1, the last row, moves into row 1, which leaves row 2 free
     3 prefill   A1      B1      B2      the prompt of B2; A1 and B1 wait for this pass
     4 decode    A1      B1      B2      3
-                A1 ends: its follow-up keeps row 0 and the keys and values of turn 1
-    5 prefill   A1'     B1      B2      the prompt of A1' beyond what row 0 holds
+                A1 ends: its follow-up takes row 0
+    5 prefill   A1'     B1      B2      the prompt of A1', turn 1 included
     6 decode    A1'     B1      B2      3
 
-So no answer waits for the slowest of its batch, and a decode has no padding rows.
+So no answer waits for the slowest of its batch.
+
+What a row computes must not depend on the other rows, also in bf16, where the result of a matrix
+product can change with the shape of its operands. Hence the shape of every operation is the same
+whatever else is in flight: a prompt goes through the model by itself, a decode always has `rows`
+tokens (free rows carry a token that nobody reads), and a row attends over its own length, rounded
+up to a fixed step. Only the experts of a mixture still see tokens of other rows.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +39,11 @@ from transformers import PreTrainedModel
 
 from pref.answering import cache
 from pref.answering.adapters import Adapters
-from pref.answering.cache import Cache, Piece
+from pref.answering.cache import Cache, Group
 from pref.files.console import UserError
-from pref.model import chat, logps
+from pref.model import logps
 
 GREEDY_BELOW = 1e-4  # FastChat takes the most probable token at temperatures below this
-PREFILL_TOKENS = 4096  # prompt tokens that go through the model at once
 MOST_ADAPTERS = 8  # in flight: the stacked products grow with their number
 
 
@@ -60,7 +66,7 @@ class Slot:
     """What a row of the cache is used for."""
 
     request: Request
-    cached: list[int] = field(default_factory=list)  # tokens whose keys and values the row holds
+    length: int = 0  # tokens whose keys and values the row holds
 
 
 class Pass(NamedTuple):
@@ -70,7 +76,6 @@ class Pass(NamedTuple):
     rows: list[int]  # (N,) the cache row of each
     positions: list[int]  # (N,) its position in that row
     adapters: list[str | None]  # (N,)
-    pieces: list[Piece] | None  # the prompts of a prefill; None: a decode
 
 
 class Engine:
@@ -88,7 +93,7 @@ class Engine:
         length: int,
         ends: list[int],
     ):
-        self.model, self.rows, self.ends = model, rows, set(ends)
+        self.model, self.rows, self.length, self.ends = model, rows, length, set(ends)
         self.cache = Cache(rows, length)
         self.adapters = Adapters(model, folders)
         cache.install(model, self.cache)
@@ -116,12 +121,12 @@ class Engine:
             # 3) One pass. New prompts go first, because a decode is cheapest with all rows full.
             new = [row for row, slot in enumerate(slots) if not slot.request.tokens]
             if new:
-                rows, logits = self.prefill(new, slots)  # perhaps not all of them fit one pass
+                rows, logits = new[:1], self.prefill(new[0], slots[new[0]])
             else:
                 rows, logits = list(range(len(slots))), self.decode(slots)
 
             # 4) The next token of each of these rows.
-            tokens = self.pick(logits, [slots[row].request for row in rows])
+            tokens = pick(logits, [slots[row].request for row in rows])
             for row, token in zip(rows, tokens):
                 slots[row].request.tokens.append(token)
 
@@ -131,7 +136,7 @@ class Engine:
                 if self.is_finished(slots[row].request):
                     follow_up = finished(slots[row].request)
                     if follow_up is not None:
-                        slots[row].request = follow_up
+                        slots[row] = Slot(follow_up)
                     else:
                         self.give_up(row, slots)
 
@@ -149,59 +154,48 @@ class Engine:
         """Remove a row; the last one takes its place."""
         last = slots.pop()
         if row < len(slots):
-            self.cache.move(source=len(slots), target=row, length=len(last.cached))
+            self.cache.move(source=len(slots), target=row, length=last.length)
             slots[row] = last
 
-    def prefill(self, new: list[int], slots: list[Slot]) -> tuple[list[int], Tensor]:
-        """Run the prompts of rows `new`, as many as one pass takes. Returns the rows that were run,
-        and (n, V) logits of their first tokens.
-
-        A prompt that begins with what its row holds is run from there on, but never less than its
-        last token, which gives the logits.
-        """
-        flat = Pass(tokens=[], rows=[], positions=[], adapters=[], pieces=[])
-        for row in new:
-            slot = slots[row]
-            prompt = slot.request.prompt
-            before = min(chat.common_prefix(slot.cached, prompt), len(prompt) - 1)
-            start, count = len(flat.tokens), len(prompt) - before
-            if flat.pieces and start + count > PREFILL_TOKENS:
-                break
-            flat.pieces.append(Piece(row=row, start=start, end=start + count, before=before))
-            flat.tokens.extend(prompt[before:])
-            flat.rows.extend([row] * count)
-            flat.positions.extend(range(before, len(prompt)))
-            flat.adapters.extend([slot.request.adapter] * count)
-            slot.cached = list(prompt)
-        hidden = self.forward(flat)  # (N, H)
-        rows = [piece.row for piece in flat.pieces]
-        last = hidden[[piece.end - 1 for piece in flat.pieces]]  # (n, H)
-        # The head sees n tokens instead of N, and may carry an adapter too.
-        self.adapters.begin([slots[row].request.adapter for row in rows])
-        return rows, self.head(last)
+    def prefill(self, row: int, slot: Slot) -> Tensor:
+        """Run the prompt of one row. Returns (1, V) logits of its first token."""
+        prompt, adapter = slot.request.prompt, slot.request.adapter
+        hidden = self.read(row, prompt, adapter)  # (N, H)
+        slot.length = len(prompt)
+        # The head sees one token instead of N, and may carry an adapter too.
+        self.adapters.begin([adapter])
+        return self.head(hidden[-1:])
 
     def decode(self, slots: list[Slot]) -> Tensor:
         """Run the newest token of every row. Returns (rows in flight, V) logits of the next."""
-        for slot in slots:
-            slot.cached.append(slot.request.tokens[-1])
+        free = self.rows - len(slots)
+        positions = [slot.length for slot in slots]
         hidden = self.forward(
             Pass(
-                tokens=[slot.cached[-1] for slot in slots],
-                rows=list(range(len(slots))),
-                positions=[len(slot.cached) - 1 for slot in slots],
-                adapters=[slot.request.adapter for slot in slots],
-                pieces=None,
-            )
+                tokens=[slot.request.tokens[-1] for slot in slots] + [0] * free,
+                rows=list(range(self.rows)),
+                positions=positions + [0] * free,
+                adapters=[slot.request.adapter for slot in slots] + [None] * free,
+            ),
+            cache.group_rows(positions),
         )
-        return self.head(hidden)
+        for slot in slots:
+            slot.length += 1
+        return self.head(hidden)[: len(slots)]
 
-    def forward(self, flat: Pass) -> Tensor:
-        """(N, H) last hidden states of a pass."""
+    def read(self, row: int, tokens: list[int], adapter: str | None) -> Tensor:
+        """(N, H) last hidden states of N tokens that fill `row` from its start."""
+        count = len(tokens)
+        flat = Pass(tokens, [row] * count, list(range(count)), [adapter] * count)
+        return self.forward(flat, groups=None)
+
+    def forward(self, flat: Pass, groups: list[Group] | None) -> Tensor:
+        """(N, H) last hidden states of a pass. groups: of a decode; None for a prompt."""
         ids, rows, positions = (
             torch.tensor(values, device=self.model.device)
             for values in (flat.tokens, flat.rows, flat.positions)
         )
-        self.cache.begin(rows, positions, flat.pieces)
+        self.cache.begin(rows, positions, groups)
         self.adapters.begin(flat.adapters)
         backbone = getattr(self.model, self.model.base_model_prefix)
         output = backbone(
@@ -214,31 +208,13 @@ class Engine:
 
     def head(self, hidden: Tensor) -> Tensor:
         """(n, H) -> (n, V) logits in fp32."""
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logps.capped(self.model.get_output_embeddings()(hidden), softcap)
-
-    def pick(self, logits: Tensor, requests: list[Request]) -> list[int]:
-        """The next token of each request. logits (n, V); overwritten.
-
-        Greedy requests take the most probable token. The others take the argmax of
-        logits / temperature + Gumbel noise, which is a draw from the softmax. The noise comes from
-        the request's own generator, so an answer does not depend on the rest of its batch. Raises
-        UserError for NaN.
-        """
-        for row, request in enumerate(requests):
-            if request.temperature >= GREEDY_BELOW:
-                if request.generator is None:
-                    request.generator = torch.Generator(logits.device).manual_seed(request.seed)
-                noise = torch.empty_like(logits[row]).exponential_(generator=request.generator)
-                logits[row] = logits[row] / request.temperature - noise.clamp_min_(1e-30).log_()
-        values, tokens = logits.max(-1)
-        if values.isnan().any():
-            broken = requests[values.isnan().nonzero()[0].item()].adapter
-            raise UserError(
-                f"{broken or 'the base model'}: its logits are NaN, so its weights are broken; "
-                + ("train it again" if broken else "try --dtype float32, or download it again")
-            )
-        return tokens.tolist()
+        config = self.model.config.get_text_config()
+        logits = self.model.get_output_embeddings()(hidden)
+        scale = getattr(config, "logit_scale", None) or 1  # Cohere
+        scale /= getattr(config, "logits_scaling", None) or 1  # Granite
+        if scale != 1:
+            logits = logits * scale
+        return logps.capped(logits, getattr(config, "final_logit_softcapping", None))
 
     @torch.inference_mode()
     def score(self, prompt: list[int], answer: list[int], adapter: str | None) -> float:
@@ -246,17 +222,8 @@ class Engine:
         so nothing may be in flight.
         """
         tokens = [*prompt, *answer[:-1]]  # the last token is predicted, never read
-        count = len(tokens)
         self.adapters.use({adapter})
-        hidden = self.forward(
-            Pass(
-                tokens=tokens,
-                rows=[0] * count,
-                positions=list(range(count)),
-                adapters=[adapter] * count,
-                pieces=[Piece(row=0, start=0, end=count, before=0)],
-            )
-        )
+        hidden = self.read(0, tokens, adapter)
         hidden = hidden[len(prompt) - 1 :]  # (len(answer), H): each predicts one answer token
         targets = torch.tensor(answer, device=hidden.device)
         # The logits in chunks: a long answer over a large vocabulary is gigabytes of them.
@@ -267,4 +234,36 @@ class Engine:
             self.adapters.begin([adapter] * len(answer[part]))
             losses = F.cross_entropy(self.head(hidden[part]), targets[part], reduction="sum")
             total -= losses.double().item()
-        return total
+        return finite(total, adapter)
+
+
+def pick(logits: Tensor, requests: list[Request]) -> list[int]:
+    """The next token of each request. logits (n, V) in fp32; overwritten.
+
+    Greedy requests take the most probable token. The others take the argmax of
+    logits / temperature + Gumbel noise, which is a draw from the softmax. The noise comes from
+    the request's own generator, so an answer does not depend on the rest of its batch. Raises
+    UserError for logits that are NaN or infinite.
+    """
+    for row, request in enumerate(requests):
+        if request.temperature >= GREEDY_BELOW:
+            if request.generator is None:
+                request.generator = torch.Generator(logits.device).manual_seed(request.seed)
+            noise = torch.empty_like(logits[row]).exponential_(generator=request.generator)
+            logits[row] = logits[row] / request.temperature - noise.clamp_min_(1e-30).log_()
+    values, tokens = logits.max(-1)  # NaN if any of them is
+    if not values.isfinite().all():
+        broken = requests[(~values.isfinite()).nonzero()[0].item()].adapter
+        finite(math.nan, broken)
+    return tokens.tolist()
+
+
+def finite(value: float, adapter: str | None) -> float:
+    """`value`, computed with `adapter`. Raises UserError if it is not finite."""
+    if math.isfinite(value):
+        return value
+    raise UserError(
+        f"{adapter or 'the base model'}: its logits are NaN or infinite, so its weights are "
+        "broken or overflow; "
+        + ("train it again" if adapter else "try --dtype float32, or download it again")
+    )

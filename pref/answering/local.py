@@ -5,6 +5,7 @@
 `served.py` does the same through a server.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,13 +13,14 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pref.answering import work
+from pref.answering import fitness, work
 from pref.answering.generation import Engine, Request
+from pref.answering.plain import PlainEngine
 from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
-from pref.files import console, run_folders
+from pref.files import console, disk, run_folders
 from pref.files.console import UserError
-from pref.model import chat, loading
+from pref.model import chat, loading, weights
 
 ROWS_ON_CPU, MOST_ROWS = 32, 128
 CACHE_SHARE = 0.8  # of the GPU memory that the weights leave, for keys and values
@@ -37,14 +39,14 @@ class Author:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | PlainEngine,
         tokenizer: PreTrainedTokenizerBase,
         store: Store,
         sampling: Sampling,
     ):
         self.engine, self.tokenizer, self.store = engine, tokenizer, store
         self.sampling = sampling
-        self.room = engine.cache.length - sampling.max_new_tokens  # tokens of a prompt at most
+        self.room = engine.length - sampling.max_new_tokens  # tokens of a prompt at most
 
     def request(self, item: Item) -> Request | None:
         """The next turn to answer, or None if all are answered."""
@@ -90,42 +92,89 @@ def load_author(
     `max_new_tokens` exceeds its context.
     """
     max_new_tokens = sampling.max_new_tokens
+    weights.find_model(base.model)  # says best what is wrong with a model
     tokenizer = chat.load_tokenizer(base.model)
     model = loading.load_base(base.model, dtype, base.quant, device).eval()
     check_base(model, store.runs, base, dtype)
-    window = model.config.get_text_config().max_position_embeddings
+    check_untrained(model, store, dtype)
+    window = context_of(model.config.get_text_config())
     if max_new_tokens >= window:
         raise UserError(
             f"--max_new_tokens {max_new_tokens}: the context of {base.model} is {window} tokens, "
             "prompt included; give fewer"
         )
+    ends = chat.end_token_ids(tokenizer, model.generation_config)
+    if not ends:
+        print(
+            f"warning: the tokenizer of {base.model} has no end token and its chat template writes "
+            "none: no answer will end before --max_new_tokens",
+            flush=True,
+        )
     length = cache_length(tokenizer, store.bench, max_new_tokens, window)
-    store.batch_size = rows_in_flight(model, length, batch_size)
-    engine = Engine(
+    # Never more rows than one run has conversations: a number that follows from what is asked, not
+    # from the other runs of this call or from what is answered already.
+    conversations = len(store.bench.questions) * store.settings.get("num_choices", 1)
+    store.batch_size = min(rows_in_flight(model, length, batch_size), conversations)
+    engine = fitness.make_engine(
         model,
         folders={run.run_id: run.adapter for run in store.runs if run.adapter},
         rows=store.batch_size,
         length=length,
-        ends=chat.end_token_ids(tokenizer, model.generation_config),
+        ends=ends,
+        prompt=chat.prompt_ids(tokenizer, work.conversation(store.bench.questions[0], [])),
     )
+    store.batch_size, store.device = engine.rows, device_name(device)
     return Author(engine, tokenizer, store, sampling)
 
 
 def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch.dtype) -> None:
     """Raise UserError if an adapter was trained on other weights of the same name."""
-    weights = loading.fingerprint(model)
+    files, sampled = weights.identity(weights.find_model(base.model)), loading.fingerprint(model)
     for run in runs:
         trained = run.record
-        comparable = (trained.get("dtype"), trained.get("quant")) == (dtype_name(dtype), base.quant)
-        if comparable and trained.get("base_sha256", weights) != weights:
+        same = trained.get("model_sha256", files) == files
+        # A run of version 1.0.0 has only a sample of the weights as they were loaded.
+        if (trained.get("dtype"), trained.get("quant")) == (dtype_name(dtype), base.quant):
+            same = same and trained.get("base_sha256", sampled) == sampled
+        if not same:
             raise UserError(
                 f"{run.folder}: was trained on other weights than {base.model} holds now; "
                 "give --model with the old weights, or train it again"
             )
 
 
+def check_untrained(model: PreTrainedModel, store: Store, dtype: torch.dtype) -> None:
+    """Raise UserError if the base model has other weights now than when its own answers were begun.
+    What it had then is in weights.json of its run folder, by dtype.
+    """
+    for run in store.runs:
+        if run.adapter is not None:
+            continue
+        path, name = run.folder / "weights.json", dtype_name(dtype)
+        known, now = disk.read_json(path) if path.is_file() else {}, loading.fingerprint(model)
+        if known.get(name, now) != now:
+            raise UserError(
+                f"{run.folder}: holds answers of other weights than {store.settings['model']} has "
+                "now; remove the folder, or bring the old weights back"
+            )
+        if name not in known and store.rank == 0:
+            disk.write_json(path, known | {name: now})
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def context_of(config) -> int:
+    """Most tokens of a conversation; a model without positions has no limit."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return sys.maxsize
 
 
 def cache_length(
@@ -148,10 +197,11 @@ def rows_in_flight(model: PreTrainedModel, length: int, batch_size: int) -> int:
         return batch_size or ROWS_ON_CPU
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    channels = config.num_key_value_heads * head
+    channels = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
     row_bytes = 2 * config.num_hidden_layers * channels * length * model.dtype.itemsize
     free = torch.cuda.mem_get_info()[0]
-    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free / row_bytes)))
+    fitting = max(1, min(MOST_ROWS, int(CACHE_SHARE * free / row_bytes)))
+    return 1 << (fitting.bit_length() - 1)  # a power of two, so that it varies less between calls
 
 
 # ---- answering -----------------------------------------------------------------------------------
@@ -215,7 +265,7 @@ def turn_tokens(author: Author, item: Item, turn: int) -> TurnTokens:
     the answer was cut off. What exceeds the cache is cut: the end of the answer, then the start of
     the context.
     """
-    store, tokenizer, length = author.store, author.tokenizer, author.engine.cache.length
+    store, tokenizer, length = author.store, author.tokenizer, author.engine.length
     answers = store.texts(item)
     messages = work.conversation(item.question, answers[:turn])
     prompt = chat.prompt_ids(tokenizer, messages)

@@ -4,6 +4,8 @@ import numpy as np
 
 from pref.answering.turns import Store
 
+MOST_FAILURES = 10  # shown on the terminal
+
 
 def is_complete(store: Store, table: dict[str, list[dict]], kl: bool) -> bool:
     """Whether every question of every run has its answers and, if `kl`, each answer its
@@ -40,14 +42,67 @@ def print_summary(store: Store, table: dict[str, list[dict]]) -> None:
         )
 
 
+def print_notes(store: Store, table: dict[str, list[dict]]) -> None:
+    """What an answer's reader should know, with counts over all turns."""
+    choices = [choice for rows in table.values() for choice in choices_of(rows)]
+    cut = sum(sum(choice.get("overflow", [])) for choice in choices)
+    thoughts = sum("<think>" in text[:100] for choice in choices for text in choice["turns"])
+    if cut and "server" in store.settings:
+        print(
+            f"note: in {cut} turns the server has read fewer tokens than the conversation has "
+            "words: it cuts the start off; give it a longer context (ollama: num_ctx), delete "
+            "answers.jsonl and run the command again"
+        )
+    if thoughts:
+        print(
+            f"note: {thoughts} turns begin with <think>: the judge reads thoughts as the answer; "
+            "serve the model without thinking"
+        )
+
+
+def print_unlike(store: Store, table: dict[str, list[dict]]) -> None:
+    """In bf16: how many questions were not computed in the same way for all runs."""
+    if store.settings.get("dtype") != "bfloat16":
+        return
+    ways: dict[int, set] = {}
+    for row in (row for rows in table.values() for row in rows):
+        way = (row.get("batch_size"), row.get("device"))
+        ways.setdefault(row["question_id"], set()).add(way)
+    if unlike := sum(len(found) > 1 for found in ways.values()):
+        examples = {way for found in ways.values() if len(found) > 1 for way in found}
+        shown = ", ".join(
+            sorted(f"{size} on {device or 'an older version'}" for size, device in examples)
+        )
+        print(
+            f"note: {unlike} questions were answered with another batch size or on another device "
+            f"by some runs ({shown}); in bf16 that alone changes some answers. For a comparison "
+            "without it, delete answers.jsonl of these runs and run the command again"
+        )
+
+
+def print_failures(store: Store) -> None:
+    """Which turns could not be answered, and why."""
+    for failure in store.failures[:MOST_FAILURES]:
+        item = failure.item
+        print(
+            f"{item.run.run_id}: question {item.question['question_id']}, turn {failure.turn + 1} "
+            f"is not answered: {failure.reason}"
+        )
+    if more := len(store.failures) - MOST_FAILURES:
+        if more > 0:
+            print(f"... and {more} more: <run_id>/{store.bench.name}/failures.jsonl")
+
+
 def choices_of(rows: list[dict]) -> list[dict]:
     return [choice for row in rows for choice in row["choices"]]
 
 
 def mean_lengths(choices: list[dict]) -> str:
-    """Mean tokens of turn 1, of turn 2, ...; empty if questions differ in their number of turns."""
+    """Mean tokens of turn 1, of turn 2, ...; empty if questions differ in their number of turns, or
+    the server has not counted all of them.
+    """
     lengths = [choice["tokens"] for choice in choices if "tokens" in choice]
-    if len(set(map(len, lengths))) != 1:
+    if len(set(map(len, lengths))) != 1 or any(None in tokens for tokens in lengths):
         return ""
     return " ".join(f"{mean:8.1f}" for mean in np.mean(lengths, axis=0))
 

@@ -13,27 +13,58 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from pref.answering.work import Bench, Item, Key, Run
+from pref.answering.work import Bench, Item, Key, Run, may_be_same_model
 from pref.files import disk
 from pref.files.console import UserError
 
 # Of one turn. In a row of answers.jsonl each choice has `turns` for the texts, and a list with one
 # value per turn for each of the others.
-TURN_FIELDS = ("text", "tokens", "truncated", "overflow", "logp", "logp_base", "logp_tokens")
+TURN_FIELDS = (
+    "text",
+    "tokens",
+    "truncated",
+    "overflow",
+    "sent",
+    "logp",
+    "logp_base",
+    "logp_tokens",
+)
 LISTS = TURN_FIELDS[1:]
+# How a turn was computed: answers decoded together, and where.
+ORIGIN = ("batch_size", "device")
+
+
+class Failure(NamedTuple):
+    """A turn that could not be answered, and why."""
+
+    item: Item
+    turn: int
+    reason: str
 
 
 def question_sha256(question: dict) -> str:
     return disk.sha256_json([question["turns"], question["temperature"]])
 
 
+def changed_settings(old: dict | None, new: dict) -> list[str]:
+    """In words, what differs between the settings of two answers."""
+    old = old or {}
+    return [
+        f"{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not (name == "model" and may_be_same_model(old.get(name), new.get(name)))
+    ]
+
+
 class Store:
     """The turns answered so far, in memory and on disk.
 
     settings: what an answer depends on besides question and adapter; written to each line, and
-    answers with other settings are refused. batch_size: written to each row of answers.jsonl,
-    because in bf16 an answer can change with the rest of its batch; the engine's is set once the
+    answers with other settings are refused. batch_size, device: written to each row of
+    answers.jsonl, because in bf16 an answer can change with them; the engine's are set once the
     model is loaded. rank: of this process, which writes turns.<rank>.jsonl only.
     """
 
@@ -41,11 +72,13 @@ class Store:
         self, runs: list[Run], bench: Bench, settings: dict, batch_size: int, rank: int = 0
     ):
         self.runs, self.bench, self.settings = runs, bench, settings
-        self.batch_size, self.rank = batch_size, rank
+        self.batch_size, self.device, self.rank = batch_size, None, rank
         self.questions = {question["question_id"]: question for question in bench.questions}
         self.lock = threading.Lock()
         self.turns: dict[Key, dict] = {}
         self.stamps: dict[Key, float] = {}  # seconds since the epoch
+        self.origins: dict[Key, dict] = {}  # fields of ORIGIN
+        self.failures: list[Failure] = []  # of this start
         self.load(report=rank == 0)
 
     def folder(self, run: Run) -> Path:
@@ -84,6 +117,8 @@ class Store:
             "question_id": item.question["question_id"],
             "choice": item.choice,
             "turn": turn,
+            "batch_size": self.batch_size,
+            "device": self.device,
             **fields,
             "tstamp": time.time(),
             "adapter_sha256": item.run.sha256,
@@ -95,6 +130,11 @@ class Store:
             path = self.folder(item.run) / f"turns.{self.rank}.jsonl"
             append_line(path, disk.jsonl_line(line))
             self.turns[key] = self.turns.get(key, {}) | fields
+
+    def fail(self, failure: Failure) -> None:
+        """Note a turn that could not be answered. Several threads may call it."""
+        with self.lock:
+            self.failures.append(failure)
 
     def load(self, report: bool = False) -> None:
         """Read all turns from disk, those of other ranks too. report: print how many turns of an
@@ -130,15 +170,11 @@ class Store:
         fields = {name: line[name] for name in TURN_FIELDS if name in line}
         self.turns[key] = self.turns.get(key, {}) | fields
         self.stamps.setdefault(key, line["tstamp"])
+        self.origins.setdefault(key, {name: line.get(name) for name in ORIGIN})
 
     def check(self, path: Path, line: dict) -> None:
         """Raise UserError unless `line` answers today's question with today's settings."""
-        old, new = line.get("settings") or {}, self.settings
-        changes = [
-            f"{name} was {old.get(name)}, is {new.get(name)}"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name)
-        ]
+        changes = changed_settings(line.get("settings"), self.settings)
         if changes:
             raise UserError(
                 f"{path}: holds answers with other settings ({', '.join(changes)}); "
@@ -172,7 +208,7 @@ class Store:
             for number in sorted(answered):
                 row = old.get(number)
                 if number in self.questions:
-                    row = self.row(run, self.questions[number], row)
+                    row = self.row(run, self.questions[number])
                 if row is not None:
                     rows.append(row)
             table[run.run_id] = [row for row in rows if row["question_id"] in self.questions]
@@ -184,15 +220,35 @@ class Store:
             elif old and not rows:
                 path.rename(path.with_name("answers.old.jsonl"))
 
+            self.write_failures(run)
+
             # 3) The turns go once every conversation that was begun has its row.
             if len(rows) == len(answered):
                 for file in self.folder(run).glob("turns.*.jsonl"):
                     file.unlink()
         return table
 
-    def row(self, run: Run, question: dict, old: dict | None) -> dict | None:
+    def write_failures(self, run: Run) -> None:
+        """failures.jsonl: what this start could not answer; no file if there is nothing."""
+        path = self.folder(run) / "failures.jsonl"
+        rows = [
+            {
+                "question_id": failure.item.question["question_id"],
+                "choice": failure.item.choice,
+                "turn": failure.turn + 1,
+                "reason": failure.reason,
+            }
+            for failure in self.failures
+            if failure.item.run == run
+        ]
+        if rows:
+            disk.write_jsonl(path, rows)
+        else:
+            path.unlink(missing_ok=True)
+
+    def row(self, run: Run, question: dict) -> dict | None:
         """A row of answers.jsonl: FastChat's fields, then what reproduces the answer. None while
-        turns are missing. old: the question's row so far.
+        turns are missing.
         """
         choices, stamps = [], []
         for choice in range(self.settings.get("num_choices", 1)):
@@ -221,7 +277,7 @@ class Store:
             "adapter_sha256": run.sha256,
             "question_sha256": question_sha256(question),
             "settings": self.settings,
-            "batch_size": old["batch_size"] if old else self.batch_size,
+            **self.origins[Key.of(Item(run, question, 0), 0)],
         }
 
 

@@ -41,6 +41,20 @@ class Base(NamedTuple):
     quant: str | None  # "nf4" or "none"
 
 
+def may_be_same_model(old: str | None, new: str | None) -> bool:
+    """Whether two values of --model can mean the same weights: they are equal, lead to the same
+    folder, or `old` has moved to `new` and kept its last name. Of a folder that has moved the
+    weights are compared once they are loaded (`local.check_base`).
+    """
+    if old == new or old is None or new is None:
+        return old == new
+    if not Path(new).is_dir():
+        return False
+    if Path(old).exists():
+        return Path(old).resolve() == Path(new).resolve()
+    return Path(old).name == Path(new).resolve().name
+
+
 class Bench(NamedTuple):
     """A set of questions. `name` is also the folder of the answers in each run folder; a question
     is a dict with question_id, category, turns and temperature.

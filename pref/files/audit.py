@@ -18,6 +18,7 @@ from pref.files.console import UserError
 from pref.files.messages import Drop
 from pref.files.pairs import check_pair, response_key
 from pref.files.rankings import Selection
+from pref.files.row_pairs import NO_SELECTION, is_label, prompt_key, to_pairs
 from pref.files.tables import Rows
 
 CARRIED = "carries a chat template already"
@@ -30,7 +31,6 @@ MIN_ECHOED = 0.5  # share of pairs, from which it is how the file was written
 LONG_PROMPT = 40  # characters; a response does not begin with so many by chance
 EARLY_CHECK = 1000  # rows, after which a file that will be refused is not read to its end
 KNOWN_COLUMNS = layouts.known_columns()
-NO_SELECTION = Selection(rule=None, min_margin=0, seed=0)
 
 
 class Options(NamedTuple):
@@ -139,15 +139,17 @@ def add_row(audit: Audit, place: str, raw: dict, options: Options) -> None:
         if read.layout == audit.layout:
             raise
         raise Drop(f"{drop} (this row has layout '{read.layout}')") from None
-    new = [pair for pair in pairs if pair["id"] not in audit.ids]
+    new = {pair["id"]: pair for pair in pairs if pair["id"] not in audit.ids}
     if read.layout != "scored":
         check_scores(audit, readable, pairs[0], options.selection)
     if not new:
         raise Drop("exact duplicate")
-    audit.ids |= {pair["id"] for pair in new}
-    audit.pairs += [PlacedPair(place, pair) for pair in new]
+    audit.ids.update(new)
+    audit.pairs += [PlacedPair(place, pair) for pair in new.values()]
 
     # 4) What of the row is in none of them.
+    if any("\n\nHuman:" in pairs[0][side][0]["content"] for side in ("chosen", "rejected")):
+        audit.note("rows in which a response goes on with a turn of the user's, kept", place)
     if mention:
         audit.note("rows that speak of a control token of chat templates, kept", place)
     note_unused(audit, place, readable, read, left_out, pairs[0], options.choices.ignored)
@@ -168,9 +170,9 @@ def find_layout(audit: Audit, row: dict, place: str) -> ReadRow:
     if not name:
         raise Drop(f"no column '{missing_column(row, audit.layout)}'")
     used = layouts.used_columns(row, name)
-    # A long text is no name of where a row comes from.
-    labels = {column for column in ("dataset", "source") if column in used}
-    used -= {c for c in labels if columns.kind_of(c, row[c]) == columns.CONTENT}
+    # One of these names where a row comes from, unless it holds something else, such as a text.
+    labels = [column for column in ("dataset", "source") if is_label(row.get(column))]
+    used = used - {"dataset", "source"} | set(labels[:1])
     return ReadRow(row, name, used)
 
 
@@ -190,7 +192,7 @@ def check_renames(raw: dict, choices: Choices) -> None:
                 f"--columns {target}={name}: no layout has a column '{target}'; they have "
                 f"{', '.join(sorted(KNOWN_COLUMNS))}"
             )
-        if columns.take(raw, name) is None:
+        if name not in raw and columns.take(raw, name) is None:
             raise UserError(f"--columns {target}={name}: no '{name}' among {', '.join(raw)}")
 
 
@@ -202,8 +204,9 @@ def readable_row(
     Raises Drop if a text carries a chat template and `strip_template` does not ask to take it off.
     """
     row, mention = dict(read.row), None
-    for name in read.used - {"tools", "dataset", "source"}:
-        row[name] = messages.unserialise(row[name])
+    lists = layouts.LAYOUTS[read.layout].lists.split()
+    for name in [c for c in row if c in read.used and c not in ("tools", "dataset", "source")]:
+        row[name] = messages.unserialise(row[name], is_list=name in lists)
         for text in control_tokens.texts_of(row[name]):
             if token := control_tokens.find_carried(text):
                 if not strip_template:
@@ -213,94 +216,6 @@ def readable_row(
                 break
             mention = mention or control_tokens.find_mention(text)
     return row, mention
-
-
-def to_pairs(
-    row: dict, layout: str, source: str, selection: Selection = NO_SELECTION
-) -> list[dict]:
-    """The row as pairs (format: pref/files/README.md), one except with --rule all. Raises Drop with
-    the reason if it has no usable one.
-    """
-    if media := next((key for key in messages.MEDIA if columns.filled(row.get(key))), None):
-        raise Drop(f"has {media}: only text can be trained")
-    # 1) Two conversations, or several.
-    try:
-        found = layouts.LAYOUTS[layout].read(row)
-    except KeyError as error:  # JSON rows need not have all columns of the first one
-        raise Drop(f"no column {error}") from None
-    if isinstance(found, rankings.Candidates):
-        matches = rankings.select(found, selection)
-        found = [layouts.answer_with(found.prompt, m.chosen, m.rejected) for m in matches]
-    else:
-        found = [found]
-
-    # 2) Those that are usable.
-    pairs, reasons = [], []
-    for branches in found:
-        try:
-            pairs.append(to_pair(row, branches, source))
-        except Drop as drop:
-            reasons.append(drop)
-    if not pairs:
-        raise reasons[0]
-    return pairs
-
-
-def to_pair(row: dict, branches: layouts.Branches, source: str) -> dict:
-    """The pair of two conversations. Raises Drop with the reason if it is not a usable one."""
-    # 1) The row's system message, and its tools.
-    named = layouts.first_of(row, "|".join(layouts.SYSTEM_COLUMNS))
-    system = row[named] if named else None
-    chosen, rejected = (with_system(b, system) for b in (branches.chosen, branches.rejected))
-    tools = messages.read_tools(branches.tools or row.get("tools"))
-
-    # 2) One prompt and two last messages.
-    pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    if reason := check_pair(pair):
-        raise Drop(reason)
-    if list(map(message_key, chosen[:-1])) != list(map(message_key, rejected[:-1])):
-        raise Drop("different prompts in the two branches")
-    if tools:
-        pair["tools"] = tools
-
-    # 3) An id made from the content alone, and the name of where it comes from.
-    labels = (row.get(name) for name in ("dataset", "source"))
-    label = next((text for text in labels if is_label(text)), source)
-    pair = {"id": disk.sha256_json(pair)[:16], **pair, "source": label}
-    try:
-        json.dumps(pair, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Drop("not valid Unicode (half a surrogate pair)") from None
-    return pair
-
-
-def is_label(text) -> bool:
-    named = isinstance(text, str) and bool(text.strip())
-    return named and columns.kind_of("source", text) == columns.METADATA
-
-
-def with_system(conversation: list[dict], system) -> list[dict]:
-    """`conversation` with the text of the row's system column first; empty system messages are
-    removed. Raises Drop if it has another system message already.
-    """
-    conversation = [m for m in conversation if m["role"] != "system" or m["content"].strip()]
-    if not isinstance(system, str) or not system.strip():
-        return conversation
-    if [m["role"] for m in conversation[:1]] != ["system"]:
-        return [{"role": "system", "content": system}, *conversation]
-    if columns.squeezed(conversation[0]["content"]) != columns.squeezed(system):
-        raise Drop("the system column differs from the conversation's system message")
-    return conversation
-
-
-def prompt_key(prompt: list[dict]) -> str:
-    """The same hash for equal prompts; the space around a message makes no difference."""
-    return disk.sha256_json([message_key(message) for message in prompt])
-
-
-def message_key(message: dict) -> list:
-    calls = [message["tool_calls"]] if message.get("tool_calls") else []
-    return [message["role"], message["content"].strip(), *calls]
 
 
 def drop_record(split: str, place: str, reason: str, row) -> dict:
@@ -337,7 +252,7 @@ def check_scores(audit: Audit, row: dict, pair: dict, selection: Selection) -> N
     audit.scored += 1
     margin = scores.chosen - scores.rejected
     if margin < 0:
-        raise Drop(f"{INVERTED} ({scores.columns[0]} < {scores.columns[1]})")
+        raise Drop(f"{INVERTED} ({', '.join(dict.fromkeys(scores.columns))})")
     if margin == 0 or margin < selection.min_margin:
         raise Drop(rankings.tie_reason(selection.min_margin))
 
@@ -374,15 +289,16 @@ def check_audit(audit: Audit, options: Options) -> None:
     """Raises UserError if the split must not be used as it is."""
     check_templates(audit, options)
     check_columns(audit)
-    check_labels(audit)
     count, place = audit.count(INVERTED)
     if count:
         audit.notes[f"WARNING: rows dropped, because {INVERTED}"] = [place] * count
     if count > MAX_INVERTED * audit.scored:
+        reason = next(d["reason"] for d in audit.dropped if d["place"] == place)
+        names = reason.partition("(")[2].rstrip(")").replace(", ", ",")
         raise UserError(
-            f"{audit.source}: in {count:,} of {audit.scored:,} rows with scores {INVERTED} (first: "
-            f"{place}). If lower is better in this file, leave them out with --ignore_columns; if "
-            "the two columns are swapped, --columns chosen=rejected,rejected=chosen"
+            f"{audit.source}: in {count:,} of {audit.scored:,} rows with scores {reason}, first: "
+            f"{place}. If lower is better in this file: --ignore_columns {names}. If the responses "
+            f"are swapped: the same and --columns chosen=rejected,rejected=chosen"
         )
 
 
@@ -403,32 +319,33 @@ def check_columns(audit: Audit) -> None:
     lost = {name: item for name, item in audit.unused.items() if item.why == columns.CONTENT}
     if lost:
         listed = "\n".join(
-            f"  {name}: {item.rows:,} rows, first {item.place}: {item.example}"
+            f"  {name}: {columns.rows_text(item.rows)}, first {item.place}: {item.example}"
             for name, item in sorted(lost.items())
         )
         raise UserError(
             f"{audit.source}: layout '{audit.layout}' does not use columns that look like content:"
-            f"\n{listed}\n{columns.remedy(sorted(lost), audit.prompt_column)}"
+            f"\n{listed}\n{columns.remedy(lost, audit.prompt_column)}"
         )
 
 
-def check_labels(audit: Audit) -> None:
-    """Raises UserError if numbers say which response is better and may mean the opposite."""
-    values = set(audit.labels)
-    if audit.layout == "alpaca_eval":
-        ambiguous = values and max(values) <= 1
+def check_labels(audits: list[Audit]) -> None:
+    """Raises UserError if numbers say which response is better and may mean the opposite: if in no
+    split there is one that only the documented meaning explains.
+    """
+    labels = sum((audit.labels for audit in audits), Counter())
+    if audits[0].layout == "alpaca_eval":
+        ambiguous = labels and max(labels) <= 1
         meaning, pair = "1 = output_1, 2 = output_2", ("output_1", "output_2")
     else:
-        ambiguous = values == {1.0}
+        ambiguous = set(labels) == {1.0}
         meaning, pair = "0 = a, 1 = b", ("completion_a", "completion_b")
     if ambiguous:
-        count = sum(audit.labels.values())
-        listed = " or ".join(f"{value:g}" for value in sorted(values))
+        listed = " or ".join(f"{value:g}" for value in sorted(labels))
         raise UserError(
-            f"{audit.source}: the label is {listed} in all {count:,} rows that have a number. It "
-            f"is read as {meaning}, and this file may count otherwise. Write the labels as a and "
-            f"b, or say which is better: --columns chosen={pair[0]},rejected={pair[1]}, or the "
-            "other way round"
+            f"{audits[0].source}: the label is {listed} in all {sum(labels.values()):,} rows that "
+            f"have a number. It is read as {meaning}, and this file may count otherwise. Write the "
+            f"labels as a and b, or say which is better: --columns chosen={pair[0]},rejected="
+            f"{pair[1]}, or the other way round"
         )
 
 

@@ -4,7 +4,7 @@ A column that the layout does not use is one of four things, and the manifest sa
 
     metadata      ids, scores, model names, dates: named once, and not used
     repeated      its text is in the pair already: nothing is lost
-    pool          a list of responses that chosen and rejected were taken from
+    pool          a list of responses that chosen or rejected was taken from
     content       text, messages or images that would be lost: an error that names the remedy
 """
 
@@ -65,8 +65,10 @@ CONTENT_WORDS = words(
     """
 )
 SKIPPED_WORDS = {"chosen", "rejected", "a", "b", "j", "k"}
-# UltraFeedback's, from TruthfulQA; the annotator's text in AlpacaEval.
+# UltraFeedback's, from TruthfulQA; the annotator's text in AlpacaEval; distilabel's record of how
+# the responses were made.
 OTHER_METADATA = {"correct_answers", "incorrect_answers", "raw_completion"}
+OTHER_METADATA |= {"generation_prompt", "raw_generation_responses"}
 PLAIN_TYPES = datetime.date | datetime.time | datetime.timedelta | decimal.Decimal
 LONG_TEXT = 120  # characters, above which a text is content under most names
 MAX_SHORT_WORDS = 3  # a text of unknown name with more words is content
@@ -87,6 +89,7 @@ class Unused:
     rows: int = 0
     place: str = ""  # of the first of these rows
     example: str = ""
+    is_text: bool = False
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -101,12 +104,7 @@ def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, d
     values = {target: take(row, path) for target, path in choices.renames.items()}
     left_out = {name: ASKED for name in choices.ignored if name in row and filled(row[name])}
     row = {name: value for name, value in row.items() if name not in choices.ignored}
-    plain = {name: name.strip().lower().replace(" ", "_") for name in row}
-    if any(name != plain[name] for name in row):
-        row = {
-            plain[name] if plain[name] in known and plain[name] not in row else name: value
-            for name, value in row.items()
-        }
+    row = {usual_name(name, row, known): value for name, value in row.items()}
     if not choices.renames:
         return row, left_out
     row = {name: value for name, value in row.items() if name not in choices.renames.values()}
@@ -116,6 +114,15 @@ def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, d
         if value is not None:
             row[target] = value
     return row, left_out
+
+
+def usual_name(name: str, row: dict, known: set[str]) -> str:
+    """'Prompt ' -> 'prompt', if layouts know that name and no other column of the row has it."""
+    if name in known:
+        return name
+    plain = name.strip().lower().replace(" ", "_")
+    alike = [other for other in row if other.strip().lower().replace(" ", "_") == plain]
+    return plain if plain in known and alike == [name] else name
 
 
 def take(row: dict, path: str):
@@ -197,7 +204,8 @@ def is_prose(text: str) -> bool:
 
 
 def is_address(text: str) -> bool:
-    return bool(re.fullmatch(r"\s*(?:[a-z]+://\S+|[\w./+=-]+|[\d\s:.,TZ+-]+)\s*", text))
+    address = r"\s*(?:[a-z]+://\S+|[\w./+=-]+|[\d\s:.,TZ+-]+)\s*"
+    return bool(re.fullmatch(address, text, re.ASCII))
 
 
 def has_messages(value) -> bool:
@@ -238,10 +246,10 @@ def unused_inside(name: str, value) -> Iterator[tuple[str, object]]:
 
 
 def unused_keys(item: dict, known: set[str], name: str) -> Iterator[tuple[str, object]]:
-    for key in item.keys() - known:
+    for key, value in item.items():
         is_tool_name = key == "name" and str(item.get("role")).lower() in ("tool", "function")
-        if filled(item[key]) and not is_tool_name:
-            yield f"{name}.{key}", item[key]
+        if key not in known and filled(value) and not is_tool_name:
+            yield f"{name}.{key}", value
 
 
 def judge_value(name: str, value, pair: dict) -> str:
@@ -252,7 +260,7 @@ def judge_value(name: str, value, pair: dict) -> str:
     chosen, rejected = (squeezed(pair[key][0]["content"]) for key in ("chosen", "rejected"))
     if isinstance(value, list):
         items = {squeezed(item) for item in value if isinstance(item, str)}
-        if {chosen, rejected} <= items:
+        if {chosen, rejected} & items:
             return POOL
     asked = [squeezed(message["content"]) for message in pair["prompt"]]
     answered = (chosen, rejected, *asked)
@@ -296,15 +304,23 @@ def count_unused(unused: dict[str, Unused], name: str, why: str, place: str, val
     if not item.place and why == item.why:
         item.place = place
         item.example = " ".join(str(value).split())[:60]
+        item.is_text = isinstance(value, str)
 
 
-def remedy(names: list[str], prompt: str) -> str:
+def rows_text(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def remedy(lost: dict[str, Unused], prompt: str) -> str:
     """What to do about columns of content that are not used. prompt: the column that is."""
+    names = sorted(lost)
     lines = [f"To leave them out on purpose: --ignore_columns {','.join(names)}"]
     name = next((name for name in names if "." not in name), "")
     if name and {"system", "persona"} & set(words(name)):
         lines.append(f"To make it the system message: --columns system={name}")
-    elif name and prompt:
+    elif name and noun(name) in ("tool", "tools", "function", "functions"):
+        lines.append(f"If these are schemas of tools: --columns tools={name}")
+    elif name and prompt and lost[name].is_text:
         lines.append(f"To put it below the prompt: --columns instruction={prompt},input={name}")
         lines.append(f"To use it instead of the prompt: --columns prompt={name}")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """What a stage says to its user: errors, exit codes, progress, tables of text."""
 
+import codecs
 import os
 import sys
 import threading
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
+
+from pref.files import interrupts, output
 
 LOG_EVERY_S = 60  # in a log file, progress is one line per minute
 
@@ -26,6 +29,15 @@ def run_main(main: Callable[[], int | None]) -> None:
     0 done, 1 something is missing (`main` has named it), 2 a mistake of the user's (UserError) or
     of the system's (OSError: permission, full disk), 130 Ctrl-C. pref/files/README.md lists them.
     """
+    interrupts.hand_over()
+    print_on_any_terminal()
+    with output.lasting():
+        code = exit_code_of(main)
+    sys.exit(code)
+
+
+def exit_code_of(main: Callable[[], int | None]) -> int:
+    """Run `main` and report how it ended."""
     try:
         code = main() or 0
     except UserError as error:
@@ -36,16 +48,41 @@ def run_main(main: Callable[[], int | None]) -> None:
             time.sleep(5)
         print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         code = 2
-    except BrokenPipeError:  # the reader of our output (`| head`) has left: not a mistake
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:  # its message names the path
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    return code
+
+
+# What tables and messages have beside ASCII, for terminals that have nothing else.
+PLAIN = {"β": "b", "τ": "t", "±": "+-", "−": "-", "–": "-", "—": "-", "…": "..."}
+PLAIN |= {"→": "->", "×": "x", "≈": "~", "≤": "<=", "≥": ">=", "²": "2", "“": '"', "”": '"'}
+
+
+def plain_text(error: UnicodeError) -> tuple[str, int]:
+    """For `codecs.register_error`: characters that an encoding lacks, in ones that every encoding
+    has.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    escaped = (PLAIN.get(x) or x.encode("ascii", "backslashreplace").decode() for x in letters)
+    return "".join(escaped), error.end
+
+
+codecs.register_error("plain", plain_text)
+
+
+def print_on_any_terminal() -> None:
+    """From now on a character that stdout or stderr cannot encode is printed in plain letters: a
+    terminal with another encoding than UTF-8 must not end hours of work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="plain")
 
 
 def format_table(

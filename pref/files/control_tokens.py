@@ -57,21 +57,23 @@ BARE_BEGINNING = re.compile(
 CLOSING = re.compile(rf"(?:(?:{ENDS}|{PADS}|\[/INST\]|<</SYS>>)\s*)+\Z|(?:{HEADERS})\s*\Z")
 # One turn ends and the next begins.
 SEAM = re.compile(rf"(?:{ENDS})\s*(?:{HEADERS})|\[/INST\].*?\[INST\]", re.DOTALL)
+# An end token right behind a word, as between two documents. Behind a header, it is an example.
+GLUED = re.compile(rf"[^\s`'\"“‘(\[{{](?=<\|)(?:{ENDS})")
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # One of these is in every text that TOKEN or PLAIN matches; looking for them is much faster.
 HINTS = ("<|", "s>", "S>", "<｜", "_turn>", "pad>", "PAD", "INST]", "SYS", "_TOKEN>", "[gMASK]")
 HINTS += ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "### ", "USER:")
+OPENED = re.compile(r"(?:<think>\s*(?:</think>)?)?\s*")
 # What stands before a control token that a sentence speaks of: "the token is <|im_end|>".
 SPEAKING = re.compile(r"(?:[A-Za-z0-9,]|['\"“‘(])[ \t]+\Z|['\"`“‘(]\Z")
 # Templates without control tokens. Both ends must fit, since people write such lines too.
 PLAIN = re.compile(
     r"\s*(?:Below is an instruction that describes a task.*?)?### Instruction:.*### Response:\s*\Z"
-    r"|\s*### (?:Human|User):.*### Assistant:\s*\Z"
-    r"|(?:A chat between .*?)?\s*USER:.*ASSISTANT:\s*\Z",
+    r"|\s*### (?:Human|User):.*### Assistant:\s*\Z",
     re.DOTALL,
 )
 PLAIN_HEADER = re.compile(
-    r"### (Instruction|Input|Response|Human|User|Assistant):|(?:\A|(?<=\s))(USER|ASSISTANT):"
+    r"### (Instruction|Input|Response|Human|User|Assistant):|(?:\A|(?<=[\s>]))(USER|ASSISTANT):"
 )
 PLAIN_ROLES = {"instruction": "user", "input": "user", "response": "assistant"}
 
@@ -91,17 +93,26 @@ def texts_of(value) -> Iterator[str]:
             yield from texts_of(item)
 
 
+def has_hint(text: str) -> bool:
+    """Whether there can be a token or a plain template in a text; most texts are done here."""
+    if "<" not in text and "[" not in text:
+        return "### " in text or "USER:" in text
+    return any(hint in text for hint in HINTS)
+
+
 def find_carried(text: str) -> str | None:
     """The control token that shows that `text` is wrapped in a chat template, or None.
 
     It is wrapped if it begins or ends with control tokens, or if one turn ends and another begins
     in it, outside of code.
     """
-    if not any(hint in text for hint in HINTS):
+    if not has_hint(text):
         return None
+    if is_plain(text):
+        return text.split()[-1]
     token = TOKEN.search(text)
     if not token:
-        return "### ..." if text.lstrip()[:1] in "#BUA" and PLAIN.match(text) else None
+        return None
     if "[INST]" in text and "[/INST]" in text and re.match(r"\s*(<s>|<bos>)?\s*\[INST\]", text):
         return "[INST]"
     if OPENING.match(text) or re.match(r"\s*(<<SYS>>|\[SYSTEM_PROMPT\])", text):
@@ -113,18 +124,34 @@ def find_carried(text: str) -> str | None:
         return end.group().strip()
     if end and "</s>" in end.group() and not is_html(text):  # Llama 2 writes " </s>"
         return "</s>"
-    seam = SEAM.search(CODE.sub("", text))
-    return TOKEN.search(seam.group()).group() if seam else None
+    prose = CODE.sub("", text)
+    seam = SEAM.search(prose)
+    glued = None if re.search(f"{HEADERS}|{OTHERS}", prose) else GLUED.search(prose)
+    found = seam or glued
+    return TOKEN.search(found.group()).group() if found else None
+
+
+def is_plain(text: str) -> bool:
+    """Whether a prompt is in Alpaca's or Vicuna's form, which have no control tokens."""
+    if text.rstrip().endswith("ASSISTANT:"):
+        return "USER:" in text
+    return bool(PLAIN.match(text))
 
 
 def is_html(text: str) -> bool:
-    """Whether <s> and </s> strike text out, as in HTML, and no other token is there."""
-    return "<s>" in text and "</s>" in text and "[INST]" not in text and "<|" not in text
+    """Whether <s> and </s> strike text out, as in HTML, and no other token is there. Once around
+    the whole text they are what begins and ends it.
+    """
+    if "<s>" not in text or "</s>" not in text or "[INST]" in text or "<|" in text:
+        return False
+    return text.count("<s>") > 1 or not (
+        text.lstrip().startswith("<s>") and text.rstrip().endswith("</s>")
+    )
 
 
 def find_mention(text: str) -> str | None:
     """The first control token in a text that `find_carried` finds nothing in."""
-    if not any(hint in text for hint in HINTS):
+    if not has_hint(text):
         return None
     token = None if is_html(text) else TOKEN.search(text)
     return token.group() if token else None
@@ -162,7 +189,7 @@ def strip_template(text: str) -> str | list[dict]:
     """
     if "[/INST]" in text or "[INST]" in text:
         messages = split_brackets(text)
-    elif PLAIN.match(text):
+    elif is_plain(text):
         messages = split_turns(text, PLAIN_HEADER)
     else:
         form = min(
@@ -177,7 +204,8 @@ def strip_template(text: str) -> str | list[dict]:
         return messages[0][1]
     if messages[0][0] == "":  # text before the first header
         messages = [("system", messages[0][1]), *messages[1:]] if messages[0][1] else messages[1:]
-    if len(messages) > 1 and messages[-1] == ("assistant", ""):
+    # What the assistant is to go on from, thoughts that are opened or empty included.
+    if len(messages) > 1 and messages[-1][0] == "assistant" and OPENED.fullmatch(messages[-1][1]):
         messages.pop()
     return [{"role": role, "content": content} for role, content in join_turns(messages)]
 

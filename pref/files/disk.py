@@ -30,6 +30,10 @@ from pref.files.console import UserError
 # Packages whose version can change a number.
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy", "scipy", "openai"]
 
+# It can only be read by setting it, which is not safe once there are threads.
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -37,19 +41,30 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to a temporary file, flush it to disk and rename it to `path`.
 
     A reader, or a crash, finds the old file or the new one, never a part. Line ends stay as given.
+    A lone surrogate, which UTF-8 has no bytes for, is written as \\ud800: in JSON that is its
+    escape, so that it is read as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def as_umask_says(path: Path) -> None:
+    """Give a file, or all files of a folder, the permissions of an ordinary new file. Libraries
+    that write through a private temporary file leave 0600, which a group cannot read.
+    """
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~UMASK)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -82,16 +97,17 @@ def finite_or_null(value):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: Path, skip_torn_end: bool = False) -> Iterator[tuple[int, dict]]:
     """Yield (line number from 1, object) of a JSON Lines file; blank lines are skipped.
 
-    Raises UserError, with file and line, for a missing file, invalid UTF-8, invalid JSON or a line
-    that is not an object.
+    skip_torn_end: skip the last line too if it has no newline, as a writer that was killed leaves
+    it. Raises UserError, with file and line, for a missing file, invalid UTF-8, invalid JSON or a
+    line that is not an object.
     """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.strip() and not (skip_torn_end and not line.endswith(b"\n")):
                     yield number, parse_object(line, f"{path}:{number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -107,6 +123,8 @@ def parse_object(line: bytes, place: str) -> dict:
         raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 100,000 brackets
+        raise UserError(f"{place}: not usable JSON: {error}") from None
     return as_object(value, place)
 
 
@@ -121,7 +139,7 @@ def read_json_value(path: Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 
@@ -133,8 +151,12 @@ def as_object(value, place: str) -> dict:
 
 
 def is_number(value) -> bool:
-    """Whether a JSON value is a number; true and false, which Python counts as such, are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a JSON value is a number. True and false, which Python counts as such, are not; nor
+    is a whole number that no float can hold.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 # ---- hashes --------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Figures on disk, as PDF and PNG: the same numbers give the same bytes.
 
-    figure = drawing.new_figure(6, 4, "Loss over steps")
-    axis = figure.subplots()
-    axis.plot(steps, losses, color=drawing.COLOURS[0])
-    drawing.save_figure(figure, Path("figures/loss"))       # figures/loss.pdf and figures/loss.png
+    with drawing.own_style():
+        figure = drawing.new_figure(6, 4, "Loss over steps")
+        axis = figure.subplots()
+        axis.plot(steps, losses, color=drawing.COLOURS[0])
+        drawing.save_figure(figure, Path("figures/loss"))   # figures/loss.pdf and figures/loss.png
 
 The PNG can carry a key of what the figure shows, so that `is_drawn` spares drawing it again. The
 key should contain `drawing_version`: a change of the drawing code then redraws the figure too.
@@ -12,10 +13,12 @@ key should contain `drawing_version`: a change of the drawing code then redraws 
 import io
 import os
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from pref.files import disk
+from pref.files import console, disk
 from pref.files.console import UserError
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -31,18 +34,40 @@ ABOVE = {  # arguments of a legend above its panel
 }
 
 
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Draw with matplotlib's defaults, whatever the user's matplotlibrc or style says, and put the
+    user's settings back afterwards. Also a decorator: `@drawing.own_style()`.
+
+    With `text.usetex`, fonts that are not installed, other colours or a cropped `savefig.bbox` the
+    same numbers would give other figures, or none. Raises UserError if matplotlib cannot be used.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("matplotlib is missing; install it: pip install matplotlib") from None
+    except (ValueError, OSError) as error:  # of MPLBACKEND, or a matplotlibrc that is no text
+        raise UserError(
+            f"matplotlib cannot start: {console.first_line(error)}; correct the environment "
+            "variable MPLBACKEND or the file matplotlibrc"
+        ) from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        # A dollar sign in the name of a run or a judge is a dollar sign, not a formula.
+        matplotlib.rcParams["text.parse_math"] = False
+        matplotlib.rcParams["pdf.fonttype"] = 42  # TrueType: text in the PDF stays text
+        yield
+
+
 def new_figure(width: float, height: float, title: str, weight: str = "bold"):
     """Return a matplotlib Figure of `width` x `height` inches with a wrapped title.
 
     weight: of the title. "normal" saves embedding a second font, a third of the time of a PDF.
 
-    The figure belongs to no pyplot state and needs no display. Raises UserError without matplotlib,
-    which is imported here so that nothing but drawing needs it.
+    The figure belongs to no pyplot state and needs no display. To be called within `own_style`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is missing; install it: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     lines = [part for line in title.split("\n") for part in textwrap.wrap(line, int(width * 11))]
     figure.suptitle("\n".join(lines), fontsize=11, fontweight=weight)
@@ -61,14 +86,11 @@ def save_figure(figure, stem: Path, key: str | None = None, dpi: int = 150) -> N
     figure.set_layout_engine(None)
 
     # 2) Draw it once per format. A creation date would make every PDF another file.
-    from matplotlib import rc_context
-
     stem.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"pdf": {"CreationDate": None}, "png": {"Comment": key} if key else None}
     for suffix in ("pdf", "png"):
         buffer = io.BytesIO()
-        with rc_context({"pdf.fonttype": 42}):  # TrueType: text in the PDF stays text
-            figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata[suffix])
+        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata[suffix])
 
         # 3) Rename into place: a reader finds the old file or the new one, never a part.
         temporary = stem.with_name(f".{stem.name}.{suffix}.{os.getpid()}.tmp")

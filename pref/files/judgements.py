@@ -44,8 +44,15 @@ COLUMN_TYPES = {
     "completion_tokens": int,
     "cost_usd": float,
     "tstamp": float,
+    # Since version 1.1.0; None in older files
+    "judge_id": str,
+    "judge_address": str,
+    "judge_settings": str,
+    "rating_mass": float,
+    "reading": str,
 }
 JUDGEMENT_COLUMNS = tuple(COLUMN_TYPES)
+NEW_COLUMNS = ("judge_id", "judge_address", "judge_settings", "rating_mass", "reading")
 REWRITE = "rerun judge.py to write the file again"
 
 
@@ -73,7 +80,8 @@ def read_judgements(path: Path) -> list[dict]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            missing = [c for c in JUDGEMENT_COLUMNS if c not in (reader.fieldnames or [])]
+            given = {*(reader.fieldnames or []), *NEW_COLUMNS}
+            missing = [column for column in JUDGEMENT_COLUMNS if column not in given]
             if missing:
                 raise UserError(f"{path}: missing columns {', '.join(missing)}; {REWRITE}")
             for row in reader:
@@ -89,7 +97,7 @@ def parse_judgement(row: dict, place: str) -> dict:
     """`row`, as csv reads it, with typed values. Raises UserError, beginning with `place`."""
     if None in row or None in row.values():
         raise UserError(f"{place}: wrong number of fields (an incomplete line?); {REWRITE}")
-    typed = {}
+    typed = dict.fromkeys(NEW_COLUMNS)
     for column, text in row.items():
         kind = COLUMN_TYPES.get(column, str)
         try:
@@ -105,16 +113,49 @@ def parse_judgement(row: dict, place: str) -> dict:
     return typed
 
 
-def params_from_name(model: str) -> float | None:
-    """Billions of parameters in a model's name, the largest if there are several; None if none is.
+# A size in a model's name: "7b", "0.5B", "8x22B", "qwen2p5-1p5b", "bloom-7b1", "135M".
+SIZE = re.compile(
+    r"(?:(?P<experts>\d+)x)?(?P<whole>\d+)(?:[.p](?P<decimals>\d+))?"
+    r"(?P<unit>[bm])(?P<after>\d?)(?![a-z0-9])"
+)
+# Families whose names do not tell their size, in billions.
+KNOWN_SIZES = {
+    r"phi-?(?:3|3\.5|4)-mini": 3.8,
+    r"phi-?2(?![.\d])": 2.7,
+    r"phi-?1(?:[._]5)?(?![.\d])": 1.3,
+}
 
-    'Qwen-72B' -> 72, 'SmolLM2-135M' -> 0.135, 'Mixtral-8x7B' -> 56, 'gpt-5-mini' -> None
+
+def params_from_name(model: str) -> float | None:
+    """Billions of parameters in a model's name or path; None if it has none.
+
+    'Qwen-72B' -> 72, 'SmolLM2-135M' -> 0.135, 'Qwen-1_8B' -> 1.8, 'Mixtral-8x7B' -> 56,
+    'Qwen3-30B-A3B' -> 30 (A3B: active in each token), 'OLMoE-1B-7B' -> 7 (in all),
+    'TinyLlama-1.1B-step-50K-105b' -> 1.1 (the first; 105b are tokens), 'gpt-5-mini' -> None
     """
-    matches = re.findall(
-        r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", model.lower()
-    )
-    sizes = [
-        int(experts or 1) * float(size) / (1 if unit == "b" else 1000)
-        for experts, size, unit in matches
-    ]
-    return max(sizes, default=None)
+    for part in reversed(model.lower().split("/")):  # of a path, the last part with a size
+        if size := size_in(part):
+            return size
+    return None
+
+
+def size_in(name: str) -> float | None:
+    """The size in one part of a name, in lower case."""
+    name = re.sub(r"[0-9a-f]{12,}", "", name)  # the hash of a commit
+    name = re.sub(r"(?<![0-9a-z_.])([01])_(?=\d+b)", r"\1.", name)  # 1_8b, but not llama_2_7b
+    sizes, end = [], None
+    for match in SIZE.finditer(name):
+        # "a3b" are the active parameters, "iq4b" is a quantisation, "gpt4.1b" no size at all.
+        if re.search(r"[0-9.]$|(?<![a-z])(?:a|q|iq|v)$", name[: match.start()]):
+            continue
+        value = int(match["experts"] or 1) * float(
+            f"{match['whole']}.{match['decimals'] or match['after'] or 0}"
+        )
+        if match["unit"] == "m" and value < 14:  # "1m" is a context
+            continue
+        if end is not None and name[end : match.start()] != "-":
+            break  # only "1b-7b" is one statement
+        sizes.append(value / (1 if match["unit"] == "b" else 1000))
+        end = match.end()
+    known = (size for pattern, size in KNOWN_SIZES.items() if re.search(pattern, name))
+    return max(sizes, default=next(known, None))

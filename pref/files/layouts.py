@@ -6,13 +6,14 @@ example row, which tests read. To add a layout, write a reader and add it to LAY
 CONTRIBUTING.md has the steps.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.files.columns import squeezed
+from pref.files.columns import filled, squeezed
 from pref.files.console import UserError
-from pref.files.messages import Drop, as_messages, parse_literal
-from pref.files.rankings import Candidates, read_candidates
+from pref.files.messages import Drop, as_messages
+from pref.files.rankings import SCORE_COLUMNS, Candidates, as_number, read_candidates
 
 # The first of these that a row has is its prompt.
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "input")
@@ -60,10 +61,9 @@ def read_alpaca_eval(row: dict) -> Branches:
 
     {"instruction": "Hi", "output_1": "Hello!", "output_2": "No.", "preference": 1}
     """
-    try:
-        preference = float(row["preference"])
-    except (TypeError, ValueError):
-        raise Drop("preference is not a number") from None
+    preference = as_number(row["preference"])
+    if preference is None:
+        raise Drop("preference is not a number")
     if preference in (0, 1.5):  # 0: a tie in old files
         raise Drop("tie")
     if not 1 <= preference <= 2:
@@ -136,10 +136,9 @@ def read_helpsteer(row: dict) -> Branches:
     """
     columns = LAYOUTS["helpsteer"].columns.split()
     prompt, first, second, label = (first_of(row, group) for group in columns)
-    try:
-        strength = float(row[label])
-    except (TypeError, ValueError):
-        raise Drop(f"{label} is not a number") from None
+    strength = as_number(row[label])
+    if strength is None:
+        raise Drop(f"{label} is not a number")
     if not -3 <= strength <= 3:
         raise Drop(f"{label} is not between -3 and 3")
     if strength == 0:
@@ -195,7 +194,8 @@ def read_scored(row: dict) -> Candidates:
 
     {"prompt": "Hi", "responses": ["No.", "Hello!"], "scores": [1, 5]}
     """
-    prompt = as_messages(row["context"], "user") if "context" in row else prompt_messages(row)
+    conversation = first_of(row, "context|messages|conversations")
+    prompt = as_messages(row[conversation], "user") if conversation else prompt_messages(row)
     return read_candidates(prompt, row, first_of(row, "|".join(LIST_COLUMNS)))
 
 
@@ -219,6 +219,7 @@ class Layout(NamedTuple):
     columns: str  # columns that a row must have; "a|b": one of these
     read: Callable[[dict], Branches | Candidates]
     also: str = ""  # columns that it uses where they are there
+    lists: str = ""  # columns of lists other than messages, which a CSV holds as text
 
 
 PROMPT = "|".join(PROMPT_COLUMNS)
@@ -231,10 +232,13 @@ LAYOUTS = {
     "sharegpt": Layout("conversations chosen rejected", read_sharegpt),
     "openai": Layout("input preferred_output non_preferred_output", read_openai),
     "alpaca_eval": Layout("instruction output_1 output_2 preference", read_alpaca_eval),
-    "choice": Layout(CHOICE, read_choice, "model_a model_b history"),
+    "choice": Layout(CHOICE, read_choice, "model_a model_b history", "history"),
     "arena": Layout("conversation_a conversation_b winner", read_arena, "model_a model_b"),
     "arena_votes": Layout(
-        "prompt response_a response_b winner_model_a winner_model_b", read_arena_votes, "winner_tie"
+        "prompt response_a response_b winner_model_a winner_model_b",
+        read_arena_votes,
+        also="winner_tie",
+        lists="prompt response_a response_b",
     ),
     "safe_rlhf": Layout("prompt response_0 response_1 better_response_id", read_safe_rlhf),
     "helpsteer": Layout(
@@ -246,14 +250,16 @@ LAYOUTS = {
         f"{PROMPT} chosen|chosen_response|response_j|response "
         "rejected|rejected_response|response_k",
         read_prompt,
-        "history",
+        also="history",
+        lists="history",
     ),
     "messages": Layout("messages chosen rejected", read_messages),
     "swift": Layout("messages rejected_response|rejected_messages", read_swift),
     "scored": Layout(
-        f"{PROMPT}|context {'|'.join(LIST_COLUMNS)}",
+        f"{PROMPT}|context|messages|conversations {'|'.join(LIST_COLUMNS)}",
         read_scored,
-        "history scores ratings rating rewards all_rm_scores ranks ranking",
+        also=f"history {' '.join(SCORE_COLUMNS)}",
+        lists=f"history {' '.join(LIST_COLUMNS)} {' '.join(SCORE_COLUMNS)}",
     ),
     "conversations": Layout("chosen rejected", read_conversations),
 }
@@ -298,7 +304,14 @@ def unknown_layout(columns: list[str], place: str) -> UserError:
     hint = ""
     if names & {"completion", "response", "output", "answer"} and "label" in names:
         hint = "\nOne response and a label is unpaired data (KTO); this toolkit needs pairs."
-    elif names <= {"prompt", "completion", "messages", "conversations", "instruction", "input"}:
+    elif names and names <= {
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+    }:
         hint = "\nThere is one response only; a pair needs a better and a worse one."
     return UserError(
         f"{place}: unknown layout with columns {', '.join(columns)}. Say what they are: "
@@ -319,9 +332,9 @@ def prompt_messages(row: dict) -> list[dict]:
     """The prompt column as messages: Alpaca's `input` below it, `history` before it."""
     column = first_of(row, PROMPT)
     value = row[column or "prompt"]
-    if column == "instruction" and row.get("input"):
-        if not isinstance(value, str):
-            raise Drop("an input beside an instruction that is not text")
+    if column == "instruction" and filled(row.get("input")):
+        if not isinstance(value, str) or not isinstance(row["input"], str):
+            raise Drop("instruction and input are not both text")
         value = f"{value}\n\n{row['input']}"
     messages = as_messages(value, "user")
     # An HH prompt ends with '\n\nAssistant:', which parses as an empty answer.
@@ -332,9 +345,7 @@ def prompt_messages(row: dict) -> list[dict]:
 
 def with_history(messages: list[dict], history) -> list[dict]:
     """`messages` after the turns of `history`: [[question, answer], ...], messages, or its text."""
-    if isinstance(history, str):
-        history = parse_literal(history) if history.strip() else []
-    if not history:
+    if not filled(history):
         return messages
     if not isinstance(history, list):
         raise Drop("history is not a list of [question, answer]")
@@ -360,8 +371,10 @@ def a_wins(row: dict, label: str) -> bool:
     if isinstance(choice, str) and choice in names and names[0] != names[1]:
         return choice == names[0]
     text = str(choice).strip().lower().removesuffix(".0")
-    for prefix in ("completion", "model", "response", "output", "answer", "assistant", "option"):
-        text = text.removeprefix(prefix).lstrip("_ ")
+    prefixed = re.fullmatch(
+        r"(?:completion|model|response|output|answer|assistant)[_ ]([ab])", text
+    )
+    text = prefixed[1] if prefixed else text
     if text == "2":
         raise UserError(
             f"{label} is 2, but numbers are read as 0 = a and 1 = b; write the choices as a and b"
@@ -375,10 +388,8 @@ def a_wins(row: dict, label: str) -> bool:
 
 def interleave(prompts, responses) -> list[dict]:
     """A conversation from the list of the user's messages and that of the assistant's."""
-    turns = [
-        parse_literal(text) if isinstance(text, str) else text for text in (prompts, responses)
-    ]
-    if not all(isinstance(texts, list) for texts in turns) or len(turns[0]) != len(turns[1]):
+    turns = (prompts, responses)
+    if not all(isinstance(texts, list) for texts in turns) or len(prompts) != len(responses):
         raise Drop("prompt and response are not lists of the same number of turns")
     roles = ("user", "assistant")
     return [
@@ -406,6 +417,8 @@ def converse(prompt: list[dict], response) -> list[dict]:
     is_transcript = isinstance(response, str) and is_hh(response) and len(prompt) > 0
     answer = as_messages(response, "transcript" if is_transcript else "assistant")
     if "user" not in [message["role"] for message in answer]:
+        if len(answer) > 1:
+            raise Drop("a response of several messages: only single ones can be trained")
         return prompt + answer
     if problem := disagreement(prompt, answer):
         raise Drop(problem)
@@ -425,12 +438,20 @@ def disagreement(prompt: list[dict], conversation: list[dict]) -> str | None:
     system = [m for m in prompt if m["role"] == "system" and m["content"].strip()]
     if system and [squeezed(m["content"]) for m in own] != [squeezed(m["content"]) for m in system]:
         return "the prompt column has a system message that the conversation lacks"
-    asked = [squeezed(m["content"]) for m in conversation if m["role"] != "assistant"]
     said = [squeezed(m["content"]) for m in conversation]
     texts = [squeezed(m["content"]) for m in prompt if m["role"] != "system"]
     texts = [text for text in texts if text]
     if all(text in said for text in texts):
         return None
-    if len(texts) == 1 and all(text in texts[0] for text in asked):  # the conversation as one text
+    if len(texts) == 1 and is_rendered(texts[0], said[:-1]):
         return None
     return "the prompt column differs from the conversation"
+
+
+def is_rendered(text: str, parts: list[str]) -> bool:
+    """Whether a text is these messages one after the other, with names of roles and punctuation
+    between them and nothing else.
+    """
+    between = r"(?:user|assistant|human|system|model|[\W_])*"
+    pattern = between.join(["", *map(re.escape, parts), ""])
+    return bool(re.fullmatch(pattern, text, re.IGNORECASE))

@@ -59,8 +59,11 @@ def as_messages(value, role: str) -> list[dict]:
     """
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         value = value["messages"]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, dict):
-        value = [value]
+        text = first_value(value, TEXT_KEYS)
+        value = [value] if first_value(value, ROLE_KEYS) or text is None else content_text(text)
     if isinstance(value, list):
         return [as_message(item) for item in value]
     if value is not None and not isinstance(value, str):
@@ -185,10 +188,14 @@ def parsed(value):
 # ---- text that holds more than one message -------------------------------------------------------
 
 
-def unserialise(value):
+def unserialise(value, is_list: bool = False):
     """The messages of a text such as '[{"role": ...', in which a CSV holds a list; any other value
-    unchanged. Raises Drop for such a text that cannot be parsed, because it was cut off.
+    unchanged. is_list: the column holds lists of any kind. Raises Drop for messages as text that
+    cannot be parsed, because they were cut off.
     """
+    if is_list and isinstance(value, str) and value.lstrip().startswith("["):
+        result = parse_literal(value)
+        return value if result is None else result
     if not isinstance(value, str) or not SERIALISED.match(value):
         return value
     result = parse_literal(value)

@@ -4,6 +4,9 @@ A run's answers.jsonl has the form of FastChat's reference answers, so `read_ans
 mt_bench_download.py brings the official files here.
 """
 
+import codecs
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,8 +47,8 @@ def read_questions(path: Path, mt_bench: bool = True) -> list[dict]:
     """The questions in `path`, checked, in file order.
 
     Each has `question_id` (int), `category` (one of CATEGORIES) and `turns` (two strings). With
-    mt_bench False any category, or none, and any number of turns will do. Raises UserError with
-    file and line.
+    mt_bench False any category, or none, and any number of turns will do, and AlpacaEval's
+    `instruction` in place of `turns`. Raises UserError with file and line.
     """
     if mt_bench and not path.is_file():
         raise UserError(
@@ -53,10 +56,12 @@ def read_questions(path: Path, mt_bench: bool = True) -> list[dict]:
             "or give the folder that holds it with --mt_bench"
         )
     questions, ids = [], set()
-    for number, row in disk.read_jsonl(path):
-        check_question(row, f"{path}:{number}", mt_bench)
+    for place, row in question_rows(path):
+        if not mt_bench:
+            row = as_turns(row, number=len(questions) + 1)
+        check_question(row, place, mt_bench)
         if row["question_id"] in ids:
-            raise UserError(f"{path}:{number}: question_id {row['question_id']} appears twice")
+            raise UserError(f"{place}: question_id {row['question_id']} appears twice")
         ids.add(row["question_id"])
         questions.append(row)
     if not questions:
@@ -65,14 +70,50 @@ def read_questions(path: Path, mt_bench: bool = True) -> list[dict]:
     return questions
 
 
+def question_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, object) of a JSON Lines file, or of a file that holds one JSON list."""
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except (FileNotFoundError, IsADirectoryError):
+        content = b""  # read_jsonl reports it
+    if not content.lstrip().startswith(b"["):
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip():
+                yield f"{path}:{number}", disk.parse_object(line, f"{path}:{number}")
+        if not content:
+            yield from ((f"{path}:{number}", row) for number, row in disk.read_jsonl(path))
+        return
+    try:
+        rows = json.loads(content.decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        place = f"{path}: entry {number}"
+        yield place, disk.as_object(row, place)
+
+
+def as_turns(row: dict, number: int) -> dict:
+    """AlpacaEval's {instruction, dataset} as a question of one turn; others as they are."""
+    if "turns" in row or "instruction" not in row:
+        return row
+    return {
+        "question_id": number,
+        "category": None,
+        "turns": [row["instruction"]],
+        "dataset": row.get("dataset"),
+    }
+
+
 def check_question(row: dict, place: str, mt_bench: bool) -> None:
     """Raises UserError, beginning with `place`, if `row` is not a question (see read_questions)."""
-    if not isinstance(row.get("question_id"), int) or row["question_id"] < 0:
-        raise UserError(f"{place}: 'question_id' must be a whole number, 0 or above")
+    number, turns = row.get("question_id"), row.get("turns")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise UserError(
+            f"{place}: 'question_id' must be a whole number, 0 or above, not {number!r}"
+        )
     if mt_bench and row.get("category") not in CATEGORIES:
         known = ", ".join(CATEGORIES)
         raise UserError(f"{place}: unknown category {row.get('category')!r}; known: {known}")
-    turns = row.get("turns")
     non_empty = (
         isinstance(turns, list)
         and turns
@@ -81,6 +122,13 @@ def check_question(row: dict, place: str, mt_bench: bool) -> None:
     if not non_empty or (mt_bench and len(turns) != 2):
         count = "two" if mt_bench else "a list of"
         raise UserError(f"{place}: 'turns' must be {count} non-empty strings")
+    for turn in turns:
+        try:
+            turn.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: a turn is not valid Unicode ({error.reason} at character {error.start})"
+            ) from None
 
 
 def pick_questions(questions: list[dict], count: int | None) -> list[dict]:
@@ -90,6 +138,20 @@ def pick_questions(questions: list[dict], count: int | None) -> list[dict]:
     if count < 1:
         raise UserError(f"--num_questions {count}: must be at least 1")
     return [questions[i * len(questions) // count] for i in range(count)]
+
+
+def answer_sha256(turn: int, *answers: list[str]) -> str:
+    """Hash of the text that is judged at `turn`: one answer's turns up to it, or those of a pair.
+
+    Turn 2 is judged together with turn 1, hence its hash covers both.
+    """
+    shown = [answer[:turn] for answer in answers]
+    return disk.sha256_json(shown[0] if len(shown) == 1 else shown)
+
+
+def question_sha256(turns: list[str], temperature: float) -> str:
+    """Hash of what is asked: the question's turns, and the temperature it is answered with."""
+    return disk.sha256_json([turns, temperature])
 
 
 def read_answers(path: Path) -> dict[AnswerKey, dict]:

@@ -42,15 +42,35 @@ def check_pair(row: dict) -> str | None:
     for key in ("chosen", "rejected"):
         if [message["role"] for message in row[key]] != ["assistant"]:
             return "last message not the assistant's"
-        if not visible(row[key][0]["content"]) and not row[key][0].get("tool_calls"):
+        if not row[key][0]["content"].strip() and not row[key][0].get("tool_calls"):
             return f"empty {key}"
     if problem := role_problem(row["prompt"]):
         return f"roles do not alternate: {problem}"
-    if not any(visible(m["content"]) for m in row["prompt"] if m["role"] == "user"):
+    if not any(m["content"].strip() for m in row["prompt"] if m["role"] == "user"):
         return "empty prompt"
-    if response_key(row["chosen"][0]) == response_key(row["rejected"][0]):
+    if said(row["chosen"][0]) == said(row["rejected"][0]):
         return "chosen == rejected"
-    messages = [*row["prompt"], *row["chosen"], *row["rejected"]]
+    return None
+
+
+def said(message: dict) -> tuple:
+    """All that a response says, without the space around it."""
+    texts = (message["content"], message.get("reasoning_content", ""))
+    return *(text.strip() for text in texts), message.get("tool_calls")
+
+
+def check_visible(pair: dict) -> str | None:
+    """Why no reader would see a usable pair in one that `check_pair` accepts, or None. Not asked of
+    files that prep_data.py has written already, so that runs on them can be continued.
+    """
+    for key in ("chosen", "rejected"):
+        if not visible(pair[key][0]["content"]) and not pair[key][0].get("tool_calls"):
+            return f"empty {key}"
+    if not any(visible(m["content"]) for m in pair["prompt"] if m["role"] == "user"):
+        return "empty prompt"
+    if response_key(pair["chosen"][0]) == response_key(pair["rejected"][0]):
+        return "chosen == rejected"
+    messages = [*pair["prompt"], *pair["chosen"], *pair["rejected"]]
     if any("\0" in message["content"] for message in messages):
         return "a NUL character in a text"
     return None
@@ -66,7 +86,7 @@ def visible(text: str) -> str:
 
 
 def response_key(message: dict) -> tuple:
-    """What tells two responses apart."""
+    """What tells two responses apart for a reader."""
     calls = disk.sha256_json(message["tool_calls"]) if message.get("tool_calls") else ""
     return visible(message["content"]), visible(message.get("reasoning_content", "")), calls
 

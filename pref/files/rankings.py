@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pref.files import disk
 from pref.files.console import UserError
-from pref.files.messages import Drop, parse_literal
+from pref.files.messages import Drop
 
 RULES = ("best_worst", "best_random", "all")
 RESPONSE_KEYS = ("response", "answer", "completion", "output", "generation", "text", "content")
@@ -56,8 +56,8 @@ def read_candidates(prompt: list[dict], row: dict, column: str) -> Candidates:
     """The responses in the list `column` with their scores, which are in the responses themselves
     or in a list of their own. Raises Drop if there is no score for each.
     """
-    items = as_list(row[column], column)
-    scores = next((as_list(row[name], name) for name in SCORE_COLUMNS if name in row), None)
+    items = checked_list(row, column)
+    scores = next((checked_list(row, name) for name in SCORE_COLUMNS if name in row), None)
     lower_is_better = any("rank" in name for name in SCORE_COLUMNS if name in row)
     if scores is None:
         key = score_key(items)
@@ -72,11 +72,10 @@ def read_candidates(prompt: list[dict], row: dict, column: str) -> Candidates:
     return Candidates(prompt, responses)
 
 
-def as_list(value, column: str) -> list:
-    value = parse_literal(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
+def checked_list(row: dict, column: str) -> list:
+    if not isinstance(row[column], list):
         raise Drop(f"{column} is not a list")
-    return value
+    return row[column]
 
 
 def score_key(items: list) -> str:
@@ -143,7 +142,8 @@ def tie_reason(min_margin: float) -> str:
 
 # ---- scores beside chosen and rejected -----------------------------------------------------------
 
-SCORE_NAME = re.compile(r"score|rating|reward|grade", re.IGNORECASE)
+SCORE_NAME = re.compile(r"score|rating|reward|grade|rank", re.IGNORECASE)
+MARGINS = ("margin", "score_margin", "reward_margin")  # chosen minus rejected
 
 
 class PairScores(NamedTuple):
@@ -155,15 +155,41 @@ class PairScores(NamedTuple):
 
 
 def pair_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
-    """The scores of the two responses: from columns such as chosen_score and rejected_score, or
-    from `rating` beside `generations`. None if the row has none.
+    """The scores of the two responses, or None if the row has none.
+
+    They are in columns such as chosen_score and rejected_score, in an object {"chosen", "rejected"}
+    of such a name, in the responses themselves, in `rating` beside `generations`, or in `margin`.
     """
-    for name in row:
-        if "chosen" in name.lower() and SCORE_NAME.search(name):
-            partner = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
-            values = [as_number(row.get(column)) for column in (name, partner)]
-            if partner != name and None not in values:
-                return PairScores(*values, (name, partner))
+    for name in filter(SCORE_NAME.search, row):
+        sign = -1 if "rank" in name.lower() else 1
+        partner = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
+        both = row[name]
+        if isinstance(both, dict):
+            values, names = [both.get(key) for key in ("chosen", "rejected")], (name,)
+        else:
+            values, names = [both, row.get(partner)], (name, partner)
+        values = list(map(as_number, values))
+        if partner != name or isinstance(both, dict):
+            if None not in values:
+                return PairScores(sign * values[0], sign * values[1], names)
+    return inner_scores(row) or listed_scores(row, chosen, rejected) or margin_scores(row)
+
+
+def inner_scores(row: dict) -> PairScores | None:
+    """Scores inside the objects `chosen` and `rejected`."""
+    sides = [row.get("chosen"), row.get("rejected")]
+    if not all(isinstance(side, dict) for side in sides):
+        return None
+    for key in SCORE_KEYS:
+        values = [as_number(side.get(key)) for side in sides]
+        if None not in values:
+            sign = -1 if "rank" in key else 1
+            return PairScores(sign * values[0], sign * values[1], (f"chosen.{key}",) * 2)
+    return None
+
+
+def listed_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
+    """Scores in a list `rating` that belong to the texts in the list `generations`."""
     texts = row.get("generations")
     ratings = next((row[name] for name in ("rating", "ratings") if name in row), None)
     if not (isinstance(texts, list) and isinstance(ratings, list) and len(texts) == len(ratings)):
@@ -173,9 +199,17 @@ def pair_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
     return None if None in pair else PairScores(*pair, ("generations", "rating", "ratings"))
 
 
+def margin_scores(row: dict) -> PairScores | None:
+    for name in MARGINS:
+        margin = as_number(row.get(name))
+        if margin is not None:
+            return PairScores(margin, 0, (name,))
+    return None
+
+
 def as_number(value) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

@@ -106,6 +106,8 @@ def pick_splits(names: list[str], source: str) -> list[list[str]]:
 def named_splits(names: list[str], wanted: SplitNames, source: str) -> list[list[str]]:
     """The splits asked for. Raises UserError if the source lacks one."""
     groups = [group for group in wanted if group]
+    if len({*wanted.train, *wanted.val}) < len(wanted.train) + len(wanted.val):
+        raise UserError("--split: a split is named twice")
     for name in chain.from_iterable(groups):
         if name not in names:
             raise UserError(f"--split: {source} has no split '{name}'; it has {', '.join(names)}")
@@ -153,8 +155,7 @@ def open_folder(path: Path, config: str | None) -> tuple[dict[str, Rows], list[s
             return {name: folder_rows(found) for name, found in files.items()}, unused
         loaded = datasets.load_dataset(str(path.resolve()), config, streaming=True)
     except load_errors() as error:
-        reason = console.first_line(error)
-        raise UserError(f"{path}: `datasets` cannot read this folder: {reason}") from None
+        raise UserError(f"{path}: `datasets` cannot read this folder: {reason_of(error)}") from None
     return {name: dataset_rows(str(path), name, rows) for name, rows in loaded.items()}, []
 
 
@@ -210,8 +211,7 @@ def open_hub(name: str, revision: str | None, config: str | None) -> tuple[dict,
             "--dataset its file or folder."
         ) from None
     except load_errors() as error:
-        reason = console.first_line(error)
-        raise UserError(f"{name}: `datasets` cannot load it: {reason}") from None
+        raise UserError(f"{name}: `datasets` cannot load it: {reason_of(error)}") from None
     commit = cached_commit(loaded)
     # After any failure, a mistyped revision included, `datasets` takes what is in the cache.
     if commit and re.fullmatch(r"[0-9a-f]{40}", revision or "") and commit != revision:
@@ -237,6 +237,14 @@ def load_errors() -> tuple[type[Exception], ...]:
     import datasets
 
     return (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error; which configurations there are, if one must be chosen."""
+    names = re.search(r"available configs: (\[.*?\])", str(error))
+    if names:
+        return f"it has the configurations {names[1]}; choose one with --config"
+    return console.first_line(error)
 
 
 def hub_answers(timeout_s: float = 10) -> bool:

@@ -134,13 +134,13 @@ def is_json_lines(path: Path) -> bool:
         lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
         lines = (line for line in lines if line)
         first, second = next(lines, b""), next(lines, b"")
-    if not first:
-        return True
+    if not first or first.startswith(b"["):  # the list may be huge: it is parsed once, elsewhere
+        return not first
     try:
         value = json.loads(first)
     except ValueError:
         # Pretty-printed: an object or a list goes on below.
-        return not (second and re.match(rb"[\[{]", first) and not complete_enough(first, second))
+        return not (second and first.startswith(b"{") and not complete_enough(first, second))
     return isinstance(value, dict) and bool(second)
 
 
@@ -221,6 +221,9 @@ def object_splits(path: Path, place: str, value: dict) -> dict[str, Rows]:
             return {key: listed_rows(f"{path}:{key}", rows) for key, rows in lists.items()}
         ((key, rows),) = lists.items()  # "data", beside a version
         return {"train": listed_rows(f"{path}:{key}", rows)}
+    inner = [item for item in value.values() if isinstance(item, dict)]
+    if len(inner) == 1 and any(map(is_rows, inner[0].values())) and not has_messages(inner[0]):
+        return object_splits(path, place, inner[0])  # {"data": {"train": [...]}}
     if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
         rows = [dict(zip(value["columns"], row)) for row in value["data"]]  # pandas, "split"
         return {"train": listed_rows(f"{path}:data", rows)}
@@ -229,6 +232,11 @@ def object_splits(path: Path, place: str, value: dict) -> dict[str, Rows]:
 
 def is_rows(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def has_messages(item: dict) -> bool:
+    """Whether an object has a list of messages, so that it is part of a row."""
+    return any(is_rows(value) and any(map(has_role, value)) for value in item.values())
 
 
 def has_role(item: dict) -> bool:

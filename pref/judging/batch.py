@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pref.files import disk
 from pref.files.console import UserError
-from pref.judging import costs, server_judge, store
+from pref.judging import costs, identity, server_judge, store
 from pref.judging.protocol import Judge
 from pref.judging.store import Item
 from pref.model import server
@@ -57,7 +57,12 @@ def import_results(path: Path, db: sqlite3.Connection, items: list[Item], judge:
 
     Raises UserError if no line of it belongs to `items`.
     """
-    asked = {custom_id(item): item for item in items}
+    # A file that version 1.0.0 wrote has the keys of requests without the server.
+    old = [
+        item._replace(request_sha256=disk.sha256_json(identity.legacy(item.request)))
+        for item in items
+    ]
+    asked = {custom_id(key): item for key, item in zip([*old, *items], [*items, *items])}
     statuses: Counter[str] = Counter()
     unknown = 0
     for _, row in disk.read_jsonl(path):

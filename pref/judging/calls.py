@@ -28,7 +28,7 @@ from pref.judging import store
 from pref.judging.costs import Budget
 from pref.judging.protocol import Judge
 
-GIVE_UP_AFTER = 10  # calls in a row without a connection: the server is gone
+GIVE_UP_AFTER = 10  # calls in a row without a reply: the server is gone, or takes no more
 LOOK_EVERY_S = 0.5  # how often waiting threads look for a change
 SYNC_EVERY_S = 5.0  # how often the store is synced to disk
 SAVE_EVERY_S = 60.0  # how often the judgements.csv files are rewritten meanwhile
@@ -63,6 +63,7 @@ class Call(NamedTuple):
 
     key: str
     request: dict
+    reserved: float = 0.0  # dollars, see costs.Budget
 
 
 class Calls:
@@ -89,7 +90,7 @@ class Calls:
         self.interval_s = 60 / rpm if rpm else 0.0  # between the starts of two calls
         self.next_start_s = 0.0  # no call starts before this reading of time.monotonic()
         self.in_flight = 0
-        self.lost_in_a_row = 0  # calls without a connection since the last one that had one
+        self.lost_in_a_row: Counter[str] = Counter()  # why, since the last call with a reply
         self.failures: Counter[str] = Counter()  # by status
         self.fatal: str | None = None  # why no further call is made
 
@@ -121,12 +122,11 @@ class Calls:
                 call, now = self.queue[-1], time.monotonic()
                 if now < self.next_start_s:
                     self.lock.wait(self.next_start_s - now)
-                elif self.budget.allows(call.request):
+                elif (reserved := self.budget.reserve(call.request)) is not None:
                     self.queue.pop()
-                    self.budget.reserve(call.request)
                     self.in_flight += 1
                     self.next_start_s = max(now, self.next_start_s) + self.interval_s
-                    return call
+                    return call._replace(reserved=reserved)
                 elif self.in_flight:
                     # A call in flight may cost less than is reserved for it, and make room.
                     self.lock.wait(LOOK_EVERY_S)
@@ -142,13 +142,13 @@ class Calls:
 
     def keep(self, call: Call, reply: dict | None) -> None:
         """Store a reply and record its cost. None: the judge refused this and all later calls."""
-        cost = None if reply is None else self.budget.cost(call.request, reply)
         with self.lock:
+            cost = None if reply is None else self.budget.cost(call.request, reply)
             self.in_flight -= 1
-            self.budget.settle(call.request, cost)
+            self.budget.settle(call.reserved, cost)
             if reply is not None:
                 self.save(call, reply | {"cost_usd": cost})
-                self.count(reply["status"])
+                self.count(reply)
             self.lock.notify_all()
 
     def save(self, call: Call, reply: dict) -> None:
@@ -162,20 +162,34 @@ class Calls:
                 "command again: it asks for what is missing"
             )
 
-    def count(self, status: str) -> None:
+    def count(self, reply: dict) -> None:
         """Count a reply as done, for the progress line and to notice a server that is gone."""
+        status = reply["status"]
         if status != "ok":
             self.failures[status] += 1
-        self.lost_in_a_row = self.lost_in_a_row + 1 if status == "connection" else 0
-        if self.lost_in_a_row >= GIVE_UP_AFTER:
+        if is_lost(reply):
+            self.lost_in_a_row[status] += 1
+        else:
+            self.lost_in_a_row.clear()
+        if (lost := self.lost_in_a_row.total()) >= GIVE_UP_AFTER:
+            why = ", ".join(f"{count} {status}" for status, count in self.lost_in_a_row.items())
+            gone = (
+                "the server is gone" if why.endswith("connection") else "the server takes no more"
+            )
             self.fatal = (
-                f"--judge {self.judge.name}: the server is gone ({self.lost_in_a_row} calls "
-                "without a connection); start it again and run the same command with "
-                "--retry_failed, which repeats these calls too"
+                f"--judge {self.judge.name}: {gone} ({lost} calls in a row without a reply: "
+                f"{why}); when it answers again, run the same command with --retry_failed, which "
+                "repeats these calls too"
             )
         notes = [f"{self.budget.spent:.2f} dollars"] if self.judge.prices else []
         notes += [f"{count} {failure}" for failure, count in self.failures.items()]
         self.bar.update(note=", ".join(notes))
+
+
+def is_lost(reply: dict) -> bool:
+    """Whether a call failed in a way that says more of the server than of the request."""
+    refused, lost = reply.get("http_status", 0), ("connection", "timeout", "not_openai")
+    return reply["status"] in lost or refused in (403, 429) or refused >= 500
 
 
 def judge_pending(

@@ -1,17 +1,18 @@
 """What judging costs: prices, the estimate before it, and the cap during it.
 
-`prices_of` finds a judge's prices, `estimate` turns pending requests into tokens and dollars, and
+`prices_of` finds a judge's prices, `estimate` turns pending requests into tokens and dollars (and
+`estimate_ahead` runs that do not exist yet), and
 `Budget` keeps the total within --max_usd while requests are made.
 """
 
 import argparse
+import itertools
 import json
-import os
-import re
 import sqlite3
 
 from pref.judging import protocol, store
-from pref.judging.protocol import Judge
+from pref.judging.identity import TOKEN_LIMITS, server_address
+from pref.judging.protocol import Bench, Judge
 
 # US dollars per million prompt and completion tokens as OpenAI published them in August 2025.
 # Looked up by exact name, because a longer one (gpt-5-pro) can be another model at ten times the
@@ -34,6 +35,7 @@ BATCH_DISCOUNT = 0.5  # a batch endpoint charges this share of the price
 # The estimate's rules of thumb, until this judge has made ENOUGH_TO_LEARN judgements
 CHARS_PER_TOKEN = 4.0
 COMPLETION_TOKENS = 250
+ANSWER_CHARS = 1200  # per turn
 ENOUGH_TO_LEARN = 20
 
 TOKENS_PER_MESSAGE = 16  # upper bound on what a chat template adds to a message
@@ -47,8 +49,8 @@ def prices_of(args: argparse.Namespace) -> tuple[float, float] | None:
     """
     if args.price_in is not None and args.price_out is not None:
         return args.price_in, args.price_out
-    server = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    return PRICES.get(args.judge) if "//api.openai.com/" in server else None
+    address = server_address(args.base_url)
+    return PRICES.get(args.judge) if "//api.openai.com/" in address else None
 
 
 class Budget:
@@ -65,12 +67,13 @@ class Budget:
     def __init__(self, judge: Judge, cap: float | None, spent: float, tries: int = 1):
         self.judge, self.cap, self.tries = judge, cap, tries
         self.spent, self.reserved = spent, 0.0
+        self.longest = 0  # completion tokens; some servers count thoughts beyond the limit
 
     def most(self, request: dict) -> float:
         """Upper bound on the cost of one try.
 
         A token is at least one byte of the prompt, and the judgement is no longer than the request
-        allows.
+        allows, or than the longest so far.
         """
         if self.judge.prices is None:
             return 0.0
@@ -78,21 +81,23 @@ class Budget:
             len(message["content"].encode()) + TOKENS_PER_MESSAGE for message in request["messages"]
         )
         parameters = request["parameters"]
-        limits = [parameters.get(key) or 0 for key in ("max_tokens", "max_completion_tokens")]
-        return self.judge.cost(prompt_tokens, max(limits) or protocol.MAX_TOKENS)
+        limits = [parameters.get(key) or 0 for key in TOKEN_LIMITS]
+        return self.judge.cost(prompt_tokens, max(max(limits) or protocol.MAX_TOKENS, self.longest))
 
-    def allows(self, request: dict) -> bool:
-        if self.cap is None:
-            return True
-        return self.spent + self.reserved + self.tries * self.most(request) <= self.cap
+    def reserve(self, request: dict) -> float | None:
+        """Reserve the most that a request can cost, in dollars; None if the cap does not allow it.
 
-    def reserve(self, request: dict) -> None:
-        """Call before the request is made."""
-        self.reserved += self.tries * self.most(request)
+        Call before the request is made.
+        """
+        most = self.tries * self.most(request)
+        if self.cap is not None and self.spent + self.reserved + most > self.cap:
+            return None
+        self.reserved += most
+        return most
 
-    def settle(self, request: dict, cost: float | None) -> None:
+    def settle(self, reserved: float, cost: float | None) -> None:
         """Call after the request was made: replace its reservation by its cost."""
-        self.reserved -= self.tries * self.most(request)
+        self.reserved -= reserved
         self.spent += cost or 0.0
 
     def cost(self, request: dict, reply: dict) -> float | None:
@@ -105,8 +110,9 @@ class Budget:
             return None
         counted = self.judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))
         if counted is not None:
+            self.longest = max(self.longest, reply["completion_tokens"])
             return counted
-        return 0.0 if re.fullmatch(r"http_4\d\d", reply["status"]) else self.most(request)
+        return 0.0 if 400 <= reply.get("http_status", 0) < 500 else self.most(request)
 
 
 def estimate(db: sqlite3.Connection, judge: Judge, pending: dict[str, dict]) -> str:
@@ -133,11 +139,52 @@ def estimate(db: sqlite3.Connection, judge: Judge, pending: dict[str, dict]) -> 
         return (
             f"{text}; no price known, give --price_in and --price_out (dollars per million tokens)"
         )
-    price_in, price_out = judge.prices
+    return f"{text}, {dollars_text(judge.name, judge.prices, prompt, completion)}"
+
+
+def dollars_text(
+    name: str | None, prices: tuple[float, float], prompt: float, completion: float
+) -> str:
+    """What so many tokens cost, and by which prices."""
     source = "as given"
-    if judge.prices == PRICES.get(judge.name):
+    if prices == PRICES.get(name):
         source = f"OpenAI's prices of {PRICES_OF}"
-    return (
-        f"{text}, {judge.cost(prompt, completion):.2f} dollars at {price_in:g} and {price_out:g} "
-        f"per million ({source})"
+    price_in, price_out = prices
+    usd = (prompt * price_in + completion * price_out) / 1e6
+    return f"{usd:.2f} dollars at {price_in:g} and {price_out:g} per million ({source})"
+
+
+def estimate_ahead(args: argparse.Namespace, bench: Bench) -> str:
+    """What judging --runs runs will take, before there is an answer: as text.
+
+    The judge prompts are those that will be sent, around answers of ANSWER_CHARS characters.
+    """
+    answer = ["x" * ANSWER_CHARS] * 2
+    chars = 0
+    for question, turn in itertools.product(bench.questions, (1, 2)):
+        reference = bench.references.get(question["question_id"], [])
+        if args.grading == "pair":
+            messages = 2 * protocol.pair_messages(
+                bench.prompts, question, answer, answer, turn, reference
+            )
+        else:
+            messages = protocol.single_messages(bench.prompts, question, answer, turn, reference)
+        chars += sum(len(message["content"]) for message in messages)
+    orders = 2 if args.grading == "pair" else 1
+    calls = args.runs * len(bench.questions) * 2 * orders * args.repeats
+    prompt = args.runs * args.repeats * chars / CHARS_PER_TOKEN
+    completion = calls * COMPLETION_TOKENS
+    text = (
+        f"estimate for {args.runs} runs, each with one answer to {len(bench.questions)} questions "
+        f"(the untrained model, base, counts as a run): {calls:,} calls, {prompt:,.0f} prompt and "
+        f"{completion:,.0f} completion tokens; assumed: answers of {ANSWER_CHARS:,} characters, "
+        f"judgements of {COMPLETION_TOKENS} tokens (a judge that thinks takes several times more)"
     )
+    if (args.judge or "").startswith("hf:"):
+        return f"{text}; no dollars, {args.judge} runs on this machine and generates nothing"
+    prices = prices_of(args)
+    if prices is None:
+        return (
+            f"{text}; no price known, give --price_in and --price_out (dollars per million tokens)"
+        )
+    return f"{text}; {dollars_text(args.judge, prices, prompt, completion)}"

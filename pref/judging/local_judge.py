@@ -1,8 +1,13 @@
 """A judge on this machine, which scores without generating text.
 
-`ask_local` computes the model's probability of each possible verdict after the judge prompt,
-"[[1]]" ... "[[10]]" or "[[A]]", "[[B]]", "[[C]]", and turns these into a score or a winner. There
-is nothing to parse, and every prompt that fits has a score.
+The judge's answer is begun for it, up to the double bracket ("Rating: [["), and `ask_local`
+computes the probability of each possible continuation: "1]" ... "10]", or "A]", "B]", "C]". From
+these come the score or the winner. There is nothing to parse, and the judge explains nothing first.
+
+The probability of all continuations together is the judgement's *mass*. A model that understands
+what is asked puts nearly all of its probability there. A small mass means that it would have
+written something else, so that the score is made of leftovers: below --min_rating_mass it does not
+count.
 
 torch and transformers are imported inside functions: a judge behind a server needs neither.
 """
@@ -11,34 +16,72 @@ import argparse
 import functools
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 
 from pref.files import console, disk
 from pref.files.console import UserError
-from pref.judging import protocol
-from pref.judging.protocol import Judge
+from pref.judging import protocol, reading
+from pref.judging.protocol import Bench, Judge
+
+PREFIX = "Rating: [["  # as MT-Bench's prompts have it; of a pair "[["
+GIVE_UP_AFTER = 8  # judgements below --min_rating_mass, if no other came before
 
 
-def open_local_judge(args: argparse.Namespace) -> Judge:
+def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
     """Load a transformers model as a judge. It scores one request at a time."""
     # Imported here because they load torch, which a judge behind a server does not need.
-    from pref.model import chat
-    from pref.model.loading import fingerprint
+    from pref.model import chat, weights
 
     model, tokenizer = load_judge(args.judge.removeprefix("hf:"), args.dtype)
+    ask = functools.partial(ask_local, model, tokenizer)
     return Judge(
         name=args.judge,
         params_b=sum(parameter.numel() for parameter in model.parameters()) / 1e9,
         parameters={
-            "method": "expected_rating",
+            "method": "rating_after_prefix",  # of version 1.0.0: expected_rating, without a prefix
+            "prefix": answer_prefix(bench, args.grading),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": fingerprint(model),
+            "weights": weights.identity(weights.find_model(args.judge.removeprefix("hf:"))),
             "template": disk.sha256_json([tokenizer.chat_template, chat.TEMPLATE_OPTIONS]),
         },
-        ask=functools.partial(ask_local, model, tokenizer),
+        ask=refuse_without_mass(ask, args.judge, args.min_rating_mass),
         concurrency=1,
         local=True,
     )
+
+
+def answer_prefix(bench: Bench, grading: str) -> str:
+    """How an answer to the judge prompts begins: as in their own example of a rating.
+
+    'for example: "Mark: [[5]]"' -> "Mark: [["
+    """
+    if grading == "pair":
+        return "[["
+    texts = [prompt["prompt_template"] for prompt in bench.prompts.values()]
+    examples = {match[1] for text in texts for match in re.finditer(r"(\w+: ?\[\[)\d+\]\]", text)}
+    return examples.pop() if len(examples) == 1 else PREFIX
+
+
+def refuse_without_mass(ask: Callable, name: str, least: float) -> Callable[[dict], dict]:
+    """`ask`, which raises UserError if none of the first judgements has a mass of `least`."""
+    masses: list[float] = []
+
+    def watched(request: dict) -> dict:
+        reply = ask(request)
+        if reply["status"] == "ok" and len(masses) < GIVE_UP_AFTER:
+            masses.append(reply["rating_mass"])
+            if len(masses) == GIVE_UP_AFTER and max(masses) < least:
+                raise UserError(
+                    f"--judge {name}: the verdicts that are asked for have between "
+                    f"{min(masses):.2g} and {max(masses):.2g} of its probability, less than "
+                    f"--min_rating_mass {least:g}: it would have answered something else, and its "
+                    "scores say nothing; choose a judge that follows the prompt (or, to try the "
+                    "pipeline only, --min_rating_mass 0)"
+                )
+        return reply
+
+    return watched
 
 
 def load_judge(path: str, dtype: str):
@@ -51,19 +94,15 @@ def load_judge(path: str, dtype: str):
     import torch
     import transformers
 
-    from pref.model import chat
-    from pref.model.loading import pick_dtype
+    from pref.model import chat, loading, weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    files = weights.find_model(path, "--judge hf:")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=pick_dtype(dtype, device), trust_remote_code=False
-        )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--judge hf:{path}: not a model folder or hub id that can be loaded: "
-            f"{console.first_line(error)}"
+            f"--judge hf:{path}: no tokenizer that can be loaded: {console.first_line(error)}"
         ) from None
     if not tokenizer.chat_template:
         raise UserError(f"--judge hf:{path}: has no chat template; use an instruction-tuned model")
@@ -78,41 +117,61 @@ def load_judge(path: str, dtype: str):
             f"--judge hf:{path}: its chat template does not show system messages, which MT-Bench's "
             "prompts have; choose another judge"
         )
-    try:
-        return model.to(device).eval(), tokenizer
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"--judge hf:{path}: does not fit into this GPU's memory; serve it and give --base_url"
-        ) from None
+    dtype = loading.pick_dtype(dtype, device)
+    return loading.load_model(files, dtype, device, option="--judge hf:").eval(), tokenizer
 
 
-def encode_ratings(
-    tokenizer, prompt: str, strings: Iterable[str] = protocol.RATING_STRINGS
+def answer_start(prompt: str) -> str:
+    """What stands between a rendered prompt and the judge's answer: the end of a thought that the
+    template has opened, or the name of gpt-oss' channel for answers.
+    """
+    if prompt.endswith("<|start|>assistant"):
+        return "<|channel|>final<|message|>"
+    closing = reading.open_thought(prompt)
+    return "" if closing is None else f"\n{closing}\n\n"
+
+
+def encode_verdicts(
+    tokenizer, prompt: str, verdicts: Iterable[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt, and of each string ("[[1]]" ... "[[10]]") as its continuation.
+    """Token ids of the prompt, and of each verdict ("1" ... "10") as its continuation.
 
-    Prompt and string are tokenised as one text, as a transcript with the rating would be: on its
-    own, a SentencePiece tokenizer would put a space before the string. If the two merge across the
-    boundary (Llama-2: "]" + "[[" is one token), the ids no longer begin with the prompt's, which is
-    what the model sees when it answers; such a string is tokenised on its own.
+    Prompt, verdict and brackets are tokenised as one text, as a transcript would be: on its own, a
+    SentencePiece tokenizer would put a space before the verdict. The closing brackets are left out
+    again, see `closing_ids`. Where a verdict merges with the end of the prompt, the split is before
+    the merged token, for all verdicts alike:
 
-        prompt             -> p q r
-        prompt + "[[7]]"   -> p q r s t     continuation: s t
-        prompt + "[[7]]"   -> p q u t       merged; continuation: ids of "[[7]]" alone
+        prompt "... [["   -> p q r
+        "... [[7]]"       -> p q r s t    continuation: s, as t is a closing bracket
     """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    continuations = []
-    for string in strings:
-        ids = tokenizer(prompt + string, add_special_tokens=False)["input_ids"]
-        if ids[: len(prompt_ids)] == prompt_ids:
-            continuations.append(ids[len(prompt_ids) :])
-        else:
-            continuations.append(tokenizer(string, add_special_tokens=False)["input_ids"])
-    return prompt_ids, continuations
+    closing, whole = closing_ids(tokenizer), []
+    for verdict in verdicts:
+        ids = tokenizer(f"{prompt}{verdict}]]", add_special_tokens=False)["input_ids"]
+        while ids[-1] in closing:
+            ids = ids[:-1]
+        whole.append(ids)
+    split = min(shared_prefix(prompt_ids, ids) for ids in whole)
+    return prompt_ids[:split], [ids[split:] for ids in whole]
 
 
-def rating_logps(model, prompt: list[int], continuations: list[list[int]]):
-    """Log-probability of each of R continuations of one prompt: summed over tokens, fp32, (R,).
+def shared_prefix(first: list[int], second: list[int]) -> int:
+    """Length of the longest prefix that two sequences share, at most all but one of `second`."""
+    length = min(len(first), len(second) - 1)
+    return next((i for i in range(length) if first[i] != second[i]), length)
+
+
+def closing_ids(tokenizer) -> frozenset[int]:
+    """Ids of all tokens that begin with a closing bracket: "]", "]]", "]]." and so on.
+
+    A verdict is complete with any of them: which one follows is punctuation.
+    """
+    return frozenset(i for token, i in tokenizer.get_vocab().items() if token.startswith("]"))
+
+
+def verdict_logps(model, prompt: list[int], continuations: list[list[int]], closing: Iterable[int]):
+    """Log-probability of each of R continuations of one prompt, followed by any token in `closing`:
+    summed over tokens, fp32, (R,).
 
     The prompt is run once. Its KV cache, repeated R times, serves all continuations as one batch,
     padded on the right, where padding does not affect a causal model's earlier positions.
@@ -120,60 +179,61 @@ def rating_logps(model, prompt: list[int], continuations: list[list[int]]):
     import torch
 
     # 1) Continuations of different lengths as one rectangle: L is the longest, `real` marks tokens.
-    width = max(map(len, continuations))
+    width, device = max(map(len, continuations)), model.device
     padded = torch.tensor(
-        [ids + [0] * (width - len(ids)) for ids in continuations], device=model.device
+        [ids + [0] * (width - len(ids)) for ids in continuations], device=device
     )  # (R, L)
-    real = torch.tensor(
-        [[i < len(ids) for i in range(width)] for ids in continuations], device=model.device
-    )  # (R, L)
+    lengths = torch.tensor([len(ids) for ids in continuations], device=device)  # (R,)
+    real = torch.arange(width, device=device) < lengths[:, None]  # (R, L)
+    ends = torch.tensor(sorted(closing), device=device)
     with torch.inference_mode():
         # 2) The prompt's last logits predict each continuation's first token.
-        out = model(torch.tensor([prompt], device=model.device), use_cache=True, logits_to_keep=1)
+        out = model(torch.tensor([prompt], device=device), use_cache=True, logits_to_keep=1)
         first = torch.log_softmax(out.logits[0, -1].float(), dim=-1)  # (V,)
-        total = first[padded[:, 0]]  # (R,)
-        # 3) The continuations' own logits predict the others: token i predicts token i + 1.
-        if width > 1:
-            cache = out.past_key_values
-            cache.batch_repeat_interleave(len(continuations))
-            out = model(padded[:, :-1], past_key_values=cache, use_cache=True)
-            logps = torch.log_softmax(out.logits.float(), dim=-1)  # (R, L-1, V)
-            logps = logps.gather(2, padded[:, 1:, None])[:, :, 0]  # (R, L-1)
-            total = total + torch.where(real[:, 1:], logps, 0.0).sum(1)
-    return total
+        # 3) The continuations' own logits predict what follows: token i predicts token i + 1, and
+        #    the last one the closing bracket.
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(len(continuations))
+        out = model(padded, past_key_values=cache, use_cache=True)
+        logps = torch.log_softmax(out.logits.float(), dim=-1)  # (R, L, V)
+        tokens = logps[:, :-1].gather(2, padded[:, 1:, None])[:, :, 0]  # (R, L-1)
+        closed = logps[:, :, ends].logsumexp(-1).gather(1, lengths[:, None] - 1)[:, 0]  # (R,)
+        return first[padded[:, 0]] + torch.where(real[:, 1:], tokens, 0.0).sum(1) + closed
 
 
 def ask_local(model, tokenizer, request: dict) -> dict:
     """Make one judgement and return the reply (see `protocol.Judge`), without generating text.
 
     Single grading: the mean of the ratings r = 1 ... 10, weighted by the probabilities of the whole
-    strings, score = sum_r r p_r / sum_r p_r with p_r = P("[[r]]" | prompt). Whole strings, because
-    tokenizers split "10" differently; G-Eval (arXiv:2303.16634) weights single tokens. Pair
-    grading: the most probable of [[A]], [[B]] and [[C]]. `judgement` is the JSON of the
-    probabilities.
+    ratings, score = sum_r r p_r / sum_r p_r with p_r = P("r]" | prompt, prefix). Whole ratings,
+    because tokenizers split "10" differently; G-Eval (arXiv:2303.16634) weights single tokens. Pair
+    grading: the most probable of A, B and C. `rating_mass` is sum_r p_r, `judgement` the JSON of
+    the probabilities.
     """
     import torch
 
     from pref.model import chat
 
     is_pair = request.get("grading") == "pair"
-    strings = tuple(protocol.VERDICTS) if is_pair else protocol.RATING_STRINGS
+    verdicts = [mark.strip("[]") for mark in protocol.VERDICTS] if is_pair else protocol.RATINGS
     prompt_text = chat.apply_template(tokenizer, request["messages"], generation_prompt=True)
-    prompt, continuations = encode_ratings(tokenizer, prompt_text, strings)
+    prompt_text += answer_start(prompt_text) + request["parameters"]["prefix"]
+    prompt, continuations = encode_verdicts(tokenizer, prompt_text, map(str, verdicts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     counts = {"prompt_tokens": len(prompt), "completion_tokens": 0}
 
     # 1) What cannot be scored: the prompt is too long for the model, or for the memory.
-    if len(prompt) + max(map(len, continuations)) > limit:
+    if len(prompt) + max(map(len, continuations)) + 1 > limit:
         text = f"prompt of {len(prompt)} tokens, context of {limit}"
         return {"status": "context", "judgement": text, **counts}
     try:
-        logps = rating_logps(model, prompt, continuations).double()  # (R,)
+        logps = verdict_logps(model, prompt, continuations, closing_ids(tokenizer))
+        logps = logps.double()  # (R,)
     except torch.OutOfMemoryError:
         text = f"a prompt of {len(prompt)} tokens needs more GPU memory"
         return {"status": "memory", "judgement": text, **counts}
 
-    # 2) Probabilities relative to the R strings. They are finite exactly if their sum is.
+    # 2) Probabilities relative to the R verdicts. They are finite exactly if their sum is.
     weights = logps.softmax(dim=0).tolist()
     if not math.isfinite(sum(weights)):
         text = "the model's log-probabilities are not finite"
@@ -181,11 +241,13 @@ def ask_local(model, tokenizer, request: dict) -> dict:
 
     # 3) The winner, or the score.
     probabilities = logps.exp().tolist()
+    reply = {
+        "status": "ok",
+        "judgement": json.dumps(dict(zip(verdicts, probabilities))),
+        "rating_mass": min(sum(probabilities), 1.0),
+        **counts,
+    }
     if is_pair:
-        text = json.dumps(dict(zip(protocol.VERDICTS, probabilities)))
-        winner = protocol.VERDICTS[strings[int(logps.argmax())]]
-        return {"status": "ok", "winner": winner, "judgement": text, **counts}
-    text = json.dumps(dict(zip(protocol.RATINGS, probabilities)))
+        return reply | {"winner": list(protocol.VERDICTS.values())[int(logps.argmax())]}
     score = sum(rating * weight for rating, weight in zip(protocol.RATINGS, weights))
-    score = min(max(score, 1.0), 10.0)  # rounding may overshoot the scale slightly
-    return {"status": "ok", "score": score, "judgement": text, **counts}
+    return reply | {"score": min(max(score, 1.0), 10.0)}  # rounding may overshoot the scale

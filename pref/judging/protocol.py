@@ -6,7 +6,8 @@
 (fastchat/llm_judge/common.py, version 0.2.36), byte for byte; tests/test_judge.py compares them
 with FastChat's own code.
 
-Nothing here contacts a judge. `Judge` describes one; server_judge.py and local_judge.py make it.
+reading.py puts limits on the reading. Nothing here contacts a judge: `Judge` describes one, and
+server_judge.py and local_judge.py make it.
 """
 
 import re
@@ -49,7 +50,6 @@ OUTPUT_FORMATS = {"single": "[[rating]]", "pair": "[[A]]"}
 
 # Single grading: a rating from 1 to 10 in double brackets, or failing that in single ones.
 RATINGS = tuple(range(1, 11))
-RATING_STRINGS = tuple(f"[[{rating}]]" for rating in RATINGS)
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 
@@ -64,12 +64,12 @@ ORDERS = (RUN_IS_A, RUN_IS_B)
 class Judge:
     """A judge, local or behind a server.
 
-    `ask` maps a request (a dict with `messages` and `parameters`) to a reply: a dict with `status`
-    and, where they are known, `score` (single grading), `winner` (pair grading: A, B or tie),
-    `judgement` (the judge's text), `served_model`, `system_fingerprint`, `prompt_tokens` and
-    `completion_tokens`. The status is "ok" if the reply has a score or a winner, else the reason
-    why it has none (README.md lists them). `ask` raises UserError for an error that would stop
-    every later request as well.
+    `ask` maps a request (see identity.Identity.request) to a reply: a dict with `status` and, where
+    they are known, `score` (single grading), `winner` (pair grading: A, B or tie), `reading`,
+    `judgement` (the judge's text), `finish_reason`, `rating_mass`, `served_model`,
+    `system_fingerprint`, `prompt_tokens` and `completion_tokens`. The status is "ok" if the reply
+    has a score or a winner, else the reason why it has none (README.md lists them). `ask` raises
+    UserError for an error that would stop every later request as well.
     """
 
     name: str  # --judge, as given
@@ -78,6 +78,7 @@ class Judge:
     ask: Callable[[dict], dict]
     concurrency: int  # requests in flight at a time
     probe: Callable[[dict], dict] | None = None  # parameters -> parameters that the server accepts
+    server: str = ""  # address or name, see identity.py; "" for a local judge
     prices: tuple[float, float] | None = None  # dollars per million prompt, completion tokens
     local: bool = False
 

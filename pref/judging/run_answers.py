@@ -10,7 +10,8 @@ from pref.files import disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.judging.protocol import Bench
 
-MOST_EMPTY = 0.1  # share of a run's answers that may have an empty turn
+MOST_EMPTY = 0.1  # share of a run's answers that may have an empty or failed turn
+FAILED = "$ERROR$"  # what FastChat writes in place of an answer that could not be made
 
 
 def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[Path, dict]:
@@ -100,14 +101,19 @@ def check_complete(runs: dict[Path, dict]) -> None:
         empty = [
             question_id
             for (question_id, _), row in answers.items()
-            if not all(turn.strip() for turn in row["turns"])
+            if has_failed(row["turns"], 2) or not all(turn.strip() for turn in row["turns"])
         ]
         if len(empty) > MOST_EMPTY * len(answers):
             raise UserError(
                 f"run {name}: {len(empty)} of {len(answers)} answers have an empty turn (question "
-                f"{empty[0]} first); look at them, or judge them as they are with "
-                "--allow_incomplete"
+                f"{empty[0]} first; {FAILED} counts as empty); look at them, or judge what is "
+                "there with --allow_incomplete"
             )
+
+
+def has_failed(answer: list[str], turn: int) -> bool:
+    """Whether what is judged at `turn` (the turns up to it) holds a failed one."""
+    return any(text.strip() == FAILED for text in answer[:turn])
 
 
 def read_baseline(runs: dict[Path, dict], name: str) -> dict:

@@ -10,55 +10,93 @@ The package openai is imported inside functions: only calls to a server need it.
 import argparse
 import functools
 import json
+import os
+import re
 import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from pref.files import judgements
+from pref.files import disk, judgements
 from pref.files.console import UserError
-from pref.judging import costs, protocol, store
-from pref.judging.protocol import Judge
+from pref.judging import costs, protocol, reading, store
+from pref.judging.identity import TOKEN_LIMITS, server_address
+from pref.judging.protocol import Bench, Judge
 from pref.model import server
 
-PROBE = [{"role": "user", "content": "Reply with the single word OK."}]
-TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")  # the same limit by its old and new name
+# The system message is there because MT-Bench's prompts have one, which some judges refuse.
+PROBE = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "Reply with the single word OK."},
+]
 MOST_ERROR_CHARS = 2000  # of an error that is stored in place of a judgement
+MOST_TOKENS = 10**9  # a count above this is a mistake of the server's
+
+# Statuses that a later request would meet too. 403 is not among them: once the probe was answered,
+# it is a moderation's or a firewall's answer to one question.
+FATAL_STATUS = (401, 402, 404)
+# Names of models that refuse `temperature` and `max_tokens` (OpenAI's reasoning models), for a
+# batch file that is written without asking the server.
+REASONING = re.compile(r"(?:.*/)?(?:o\d|gpt-5(?!.*chat))(?:[-.].*)?$")
 
 
-def open_server_judge(args: argparse.Namespace, db: sqlite3.Connection) -> Judge:
+def open_server_judge(args: argparse.Namespace, db: sqlite3.Connection, bench: Bench) -> Judge:
     """A judge behind a server. Sends nothing yet."""
+    address = args.server_name or server_address(args.base_url)
     client = None
-    if not (args.dry_run or args.import_results):  # neither sends anything: no key is needed
+    if not (args.dry_run or args.import_results or args.import_fastchat):  # these send nothing
         client = server.open_client(
             "a judge behind a server", args.base_url, args.timeout_s, args.max_retries
         )
-    probe = functools.partial(probe_server, client, args.judge)
+    elif args.requests and args.parameters is None:
+        client = client_for_a_batch(args)
+    probe = None
+    if client is not None and args.parameters is None:  # --parameters are sent as they are
+        with_system = any(prompt["system_prompt"] for prompt in bench.prompts.values())
+        probe = functools.partial(probe_server, client, args.judge, with_system=with_system)
     return Judge(
         name=args.judge,
         params_b=judgements.params_from_name(args.judge),
-        parameters=first_parameters(db, args),
+        parameters=first_parameters(db, args, address, is_asked=client is not None),
         ask=functools.partial(ask_server, client),
         concurrency=args.concurrency,
-        probe=probe if args.parameters is None else None,  # --parameters are sent as they are
+        probe=probe,
+        server=address,
         prices=costs.prices_of(args),
     )
 
 
-def first_parameters(db: sqlite3.Connection, args: argparse.Namespace) -> dict:
+def client_for_a_batch(args: argparse.Namespace):
+    """A client to learn which parameters the judge accepts, or None where no key is set."""
+    if os.environ.get("OPENAI_API_KEY", "").strip():
+        return server.open_client("--requests", args.base_url, args.timeout_s, args.max_retries)
+    print(
+        "OPENAI_API_KEY is not set, so the judge is not asked which parameters it accepts: look at "
+        "those in the batch file before you upload it",
+        file=sys.stderr,
+    )
+    return None
+
+
+def first_parameters(
+    db: sqlite3.Connection, args: argparse.Namespace, address: str, is_asked: bool
+) -> dict:
     """Parameters to try first: --parameters, or the protocol's in the form this judge accepts.
 
-    The form is that of the judge's last successful request. A rerun therefore arrives at the same
-    request hashes, and finds its judgements without contacting the server. Example: after
-    {"max_completion_tokens": 512} was accepted, --max_tokens 2048 gives
+    The form is that of the judge's last successful request to this server. A rerun therefore
+    arrives at the same request hashes, and finds its judgements without contacting the server.
+    Example: after {"max_completion_tokens": 512} was accepted, --max_tokens 2048 gives
     {"max_completion_tokens": 2048}. Parameters of an experiment (--parameters with other keys or
-    another temperature) are not taken over.
+    another temperature) are not taken over. is_asked: the probe will find out what is refused.
     """
     if args.parameters is not None:
         parameters = dict(args.parameters)
     else:
         parameters = {"temperature": protocol.TEMPERATURE, "max_tokens": args.max_tokens}
-        accepted = store.last_accepted_parameters(db, args.judge)
+        if not is_asked and REASONING.match(args.judge):
+            parameters = {"max_completion_tokens": args.max_tokens}
+        accepted = store.last_accepted_parameters(db, args.judge, address)
         if accepted is not None:
             accepted.pop("seed", None)  # this run's --judge_seed is added below
             if (
@@ -80,7 +118,7 @@ def ask_server(client, request: dict) -> dict:
 
     The client itself retries HTTP 408, 409, 429, 5xx and lost connections; a failure that remains
     is returned as the reply's status. Raises UserError for failures that no later request would
-    escape: `server.FATAL_STATUS`, and no credit left.
+    escape: FATAL_STATUS, no credit left, a limit for the day reached.
     """
     import openai
 
@@ -93,11 +131,95 @@ def ask_server(client, request: dict) -> dict:
         cause = server.clean(client, str(error.__cause__ or error))
         return {"status": "connection", "judgement": cause}
     except openai.APIStatusError as error:
-        if error.status_code in server.FATAL_STATUS or server.is_out_of_credit(error):
+        code = error.status_code
+        if (
+            code in FATAL_STATUS
+            or server.is_out_of_credit(error)
+            or server.is_limit_of_the_day(error)
+        ):
             raise UserError(server.explain(client, "--judge", request["judge"], error)) from None
         message = server.clean(client, error.message)[:MOST_ERROR_CHARS]
-        return {"status": f"http_{error.status_code}", "judgement": message}
+        status = "refused" if is_moderation(error) else f"http_{code}"
+        return {"status": status, "judgement": message, "http_status": code}
     return read_reply(functools.partial(server.clean, client), text, request)
+
+
+def is_moderation(error) -> bool:
+    """Whether an `openai.APIStatusError` declines what this one request says."""
+    if error.status_code in (403, 451):
+        return True
+    complaint = f"{error.code} {error.type} {error.message}".lower()
+    return error.status_code == 400 and any(
+        mark in complaint
+        for mark in ("content_filter", "content_policy", "responsibleai", "moderation")
+    )
+
+
+class Reply(NamedTuple):
+    """The fields of a chat completion that a judgement needs."""
+
+    text: str
+    thoughts: str  # that the server has separated from the text
+    refusal: str
+    finish_reason: str
+    prompt_tokens: int | None
+    completion_tokens: int | None  # thoughts included
+    model: str
+    fingerprint: str
+
+
+def parse_reply(text: str) -> Reply | None:
+    """The fields in the body of a server's response; None if it is not a chat completion."""
+    try:
+        body = json.loads(text)
+        choice = body["choices"][0]
+        message, usage = choice["message"], body.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        answer = text_of(message.get("content"))
+        thoughts = text_of(message.get("reasoning_content")) or text_of(message.get("reasoning"))
+        prompt_tokens, completion_tokens = count_tokens(usage, bool(answer or thoughts))
+        return Reply(
+            text=answer,
+            thoughts=thoughts,
+            refusal=str(message.get("refusal") or ""),
+            finish_reason=str(choice.get("finish_reason") or ""),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            model=str(body.get("model") or ""),
+            fingerprint=str(body.get("system_fingerprint") or ""),
+        )
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def text_of(content) -> str:
+    """A message's text: as it is, or joined from a list of parts, without those that think."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        texts = [
+            part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")
+        ]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def count_tokens(usage: dict, has_text: bool) -> tuple[int | None, int | None]:
+    """Prompt and completion tokens; None where the server's count cannot be right.
+
+    Some servers count thoughts, which they charge for, in total_tokens or in the details alone.
+    """
+    prompt, completion, total = (
+        int(count) if disk.is_number(count) and 0 <= count <= MOST_TOKENS else None
+        for count in (usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total"))
+    )
+    if completion is not None:
+        details = usage.get("completion_tokens_details")
+        thoughts = details.get("reasoning_tokens") if isinstance(details, dict) else None
+        if disk.is_number(thoughts) and completion < thoughts <= MOST_TOKENS:
+            completion += int(thoughts)  # they cannot be among the completion's
+        if prompt and total:
+            completion = max(completion, total - prompt)
+    return prompt or None, None if has_text and not completion else completion
 
 
 def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
@@ -106,51 +228,44 @@ def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
     clean: applied to every text that is kept; it removes the key, should the server echo it.
     """
     # 1) The fields of a chat completion, or a body that is not one.
-    try:
-        body = json.loads(text)
-        choice = body["choices"][0]
-        message, usage = choice["message"], body.get("usage") or {}
-        content, refusal = message.get("content"), message.get("refusal")
-        prompt_tokens = usage.get("prompt_tokens")
-        completion_tokens = usage.get("completion_tokens")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    reply = parse_reply(text)
+    if reply is None:
         return {"status": "not_openai", "judgement": clean(text)[:MOST_ERROR_CHARS]}
-    content = content if isinstance(content, str) else ""
 
-    # 2) The score or winner, or why there is none. A judgement that was cut off counts if it has
-    # one; a refused one never does.
+    # 2) The score or winner, or why there is none. A refused judgement has none, nor has one that
+    #    failed halfway. Thoughts alone are stored as such, and hold no verdict.
+    finish, content = reply.finish_reason.lower(), reply.text
+    if not content.strip() and reply.thoughts.strip():
+        content = f"<think>{reply.thoughts}"  # an answer may follow a closing tag in there
     is_pair = request.get("grading") == "pair"
-    verdict = protocol.read_verdict(content) if is_pair else protocol.read_rating(content)
-    finish_reason = choice.get("finish_reason")
-    if refusal or finish_reason == "content_filter":
-        status = "refused"
-    elif verdict is not None:
-        status = "ok"
-    elif finish_reason == "length":
-        status = "length"
-    else:
-        status = "parse" if content.strip() else "empty"
+    verdict = reading.read_text(content, finish, is_pair)
+    if reply.refusal or finish in reading.FILTERED:
+        verdict = reading.Verdict("refused")
+    elif finish == "error":
+        verdict = reading.Verdict("failed")
+    elif verdict.status == "length" and finish in reading.ENDED and not reply.text.strip():
+        verdict = reading.Verdict("thoughts")
     return {
-        "status": status,
-        "score": verdict if status == "ok" and not is_pair else None,
-        "winner": verdict if status == "ok" and is_pair else None,
-        "judgement": clean(content or str(refusal or "")),
-        "served_model": clean(str(body.get("model") or "")),
-        "system_fingerprint": clean(str(body.get("system_fingerprint") or "")),
-        "prompt_tokens": prompt_tokens if isinstance(prompt_tokens, int) else None,
-        "completion_tokens": completion_tokens if isinstance(completion_tokens, int) else None,
+        **verdict._asdict(),
+        "judgement": clean(content or reply.refusal),
+        "finish_reason": clean(reply.finish_reason)[:40],
+        "served_model": clean(reply.model),
+        "system_fingerprint": clean(reply.fingerprint),
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
     }
 
 
 # ---- before the first ----------------------------------------------------------------------------
 
 
-def probe_server(client, name: str, parameters: dict) -> dict:
+def probe_server(client, name: str, parameters: dict, with_system: bool = True) -> dict:
     """Ask one short question and return the parameters that the server accepts.
 
     Newer models refuse `temperature`, or want `max_completion_tokens` in place of `max_tokens`.
     Refused parameters are dropped or renamed until the server answers. The probe is not a judgement
-    and is not recorded. Raises UserError if the judge does not answer.
+    and is not recorded. with_system: the judge's prompts have a system message. Raises UserError if
+    the judge does not answer, refuses system messages, or answers in its thoughts alone.
     """
     import openai
 
@@ -158,13 +273,16 @@ def probe_server(client, name: str, parameters: dict) -> dict:
     print(f"asking {name} one short question first", file=sys.stderr)
     # Few retries, so that a wrong address is reported soon.
     quick = client.with_options(max_retries=min(2, client.max_retries))
+    messages = PROBE if with_system else PROBE[1:]
     text = None
     while text is None:
         try:
-            text = server.complete(quick, {"model": name, "messages": PROBE, **parameters})
+            text = server.complete(quick, {"model": name, "messages": messages, **parameters})
         except (openai.APIConnectionError, openai.APIStatusError) as error:
             adapted = adapt_parameters(parameters, error)
             if adapted is None:
+                if with_system and refuses_system(quick, name, parameters, error):
+                    raise UserError(f"--judge {name}: {REFUSES_SYSTEM}") from None
                 raise UserError(server.explain(client, "--judge", name, error)) from None
             parameters = adapted
             print(
@@ -175,7 +293,35 @@ def probe_server(client, name: str, parameters: dict) -> dict:
     reply = read_reply(functools.partial(server.clean, client), text, request={})
     if reply["status"] == "not_openai":
         raise UserError(f"--judge {name}: {server.explain_other_api(client)}")
+    if reply["status"] == "thoughts":
+        raise UserError(f"--judge {name}: {THOUGHTS_ALONE}")
     return parameters
+
+
+REFUSES_SYSTEM = (
+    "refuses system messages, which the judge prompts have (its chat template or its server allows "
+    "none); choose another judge, serve it with a template that has them, or judge with prompts of "
+    'your own whose "system_prompt" is empty'
+)
+THOUGHTS_ALONE = (
+    "its answer arrives as thoughts (reasoning_content) alone; if it does not think, start the "
+    "server without --reasoning-parser, and if it does, with the parser that fits this model"
+)
+
+
+def refuses_system(client, name: str, parameters: dict, error) -> bool:
+    """Whether `error`, the answer to the probe, is about its system message: the same question
+    without one is answered.
+    """
+    import openai
+
+    if not re.search(r"system|role|template|alternat|instruction", str(error), re.IGNORECASE):
+        return False
+    try:
+        server.complete(client, {"model": name, "messages": PROBE[1:], **parameters})
+    except (openai.APIConnectionError, openai.APIStatusError):
+        return False
+    return True
 
 
 def adapt_parameters(parameters: dict, error) -> dict | None:

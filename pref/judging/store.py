@@ -1,15 +1,16 @@
-"""judgements.sqlite: what was asked of a judge and what came back. All SQL of the toolkit is here.
+"""judgements.sqlite: what was asked of a judge and what came back. Its tables are in schema.py.
 
-One store per results folder. A *request* is everything that determines a judgement (judge,
+One store per results folder. A *request* is everything that determines a judgement (judge, server,
 messages, parameters, number of the repeat) and is identified by the SHA-256 of its JSON. An `Item`
 is the need of one run's answer for one judgement; items of different runs with identical answers
-share a request, which is then paid for once. Hence two tables: `judgements`, one row per request
-with its reply, and `asked`, one row per item.
+share a request, which is then paid for once. Hence the tables `judgements`, one row per request
+with its reply, and `asked`, one row per item. A third one, `judges`, holds each judge's identity.
 
-    judge.py   note_items -> find_pending -> save_reply, once per reply -> find_results, write_csvs
+    judge.py   find_pending -> note_judge, note_items -> save_reply, once per reply -> find_results,
+               write_csvs
     sweep.sh   judgement_counts, read_totals, has_unreached: read-only, by results folder
 
-Functions that take `db` work on the connection that `open_store` returns.
+Functions that take `db` work on the connection that `schema.open_store` returns.
 """
 
 import json
@@ -21,48 +22,10 @@ from typing import NamedTuple
 
 from pref.files import disk, judgements, mt_bench
 from pref.files.console import UserError
-from pref.judging import protocol
-
-SCHEMA_VERSION = 1  # PRAGMA user_version
-# SQLite keeps the text of a CREATE TABLE in the file. These strings therefore join to the text that
-# this version has always written, white space included.
-SCHEMA = (
-    "\nCREATE TABLE IF NOT EXISTS judgements (\n    "
-    "request_sha256 TEXT PRIMARY KEY, "  # SHA-256 of the request's JSON with sorted keys
-    "judge TEXT NOT NULL, "  # --judge, as given
-    "judge_params_b REAL, "  # billions of parameters, NULL if unknown
-    "request TEXT NOT NULL,\n    "  # JSON: judge, messages, parameters, repeat; of a pair grading
-    "status TEXT NOT NULL, "  # "ok", or why there is no score and no winner
-    "score REAL, "  # single grading: 1 to 10
-    "winner TEXT, "  # pair grading: "A", "B" or "tie", as shown to the judge
-    "judgement TEXT, "  # the judge's text, or the text of the error
-    "served_model TEXT, "  # the model that the server says it ran
-    "system_fingerprint TEXT,\n    "  # the server's own version mark
-    "prompt_tokens INTEGER, "
-    "completion_tokens INTEGER, "
-    "cost_usd REAL, "  # of all tries together; NULL without a price
-    "tries INTEGER NOT NULL, "  # 1, plus one for each retry after a failure
-    "tstamp REAL NOT NULL);\n"  # when the last try was stored, Unix time in seconds
-    # Columns without a meaning for single grading are '', not NULL: a primary key does not treat
-    # two NULLs as equal.
-    "CREATE TABLE IF NOT EXISTS asked (\n    "
-    "model_id TEXT, "  # run id of the answer
-    "question_id INTEGER, "
-    "turn INTEGER, "  # 1 or 2
-    "choice INTEGER, "  # number of the answer, if a run has several per question
-    "category TEXT, "  # of the question
-    "grading TEXT, "  # "single" or "pair"
-    '"order" TEXT,\n    '  # of a pair: "1" shows the run's answer as A, "2" as B
-    "baseline TEXT, "  # of a pair: run id of the other answer
-    "judge TEXT, "
-    "prompts TEXT, "  # "mt_bench" or "own", see protocol.label_prompts
-    "repeat INTEGER, "  # 0, 1, ... with --repeats
-    "refs TEXT, "  # "original" or "corrected:HASH"
-    "answer_sha256 TEXT, "  # of the answers shown, see answer_sha256
-    "request_sha256 TEXT,\n    "  # the request that judges them: a key of `judgements`
-    'PRIMARY KEY (model_id, question_id, turn, choice, grading, "order", baseline, judge, prompts, '
-    "repeat, refs));\n"
-)
+from pref.judging import identity, protocol, reading
+from pref.judging.identity import Identity
+from pref.judging.reading import Reading
+from pref.judging.schema import open_store  # noqa: F401  the store's way in
 
 
 class Item(NamedTuple):
@@ -83,13 +46,19 @@ class Item(NamedTuple):
     answer_sha256: str
     request_sha256: str
     request: dict
+    judge_id: str = ""
 
 
 ASKED_COLUMNS = tuple(name for name in Item._fields if name != "request")
+# Columns of `asked` that do not tell which judgement is needed, see note_items.
+NOT_THE_NEED = ("category", "answer_sha256", "request_sha256", "judge_id")
 REPLY_COLUMNS = (
     *("status", "score", "winner", "judgement", "served_model", "system_fingerprint"),
     *("prompt_tokens", "completion_tokens", "cost_usd"),
+    *("finish_reason", "reading", "rating_mass"),
 )
+# What reading.read_stored wants to know of a reply besides its columns in judgements.csv.
+READING_COLUMNS = ("finish_reason", "verdict", "min_rating_mass")
 
 
 class Result(NamedTuple):
@@ -100,6 +69,9 @@ class Result(NamedTuple):
     winner: str | None = None  # of a pair: A, B or tie
     cost_usd: float | None = None
     served_model: str | None = None
+    reading: str = ""  # see reading.py
+    rating_mass: float | None = None  # local judge: probability of all verdicts together
+    prompt_tokens: int | None = None
 
 
 class Totals(NamedTuple):
@@ -134,39 +106,7 @@ def answer_sha256(turn: int, *answers: list[str]) -> str:
     return disk.sha256_json(shown[0] if len(shown) == 1 else shown)
 
 
-# ---- opening and writing -------------------------------------------------------------------------
-
-
-def open_store(path: Path) -> sqlite3.Connection:
-    """Open the judgements of a results folder; create them if there are none.
-
-    Every statement is a transaction of its own (isolation_level None), except in `note_items`. The
-    connection may be used by several threads, one at a time: `calls.Calls.lock` sees to that.
-    Raises UserError if the file is not a judgement store, is locked, or has another schema version.
-    """
-    try:
-        db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
-            raise UserError(
-                f"{path}: written by another version of this toolkit (schema {version}, expected "
-                f"{SCHEMA_VERSION}); judge with that version, or move the file away: everything "
-                "is then asked, and paid for, again"
-            )
-        db.execute("PRAGMA journal_mode = WAL")
-        # A commit survives kill -9 as soon as it returns. It survives a power cut once it is synced
-        # to disk, which `sync` does every few seconds: to sync each commit would take longer than
-        # the calls do.
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.executescript(SCHEMA)
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    except sqlite3.Error as error:
-        raise UserError(
-            f"{path}: cannot be used as a judgement store: {error}; if another program has it "
-            "open, close that program; if it is damaged, move it away: everything is then asked, "
-            "and paid for, again"
-        ) from None
-    return db
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def sync(db: sqlite3.Connection) -> None:
@@ -174,15 +114,42 @@ def sync(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
+def note_judge(db: sqlite3.Connection, who: Identity) -> None:
+    """Record a judge's identity, before the first item that names it."""
+    row = {
+        "judge_id": who.id,
+        "limitless_id": who.limitless_id,
+        "judge": who.judge,
+        "server": who.server,
+        "parameters": json.dumps(who.parameters),
+        "settings": json.dumps(who.settings),
+        **who.reading._asdict(),
+    }
+    db.execute(
+        f"INSERT OR REPLACE INTO judges ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
+        tuple(row.values()),
+    )
+
+
 def note_items(db: sqlite3.Connection, items: list[Item]) -> None:
     """Record which answers need which requests, in one transaction.
 
-    An item whose request has changed, for example because the answer is new, replaces the old row.
+    An item replaces the row of the same need: its request may have changed, because the answer is
+    new, or its judge only in the limit of tokens. Rows of version 1.0.0, which kept no judge's
+    identity, are replaced too, as that version would have done.
     """
     columns = ", ".join(f'"{column}"' for column in ASKED_COLUMNS)
     placeholders = ", ".join("?" * len(ASKED_COLUMNS))
     rows = [tuple(getattr(item, column) for column in ASKED_COLUMNS) for item in items]
+    need = [column for column in ASKED_COLUMNS if column not in NOT_THE_NEED]
+    same_need = " AND ".join(f'"{column}" = :{column}' for column in need)
+    replaced = f"""
+        DELETE FROM asked WHERE {same_need} AND judge_id != :judge_id
+        AND (judge_id = '' OR judge_id IN (SELECT judge_id FROM judges WHERE limitless_id =
+            (SELECT limitless_id FROM judges WHERE judge_id = :judge_id)))"""
+    needs = [item._asdict() | {"request": None} for item in items]
     db.execute("BEGIN IMMEDIATE")
+    db.executemany(replaced, needs)
     db.executemany(f"INSERT OR REPLACE INTO asked ({columns}) VALUES ({placeholders})", rows)
     db.execute("COMMIT")
 
@@ -201,6 +168,7 @@ def save_reply(
         "judge": request["judge"],
         "judge_params_b": params_b,
         "request": json.dumps(request, ensure_ascii=False),
+        "limitless_sha256": identity.limitless_hash(request) if "parameters" in request else None,
         "tries": 1,
         "tstamp": time.time(),
         **{column: reply.get(column) for column in REPLY_COLUMNS},
@@ -222,20 +190,44 @@ def save_reply(
 # ---- questions that judge.py asks ----------------------------------------------------------------
 
 
-def find_results(db: sqlite3.Connection, items: list[Item]) -> dict[str, Result]:
-    """Result by request hash, of the items' requests that were answered or have failed."""
-    keys = {item.request_sha256 for item in items}
-    rows = db.execute(f"SELECT request_sha256, {', '.join(Result._fields)} FROM judgements")
-    return {key: Result(*columns) for key, *columns in rows if key in keys}
+def find_results(
+    db: sqlite3.Connection,
+    items: list[Item],
+    how: Reading = Reading(),  # noqa: B008  immutable
+) -> dict[str, Result]:
+    """Result by request hash, of the items' requests that were answered or have failed.
+
+    how: the reading that turns replies into verdicts.
+    """
+    grading = {item.request_sha256: item.grading for item in items}
+    columns = ("judgement", "finish_reason", *Result._fields)
+    results = {}
+    for key, *values in db.execute(f"SELECT request_sha256, {', '.join(columns)} FROM judgements"):
+        if key in grading:
+            row = dict(zip(columns, values)) | {"grading": grading[key]}
+            row = reading.read_stored(row, how)
+            results[key] = Result(**{name: row[name] for name in Result._fields})
+    return results
 
 
-def find_pending(db: sqlite3.Connection, items: list[Item], retry_failed: bool) -> dict[str, dict]:
+def find_pending(
+    db: sqlite3.Connection,
+    items: list[Item],
+    retry_failed: bool,
+    how: Reading = Reading(),  # noqa: B008  immutable
+) -> dict[str, dict]:
     """Requests still to be made by hash, each once, in the order of `items`.
 
-    These are the requests that were never made and, with `retry_failed`, those that failed.
+    These are the requests that were never made and, with `retry_failed`, those that failed. What
+    has a verdict by the official reading is never asked again, even if it has none by `how`.
     """
-    results = find_results(db, items)
-    done = {key for key, result in results.items() if result.status == "ok" or not retry_failed}
+    official = Reading(min_rating_mass=0.0)
+    done = {
+        key
+        for one in (official, how)
+        for key, result in find_results(db, items, one).items()
+        if result.status == "ok" or not retry_failed
+    }
     return {item.request_sha256: item.request for item in items if item.request_sha256 not in done}
 
 
@@ -253,13 +245,25 @@ def learned_lengths(db: sqlite3.Connection, judge: str) -> Lengths:
     return Lengths(*db.execute(query, (judge,)).fetchone())
 
 
-def last_accepted_parameters(db: sqlite3.Connection, judge: str) -> dict | None:
-    """Parameters of this judge's newest successful request, or None without one."""
-    query = """
-        SELECT request FROM judgements WHERE judge = ? AND status = 'ok'
-        ORDER BY tstamp DESC LIMIT 1"""
-    row = db.execute(query, (judge,)).fetchone()
-    return json.loads(row[0])["parameters"] if row else None
+def last_accepted_parameters(db: sqlite3.Connection, judge: str, server: str) -> dict | None:
+    """Parameters of this judge's newest successful request to this server, else those that were
+    last recorded for it (a batch file was written), or None. Requests of version 1.0.0, which kept
+    no address, count for any server.
+    """
+    queries = (
+        """SELECT json_extract(request, '$.parameters') FROM judgements
+        WHERE judge = ? AND json_extract(request, '$.server') = ? AND status = 'ok'
+        ORDER BY tstamp DESC LIMIT 1""",
+        """SELECT parameters FROM judges WHERE judge = ? AND server = ?
+        ORDER BY rowid DESC LIMIT 1""",
+        """SELECT json_extract(request, '$.parameters') FROM judgements
+        WHERE judge = ? AND json_extract(request, '$.server') IS NULL AND ? != '' AND status = 'ok'
+        ORDER BY tstamp DESC LIMIT 1""",
+    )
+    for query in queries:
+        if row := db.execute(query, (judge, server)).fetchone():
+            return json.loads(row[0])
+    return None
 
 
 # ---- judgements.csv ------------------------------------------------------------------------------
@@ -270,14 +274,16 @@ def write_csvs(db: sqlite3.Connection, runs: dict[Path, dict]) -> None:
 
     runs: answers by run folder, as `mt_bench.read_answers` returns them.
     """
-    query = csv_query()
+    query, columns = csv_query(), (*judgements.JUDGEMENT_COLUMNS, *READING_COLUMNS)
     # Answers by run id; a baseline that is not among `runs` is read when a row first names it.
     answers_of = {run.resolve().name: answers for run, answers in runs.items()}
     for run, answers in runs.items():
-        # 1) Everything that was ever asked about this run.
+        # A run that was deleted meanwhile does not come back as a folder.
+        if not (run / "mt_bench").is_dir():
+            continue
+        # 1) Everything that was ever asked about this run, as its judge is read.
         rows = [
-            dict(zip(judgements.JUDGEMENT_COLUMNS, row))
-            for row in db.execute(query, (run.resolve().name,))
+            read_row(dict(zip(columns, row))) for row in db.execute(query, (run.resolve().name,))
         ]
         for name in {row["baseline"] for row in rows} - answers_of.keys() - {""}:
             path = run.resolve().parent / name / "mt_bench" / "answers.jsonl"
@@ -293,15 +299,31 @@ def write_csvs(db: sqlite3.Connection, runs: dict[Path, dict]) -> None:
 
 
 def csv_query() -> str:
-    """The query for one run's rows of judgements.csv, in the order of JUDGEMENT_COLUMNS."""
-    columns = ", ".join(
-        f'{"asked" if column in ASKED_COLUMNS else "judgements"}."{column}"'
-        for column in judgements.JUDGEMENT_COLUMNS
-    )
+    """The query for one run's rows, in the order of JUDGEMENT_COLUMNS and READING_COLUMNS."""
+    sources = dict.fromkeys(ASKED_COLUMNS, "asked") | {
+        "judge_id": "NULLIF(asked.judge_id, '')",
+        "judge_address": "NULLIF(judges.server, '')",
+        "judge_settings": "COALESCE(judges.settings, json_extract(request, '$.parameters'))",
+        "verdict": "judges.verdict",
+        "min_rating_mass": "judges.min_rating_mass",
+    }
+    columns = []
+    for column in (*judgements.JUDGEMENT_COLUMNS, *READING_COLUMNS):
+        source = sources.get(column, "judgements")
+        columns.append(f'{source}."{column}"' if source.isalpha() else source)
     return f"""
-        SELECT {columns} FROM asked JOIN judgements USING (request_sha256) WHERE model_id = ?
-        ORDER BY asked.judge, prompts, grading, baseline, refs, question_id, turn, choice, "order",
-                 repeat"""
+        SELECT {", ".join(columns)} FROM asked JOIN judgements USING (request_sha256)
+        LEFT JOIN judges ON judges.judge_id = asked.judge_id WHERE model_id = ?
+        ORDER BY asked.judge, asked.judge_id, prompts, grading, baseline, refs, question_id, turn,
+                 choice, "order", repeat"""
+
+
+def read_row(row: dict) -> dict:
+    """A row of csv_query, read as its judge's identity says; by default the official reading."""
+    how = Reading()
+    if row["verdict"] is not None:
+        how = Reading(row["verdict"], row["min_rating_mass"])
+    return reading.read_stored(row, how)
 
 
 def is_current(row: dict, answers: dict, answers_of: dict[str, dict]) -> bool:
@@ -320,13 +342,35 @@ def is_current(row: dict, answers: dict, answers_of: dict[str, dict]) -> bool:
 def judgement_counts(results: Path, judge: str) -> dict[str, Verdicts]:
     """Judgements of `judge`, or of every judge if that is "", by run id.
 
-    A run is missing from the result if nothing was ever asked about it.
+    Of judges of one name (other parameters, another server) the one that was asked last counts, for
+    each way of grading, and what nobody has asked since version 1.0.0. A run is missing from the
+    result if nothing was ever asked about it.
     """
     query = """
-        SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok')
-        FROM asked LEFT JOIN judgements USING (request_sha256)
-        WHERE asked.judge = ?1 OR ?1 = '' GROUP BY model_id"""
-    return {run: Verdicts(*counts) for run, *counts in read_rows(results, query, judge)}
+        WITH latest AS (
+            SELECT judge_id, MAX(asked.rowid) FROM asked
+            WHERE judge = ?1 OR ?1 = '' GROUP BY judge, grading, prompts, refs)
+        SELECT model_id, COUNT(*),
+            SUM(COALESCE(status, '') != 'ok'
+                OR COALESCE(rating_mass < COALESCE(min_rating_mass, ?2), FALSE))
+        FROM asked LEFT JOIN judgements USING (request_sha256) LEFT JOIN judges USING (judge_id)
+        WHERE (asked.judge = ?1 OR ?1 = '')
+        AND (asked.judge_id = '' OR asked.judge_id IN (SELECT judge_id FROM latest))
+        GROUP BY model_id"""
+    values: list = [judge, reading.MIN_RATING_MASS]
+    if schema_of(results) == 1:  # it kept one judge of a name
+        query = """
+            SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok')
+            FROM asked LEFT JOIN judgements USING (request_sha256)
+            WHERE asked.judge = ?1 OR ?1 = '' GROUP BY model_id"""
+        values = [judge]
+    return {run: Verdicts(*counts) for run, *counts in read_rows(results, query, *values)}
+
+
+def schema_of(results: Path) -> int:
+    """The version of the folder's store; 0 without one."""
+    rows = read_rows(results, "PRAGMA user_version")
+    return rows[0][0] if rows else 0
 
 
 def read_totals(results: Path) -> Totals | None:
@@ -346,7 +390,7 @@ def has_unreached(results: Path) -> bool:
     return bool(read_rows(results, query))
 
 
-def read_rows(results: Path, query: str, *values: str) -> list[tuple]:
+def read_rows(results: Path, query: str, *values: str | float) -> list[tuple]:
     """Rows of a query to a results folder's store; none if it has no store. Raises UserError."""
     path = results / "judgements.sqlite"
     if not path.is_file():

@@ -8,8 +8,22 @@ from typing import NamedTuple
 
 from pref.files import console, judgements, mt_bench
 from pref.judging import protocol
+from pref.judging.identity import Identity
 from pref.judging.protocol import Bench, Judge
+from pref.judging.reading import FALLBACK, FIRST, LAST, SEVERAL, Reading
+from pref.judging.run_answers import FAILED
 from pref.judging.store import Item, Result
+
+# See cut_prompts. The first in characters per token, the others in characters and tokens.
+MOST_CHARS_PER_TOKEN, LONG_PROMPT, LEAST_CONTEXT = 8, 4000, 512
+
+# What to do about a status, where the status alone does not tell.
+REMEDIES = {
+    "length": "cut off; a higher --max_tokens asks only these again",
+    "thoughts": "thoughts without an answer; does the server's --reasoning-parser fit the model?",
+    "mass": "the verdicts have less of the judge's probability than --min_rating_mass; it would "
+    "have answered something else",
+}
 
 
 class Outcome(NamedTuple):
@@ -20,6 +34,7 @@ class Outcome(NamedTuple):
 
 
 def announce(
+    who: Identity,
     judge: Judge,
     bench: Bench,
     runs: dict[Path, dict],
@@ -30,22 +45,50 @@ def announce(
 
     runs: answers by run folder. pending: requests by hash.
     """
-    asked_with = "" if judge.local else f", asked with {json.dumps(judge.parameters)}"
-    print(f"judge {judge.name}, prompts {bench.label}{asked_with}{smoke_note(judge)}")
+    where = f" at {who.server}" if who.server else ""
+    asked_with = "" if judge.local else f", asked with {json.dumps(who.parameters)}"
+    print(
+        f"judge {who.judge}{where} (judge_id {who.id}), prompts {bench.label}{asked_with}"
+        f"{reading_note(who)}{smoke_note(judge)}"
+    )
     total = len(bench.questions)
     for run, answers in runs.items():
         name = run.resolve().name
         answered = len({question_id for question_id, _ in answers})
-        empty = sum(not turn.strip() for row in answers.values() for turn in row["turns"])
+        turns = [turn for row in answers.values() for turn in row["turns"]]
+        empty = sum(not turn.strip() for turn in turns)
+        failed = sum(turn.strip() == FAILED for turn in turns)
         if answered < total:
             print(f"run {name}: has answers to {answered} of {total} questions; these are judged")
         if empty:
             print(f"run {name}: {empty} empty turns, judged as they are")
+        if failed:
+            print(f"run {name}: {failed} turns are {FAILED}, a failed answer: they are not judged")
     done = len({item.request_sha256 for item in items}) - len(pending)
     print(
         f"{len(items)} judgements of {len(runs)} runs: {done} requests already made, "
         f"{len(pending)} to make"
     )
+
+
+def announce_other_servers(who: Identity, servers: list[str]) -> None:
+    """Say that this judge's verdicts at other addresses are not taken over, and how they would."""
+    if servers:
+        print(
+            f"{who.judge} has verdicts at {', '.join(servers)}, which are another judge's; if the "
+            f"server has only moved, --server_name {servers[-1]} takes them over"
+        )
+
+
+def reading_note(who: Identity) -> str:
+    """A remark on a reading that is not the official one, else ""."""
+    official = Reading()
+    notes = [
+        f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+        for name, value in who.reading._asdict().items()
+        if value != getattr(official, name)
+    ]
+    return f", read with {' '.join(notes)}" if notes else ""
 
 
 def smoke_note(judge: Judge) -> str:
@@ -57,6 +100,7 @@ def smoke_note(judge: Judge) -> str:
 
 def print_results(
     judge: Judge,
+    who: Identity,
     bench: Bench,
     items: list[Item],
     results: dict[str, Result],
@@ -77,10 +121,11 @@ def print_results(
         how = f"comparison with {baseline} in both orders"
     print(
         f"\nMT-Bench, {how} by {judge.name}{served_note}, prompts {bench.label}, "
-        f"references {bench.refs}{smoke_note(judge)}"
+        f"references {bench.refs}{reading_note(who)}{smoke_note(judge)}"
     )
     if baseline is not None:
         print_table([summarise_pairs(outcomes) for outcomes in by_run.values()])
+        print_remarks(who, items, results)
         return
     print_table([summarise_single(outcomes) for outcomes in by_run.values()])
     print("\nby category, both turns")
@@ -92,6 +137,57 @@ def print_results(
     )
     if bench.label == "own":
         print("own prompts: these scores are not comparable with published MT-Bench scores")
+    print_remarks(who, items, results)
+
+
+def print_remarks(who: Identity, items: list[Item], results: dict[str, Result]) -> None:
+    """Print what a reader of the table must know of how its verdicts came about."""
+    judged = {item.request_sha256: item for item in items if item.request_sha256 in results}
+    outcomes = [Outcome(item, results[key]) for key, item in judged.items()]
+    counts = Counter(o.result.reading for o in outcomes if o.result.status == "ok")
+    if n := counts[FALLBACK]:
+        print(
+            f"{n} of {len(outcomes)} ratings are a number in single brackets, [7], which FastChat "
+            "reads where a judgement has no [[7]]; it may be an index or a citation"
+        )
+    if n := counts[SEVERAL]:
+        other = LAST if who.reading.verdict == FIRST else FIRST
+        print(
+            f"{n} of {len(outcomes)} judgements have several verdicts, and the first and the last "
+            f"differ; the {who.reading.verdict} one counts (--verdict {other} reads the other, at "
+            "no cost)"
+        )
+    statuses = Counter(o.result.status for o in outcomes)
+    for status, remedy in REMEDIES.items():
+        if statuses[status]:
+            print(f"{statuses[status]} {status}: {remedy}")
+    if n := cut_prompts(outcomes):
+        print(
+            f"{n} of {len(outcomes)} prompts have too few tokens for their length: the server "
+            "seems to cut them off without a word, so that the judge saw a part (ollama: raise "
+            "num_ctx), and these verdicts are of little worth"
+        )
+
+
+def cut_prompts(outcomes: list[Outcome]) -> int:
+    """How many prompts the server seems to have cut off before the judge saw them.
+
+    A token of text is some four characters. One of more than MOST_CHARS_PER_TOKEN is none of text;
+    and prompts of very different lengths that all have the highest count were cut to it.
+    """
+    sizes = [
+        (sum(len(message["content"]) for message in item.request["messages"]), result.prompt_tokens)
+        for item, result in outcomes
+        if result.prompt_tokens
+    ]
+    most = max((tokens for _, tokens in sizes), default=0)
+    at_most = [chars for chars, tokens in sizes if tokens == most]
+    same = most >= LEAST_CONTEXT and max(at_most) > 1.2 * min(at_most)
+    return sum(
+        (chars >= LONG_PROMPT and chars > MOST_CHARS_PER_TOKEN * tokens)
+        or (same and tokens == most)
+        for chars, tokens in sizes
+    )
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

@@ -133,7 +133,7 @@ def read(model: str) -> Architecture:
     read.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"--model {model}: its configuration cannot be read ({first_line(error)}); give a "

@@ -283,6 +283,9 @@ def start_from(model: PeftModel, folder: Path) -> None:
         raise UserError(
             f"{folder}: adapter_model.safetensors cannot be read ({first_line(error)})"
         ) from None
+    bad = [name for name, values in weights.items() if not values.isfinite().all()]
+    if bad:
+        raise UserError(f"{folder}: weights that are NaN or infinite ({bad[0]}); train it again")
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }

@@ -6,10 +6,19 @@ Shared by answers (gen_mtbench.py) and judgements (judge.py). A message to the u
 
 import os
 import re
+import urllib.request
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from pref.files.console import UserError
+from pref.files.console import UserError, first_line
 
+DEFAULT_URL = "https://api.openai.com/v1"
 FATAL_STATUS = (401, 403, 404)  # a later request would fail in the same way
+# How providers write that a limit for the day (week, month) is reached; to wait a minute is no use.
+LIMIT_OF_THE_DAY = re.compile(
+    r"per[-_ ]?(?:day|week|month)|\b(?:daily|weekly|monthly)\b|by(?:day|month)\b|\b[rt]pd\b"
+    r"|per (?:86400|24)",
+    re.IGNORECASE,
+)
 
 
 def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: int):
@@ -33,14 +42,80 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
             "OPENAI_API_KEY contains control or non-ASCII characters, so it was not copied "
             "correctly; export it again"
         )
-    http_client = openai.DefaultHttpxClient(event_hooks={"response": [stop_retries_without_credit]})
+    # Parameters of the address, such as Azure's api-version, belong behind each request's path.
+    base_url, query, host = split_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
     return openai.OpenAI(
         api_key=key,
         base_url=base_url,
         timeout=timeout_s,
         max_retries=max_retries,
-        http_client=http_client,
+        default_query=query or None,
+        # Azure's deployments want the key under this name.
+        default_headers={"api-key": key} if "api-version" in query else None,
+        http_client=open_http_client(openai.DefaultHttpxClient, host),
     )
+
+
+def split_url(url: str) -> tuple[str, dict, str]:
+    """The address without its parameters, the parameters, the host. A path to the end is shortened
+    to what the client continues. Raises UserError for a text that is no address.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        valid = parts.scheme in ("http", "https") and parts.hostname and url.strip().isprintable()
+        valid = valid and parts.port != 0  # a port that is no number raises ValueError
+    except ValueError:
+        valid = False
+    if not valid:
+        shown = hide_password(repr(url.split("?")[0]))
+        raise UserError(
+            f"--base_url {shown}: not an address; give one such as http://localhost:8000/v1"
+        )
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return urlunsplit(parts._replace(path=path, query="", fragment="")), query, parts.hostname
+
+
+def open_http_client(factory, host: str | None):
+    """The client's connections, through the proxy that the environment names for `host`.
+
+    A redirect is not followed: it would turn a POST into a GET, or take the key elsewhere. Raises
+    UserError for a proxy that cannot be used.
+    """
+    try:
+        return factory(
+            event_hooks={"response": [stop_retries_without_credit]},
+            follow_redirects=False,
+            trust_env=not is_loopback(host),  # no proxy stands before this machine
+        )
+    except (ImportError, ValueError) as error:
+        proxies = ", ".join(
+            f"{name}={hide_password(value)}"
+            for name, value in os.environ.items()
+            if name.lower().endswith("_proxy") and name.lower() != "no_proxy" and value
+        )
+        raise UserError(
+            f"{proxies}: this proxy cannot be used ({first_line(error)}); correct the variable, "
+            "unset it, or list the server in NO_PROXY"
+        ) from None
+
+
+def is_loopback(host: str | None) -> bool:
+    return host is not None and (host in ("localhost", "::1", "0.0.0.0") or host.startswith("127."))
+
+
+def proxy_before(url: str) -> str | None:
+    """The proxy that connections to `url` go through, without its password, or None."""
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname) or urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return hide_password(proxy) if proxy else None
+
+
+def hide_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def complete(client, body: dict) -> str:
@@ -53,10 +128,13 @@ def complete(client, body: dict) -> str:
 
 
 def stop_retries_without_credit(response) -> None:
-    """The client retries every 429, but waiting does not restore an account's credit. This header
-    tells the client not to.
+    """The client retries every 429, but waiting restores neither an account's credit nor, within
+    minutes, a limit for the day. This header tells the client not to.
     """
-    if response.status_code == 429 and b"insufficient_quota" in response.read():
+    if response.status_code != 429:
+        return
+    text = response.read().decode("utf-8", "replace")
+    if "insufficient_quota" in text or LIMIT_OF_THE_DAY.search(text):
         response.headers["x-should-retry"] = "false"
 
 
@@ -74,12 +152,23 @@ def writable(text: str) -> str:
 
 
 def is_out_of_credit(error) -> bool:
-    return error.status_code == 429 and "insufficient_quota" in (error.code, error.type)
+    no_quota = error.status_code == 429 and "insufficient_quota" in (error.code, error.type)
+    return no_quota or error.status_code == 402
+
+
+def is_limit_of_the_day(error) -> bool:
+    """Whether an `openai.APIStatusError` is a rate limit that hours of waiting would lift."""
+    if error.status_code != 429:
+        return False
+    return bool(LIMIT_OF_THE_DAY.search(f"{error.message} {error.body}"))
 
 
 def address(client) -> str:
-    """The server's URL, without a user name and password if it contains them."""
-    return re.sub(r"//[^/@]*@", "//", str(client.base_url))
+    """The server's URL, without a user name and password if it contains them. Of its parameters
+    only api-version is shown: others may be keys.
+    """
+    version = {k: v for k, v in client.default_query.items() if k == "api-version"}
+    return hide_password(str(client.base_url)) + (f"?{urlencode(version)}" if version else "")
 
 
 def explain(client, option: str, name: str, error) -> str:
@@ -97,7 +186,19 @@ def explain(client, option: str, name: str, error) -> str:
         )
     if isinstance(error, openai.APIConnectionError):
         cause = clean(client, str(error.__cause__ or error))
-        return f"{place}: no server answers at {url} ({cause}); start it, or correct --base_url"
+        proxy = proxy_before(str(client.base_url))
+        through = f" through the proxy {proxy}" if proxy else ""
+        bypass = ", or list it in NO_PROXY" if proxy else ""
+        return (
+            f"{place}: no server answers at {url}{through} ({cause}); start it, or correct "
+            f"--base_url{bypass}"
+        )
+    if 300 <= error.status_code < 400:
+        target = hide_password(error.response.headers.get("location", "another address"))
+        return (
+            f"{place}: {url} redirects to {clean(client, target)}; give --base_url as the server "
+            "has it (https in place of http, no detour)"
+        )
     message = " ".join(clean(client, error.message).split())[:300]
     fact = f"{place}: {url} answers {error.status_code}"
     return f"{fact}: {remedy(error, option, url)}. Its message: {message}"
@@ -109,6 +210,11 @@ def remedy(error, option: str, url: str) -> str:
         return (
             "the account has no credit left; add some, or use another key, and run the same "
             "command again"
+        )
+    if is_limit_of_the_day(error):
+        return (
+            "a limit for the day (or longer) is reached; run the same command again when it is "
+            "lifted: it asks for what is missing"
         )
     if error.status_code >= 500:
         return "the server failed; look at its log, then run the same command again"

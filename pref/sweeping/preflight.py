@@ -255,7 +255,8 @@ def check_judge(study: Study) -> str:
     # 2) Does the judge answer, with these parameters?
     client = server.open_client(f"JUDGE={study.settings['JUDGE']}", args.base_url, 60.0, 2)
     parameters = args.parameters or {"temperature": 0, "max_tokens": args.max_tokens}
-    server_judge.probe_server(client, args.judge, parameters)
+    with_system = any(prompt["system_prompt"] for prompt in bench.prompts.values())
+    server_judge.probe_server(client, args.judge, parameters, with_system)
 
     # 3) What will they cost?
     text = f"judge: {args.judge} answers; about {calls:,} calls"

@@ -17,7 +17,13 @@ from pref.training import loss_check, loss_options
 from pref.training.declaration import ABOVE_0, BELOW_1, Argument, Range
 from pref.training.schedule import TRIAL_STEPS
 
-SEEDS = Range(lambda x: x >= 0, "0 or more")
+SEEDS = Range(lambda x: 0 <= x < 2**32, f"0 or more, below {2**32} (NumPy's limit)")
+RANKS = Range(lambda x: x >= 0, "a number of ranks, or 0 for this launch's")
+RATES = Range(lambda x: 0 < x <= 1, "above 0, at most 1")
+EPOCHS = Range(lambda x: 0 < x <= 1000, "above 0, at most 1000")
+NORMS = Range(lambda x: 0 <= x < math.inf, "a finite number, 0 (no clipping) or above")
+LORA_RANKS = Range(lambda x: 1 <= x <= 8192, "1 to 8192")
+BUDGETS = Range(lambda x: x == 0 or x >= 16, "0 (from --per_device_batch), or at least 16 tokens")
 STEPS = Range(lambda x: x >= 0, "0 (epochs decide) or more")
 LENGTHS = Range(lambda x: x >= 16, "at least 16 tokens")
 AUTO = ("auto", "on", "off")
@@ -25,7 +31,8 @@ AUTO = ("auto", "on", "off")
 # A row: name, type or choices, default, facts about it, and the help text with the unit. Rows are
 # in the order of --help, and tags appear in the run id in this order.
 RUN = (
-    Argument("model", str, "meta-llama/Llama-2-7b-chat-hf").describe(
+    # Which model it is is told by the hash of its files, not by where they are.
+    Argument("model", str, "meta-llama/Llama-2-7b-chat-hf", affects="place").describe(
         "chat model: hub id or folder"
     ),
     Argument("data", Path, Path("data/dpo-mix-7k"), affects="place").describe(
@@ -36,10 +43,14 @@ RUN = (
         "name of the run's folder (default: loss, beta, tau, seed and what else is not a default)"
     ),
     Argument("mode", ("full", "trial"), "full").describe(
-        f"trial: {TRIAL_STEPS} steps to test a set-up; analyze.py refuses the run"
+        f"trial: {TRIAL_STEPS} steps to test a set-up; its numbers measure nothing"
     ),
     Argument(
-        "dry_run", int, affects="session", options={"nargs": "?", "const": 0, "metavar": "RANKS"}
+        "dry_run",
+        int,
+        range=RANKS,
+        affects="session",
+        options={"nargs": "?", "const": 0, "metavar": "RANKS"},
     ).describe(
         "print steps, tokens and memory for RANKS ranks (default: this launch's), then stop"
     ),
@@ -68,13 +79,13 @@ LOSS = (
     *loss_options.PARAMETERS,
 )
 OPTIMISATION = (
-    Argument("learning_rate", float, 1e-5, range=ABOVE_0, tag="lr").describe(
+    Argument("learning_rate", float, 1e-5, range=RATES, tag="lr").describe(
         "peak learning rate of AdamW on the adapter, reached after the warm-up"
     ),
-    Argument("beta_mix_lr", float, 1e-3, tag="mlr").describe(
+    Argument("beta_mix_lr", float, 1e-3, range=RATES, tag="mlr").describe(
         "with --learn_beta_mix: learning rate of log beta_mix"
     ),
-    Argument("epochs", float, 3, range=ABOVE_0, tag="ep").describe(
+    Argument("epochs", float, 3, range=EPOCHS, tag="ep").describe(
         "passes over the training pairs; may be a fraction"
     ),
     Argument("max_steps", int, 0, range=STEPS, tag="steps").describe(
@@ -99,8 +110,8 @@ OPTIMISATION = (
     Argument("warmup_ratio", float, 0.1, range=BELOW_1, tag="wu").describe(
         "share of the steps in which the learning rate rises from 0; then cosine to 0"
     ),
-    Argument("max_grad_norm", float, 1.0, range=ABOVE_0, tag="clip").describe(
-        "L2 norm that the gradient of a step is clipped to"
+    Argument("max_grad_norm", float, 1.0, range=NORMS, tag="clip").describe(
+        "L2 norm that the gradient of a step is clipped to (0: no clipping)"
     ),
     Argument("eval_steps", int, 20, range=ABOVE_0).describe(
         "optimiser steps between evaluations; each epoch also ends with one"
@@ -114,7 +125,7 @@ MODEL = (
         "LoRA adapter to start from, of SFT for example; it is part of the reference, and sets "
         "r, alpha and targets"
     ),
-    Argument("lora_r", int, 64, range=ABOVE_0, tag="r").describe("rank r of the LoRA matrices"),
+    Argument("lora_r", int, 64, range=LORA_RANKS, tag="r").describe("rank r of the LoRA matrices"),
     Argument("lora_alpha", int, 16, range=ABOVE_0, tag="a").describe(
         "LoRA updates are scaled by alpha / r"
     ),
@@ -136,7 +147,7 @@ MODEL = (
     Argument("checkpointing", AUTO, "auto", affects="kernel").describe(
         "recompute activations: slower, much less memory; auto: if the plan would fill the device"
     ),
-    Argument("tokens_per_microbatch", int, 0, affects="speed").describe(
+    Argument("tokens_per_microbatch", int, 0, range=BUDGETS, affects="speed").describe(
         "tokens per micro-batch that pairs are packed up to (0: per_device_batch * max_length)"
     ),
     Argument("prefix_sharing", ("on", "off"), "on", affects="kernel").describe(
@@ -272,6 +283,9 @@ def loss_parameters(args: argparse.Namespace) -> dict:
         loss_options.check_parameters(args.loss, parameters)
     except ValueError as error:
         raise UserError(str(error)) from None
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be a finite number")
     if not uses_score(args.loss, parameters):
         if unused := [name for name in given if name.startswith("score")]:
             raise UserError(
@@ -303,6 +317,11 @@ def check_own_loss(args: argparse.Namespace, parameters: dict) -> dict:
         raise UserError(f"--loss_file {args.loss_file}: fails its self-test: {'; '.join(failures)}")
     for note in report.notes:
         print(f"{args.loss}: {note}", flush=True)
+    # From here on it is treated as a loss of losses.py with these properties is.
+    if report.couples:
+        COUPLES_BATCH.add(args.loss)
+    if report.needs_two:
+        NEEDS_TWO_PAIRS.add(args.loss)
     return {"loss_file_sha256": disk.sha256_file(Path(args.loss_file.rpartition(":")[0]))}
 
 

@@ -10,14 +10,14 @@ import torch
 
 from pref.files.console import UserError
 from pref.files.pairs import read_pairs
-from pref.model import chat, loading, sharding
+from pref.model import chat, loading, sharding, weights
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, check_logps
 from pref.model.lora import add_lora, tied_head_warning
 from pref.model.packing import Packing, make_batch
 from pref.model.ranks import Ranks
-from pref.training import arguments, run_folder, run_id, schedule, settings
-from pref.training.reference import Split, reference_logps
+from pref.training import arguments, gates, run_folder, run_id, schedule, settings
+from pref.training.reference import BaseHashes, Split, cache_files, reference_logps
 
 
 class Prepared(NamedTuple):
@@ -54,9 +54,11 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
     counts = {split: len(pairs) for split, pairs in rows.items()}
     arguments.check_micro_batches(args, counts, ranks.world, ranks.main)
 
-    # 3) The run's name, from what the user gave; then each `auto`, resolved for this device.
+    # 3) The run's name, from what the user gave; then the model's files, and each `auto`, resolved
+    #    for this device.
     args = settings.replaced(args, run_id=run_id.choose(args, parameters))
-    args = settings.for_device(args, ranks)
+    files = weights.find_model(args.model, needs_weights=args.dry_run is None)
+    args = settings.for_device(args, files, ranks)
     return Prepared(
         args, parameters, rows, run_folder.begin_record(args, parameters, own_loss, ranks)
     )
@@ -87,16 +89,18 @@ def tokenise(
     return pairs, counts
 
 
-def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, str]:
-    """The base model with its adapter, sharded over ranks, and the fingerprint of the base's
-    weights.
-    """
+def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, BaseHashes]:
+    """The base model with its adapter, sharded over ranks, and which base model it is."""
     dtype, device = getattr(torch, args.dtype), ranks.device
     if args.shard == "full" and ranks.world > 1:
         # Rank 0 loads the weights into RAM; the others get their shards from it.
         device = torch.device("cpu" if ranks.main else "meta")
     base = loading.load_base(args.model, dtype, args.quant, device)
-    weights = ranks.from_main(loading.fingerprint(base) if ranks.main else None)
+    hashes = None
+    if ranks.main:
+        model = weights.identity(weights.find_model(args.model))
+        hashes = BaseHashes(model, loading.fingerprint(base))
+    hashes = ranks.from_main(hashes)
     adapted = add_lora(
         base,
         r=args.lora_r,
@@ -111,7 +115,7 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
     policy = ResponseLogps(adapted, settings.attention_of(args))
     policy.prepare_layers(args.compile == "on", args.checkpointing == "on")
     sharding.shard(policy, args.shard, dtype, ranks)
-    return policy, weights
+    return policy, hashes
 
 
 def load_splits(
@@ -119,25 +123,23 @@ def load_splits(
     ranks: Ranks,
     policy: ResponseLogps,
     packing: Packing,
-    keys: dict[str, str],
+    record: dict,
     rows: dict[str, list[dict]],
     pairs: dict[str, list[TokenPair]],
 ) -> dict[str, Split]:
-    """Pairs with their reference log-probs, by split; from the cache, or computed. keys: the names
-    of the cache's files.
+    """Pairs with their reference log-probs, by split; from the cache, or computed. record: from
+    reference.identity.
 
     Raises UserError if our log-probs differ from the architecture's own.
     """
-    # The shortest validation pair through our layout and through the model's own forward pass.
-    probe = min(pairs["val"], key=lambda pair: pair.tokens)
-    ours = make_batch([probe], packing, ranks.device)
-    plain = make_batch([probe], packing._replace(padded=True, shared=False), ranks.device)
+    # The shortest validation pairs through our layout and through the model's own forward pass.
+    probe = gates.probe_of(pairs["val"])
+    ours = make_batch(probe, packing, ranks.device)
+    plain = make_batch(probe, packing._replace(padded=True, shared=False), ranks.device)
     check_logps(policy, ours, plain)
-    cache = args.data / "reference"
+    files = cache_files(args.data, record)
     references = {
-        split: reference_logps(
-            policy, pairs[split], packing, cache / f"{keys[split]}.safetensors", ranks, split
-        )
+        split: reference_logps(policy, pairs[split], packing, files, ranks, split)
         for split in pairs
     }
     # A forward pass without a backward pass leaves the root's parameters gathered, and the

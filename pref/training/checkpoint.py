@@ -116,6 +116,7 @@ class Checkpoints:
             with saving(path):
                 self.folder.mkdir(exist_ok=True)
                 save_file(tensors, temporary, metadata=metadata)
+                disk.as_umask_says(temporary)
                 sync(temporary)
                 os.replace(temporary, path)
         except UserError:

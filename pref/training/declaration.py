@@ -75,5 +75,5 @@ class Argument(NamedTuple):
 
     def check(self, value: float) -> None:
         """Raise ValueError if `value` is outside the argument's range."""
-        if self.range and not self.range.allows(value):
+        if self.range and value is not None and not self.range.allows(value):
             raise ValueError(f"--{self.name} {value}: must be {self.range.text}")

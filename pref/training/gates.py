@@ -2,11 +2,14 @@
 a wrong number, so it ends at once.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from pref.files.console import UserError
 from pref.model import sharding
+from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, trainable
 from pref.model.ranks import Ranks
 from pref.training.reference import Split, response_lengths
@@ -16,22 +19,33 @@ from pref.training.reference import Split, response_lengths
 # round differently. The mean is taken because in bf16 a single short response can be off by 0.1,
 # while a stale reference or other weights move all responses.
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+PROBE_TOKENS = 1024
 
 
-def check_step0(logps: Tensor, split: Split, dtype: torch.dtype) -> float:
+def probe_of(pairs: list[TokenPair]) -> list[TokenPair]:
+    """The shortest of `pairs`, up to PROBE_TOKENS, for the model's own forward, which holds logits
+    of all their tokens. In bf16 the mean over one short pair may be twice the mean over several.
+    """
+    by_length = sorted(pairs, key=lambda pair: pair.tokens)
+    ends = list(itertools.accumulate(pair.tokens for pair in by_length))
+    return by_length[: max(1, sum(end <= PROBE_TOKENS for end in ends))]
+
+
+def check_step0(logps: Tensor, split: Split, dtype: torch.dtype, what: str) -> float:
     """Mean |policy - reference| per response token before training (nats). Raises UserError if it
     is above STEP0_TOLERANCE.
 
-    logps: (pairs, 2) the policy's log-probs, summed over tokens; chosen, rejected.
+    logps: (pairs, 2) the policy's log-probs, summed over tokens; chosen, rejected. what: names the
+    pairs.
     """
     per_token = (logps - split.reference.sums).abs() / response_lengths(split.pairs)  # (pairs, 2)
     difference = per_token.mean().item()
     if not difference <= STEP0_TOLERANCE[dtype]:  # NaN fails too
         raise UserError(
             f"before training, the policy differs from its reference by {difference:.3g} nats per "
-            f"token (tolerance {STEP0_TOLERANCE[dtype]} in {dtype}): either a file in the data "
-            "folder's reference/ is stale (delete it), or the weights change between two forward "
-            "passes"
+            f"token on the {what} (tolerance {STEP0_TOLERANCE[dtype]} in {dtype}): either the "
+            f"cached reference is stale (delete {' and '.join(map(str, split.reference.files))}), "
+            "or the weights change between two forward passes"
         )
     return difference
 

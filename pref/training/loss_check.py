@@ -20,6 +20,14 @@ from pref.files.console import UserError, first_line
 from pref.training import loss_options
 
 MARGINS = (0.0, 1.0, -1.0, 50.0, -50.0, 500.0, -500.0, 1e4, -1e4)  # rho and delta, nats
+NEAR_0 = (
+    1e-6,
+    -1e-6,
+    1e-3,
+    -1e-3,
+)  # in float64 alone: beside log-probs, float32 has no such digits
+# At margins up to the first of these a loss must be finite, up to the second it must not be NaN.
+DEFAULTS_REACH, OTHERS_REACH = (50.0, 500.0), (1.0, 50.0)  # at its defaults, at other betas
 BETAS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0)
 SIZES = (1, 2, 10)  # pairs in a batch
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -43,6 +51,8 @@ class Report(NamedTuple):
 
     notes: list[str]  # worth knowing before training with the loss
     failures: list[str]  # to be fixed before training with the loss
+    couples: bool = False  # the pairs of a batch
+    needs_two: bool = False  # pairs in a batch
 
 
 def pairs_at(rho: Tensor, tokens: float = 100.0) -> PairLogps:
@@ -104,16 +114,22 @@ def value_and_gradient(loss: Callable, rho: Tensor, parameters: dict) -> tuple[T
     return values.detach(), gradient
 
 
+def refuses_one_pair(loss: Callable) -> str | None:
+    """What a loss says to a single pair that it refuses with a ValueError; None if it takes it."""
+    try:
+        loss(random_pairs(1))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def check_shapes(loss: Callable, notes: list[str], failures: list[str]) -> None:
-    """One loss per pair and terms of the same shape, for batches of several sizes."""
+    """One finite loss per pair and terms of the same shape, for batches of several sizes."""
     for size in SIZES:
-        try:
-            result = loss(random_pairs(size))
-        except ValueError as error:
-            if size > 1:
-                raise
-            notes.append(f"refuses a single pair: {error}")
+        if size == 1 and (reason := refuses_one_pair(loss)) is not None:
+            notes.append(f"refuses a single pair: {reason}")
             continue
+        result = loss(random_pairs(size))
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             failures.append(
                 "must return (losses, terms): a (B,) tensor with one loss per pair, and a dict of "
@@ -130,18 +146,28 @@ def check_shapes(loss: Callable, notes: list[str], failures: list[str]) -> None:
             failures.append(
                 f"{name} {actual} for {size} pairs: return one value per pair, shape ({size},)"
             )
+        if not failures and not losses.isfinite().all():
+            failures.append(
+                f"not finite for {size} pair(s); a loss that needs more pairs raises ValueError"
+            )
         if failures:
             return
 
 
 def check_finite(loss: Callable, notes: list[str], failures: list[str]) -> None:
     """Value and gradient in float32, over MARGINS and BETAS: right wherever the value computed in
-    float64 fits float32. Where it does not, a note names the margin from which on.
+    float64 fits float32. Where it does not, a note names the margin from which on; at margins that
+    real steps have it is a failure.
     """
-    settings = [{}]
-    if "beta" in loss_options.own_defaults(loss):
-        settings = [{"beta": beta} for beta in BETAS]
+    settings, default = [{}], loss_options.own_defaults(loss).get("beta")
+    if default is not None:
+        settings = [{"beta": beta} for beta in dict.fromkeys((default, *BETAS))]
     for parameters in settings:
+        reach = DEFAULTS_REACH if parameters.get("beta") == default else OTHERS_REACH
+        problems = [misfit(loss, margin, parameters, reach) for margin in (*MARGINS, *NEAR_0)]
+        if any(problems):
+            failures += filter(None, problems)
+            return
         outside = []
         for margin in MARGINS:
             if not fits_float32(loss, margin, parameters):
@@ -170,6 +196,26 @@ def check_finite(loss: Callable, notes: list[str], failures: list[str]) -> None:
                 notes.append(f"{label}leaves float32 beyond rho {edge:.4g}")
     if "discopop_form" in loss_options.own_defaults(loss):
         notes.append(published_overflow(loss))
+
+
+def misfit(
+    loss: Callable, margin: float, parameters: dict, reach: tuple[float, float]
+) -> str | None:
+    """What is wrong with value and gradient at `margin`, computed in float64: beyond float32's
+    range, or NaN, at margins up to `reach`; None if nothing is.
+    """
+    finite_to, a_number_to = reach
+    values = value_and_gradient(loss, two_pairs_at(margin, torch.float64), parameters)
+    for name, x in zip(("value", "gradient"), values):
+        if abs(margin) <= a_number_to and x.isnan().any():
+            kind = "NaN"
+        elif abs(margin) <= finite_to and not (x.abs() < FLOAT32_MAX).all():
+            kind = "infinite in float32"
+        else:
+            continue
+        where = ", where every run starts" if margin == 0 else ""
+        return f"its {name} is {kind} at rho {margin:g}, {parameters}{where}"
+    return None
 
 
 def two_pairs_at(margin: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -213,6 +259,24 @@ def check_precision(loss: Callable, notes: list[str], failures: list[str]) -> No
     worst = ((single.double() - double).abs() / scale).max().item()
     if not worst < FLOAT32_TOLERANCE:
         failures.append(f"float32 differs from float64 by {worst:.1e} (relative) on ordinary pairs")
+
+
+def check_start(loss: Callable, notes: list[str], failures: list[str]) -> None:
+    """The gradient of ordinary pairs, and of pairs on which the policy is still its reference."""
+    ordinary = random_pairs(10, torch.float32)
+    start = ordinary._replace(ref_chosen=ordinary.chosen, ref_rejected=ordinary.rejected)
+    for where, pairs in {"on ordinary pairs": ordinary, "where every run starts": start}.items():
+        names = ("chosen", "rejected", "score_chosen")
+        leaves = {name: getattr(pairs, name).clone().requires_grad_() for name in names}
+        total = loss(pairs._replace(**leaves))[0].sum()
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        bad = [
+            name
+            for name, gradient in zip(leaves, gradients)
+            if gradient is not None and not gradient.isfinite().all()
+        ]
+        if bad:
+            failures.append(f"d loss / d {bad[0]} is not finite {where}")
 
 
 def check_sign(loss: Callable, notes: list[str], failures: list[str]) -> None:
@@ -279,11 +343,14 @@ def check(name: str) -> Report:
         if not failures:  # the other checks rely on the shapes
             check_finite(loss, notes, failures)
             check_precision(loss, notes, failures)
+            check_start(loss, notes, failures)
             check_sign(loss, notes, failures)
             check_coupling(name, loss, notes, failures)
     except RAISED as error:
         failures.append(f"raises {type(error).__name__}: {first_line(error)}")
-    return Report(notes, failures)
+    if failures:
+        return Report(notes, failures)
+    return Report(notes, failures, couples(loss), refuses_one_pair(loss) is not None)
 
 
 def curve(loss: Callable, rho: Tensor, parameters: dict) -> tuple[Tensor, Tensor]:
@@ -312,6 +379,7 @@ def draw_curves(axes, rho: Tensor, curves: dict[str, tuple[Tensor, Tensor]]) -> 
         axis.axvline(0, color="#777777", linewidth=0.8)
 
 
+@drawing.own_style()
 def plot_check(name: str, path: Path) -> None:
     """Plot a loss and its gradient over the margin, for a few betas."""
     loss, rho = LOSSES[name], torch.linspace(-20, 20, 161, dtype=torch.float64)
@@ -329,6 +397,7 @@ def plot_check(name: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+@drawing.own_style()
 def plot_study(path: Path) -> None:
     """Plot the losses of the first study and their gradients, one row per beta."""
     rho = torch.linspace(-10, 10, 161, dtype=torch.float64)

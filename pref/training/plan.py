@@ -107,7 +107,9 @@ def load_of(
 
 def shapes_of(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The model of a hub id or folder on the meta device: shapes without values."""
-    return architecture.on_meta(AutoConfig.from_pretrained(model), None, dtype)
+    return architecture.on_meta(
+        AutoConfig.from_pretrained(model, trust_remote_code=False), None, dtype
+    )
 
 
 def with_lora(base: nn.Module, args: argparse.Namespace) -> PeftModel:

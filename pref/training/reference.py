@@ -1,12 +1,14 @@
 """Reference log-probabilities: computed once per base model and tokenised pairs, kept next to
 the data, shared by all runs.
 
-`data/<name>/reference/<key>.safetensors` holds one fp32 log-prob (nats) per response token. The key
-is a hash of the base weights as loaded (so of quantisation and dtype too) and of the token ids, and
-of nothing else: runs of every loss, beta, tau, seed and LoRA setting read the same file.
+`data/<name>/reference/<key>-{train,val}.safetensors` hold one fp32 log-prob (nats) per response
+token. The key is a hash of all base weights, of the way they were loaded (quantisation, dtype) and
+of the token ids of both splits, and of nothing else: runs of every loss, beta, tau, seed and LoRA
+setting read the same files.
 """
 
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pref.files import disk
-from pref.files.console import UserError
+from pref.files.console import UserError, first_line
 from pref.model import lora
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
@@ -33,9 +35,11 @@ class Reference:
 
     tokens: (all response tokens,) fp32 CPU, pair after pair, chosen before rejected.
     sums: (pairs, 2) the same summed over each response's tokens; chosen, rejected.
+    files: all files of the cache that it belongs to.
     """
 
-    def __init__(self, pairs: list[TokenPair], tokens: Tensor):
+    def __init__(self, pairs: list[TokenPair], tokens: Tensor, files: tuple[Path, ...] = ()):
+        self.files = files
         self.starts = response_starts(pairs)
         assert len(tokens) == self.starts[-1], (len(tokens), self.starts[-1])
         self.tokens = tokens
@@ -55,6 +59,14 @@ class Split(NamedTuple):
     rows: list[dict]
     pairs: list[TokenPair]
     reference: Reference
+
+    def part(self, members: list[int]) -> "Split":
+        """The pairs `members` alone."""
+        pairs = [self.pairs[i] for i in members]
+        starts, tokens = self.reference.starts, self.reference.tokens
+        pieces = [tokens[starts[2 * i] : starts[2 * i + 2]] for i in members]
+        reference = Reference(pairs, torch.cat(pieces), self.reference.files)
+        return Split([self.rows[i] for i in members], pairs, reference)
 
 
 def response_starts(pairs: list[TokenPair]) -> np.ndarray:
@@ -82,21 +94,38 @@ def response_lengths(pairs: list[TokenPair]) -> Tensor:
 # ---- which file ---------------------------------------------------------------------------------
 
 
+class BaseHashes(NamedTuple):
+    """Which base model it is, in two ways."""
+
+    model: str  # weights.identity: of all weights and the configuration, on disk
+    loaded: str  # loading.fingerprint: of a sample as loaded, so of quantisation and dtype too
+
+
 def reference_key(weights: str, pairs: list[TokenPair]) -> str:
-    """The name of the cache's file. weights: hash of the model that is the reference."""
+    """Hash of the model that is the reference, `weights`, and of token ids."""
     return disk.sha256_json([weights, [[p.prompt, p.chosen, p.rejected] for p in pairs]])[:24]
 
 
-def identity(weights: str, adapter: str | None, pairs: dict[str, list[TokenPair]]) -> dict:
+def identity(base: BaseHashes, adapter: str | None, pairs: dict[str, list[TokenPair]]) -> dict:
     """What args.json records of base model and token ids, so that a run is only continued with the
-    same ones.
+    same ones. `base_sha256` and `reference` are as version 1.0.0 wrote them, whose runs have no
+    `model_sha256`.
 
-    weights: loading.fingerprint of the base. adapter: hash of --init_adapter, which is then part of
-    the reference; or None.
+    adapter: hash of --init_adapter, which is then part of the reference; or None.
     """
-    model = weights if adapter is None else disk.sha256_json([weights, adapter])
+    model = base.loaded if adapter is None else disk.sha256_json([base.loaded, adapter])
     keys = {split: reference_key(model, pairs[split]) for split in pairs}
-    return {"base_sha256": weights, "reference": keys}
+    return {"model_sha256": base.model, "base_sha256": base.loaded, "reference": keys}
+
+
+def cache_files(data: Path, record: dict) -> dict[str, Path]:
+    """The cache's files by split. record: from `identity`. All share one key, so that none of them
+    can outlive a change of the other's pairs.
+    """
+    key = disk.sha256_json([record["model_sha256"], record["reference"]])[:24]
+    return {
+        split: data / "reference" / f"{key}-{split}.safetensors" for split in record["reference"]
+    }
 
 
 # ---- the cache ----------------------------------------------------------------------------------
@@ -107,13 +136,24 @@ def sha256_tensor(tensor: Tensor) -> str:
 
 
 def read_cache(path: Path, count: int) -> Tensor | None:
-    """The `count` cached log-probs, or None if the file is missing, truncated or damaged."""
+    """The `count` cached log-probs, or None if there are none. A file that is there but cannot be
+    used is never passed over in silence: another pass over all pairs costs hours on a large model.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             tokens, expected = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
-    except (FileNotFoundError, SafetensorError):
+    except FileNotFoundError:
         return None
-    return tokens if tokens.shape == (count,) and expected == sha256_tensor(tokens) else None
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot be read ({first_line(error)})"
+        if not os.access(path, os.R_OK):
+            problem = "cannot be read: its owner has not given you the permission (chmod a+r)"
+    else:
+        if tokens.shape == (count,) and expected == sha256_tensor(tokens):
+            return tokens
+        problem = "is damaged"
+    print(f"warning: {path}: {problem}; the reference is computed again", flush=True)
+    return None
 
 
 def write_cache(path: Path, tokens: Tensor) -> None:
@@ -124,6 +164,7 @@ def write_cache(path: Path, tokens: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}.{time.time_ns()}.tmp")
         save_file({"logps": tokens}, temporary, metadata={"sha256": sha256_tensor(tokens)})
+        disk.as_umask_says(temporary)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:
         print(
@@ -158,18 +199,25 @@ def reference_logps(
     policy: ResponseLogps,
     pairs: list[TokenPair],
     packing: Packing,
-    path: Path,
+    files: dict[str, Path],
     ranks: Ranks,
     what: str,
 ) -> Reference:
-    """Reference log-probs of `pairs`, read from the cache at `path`, else computed and written
-    there. Raises UserError if the base model gives non-finite log-probs.
+    """Reference log-probs of `pairs`, which are those of the split `what`, read from the cache's
+    file, else computed and written there. Raises UserError if the base model gives non-finite
+    log-probs.
     """
+    path, names = files[what], tuple(files.values())
     cached = read_cache(path, int(response_starts(pairs)[-1]))
-    readers = ranks.sum(torch.tensor(float(cached is not None), device=ranks.device))
-    if readers.item() == ranks.world:  # of use only if every rank sees the file
+    readers = int(ranks.sum(torch.tensor(float(cached is not None), device=ranks.device)))
+    if readers == ranks.world:  # of use only if every rank sees the file
         ranks.print(f"reference log-probs, {what}: read from {path}")
-        return Reference(pairs, cached)
+        return Reference(pairs, cached, names)
+    if readers:
+        ranks.print(
+            f"warning: {path}: only {readers} of {ranks.world} ranks can read it; the reference is "
+            "computed again"
+        )
     tokens = compute(policy, pairs, packing, ranks, what)
     if not tokens.isfinite().all():
         raise UserError(
@@ -178,4 +226,4 @@ def reference_logps(
         )
     if ranks.main:
         write_cache(path, tokens)
-    return Reference(pairs, tokens)
+    return Reference(pairs, tokens, names)

@@ -38,7 +38,8 @@ NOT_THE_RUN_UNLESS_COUPLED = {*arguments.names_affecting("coupled"), "world_size
 # What a refused run is told about a change that is not an argument's.
 CHANGED = {
     "data_sha256": "the pairs in --data have changed",
-    "base_sha256": "the base model's weights have changed",
+    "model_sha256": "the base model's weights or configuration have changed",
+    "base_sha256": "the base model's weights, as loaded, have changed",
     "reference": "the token ids have changed: another tokenizer or chat template",
     "init_adapter_sha256": "the adapter in --init_adapter has changed",
     "loss_file_sha256": "the loss in --loss_file has changed",
@@ -244,6 +245,7 @@ def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Rank
         policy.model.save_pretrained(
             temporary / "adapter", state_dict=state, save_embedding_layers=False
         )
+        disk.as_umask_says(temporary / "adapter")
         checkpoint.sync(temporary / "adapter" / "adapter_model.safetensors")
         disk.write_jsonl(temporary / "val_pairs.jsonl", rows)
         temporary.rename(folder)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from losses import COUPLES_BATCH
 from pref.files import disk
 from pref.files.console import UserError
-from pref.model import architecture, loading, lora
+from pref.model import architecture, loading, lora, weights
 from pref.model.packing import Packing
 from pref.model.ranks import Ranks
 from pref.training import arguments
@@ -67,9 +67,23 @@ def target_names(adapter: Path) -> str:
     return ",".join(sorted({layer.rpartition(".")[2] for layer in layers}))
 
 
-def for_device(args: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
-    """`args` with --quant and --dtype as this device has them."""
+def for_device(
+    args: argparse.Namespace, files: weights.ModelFiles, ranks: Ranks
+) -> argparse.Namespace:
+    """`args` with --quant and --dtype as this device and the model in `files` have them. Raises
+    UserError if the model is quantised itself, and cannot be trained as asked for.
+    """
     quant = args.quant
+    if own := files.quantisation:
+        place = f"--model {args.model}: its weights are quantised already ({own})"
+        if quant == "nf4":
+            raise UserError(f"{place}; leave out --quant nf4")
+        if args.shard == "full":
+            raise UserError(f"{place}, and sharding them is not verified; use --shard adapters")
+        if quant == "auto":
+            how = "in the compute dtype" if own in loading.DEQUANTISED else "as they are"
+            ranks.print(f"--quant none: the model's weights are quantised ({own}); loaded {how}")
+        quant = "none"
     if quant == "auto":
         quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
     dtype = loading.pick_dtype(args.dtype, ranks.device)

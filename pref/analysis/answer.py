@@ -1,0 +1,248 @@
+"""The user's own answer, in short: which loss won, by how much, and what is not decided.
+
+`find_answers` says it for each score, MT-Bench by each judge before validation accuracy, from the
+differences in aggregated_metrics.json. A difference is decided as a claim is: by the adjusted test
+and the interval together, never by one seed, never by a judge that is too small, never in trial
+runs. The report opens with it, and the terminal prints it last.
+"""
+
+from typing import NamedTuple
+
+from pref.analysis import judge_identity, stats, texts
+from pref.analysis.texts import TRIAL
+
+ONE_SEED = "one seed: how much another seed would differ is not known; train three"
+
+
+def find_answers(comparison: dict) -> list[dict]:
+    """One answer for each score that was measured.
+
+    Each has `score` (what was measured), `lead` (one sentence), and `rows`. A row is a comparison:
+    `verdict` ("better", "worse", "not decided" or "not measured"), `text` and `detail`.
+
+    comparison: aggregated_metrics.json.
+    """
+    trial = TRIAL if comparison["trial"] else ""
+    answers = []
+    for judge in comparison["mt_bench"]:
+        if judge["cells"]:
+            name = f"MT-Bench by {judge['title'].removeprefix('judge ')}"
+            mark = trial or judge_identity.smoke_mark(judge)
+            answers.append(answer(name, "MT-Bench points", 2, "questions", judge, mark, comparison))
+    accuracy = comparison["accuracy"]
+    if any(row["best_acc_ref"] is not None for row in accuracy["cells"]):
+        name, unit = "validation accuracy (share of pairs)", "of pairs"
+        answers.append(answer(name, unit, 3, "validation pairs", accuracy, trial, comparison))
+    return answers
+
+
+def answer(
+    name: str, unit: str, digits: int, units: str, part: dict, mark: str, comparison: dict
+) -> dict:
+    """The answer for one score.
+
+    name, unit, units: of the score, of a difference, and of what it is measured on. part:
+    comparison["accuracy"] or one of comparison["mt_bench"]. mark: why the scores measure nothing,
+    or "".
+    """
+    baseline, cells = comparison["baseline"], part["cells"]
+    moved = movement_of(cells, comparison["movement"])
+    if part is comparison["accuracy"]:  # which is not of the answers
+        moved = dict.fromkeys(moved, Moved(None, None, None))
+    lost = lost_runs(cells, comparison["diverged"])
+    differences = [row for row in part["improvement"] if row["estimate"] is not None]
+    headline = [row for row in differences if row["comparison"] == "best of grid"]
+    headline.sort(key=lambda row: -row["estimate"])
+    untrained = [row for row in differences if row["comparison"] == "untrained model"]
+    shown = headline + [row for row in untrained if row["loss"] == baseline or not headline]
+    verdicts = [verdict_of(row, mark, lost) for row in shown]
+    if mark:
+        lead = f"{mark}."
+    elif headline:
+        lead = lead_of(headline, verdicts[: len(headline)], unit, digits)
+    else:
+        metric = "score" if "score" in cells[0] else "best_acc_ref"
+        lead = lead_without_comparison(cells, metric, digits, baseline)
+    rows = [
+        {
+            "verdict": verdict,
+            "text": f"{row['proposed']} against {row['baseline']}: {size(row, unit, digits)}",
+            "detail": "; ".join(details(row, verdict, digits, units, moved, lost)),
+        }
+        for row, verdict in zip(shown, verdicts)
+    ]
+    return {"score": name, "lead": lead, "rows": rows}
+
+
+def lead_of(ranked: list[dict], verdicts: list[str], unit: str, digits: int) -> str:
+    """The answer in one sentence. ranked: the headline differences, the largest first."""
+    theirs = ranked[0]["baseline"]
+    if "better" in verdicts:
+        won = ranked[verdicts.index("better")]
+        lead = f"{won['proposed']} is better than {theirs}: {size(won, unit, digits)}."
+        close = [row for row in ranked if row is not won and reaches(row, won)]
+        if close:
+            lead += f" Whether it is the best of all is not decided against {names(close)}."
+        return lead
+    if set(verdicts) == {"worse"}:
+        return f"{theirs} is better than {names(ranked)}."
+    open_ones = [row for row, verdict in zip(ranked, verdicts) if verdict == "not decided"]
+    verb = "differs" if len(open_ones) == 1 else "differ"
+    return f"Not decided: whether {names(open_ones)} {verb} from {theirs}."
+
+
+def reaches(row: dict, won: dict) -> bool:
+    """Whether the interval of a difference reaches into the winner's."""
+    return row["high"] is None or row["high"] >= won["low"]
+
+
+def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
+    """What a row of "improvement" decides. A cell that lost runs looks better than it is: that it
+    is better is then not decided.
+    """
+    if mark:
+        return "not measured"
+    p, low, high = row["p_adjusted"], row["low"], row["high"]
+    if row.get("caveat"):  # the test's error rates are not known for such data
+        return "not decided"
+    if row["paired"] == "one seed" or None in (p, low, high) or p >= stats.ALPHA:
+        return "not decided"
+    if low > 0 and row["proposed"] not in lost:
+        return "better"
+    if high < 0 and row["baseline"] not in lost:
+        return "worse"
+    return "not decided"
+
+
+def lost_runs(cells: list[dict], diverged: list[str]) -> dict[str, str]:
+    """Label -> how many runs of the cell diverged and left no score; other cells have no key."""
+    lost = {}
+    for cell in cells:
+        count = cell["n_diverged"] - len(set(cell["runs"]) & set(diverged))
+        if count:
+            runs = texts.count_text(count, "runs")
+            lost[cell["label"]] = f"{runs} of {cell['label']} diverged and left no score"
+    return lost
+
+
+class Moved(NamedTuple):
+    """How far a cell has moved, mean over its runs; None where that was not measured."""
+
+    kl: float | None  # nats an answer, to the base
+    tokens: float | None  # length of an answer
+    cut_off: float | None  # share of answers that reached the limit of tokens
+
+
+def movement_of(cells: list[dict], movement: list[dict]) -> dict[str, Moved]:
+    """Label -> how far the cell has moved: a score may be gained by leaving the reference behind,
+    or by writing more.
+
+    cells, movement: rows in aggregated_metrics.json.
+    """
+    row_of = {row["run_id"]: row for row in movement}
+
+    def mean_of(cell: dict, name: str) -> float | None:
+        values = [row_of[run_id][name] for run_id in cell["runs"]]
+        return stats.mean(value for value in values if value is not None)
+
+    return {
+        cell["label"]: Moved(*(mean_of(cell, name) for name in Moved._fields)) for cell in cells
+    }
+
+
+def moved_texts(ours: Moved, theirs: Moved) -> list[str]:
+    texts_of = []
+    if None not in (ours.kl, theirs.kl):
+        texts_of.append(f"KL to the base {ours.kl:.2f} against {theirs.kl:.2f} nats an answer")
+    elif ours.kl is not None:
+        texts_of.append(f"KL to the base {ours.kl:.2f} nats an answer")
+    if None not in (ours.tokens, theirs.tokens):
+        text = f"answers of {ours.tokens:.0f} against {theirs.tokens:.0f} tokens"
+        if None not in (ours.cut_off, theirs.cut_off) and max(ours.cut_off, theirs.cut_off) > 0:
+            text += f", {ours.cut_off:.1%} against {theirs.cut_off:.1%} of them cut off"
+        texts_of.append(text)
+    return texts_of
+
+
+def details(
+    row: dict,
+    verdict: str,
+    digits: int,
+    units: str,
+    moved: dict[str, Moved],
+    lost: dict[str, str],
+) -> list[str]:
+    """What a comparison rests on, what the gain came with, and why it is open."""
+    found = [texts.count_text(row["n_units"], units), f"seeds: {row['seeds_compared']}"]
+    if row["p_adjusted"] is not None:
+        method = "Holm" if row["comparison"] == "best of grid" else "Benjamini-Hochberg"
+        found.append(f"p {texts.p_text(row['p_adjusted'])} ({method})")
+    if row["selected_by"] and max(row["proposed_cells"], row["baseline_cells"]) > 1:
+        found.append(
+            f"best of {row['proposed_cells']} against best of {row['baseline_cells']}, "
+            f"selected by {row['selected_by']}"
+        )
+    if row["differs_in"]:
+        found.append(f"differs in {row['differs_in']} too")
+    sides = (row["proposed"], row["baseline"])
+    found += moved_texts(*(moved[label] for label in sides))
+    found += [lost[label] for label in sides if label in lost]
+    if verdict == "not decided" and not any(label in lost for label in sides):
+        found.append(why_open(row, digits))
+    return found
+
+
+def why_open(row: dict, digits: int) -> str:
+    if row["paired"] == "one seed":
+        return ONE_SEED
+    if row.get("caveat"):
+        return row["caveat"]
+    if row["p_adjusted"] is None:
+        return "all differences are equal, or there is one question: nothing measures the error"
+    if row["detectable"] is None:
+        return "the data do not say which is better"
+    if abs(row["estimate"]) >= row["detectable"]:
+        return "it was close: a study of this size decides such a difference four times in five"
+    detectable = f"{row['detectable']:.{digits}f}"
+    return f"a study of this size finds a difference of {detectable} in four cases of five"
+
+
+def size(row: dict, unit: str, digits: int) -> str:
+    """E.g. "+0.98 MT-Bench points, 95 % interval [+0.70, +1.26]"."""
+    if None in (row["low"], row["high"]):
+        return f"{row['estimate']:+.{digits}f} {unit}"
+    low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
+    return f"{row['estimate']:+.{digits}f} {unit}, 95 % interval [{low}, {high}]"
+
+
+def lead_without_comparison(cells: list[dict], metric: str, digits: int, baseline: str) -> str:
+    """What can be said where no loss could be set against the baseline."""
+    scored = [row for row in cells if row[metric] is not None]
+    if not scored:
+        return "Nothing is measured: no judgement has a score."
+    best = max(scored, key=lambda row: row[metric])
+    losses = list(dict.fromkeys(row["loss"] for row in scored if not row["untrained"]))
+    highest = f"the highest is {best['label']} with {best[metric]:.{digits}f}"
+    if baseline not in losses:
+        return (
+            f"No loss is compared: there is no run of the baseline {baseline} ({highest}); "
+            "name another with --baseline."
+        )
+    if len(losses) < 2:
+        return f"Only {losses[0]} was measured, so that no losses are compared ({highest})."
+    return f"The losses share no question or pair on which to compare them ({highest})."
+
+
+def names(rows: list[dict]) -> str:
+    labels = [row["proposed"] for row in rows]
+    return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
+
+
+def text_lines(answers: list[dict]) -> list[str]:
+    """The answers for a terminal."""
+    lines = []
+    for one in answers:
+        lines.append(f"{one['score']}: {one['lead']}")
+        for row in one["rows"]:
+            lines += [f"  {row['verdict']}: {row['text']}", f"      {row['detail']}"]
+    return lines
