@@ -341,18 +341,6 @@ def test_the_start_check_sees_sinks_that_packed_attention_drops(tmp_path, monkey
     check_logps(ResponseLogps(policy.model, "eager"), plain, plain)
 
 
-@pytest.mark.slow
-def test_compiled_layers_of_phi(tmp_path):
-    model = make(config_of("phi"), tmp_path)
-    model.policy.prepare_layers(compiled=True, checkpointed=False)
-    with lora.dropout(model.policy, active=False):
-        sums = engine_sums(model.policy, packed=True)
-        sums.sum().backward()
-    with torch.no_grad():
-        loaded = plain_sums(PeftModel.from_pretrained(model.own, model.adapter).eval())
-    assert torch.allclose(sums.detach().double(), loaded, rtol=0, atol=1e-4)
-
-
 def table() -> list[str]:
     """The table of pref/model/README.md."""
     rows = ["| computed | because of | tested with |", "| --- | --- | --- |"]

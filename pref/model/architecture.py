@@ -147,6 +147,14 @@ def read(model: str) -> Architecture:
 
 def of_config(config: PreTrainedConfig) -> Architecture:
     """What the architecture with this configuration is."""
+    # 1) Is it a causal language model?
+    encodes = getattr(config, "is_encoder_decoder", False)
+    if encodes or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return Architecture(
+            name=config.model_type,
+            refused="is not a causal language model (a vision, encoder or encoder-decoder model); "
+            "give a decoder-only text model",
+        )
     text = config.get_text_config()
     known = Architecture(
         name=text.model_type,
@@ -156,11 +164,6 @@ def of_config(config: PreTrainedConfig) -> Architecture:
         extends=bool(getattr(text, "rope_parameters", None)),
         noise=tuple(noise_of(text.to_dict())),
     )
-    # 1) Is it a causal language model?
-    foreign = "is not a causal language model (a vision, encoder or encoder-decoder model); give a "
-    foreign += "decoder-only text model"
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return known._replace(refused=foreign)
     try:
         model, chooses = on_meta(config, "record"), True
     except KeyError:  # a table of its own: it cannot be given another attention
