@@ -17,37 +17,49 @@ CPU   three calls of flash attention per row on the dense parts of the mask, so 
       spent on zeros (`branch_attention`).
 
 transformers finds both as the attention implementation "branches" (`branches`, registered below).
-Plain padded batches go to its ordinary attention.
+Plain padded batches go to its ordinary attention. Which architectures may use it is decided in
+architecture.py.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pref.files.console import UserError
 from pref.model.packing import Batch, layout_rows
 
+# Arguments of an attention function that change nothing here: a window is wider than the longest
+# sequence (architecture.py), dropout is off (lora.py), masks and positions are in the layout.
+HARMLESS = {
+    "dropout",
+    "sliding_window",
+    "is_causal",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+}
 
-def needs_own_attention(model: str, longest: int) -> str | None:
-    """Why a model (hub id or folder) cannot use `branches`, or None if it can.
 
-    longest: tokens of the longest sequence it will see.
+def unused(arguments: dict) -> tuple[str, ...]:
+    """Names of the arguments that attention over packed rows would ignore although they matter:
+    attention sinks, caps on the logits, biases.
     """
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{config.model_type} caps its attention logits"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and longest > window:
-        return (
-            f"a sequence of {longest} tokens is longer than {config.model_type}'s attention window "
-            f"of {window}"
-        )
-    return None
+    return tuple(
+        name
+        for name, value in arguments.items()
+        if name not in HARMLESS and value is not None and value is not False
+    )
 
 
 def block_mask(batch: Batch) -> BlockMask:
@@ -188,7 +200,8 @@ def branch_attention_backward(
         return gradients
     # Sum over the query heads that share a key or value head.
     by_group = (t.unflatten(1, (key.shape[1], -1)) for t in gradients[1:])
-    return gradients[0], *(torch.sum(t, 2, out=torch.empty_like(key)) for t in by_group)
+    sums = (torch.sum(t, 2, out=torch.empty_like(kv)) for t, kv in zip(by_group, (key, value)))
+    return gradients[0], *sums
 
 
 @branch_attention_backward.register_fake
@@ -210,12 +223,29 @@ def _gradients(ctx, grad, _grad_of_normaliser):
 branch_attention.register_autograd(_gradients, setup_context=_save)
 
 
+def same_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three with heads of one width, padded with zeros: flash attention on the CPU wants it,
+    and DeepSeek's values are narrower than its keys. Zeros change no product of query and key.
+    """
+    width = max(query.shape[-1], value.shape[-1])
+    return tuple(
+        t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1]))
+        for t in (query, key, value)
+    )
+
+
 def branches(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention as transformers calls it. The kind of mask selects the implementation.
 
     attention_mask: a BlockMask (packed, CUDA), an int64 layout (packed, CPU), or an ordinary mask
-    or None. Returns the output (1, T, heads, D) and no attention weights.
+    or None. Returns the output (1, T, heads, D) and no attention weights. Raises UserError for an
+    argument that it would ignore.
     """
+    if names := unused(kwargs):
+        raise UserError(
+            f"{type(module).__name__} gives its attention more than packed attention uses "
+            f"({', '.join(names)}); add --packing off --prefix_sharing off"
+        )
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     if attention_mask is None or attention_mask.dtype != torch.int64:
@@ -223,7 +253,9 @@ def branches(module, query, key, value, attention_mask, scaling=None, **kwargs):
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return branch_attention(query, key, value, attention_mask, scale)[0].transpose(1, 2), None
+    width = value.shape[-1]
+    output, _ = branch_attention(*same_width(query, key, value), attention_mask, scale)
+    return output[..., :width].transpose(1, 2), None
 
 
 AttentionInterface.register("branches", branches)

@@ -78,11 +78,6 @@ def load_base(
         base = load_model(files, dtype, device, quantisation)
     base.requires_grad_(False)
     base.config.use_cache = False
-    # The model stays in train mode throughout (see lora.dropout). Attention dropout would then act
-    # on the reference too.
-    for module in base.modules():
-        if getattr(module, "attention_dropout", 0):
-            module.attention_dropout = 0.0
     if files.quantisation and device.type != "meta":
         check_backward(base, f"--model {model}")
     return base

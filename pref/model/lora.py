@@ -9,6 +9,7 @@ With --init_adapter training starts from another run's adapter, and that start i
 reference: its A and B are kept next to the trained ones (`initial_A`, `initial_B`).
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +18,32 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft import __version__ as peft_version
+from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pref.files import disk
 from pref.files.console import UserError, first_line
+from pref.model import architecture
+
+try:
+    from peft.utils import transformers_weight_conversion as conversion
+except ImportError:  # PEFT before 0.19
+    conversion = None
 
 # Options of an adapter_config.json that have to be at these values: others are not plain LoRA.
 PLAIN_LORA = {
@@ -71,6 +88,7 @@ def add_lora(
             target_modules=targets if targets == "all-linear" else targets.split(","),
             task_type="CAUSAL_LM",
         )
+        config.target_modules = usable_targets(base, config)
 
     # 2) PEFT's model with trainable matrices in fp32: in bf16, AdamW's steps at a learning rate of
     # 1e-5 round to nothing.
@@ -94,6 +112,124 @@ def add_lora(
     if init is not None:
         start_from(model, init)
     return model
+
+
+def usable_targets(base: PreTrainedModel, config: LoraConfig) -> str | list[str]:
+    """The target modules of `config`, without the linear layers that "all-linear" cannot mean.
+
+    Raises UserError for a named target that LoRA of linear layers cannot have.
+    """
+    linears = {name: m for name, m in base.named_modules() if is_linear(m)}
+    refused = {
+        leaf: reason
+        for leaf in sorted({name.rpartition(".")[2] for name in linears})
+        if (reason := refusal_of(base, config, leaf))
+    }
+    head = base.get_output_embeddings()
+    if config.target_modules == "all-linear":
+        refused |= dict.fromkeys(architecture.idle_linears(base.config), "is not called")
+        others = [m for m in base.modules() if isinstance(m, nn.Linear) and not is_linear(m)]
+        if not refused and not others and not refusal_of(base, config, "all-linear"):
+            return config.target_modules
+        names = [name for name in linears if name.rpartition(".")[2] not in refused]
+        return sorted(name for name in names if linears[name] is not head)
+
+    # 1) Targets that PEFT would take for something else, or not at all.
+    for target in config.target_modules:
+        leaf = target.rpartition(".")[2]
+        if reason := refused.get(leaf) or refusal_of(base, config, leaf):
+            raise UserError(f"--lora_targets {target}: {reason}; leave it out")
+    # 2) Modules that are not linear layers.
+    for name, module in base.named_modules():
+        if not any(name == t or name.endswith(f".{t}") for t in config.target_modules):
+            continue
+        if name not in linears:
+            raise UserError(
+                f"--lora_targets {name}: is not a linear layer ({type(module).__name__}); name "
+                "linear layers, or use all-linear"
+            )
+    return config.target_modules
+
+
+def is_of_architecture(module: nn.Module) -> bool:
+    """Whether a module's class belongs to one architecture, not to torch or to a quantisation."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes what a linear layer computes. Routers of experts and grouped layers
+    are derived from nn.Linear too, and do something else; the quantised layers do not.
+    """
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    if not is_of_architecture(module) or type(module).forward is nn.Linear.forward:
+        return True
+    weight, bias = module.weight.detach(), module.bias
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=weight.device, dtype=weight.dtype)
+    x = x.reshape(2, -1)
+    try:
+        with torch.no_grad():
+            ours, expected = module(x), F.linear(x, weight, bias)
+    except RuntimeError:  # it wants another shape
+        return False
+    if not isinstance(ours, Tensor) or ours.shape != expected.shape:
+        return False
+    return ours.is_meta or torch.allclose(ours, expected, rtol=0.05, atol=0.05)
+
+
+def tied_head_warning(model: PeftModel) -> str:
+    """What the user of an adapter on a head that is the embedding too should know, or ''."""
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if not isinstance(head, LoraLayer) or head.get_base_layer().weight is not embedding.weight:
+        return ""
+    return (
+        "the output head shares its weights with the embedding: use the adapter as it is, because "
+        "merging it into the base would change the embedding too"
+    )
+
+
+def refusal_of(base: PreTrainedModel, config: LoraConfig, leaf: str) -> str:
+    """Why PEFT does not adapt linear layers of this last name ("all-linear": of any) in `base`, or
+    ''.
+
+    PEFT has two such rules and no public way to ask for them, so they are tried on a copy of the
+    configuration; a version without them has nothing to refuse. (1) Names of experts that
+    transformers has fused into one tensor are taken for that tensor, wherever they occur. (2) The
+    kernels of Mamba read the weights of some layers directly.
+    """
+    probe = copy.deepcopy(config)
+    probe.target_modules = leaf if leaf == "all-linear" else {leaf}
+    try:
+        if convert := getattr(conversion, "convert_peft_config_for_transformers", None):
+            convert(probe, model=base, conversions=None)
+    except ValueError:  # one half of a fused tensor
+        probe.target_parameters = {leaf}
+    if probe.target_parameters:
+        return "PEFT takes this name for the model's experts, which are not linear layers"
+    try:
+        if check := getattr(tuners_utils, "_check_lora_target_modules_mamba", None):
+            check(config, base, leaf)
+    except ValueError:
+        return "PEFT does not adapt this layer of Mamba, whose kernels read its weights directly"
+    return ""
+
+
+def check_loads_back(model: PeftModel) -> None:
+    """Raise UserError if PEFT does not find all of the adapter's matrices under the names that it
+    saves them with: for some architectures it renames them on the way in, and then only warns.
+    """
+    result = set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+    lost = sorted({name.partition(".lora_")[0] for name in result.missing_keys if "lora_" in name})
+    if lost:
+        leaves = sorted({name.rpartition(".")[2] for name in lost})
+        raise UserError(
+            f"PEFT {peft_version} would not load an adapter on {lost[0].partition('.model.')[2]} "
+            f"back into this architecture ({len(lost)} layers); name other layers in "
+            f"--lora_targets, not {', '.join(leaves)}"
+        )
 
 
 def lora_config(folder: Path) -> LoraConfig:
@@ -227,14 +363,31 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def only_adapter_trains(model: nn.Module) -> None:
+    """Put everything but the adapter into evaluation mode: dropout, router noise and layer drop of
+    the base act in train mode alone, whatever they are called.
+
+    Except for quantised linear layers: on the CPU one eval forward of a 4-bit layer repacks its
+    weights, and from then on every gradient upstream is silently zero.
+    """
+    for module in model.modules():
+        quantised = isinstance(module, nn.Linear) and type(module) is not nn.Linear
+        quantised = quantised and not is_of_architecture(module)
+        module.training = quantised or isinstance(module, BaseTunerLayer)
+    for module in lora_dropouts(model):
+        module.training = True
+
+
+def lora_dropouts(model: nn.Module) -> list[nn.Module]:
+    """The adapter's own dropout modules."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [part for layer in layers for part in layer.lora_dropout.values()]
+
+
 @contextmanager
 def dropout(model: nn.Module, active: bool) -> Iterator[None]:
-    """Context in which dropout is on or off; everything else stays in train mode.
-
-    Never `model.eval()`: on the CPU one eval forward of a 4-bit model repacks its weights, and from
-    then on every gradient upstream is silently zero.
-    """
-    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    """Context in which the adapter's dropout is on or off."""
+    modules = lora_dropouts(model)
     before = [module.training for module in modules]
     for module in modules:
         module.train(active)

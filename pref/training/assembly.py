@@ -12,7 +12,7 @@ from pref.files.pairs import read_pairs
 from pref.model import loading, sharding, weights
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, check_logps
-from pref.model.lora import add_lora
+from pref.model.lora import add_lora, tied_head_warning
 from pref.model.packing import Packing, make_batch
 from pref.model.ranks import Ranks
 from pref.training import arguments, gates, run_folder, run_id, schedule, settings
@@ -84,7 +84,9 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
         seed=args.seed,
         init=args.init_adapter,
     )
-    policy = ResponseLogps(adapted.train())
+    if warning := tied_head_warning(adapted):
+        ranks.print(f"warning: {warning}")
+    policy = ResponseLogps(adapted, settings.attention_of(args))
     policy.prepare_layers(args.compile == "on", args.checkpointing == "on")
     sharding.shard(policy, args.shard, dtype, ranks)
     return policy, hashes
@@ -108,7 +110,7 @@ def load_splits(
     probe = gates.probe_of(pairs["val"])
     ours = make_batch(probe, packing, ranks.device)
     plain = make_batch(probe, packing._replace(padded=True, shared=False), ranks.device)
-    check_logps(policy, ours, plain, gates.STEP0_TOLERANCE[getattr(torch, args.dtype)])
+    check_logps(policy, ours, plain)
     files = cache_files(args.data, record)
     references = {
         split: reference_logps(policy, pairs[split], packing, files, ranks, split)

@@ -61,6 +61,7 @@ def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:
         raise UserError(
             f"{len(dead)} of {len(grads)} LoRA matrices B got a zero gradient in the first step "
             f"(the first is {dead[0]}): either the loss is saturated on every pair (try a smaller "
-            "beta or a larger tau), or 4-bit weights were repacked by a forward pass in eval mode "
-            "(see `dropout` in pref/model/lora.py)"
+            "beta or a larger tau), or this architecture sends no gradient to these layers (leave "
+            "them out of --lora_targets), or 4-bit weights were repacked by a forward pass in eval "
+            "mode (see `only_adapter_trains` in pref/model/lora.py)"
         )

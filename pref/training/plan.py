@@ -2,13 +2,12 @@
 
 Token ids and the pairs of each step give the micro-batches and their sizes (`load_of`). The model's
 configuration gives the shapes of its weights, and a forward pass on the meta device the bytes that
-autograd keeps per token (`saved_bytes`); together they give the memory of a rank by part
+autograd keeps per token (`kept_bytes`); together they give the memory of a rank by part
 (`memory_of`). `train_pref.py --dry_run` prints the plan, and `decide` resolves `--checkpointing
 auto` and `--compile auto` by it.
 """
 
 import argparse
-import copy
 import os
 import shutil
 from typing import NamedTuple
@@ -16,10 +15,10 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from pref.files import disk
-from pref.model import logps, lora
+from pref.model import architecture, logps, lora
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
 from pref.model.packing import FLEX_BLOCK, Packing, make_batch, share_out
@@ -106,56 +105,77 @@ def load_of(
     )
 
 
-def shapes_of(
-    model: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
-) -> nn.Module:
-    """The model of a hub id or folder on the meta device: shapes without values. layers: keep only
-    this many, from the first on.
-    """
-    config = copy.deepcopy(AutoConfig.from_pretrained(model, trust_remote_code=False))
-    text_config = config.get_text_config()
-    if layers is not None:
-        text_config.num_hidden_layers = layers
-        if getattr(text_config, "layer_types", None):
-            text_config.layer_types = text_config.layer_types[:layers]
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+def shapes_of(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The model of a hub id or folder on the meta device: shapes without values."""
+    return architecture.on_meta(
+        AutoConfig.from_pretrained(model, trust_remote_code=False), None, dtype
+    )
 
 
 def with_lora(base: nn.Module, args: argparse.Namespace) -> PeftModel:
-    """`base` with its adapter, both on the meta device."""
+    """`base` with its adapter, both on the meta device. Raises UserError if plain PEFT would not
+    load the adapter back.
+    """
     with torch.device("meta"):
-        return lora.add_lora(
+        adapted = lora.add_lora(
             base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed
         )
+        lora.check_loads_back(adapted)
+    return adapted
 
 
-def saved_bytes(args: argparse.Namespace, layers: int) -> int:
-    """Bytes per token that autograd keeps for the backward pass through `layers` layers, counted in
-    a forward pass on the meta device.
+class Kept(NamedTuple):
+    """Bytes per token that autograd keeps for the backward pass."""
+
+    layers: list[int]  # in each layer
+    rest: int  # outside of them
+
+
+def kept_bytes(args: argparse.Namespace) -> Kept:
+    """What autograd keeps, counted in a forward pass on the meta device; where the architecture
+    cannot be run there (it looks at values), the inputs and outputs of all linear layers.
     """
-    # 1) The model cut to `layers` layers, and a batch of one pair.
-    dtype = getattr(torch, args.dtype)
-    policy = ResponseLogps(with_lora(shapes_of(args.model, layers, dtype), args).to(dtype).train())
+    # 1) The model with its adapter, and a batch of one pair.
+    dtype, plain = getattr(torch, args.dtype), "on" not in (args.packing, args.prefix_sharing)
+    adapted = with_lora(shapes_of(args.model, dtype), args).to(dtype)
+    policy = ResponseLogps(adapted, settings.attention_of(args))
+    layers = logps.decoder_layers(policy)
     third = [0] * (PROBE_TOKENS // 3)
-    batch = make_batch([TokenPair(third, third, third)], Packing(pad_id=0), torch.device("meta"))
+    packing = Packing(pad_id=0, padded=plain, shared=not plain)
+    batch = make_batch([TokenPair(third, third, third)], packing, torch.device("meta"))
 
-    # 2) Every storage that autograd saves, once each, without the parameters. The tensors are kept
-    #    with their sizes: a freed storage's address could be given to another one.
+    # 2) Every storage that autograd saves, once each and with the layer that it belongs to, without
+    #    the parameters. The tensors are kept with their sizes: a freed storage's address could be
+    #    given to another one.
     parameters = {p.untyped_storage()._cdata for p in policy.parameters()}
-    saved: dict[int, tuple[int, torch.Tensor]] = {}
+    saved: dict[int, tuple[int, int, torch.Tensor]] = {}
+    current = [-1]
 
     def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
-            saved[storage._cdata] = (storage.nbytes(), tensor)
+            saved.setdefault(storage._cdata, (current[0], storage.nbytes(), tensor))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        hidden = policy.hidden(batch)
-    size = sum(nbytes for nbytes, _ in saved.values())
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, n=number: current.__setitem__(0, n))
+        layer.register_forward_hook(lambda *_: current.__setitem__(0, -1))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            hidden = policy.hidden(batch)
+    except architecture.REJECTIONS:
+        return Kept([linear_bytes(layer, dtype) for layer in layers], 0)
+    tokens, sizes = batch.input_ids.numel(), [0] * (len(layers) + 1)
+    for number, nbytes, _ in saved.values():
+        sizes[number] += nbytes  # the last one is what has no layer
     del hidden  # held the graph, and with it the saved tensors, until here
-    return size // batch.input_ids.numel()
+    return Kept([size // tokens for size in sizes[:-1]], sizes[-1] // tokens)
+
+
+def linear_bytes(layer: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes per token of the inputs and outputs of a layer's linear layers."""
+    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    return dtype.itemsize * sum(m.in_features + m.out_features for m in linears)
 
 
 def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -> Memory:
@@ -166,15 +186,15 @@ def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -
     #    holds its share, and gathers the root and two layers, this one and the next.
     base = shapes_of(args.model)
     config, width = base.config.get_text_config(), 2 if args.dtype == "bfloat16" else 4
-    blocks = logps.decoder_layers(ResponseLogps(base))
+    blocks = architecture.find_layers(base)
     linears = {id(m.weight) for m in blocks.modules() if isinstance(m, nn.Linear)}
     linear_width = NF4_BYTES if args.quant == "nf4" else width
     weights = sum(
         p.numel() * (linear_width if id(p) in linears else width) for p in base.parameters()
     )
-    layers = config.num_hidden_layers
+    layers = len(blocks)
     if args.shard == "full":
-        one_layer = sum(p.numel() for p in blocks[0].parameters()) * width
+        one_layer = max(sum(p.numel() for p in block.parameters()) for block in blocks) * width
         root = weights - layers * one_layer
         weights = weights / world + root + 2 * one_layer
 
@@ -185,15 +205,13 @@ def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -
     adapter = trainable * 4 / world + trainable / layers * width + reference_adapter
     optimiser = trainable * 12 / world
 
-    # 3) Activations: what one and two layers keep gives what each layer keeps, and the rest. With
-    #    checkpointing, each layer keeps its input, and two layers at a time are recomputed.
-    one, two = saved_bytes(args, layers=1), saved_bytes(args, layers=2)
-    per_layer = (two - one) * (COMPILED_SHARE if args.compile == "on" else 1)
-    rest = max(0, 2 * one - two)
+    # 3) Activations: what the layers keep, one of them a second time for its gradient, and the
+    #    rest. With checkpointing, each layer keeps its input, and two at a time are recomputed.
+    kept, share = kept_bytes(args), COMPILED_SHARE if args.compile == "on" else 1
     if args.checkpointing == "on":
-        per_token = layers * config.hidden_size * width + 2 * per_layer + rest
+        per_token = layers * config.hidden_size * width + 2 * share * max(kept.layers) + kept.rest
     else:
-        per_token = (layers + 1) * per_layer + rest
+        per_token = share * (sum(kept.layers) + max(kept.layers)) + kept.rest
     activations = load.largest * per_token
 
     # 4) Logits: one chunk of them in the compute dtype and three times in fp32, and the hidden

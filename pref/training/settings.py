@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from losses import COUPLES_BATCH
 from pref.files import disk
 from pref.files.console import UserError
-from pref.model import attention, loading, lora, weights
+from pref.model import architecture, loading, lora, weights
 from pref.model.packing import Packing
 from pref.model.ranks import Ranks
 from pref.training import arguments
@@ -91,16 +91,30 @@ def for_device(
 
 
 def for_attention(args: argparse.Namespace, longest: int, ranks: Ranks) -> argparse.Namespace:
-    """`args` with packing and prefix sharing off if the model's attention cannot run on packed
-    rows. longest: tokens of the longest sequence.
+    """`args` with packing and prefix sharing off if the model cannot be computed on packed rows.
+    longest: tokens of the longest sequence. Raises UserError if it cannot be computed at all.
     """
-    if "on" not in (args.packing, args.prefix_sharing):
-        return args
-    reason = attention.needs_own_attention(args.model, longest)
-    if reason is None:
+    model = architecture.read(args.model)
+    if refusal := model.refusal(longest):
+        raise UserError(f"--model {args.model}: {refusal}")
+    if warning := model.warning(longest):
+        ranks.print(f"warning: {warning}")
+    if model.noise:
+        ranks.print(
+            f"the base model's own dropout and noise are off, as in TRL: {', '.join(model.noise)}"
+        )
+    reason = model.plain(longest)
+    if not reason or "on" not in (args.packing, args.prefix_sharing):
         return args
     ranks.print(f"--packing off --prefix_sharing off: {reason}")
     return replaced(args, packing="off", prefix_sharing="off")
+
+
+def attention_of(args: argparse.Namespace) -> str:
+    """transformers' name of the attention that a run uses: the model's own on plain batches."""
+    if "on" in (args.packing, args.prefix_sharing):
+        return "branches"
+    return architecture.read(args.model).attention
 
 
 def packing_of(args: argparse.Namespace, pad_id: int) -> Packing:

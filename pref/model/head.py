@@ -1,0 +1,96 @@
+"""The output head as the architecture computes it: from hidden states to logits.
+
+Most heads are one linear layer, some cap its outputs (Gemma), and `logps.TargetLogps` computes
+these in one pass. Others scale hidden states or logits (Cohere, Granite, Falcon-H1) or do something
+of their own. So the architecture's own code is run with its backbone taken out: `kind_of` looks at
+what it does, and `own_logits` computes any head exactly.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pref.files.console import UserError
+from pref.model import architecture
+
+
+class OnlyHidden(tuple):
+    """The output of a backbone that has hidden states (1, n, H) and nothing else."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward) -> Iterator[None]:
+    """Context in which calling `module` calls `forward` instead."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def own_logits(causal: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (n, V) from hidden states (n, H), by the architecture's own code. Raises UserError if
+    that has no backbone to take out.
+    """
+    calls = []
+
+    def backbone(*_, **__) -> OnlyHidden:
+        calls.append(1)
+        return OnlyHidden([hidden.unsqueeze(0)])
+
+    tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    with replaced_forward(architecture.backbone_of(causal), backbone):
+        logits = causal(input_ids=tokens, use_cache=False).logits[0]
+    if not calls:
+        raise UserError(
+            f"{type(causal).__name__}: its forward has no separate backbone; use another model"
+        )
+    return logits
+
+
+def kind_of(causal: PreTrainedModel) -> tuple[bool, float | None]:
+    """Whether the head is one linear layer, and the cap on its outputs if it has one.
+
+    The head's linear layer is replaced too, by one that remembers its input and gives known
+    outputs, so that no weight is needed and every rank sees the same.
+    """
+    linear = causal.get_output_embeddings()
+    if linear is None:
+        return False, None
+    config = causal.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    hidden = torch.linspace(-2, 3, 2 * config.hidden_size).reshape(2, -1)
+    logits, inputs = torch.linspace(-50, 60, 16).reshape(1, 2, 8), []
+
+    def known(x: Tensor) -> Tensor:
+        inputs.append(x)
+        return logits.clone()
+
+    try:
+        with replaced_forward(linear, known):
+            outputs = own_logits(causal, hidden)
+    except (RuntimeError, IndexError, TypeError):
+        return False, None  # it has weights beside the linear layer
+    if len(inputs) != 1 or not torch.equal(inputs[0], hidden.unsqueeze(0)):
+        return False, None
+    if torch.equal(outputs, logits[0]):
+        return True, None
+    capped = None if cap is None else cap * torch.tanh(logits[0] / cap)
+    is_capped = capped is not None and outputs.shape == capped.shape
+    if is_capped and torch.allclose(outputs, capped, rtol=1e-6, atol=1e-6):
+        return True, cap
+    return False, None
