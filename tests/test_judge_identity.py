@@ -290,7 +290,7 @@ def test_a_store_of_a_later_version_is_refused(workplace):
 
 
 def test_status_reads_an_old_store_without_changing_it(workplace):
-    write_old_store(workplace, old_requests()[:5], status="parse", score=None)
+    write_old_store(workplace, old_requests()[:5], status="parse", score=None, judgement="?")
     counts = store.judgement_counts(workplace / "results", "big-70b")
     assert counts == {"base": store.Verdicts(asked=5, without=5)}
     assert store.schema_of(workplace / "results") == 1
