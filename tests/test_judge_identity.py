@@ -130,6 +130,7 @@ def test_the_hash_of_an_identity_does_not_change():
 def test_an_address_holds_nothing_secret(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert identity.server_address(None) == "https://api.openai.com/v1"
+    assert identity.server_address("http://h/v1/chat/completions") == "http://h/v1"
     assert identity.server_address("https://me:pw@h.example/v1/?key=k#x") == "https://h.example/v1"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1/")
     assert identity.server_address(None) == "http://localhost:8000/v1"

@@ -9,14 +9,13 @@ are in its messages); the reading is applied to what came back.
 """
 
 import os
-import re
 from dataclasses import asdict, dataclass
 
 from pref.files import disk
 from pref.judging.protocol import Bench, Judge
 from pref.judging.reading import Reading
+from pref.model import server
 
-OPENAI_URL = "https://api.openai.com/v1"
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")  # the same limit by its old and new name
 
 
@@ -108,9 +107,10 @@ def legacy(request: dict) -> dict:
 def server_address(base_url: str | None) -> str:
     """The address that names a server: --base_url, else OPENAI_BASE_URL, else OpenAI's.
 
-    Without user name, password, query and key, and without a trailing slash.
+    Without user name, password, parameters and key, and without a trailing slash. Raises UserError
+    for a text that is no address.
     """
-    url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    url = re.sub(r"[?#].*", "", re.sub(r"//[^/@]*@", "//", url.strip()))
+    given = base_url or os.environ.get("OPENAI_BASE_URL") or server.DEFAULT_URL
+    url = server.hide_password(server.split_url(given)[0])
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     return (url.replace(key, "[key]") if len(key) >= 6 else url).rstrip("/")

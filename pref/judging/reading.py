@@ -17,17 +17,16 @@ import re
 from typing import NamedTuple
 
 from pref.judging import protocol
+from pref.model.completions import CUT_OFF
 
 FIRST, LAST = "first", "last"  # --verdict
 MIN_RATING_MASS = 0.5  # --min_rating_mass
 
 FALLBACK, SEVERAL = "fallback", "several"  # column `reading`; "" is a plain verdict
 
-# A finish_reason, in lower case, of an answer that came to its end or was cut off. OpenAI's are
-# "stop" and "length"; the others are those of servers that translate another API.
+# A finish_reason, in lower case, of an answer that came to its end. OpenAI's is "stop"; the others
+# are those of servers that translate another API.
 ENDED = frozenset(("stop", "eos", "eos_token", "end_turn", "stop_sequence"))
-CUT_OFF = frozenset(("length", "max_tokens", "max_output_tokens", "model_length"))
-FILTERED = frozenset(("content_filter", "safety", "refusal"))
 
 # Statuses of replies that have a text to read. `thoughts`: the reply has nothing else.
 READ_STATUSES = ("ok", "parse", "length", "empty", "thoughts")

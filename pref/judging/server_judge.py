@@ -23,7 +23,7 @@ from pref.files.console import UserError
 from pref.judging import costs, protocol, reading, store
 from pref.judging.identity import TOKEN_LIMITS, server_address
 from pref.judging.protocol import Bench, Judge
-from pref.model import server
+from pref.model import completions, server
 
 # The system message is there because MT-Bench's prompts have one, which some judges refuse.
 PROBE = [
@@ -175,13 +175,14 @@ def parse_reply(text: str) -> Reply | None:
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage")
         usage = usage if isinstance(usage, dict) else {}
-        answer = text_of(message.get("content"))
-        thoughts = text_of(message.get("reasoning_content")) or text_of(message.get("reasoning"))
+        content = message.get("content")
+        answer = completions.text_of(content)
+        thoughts = completions.text_of(message.get("reasoning_content") or message.get("reasoning"))
         prompt_tokens, completion_tokens = count_tokens(usage, bool(answer or thoughts))
         return Reply(
             text=answer,
             thoughts=thoughts,
-            refusal=str(message.get("refusal") or ""),
+            refusal=str(message.get("refusal") or completions.refusal_in(content)),
             finish_reason=str(choice.get("finish_reason") or ""),
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
@@ -190,17 +191,6 @@ def parse_reply(text: str) -> Reply | None:
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def text_of(content) -> str:
-    """A message's text: as it is, or joined from a list of parts, without those that think."""
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        texts = [
-            part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")
-        ]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
 
 
 def count_tokens(usage: dict, has_text: bool) -> tuple[int | None, int | None]:
@@ -239,9 +229,9 @@ def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
         content = f"<think>{reply.thoughts}"  # an answer may follow a closing tag in there
     is_pair = request.get("grading") == "pair"
     verdict = reading.read_text(content, finish, is_pair)
-    if reply.refusal or finish in reading.FILTERED:
+    if reply.refusal or finish in completions.FILTERED:
         verdict = reading.Verdict("refused")
-    elif finish == "error":
+    elif finish in completions.FAILED:
         verdict = reading.Verdict("failed")
     elif verdict.status == "length" and finish in reading.ENDED and not reply.text.strip():
         verdict = reading.Verdict("thoughts")
@@ -292,7 +282,7 @@ def probe_server(client, name: str, parameters: dict, with_system: bool = True) 
             )
     reply = read_reply(functools.partial(server.clean, client), text, request={})
     if reply["status"] == "not_openai":
-        raise UserError(f"--judge {name}: {server.explain_other_api(client)}")
+        raise UserError(f"--judge {name}: {completions.other_reply(client, text)}")
     if reply["status"] == "thoughts":
         raise UserError(f"--judge {name}: {THOUGHTS_ALONE}")
     return parameters

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from pref.files import disk
 from pref.model import server
 
-CUT_OFF = frozenset(("length", "max_tokens", "model_length"))
-FILTERED = frozenset(("content_filter", "safety", "recitation", "prohibited_content", "blocklist"))
+CUT_OFF = frozenset(("length", "max_tokens", "max_output_tokens", "model_length"))
+FILTERED = frozenset(
+    ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "refusal")
+)
 FAILED = frozenset(("error", "abort", "insufficient_system_resource"))
 
 
