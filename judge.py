@@ -200,7 +200,13 @@ def make_plan(
     sends = not (args.dry_run or args.import_results or args.import_fastchat) or args.requests
     affordable = args.max_usd is None or store.spent_usd(db) < args.max_usd
     if judge.probe and plan.pending and sends and affordable:
-        accepted = judge.probe(judge.parameters)
+        try:
+            accepted = judge.probe(judge.parameters)
+        except server_judge.Unreached as error:
+            if not args.requests:
+                raise
+            print(f"{error}; the batch file's parameters are not tried", file=sys.stderr)
+            accepted = judge.parameters
         if accepted != judge.parameters:
             judge = dataclasses.replace(judge, parameters=accepted)
             plan = plan_with(judge, runs, bench, db, args)

@@ -288,6 +288,10 @@ def test_a_batch_file_without_a_key(workplace, server, monkeypatch, capsys):
     assert line["body"].keys() == {"model", "messages", "temperature", "max_tokens"}
     assert server.requests == []
     assert "is not asked which parameters it accepts" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", "any-key")  # on a node without a network
+    server.httpd.server_close()
+    assert len(batch_bodies(workplace, server, "--max_retries", "0")) == 6
+    assert "the batch file's parameters are not tried" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

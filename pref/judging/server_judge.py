@@ -249,6 +249,10 @@ def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
 # ---- before the first ----------------------------------------------------------------------------
 
 
+class Unreached(UserError):
+    """No server answers."""
+
+
 def probe_server(client, name: str, parameters: dict, with_system: bool = True) -> dict:
     """Ask one short question and return the parameters that the server accepts.
 
@@ -271,6 +275,8 @@ def probe_server(client, name: str, parameters: dict, with_system: bool = True) 
         except (openai.APIConnectionError, openai.APIStatusError) as error:
             adapted = adapt_parameters(parameters, error)
             if adapted is None:
+                if isinstance(error, openai.APIConnectionError):
+                    raise Unreached(server.explain(client, "--judge", name, error)) from None
                 if with_system and refuses_system(quick, name, parameters, error):
                     raise UserError(f"--judge {name}: {REFUSES_SYSTEM}") from None
                 raise UserError(server.explain(client, "--judge", name, error)) from None
