@@ -52,7 +52,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pref.model.logps import ResponseLogps
 import train_pref
 ours = ResponseLogps.forward
-ResponseLogps.forward = lambda self, batch, *_, **__: ours(self, batch, own_forward=True)
+ResponseLogps.forward = lambda self, batch, *_, **__: ours(self, batch, own_attention="sdpa")
 sys.exit(train_pref.main())
 """
 BETA, SEED = 0.1, 42

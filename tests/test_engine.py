@@ -463,7 +463,7 @@ def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_pat
     assert cached("--run_id", "template", model=other) == 0
     rows[0]["chosen"][0]["content"] += " Indeed."
     write_jsonl(data / "val.jsonl", rows)
-    assert cached("--run_id", "pairs") == 1
+    assert cached("--run_id", "pairs") == 0  # both splits' files share one key
 
 
 def test_reference_key_follows_weights_and_tokens(val_pairs):

@@ -236,7 +236,7 @@ def check_backward(base: PreTrainedModel, place: str) -> None:
 
     A linear layer f has f(x) - f(0) = W x, so that for any u and x the product u.(f(x) - f(0)) is
     equal to x.(W^T u), where W^T u is what the backward pass computes. One layer of each class is
-    tried, in train mode and with gradients: see lora.dropout.
+    tried, in train mode and with gradients: see lora.only_adapter_trains.
     """
     tried: dict[type, tuple[str, nn.Module]] = {}
     for name, module in base.named_modules():
