@@ -1,6 +1,7 @@
 """The structure of the repository: imports run one way, files are short, nothing needs Linux."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -142,3 +143,17 @@ def test_modules_and_help_need_no_linux():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("usage:") == len(COMMANDS)
+
+
+def test_the_table_of_cases_names_tests_that_exist():
+    """tests/CASES.md: every case has a test, by its file and the name of the function."""
+    text = (ROOT / "tests" / "CASES.md").read_text(encoding="utf-8")
+    cases = [line for line in text.splitlines() if line.startswith("| ")]
+    cases = [line for line in cases if not line.startswith(("| case |", "|---"))]
+    assert len(cases) > 150
+    for line in cases:
+        references = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", line.rpartition(" | ")[2])
+        assert references, line
+        for file, function in references:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not function or f"def {function}(" in source, f"{file}::{function}"

@@ -52,6 +52,17 @@ def test_drops_are_recorded_with_place_and_counted(tmp_path, capsys):
     )
 
 
+def test_the_next_command_names_the_model(tmp_path, monkeypatch, capsys):
+    """quickstart.sh's model where it is there, so that the command works as it is printed."""
+    monkeypatch.setattr(prep_data, "QUICKSTART_MODEL", tmp_path / "model")
+    prepare_rows(tmp_path, rows_of(4))
+    train = f"next: python train_pref.py --data {tmp_path / 'out'} --model"
+    assert f"{train} MODEL    (MODEL: folder or hub id" in capsys.readouterr().out
+    (tmp_path / "model").mkdir()
+    prepare(write_rows(tmp_path / "source.jsonl", rows_of(4)), tmp_path / "again")
+    assert f"--model {tmp_path / 'model'}\n" in capsys.readouterr().out
+
+
 def test_a_later_row_without_a_prompt(tmp_path):
     rows = [*TEXT_ROWS, {"chosen": "a", "rejected": "b"}]
     reason = "not a Human/Assistant transcript (this row has layout 'conversations')"
