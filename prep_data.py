@@ -35,7 +35,7 @@ from pref.files.audit import (
     read_split,
 )
 from pref.files.console import UserError
-from pref.files.layouts import LAYOUTS, columns_text
+from pref.files.layouts import LAYOUTS, LIST_COLUMNS, columns_text
 from pref.files.row_pairs import prompt_key
 from pref.files.tables import file_ending
 
@@ -64,6 +64,13 @@ REMEDIES = {
     ),
     "different prompts": "A pair is two responses to one prompt.",
     "^tie": "If scores beside the responses say so and mean something else: --ignore_columns NAME",
+    "a system message after": (
+        "Chat templates take one system message, at the beginning. Join several into one, or make "
+        "a later one part of the user's next message."
+    ),
+    "prompt ends with the assistant": (
+        "Put what the assistant has begun at the start of both responses instead."
+    ),
     "unknown role": "Rename the role to user, assistant, system or tool.",
 }
 WHY_TEXTS = {
@@ -254,9 +261,11 @@ def check_options_used(args: argparse.Namespace, splits: dict[str, Audit]) -> No
     audits = splits.values()
     if args.rule and not any("scored" in audit.layouts for audit in audits):
         layout = next(iter(audits)).layout
+        has_list = any(set(LIST_COLUMNS) & audit.unused.keys() for audit in audits)
+        more = ", or leave the two responses out: --ignore_columns chosen,rejected"
         raise UserError(
             f"--rule is for rows with several scored responses, and these have layout '{layout}'; "
-            "leave it out, or leave the two responses out with --ignore_columns chosen,rejected"
+            f"leave it out{more if has_list else ''}"
         )
     if args.min_margin and not any("scored" in a.layouts or a.scored for a in audits):
         raise UserError("--min_margin: no row has scores; leave it out")

@@ -297,9 +297,23 @@ def check_audit(audit: Audit, options: Options) -> None:
         names = reason.partition("(")[2].rstrip(")").replace(", ", ",")
         raise UserError(
             f"{audit.source}: in {count:,} of {audit.scored:,} rows with scores {reason}, first: "
-            f"{place}. If lower is better in this file: --ignore_columns {names}. If the responses "
-            f"are swapped: the same and --columns chosen=rejected,rejected=chosen"
+            f"{place}. If lower is better in this file: --ignore_columns {names}. "
+            f"{swapped_remedy(audit.layout)}"
         )
+
+
+def swapped_remedy(layout: str) -> str:
+    """What to do if the scores are right, and the rejected response is the better one."""
+    if layout not in ("choice", "alpaca_eval", "safe_rlhf", "helpsteer"):
+        return (
+            "If the responses are swapped: the same and --columns chosen=rejected,rejected=chosen"
+        )
+    names = [group.split("|")[0] for group in layouts.LAYOUTS[layout].columns.split()]
+    first, second, label = names[-3:]
+    return (
+        f"If `{label}` counts the other way round: the same, and name the two responses in "
+        f"exchanged places, --columns {first}=SECOND,{second}=FIRST"
+    )
 
 
 def check_templates(audit: Audit, options: Options) -> None:
@@ -330,17 +344,18 @@ def check_columns(audit: Audit) -> None:
 
 def check_labels(audits: list[Audit]) -> None:
     """Raises UserError if numbers say which response is better and may mean the opposite: if in no
-    split there is one that only the documented meaning explains.
+    split there is one that only the documented meaning explains, or if there are others, such as
+    0.9 or -1, which belong to another meaning.
     """
     labels = sum((audit.labels for audit in audits), Counter())
     if audits[0].layout == "alpaca_eval":
         ambiguous = labels and max(labels) <= 1
         meaning, pair = "1 = output_1, 2 = output_2", ("output_1", "output_2")
     else:
-        ambiguous = set(labels) == {1.0}
+        ambiguous = set(labels) == {1.0} or bool(set(labels) - {0.0, 1.0})
         meaning, pair = "0 = a, 1 = b", ("completion_a", "completion_b")
     if ambiguous:
-        listed = " or ".join(f"{value:g}" for value in sorted(labels))
+        listed = " or ".join(f"{value:g}" for value in sorted(labels)[:4])
         raise UserError(
             f"{audits[0].source}: the label is {listed} in all {sum(labels.values()):,} rows that "
             f"have a number. It is read as {meaning}, and this file may count otherwise. Write the "

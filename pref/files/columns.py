@@ -19,16 +19,10 @@ from typing import NamedTuple
 
 from pref.files.control_tokens import texts_of
 from pref.files.messages import KNOWN_KEYS, ROLE_KEYS, Drop, unserialise
-from pref.files.rankings import RESPONSE_KEYS, SCORE_KEYS
+from pref.files.rankings import RESPONSE_KEYS, SCORE_KEYS, words
 
 METADATA, REPEATED, POOL, CONTENT = "metadata", "repeated", "pool", "content"
 ASKED, REPLACED = "--ignore_columns", "replaced by --columns"
-
-
-def words(name: str) -> list[str]:
-    """'promptSource_0' -> ['prompt', 'source', '0']."""
-    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
-    return re.findall(r"[a-z]+|\d+", spaced.lower())
 
 
 # The last word of a name says what it is: `prompt_id` is an id, `source_text` a text.
@@ -61,7 +55,7 @@ CONTENT_WORDS = words(
     instruction instructions prompt prompts question questions query input inputs message messages
     conversation conversations dialogue dialog text texts story article body example examples
     knowledge background hint hints image images video videos audio audios tool tools function
-    functions demonstration demonstrations fewshot shots
+    functions demonstration demonstrations fewshot shots response responses completion completions
     """
 )
 SKIPPED_WORDS = {"chosen", "rejected", "a", "b", "j", "k"}
@@ -98,8 +92,8 @@ class Unused:
 def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, dict[str, str]]:
     """(row under the names that layouts use, {column that was left out: why}).
 
-    A source 'a.b' is the key b of the object in column a. Names that differ from a known one in
-    case or surrounding space alone are read as it.
+    A source 'a.b' is the key b of the object in column a, and 'a.0' the first item of the list in
+    it. Names that differ from a known one in case or surrounding space alone are read as it.
     """
     values = {target: take(row, path) for target, path in choices.renames.items()}
     left_out = {name: ASKED for name in choices.ignored if name in row and filled(row[name])}
@@ -111,8 +105,8 @@ def apply_choices(row: dict, choices: Choices, known: set[str]) -> tuple[dict, d
     for target, value in values.items():
         if target in row:
             left_out[target] = REPLACED
-        if value is not None:
-            row[target] = value
+        # A row whose column is empty must not fall back to the one that it replaces.
+        row[target] = value
     return row, left_out
 
 
@@ -131,7 +125,10 @@ def take(row: dict, path: str):
         return row[path]
     value = row
     for part in path.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return value
 
 

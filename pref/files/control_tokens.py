@@ -24,7 +24,7 @@ class Form(NamedTuple):
 
 
 FORMS = (
-    Form("ChatML", re.compile(r"<\|im_start\|>[ \t]*(\w+)[ \t]*(?:\n|\Z)")),
+    Form("ChatML, Phi 4", re.compile(r"<\|im_start\|>[ \t]*(\w+)[ \t]*(?:<\|im_sep\|>|\n|\Z)")),
     Form("Llama 3", re.compile(r"<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>")),
     Form("Llama 4", re.compile(r"<\|header_start\|>\s*(\w+)\s*<\|header_end\|>")),
     Form("Gemma", re.compile(r"<start_of_turn>(\w+)(?:\n|\Z)")),
@@ -40,28 +40,55 @@ BEGINNINGS = r"<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<｜begin▁of▁
 BEGINNINGS += r"|\[gMASK\]\s*<sop>|<\|begin▁of▁sentence\|>"
 ENDS = (
     r"</s>|<eos>|<\|im_end\|>|<\|im_sep\|>|<\|endoftext\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>"
-    r"|<\|eot\|>|<end_of_turn>|<\|end\|>|<\|return\|>|<\|call\|>|<｜end▁of▁sentence｜>"
+    r"|<\|eot\|>|<\|end_of_turn\|>|<end_of_turn>|<\|end\|>|<\|return\|>|<\|call\|>|<｜end▁of▁sentence｜>"
     r"|<\|END_OF_TURN_TOKEN\|>|<\|end▁of▁sentence\|>|<EOS_TOKEN>|<\|end_of_sentence\|>|<\|eos\|>"
 )
 PADS = r"<pad>|<\|pad\|>|<\|finetune_right_pad_id\|>|\[PAD\]|<PAD>"
 # Mistral's and Llama-2's, whose turn is a pair of brackets; gpt-oss's; the start of other headers.
 BRACKETS = r"\[/?INST\]|<<SYS>>|<</SYS>>|\[/?SYSTEM_PROMPT\]|\[TOOL_CALLS\]|\[AVAILABLE_TOOLS\]"
 OTHERS = r"<\|start\|>(?=\w+<\|)|<\|message\|>|<\|channel\|>|<\|im_start\|>|<start_of_turn>"
-HEADERS = "|".join(form.header.pattern.replace(r"(?:\n|\Z)", "") for form in FORMS)
+LINE_END = re.compile(r"\(\?:(<\\\|im_sep\\\|>\|)?\\n\|\\Z\)")
+HEADERS = "|".join(LINE_END.sub("", form.header.pattern) for form in FORMS)
 HEADERS = re.sub(r"\((?!\?)", "(?:", HEADERS)
 TOKEN = re.compile(f"{HEADERS}|{BEGINNINGS}|{ENDS}|{PADS}|{BRACKETS}|{OTHERS}")
+# What control tokens of other families look like, at the beginning or the end of a text.
+UNKNOWN = (
+    r"<\|[A-Za-z]\w{2,40}\|>|<｜[^｜\s]{2,40}｜>|\[\|(?:system|user|assistant|tool|endofturn)\|\]"
+    r"|<\w+:(?:bos|eos)>|<extra_id_\d+>|<reserved_\d+>|<(?:beginning|end)_of_\w+>|<用户>"
+)
+UNKNOWN_ENDS = re.compile(rf"\A\s*({UNKNOWN})|({UNKNOWN})\s*\Z")
 OPENING = re.compile(rf"\s*(?:(?:{BEGINNINGS}|<\|endoftext\|>)\s*)*(?:{HEADERS}|<\|start\|>\w+<\|)")
+SPOKEN = re.compile(r"[ \t]+(?:is|are|and|or|means|in|vs)\b")
 BARE_BEGINNING = re.compile(
     rf"\s*(?:{BEGINNINGS}|<\|endoftext\|>)(?![ \t]+(?:is|are|and|or|means)\b)"
 )
 CLOSING = re.compile(rf"(?:(?:{ENDS}|{PADS}|\[/INST\]|<</SYS>>)\s*)+\Z|(?:{HEADERS})\s*\Z")
 # One turn ends and the next begins.
-SEAM = re.compile(rf"(?:{ENDS})\s*(?:{HEADERS})|\[/INST\].*?\[INST\]", re.DOTALL)
+SEAM = re.compile(rf"(?:{ENDS})\s*(?:{HEADERS})")
 # An end token right behind a word, as between two documents. Behind a header, it is an example.
 GLUED = re.compile(rf"[^\s`'\"“‘(\[{{](?=<\|)(?:{ENDS})")
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # One of these is in every text that TOKEN or PLAIN matches; looking for them is much faster.
-HINTS = ("<|", "s>", "S>", "<｜", "_turn>", "pad>", "PAD", "INST]", "SYS", "_TOKEN>", "[gMASK]")
+HINTS = (
+    "<|",
+    "[|",
+    "<extra_id_",
+    "<reserved_",
+    "_of_",
+    ":bos>",
+    ":eos>",
+    "<用户>",
+    "s>",
+    "S>",
+    "<｜",
+    "_turn>",
+    "pad>",
+    "PAD",
+    "INST]",
+    "SYS",
+    "_TOKEN>",
+    "[gMASK]",
+)
 HINTS += ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "### ", "USER:")
 OPENED = re.compile(r"(?:<think>\s*(?:</think>)?)?\s*")
 # What stands before a control token that a sentence speaks of: "the token is <|im_end|>".
@@ -110,6 +137,8 @@ def find_carried(text: str) -> str | None:
         return None
     if is_plain(text):
         return text.split()[-1]
+    if (found := UNKNOWN_ENDS.search(text)) and not is_spoken_of(text, found):
+        return found.group().strip()
     token = TOKEN.search(text)
     if not token:
         return None
@@ -125,10 +154,18 @@ def find_carried(text: str) -> str | None:
     if end and "</s>" in end.group() and not is_html(text):  # Llama 2 writes " </s>"
         return "</s>"
     prose = CODE.sub("", text)
+    if "[INST]" in prose.partition("[/INST]")[2]:
+        return "[/INST]"
     seam = SEAM.search(prose)
     glued = None if re.search(f"{HEADERS}|{OTHERS}", prose) else GLUED.search(prose)
     found = seam or glued
     return TOKEN.search(found.group()).group() if found else None
+
+
+def is_spoken_of(text: str, found: re.Match) -> bool:
+    """Whether a token at an end of a text is part of a sentence: "it ends with <|abc|>"."""
+    before, after = text[: found.start()], text[found.end() :]
+    return bool(SPEAKING.search(before)) if before.strip() else bool(SPOKEN.match(after))
 
 
 def is_plain(text: str) -> bool:
@@ -200,6 +237,8 @@ def strip_template(text: str) -> str | list[dict]:
         messages = split_turns(text, form.header) if form else [("", clean(text))]
     if any(find_carried(content) for _, content in messages):
         raise Drop("a chat template of no known form")
+    if len(messages) > 1 and messages[-1] == ("user", ""):  # GLM ends a turn so
+        messages.pop()
     if len(messages) == 1 and not messages[0][0]:
         return messages[0][1]
     if messages[0][0] == "":  # text before the first header
@@ -255,4 +294,4 @@ def split_brackets(text: str) -> list[tuple[str, str]]:
 def clean(text: str) -> str:
     """`text` without the tokens that begin and end it and the space around it."""
     text = re.sub(rf"\A\s*(?:(?:{BEGINNINGS}|{PADS}|<\|endoftext\|>)\s*)+", "", text)
-    return re.sub(rf"(?:\s*(?:{ENDS}|{PADS}|{BEGINNINGS}))+\s*\Z", "", text).strip()
+    return re.sub(rf"(?:(?:{ENDS}|{PADS}|{BEGINNINGS})\s*)+\Z", "", text).strip()

@@ -194,7 +194,7 @@ def read_scored(row: dict) -> Candidates:
 
     {"prompt": "Hi", "responses": ["No.", "Hello!"], "scores": [1, 5]}
     """
-    conversation = first_of(row, "context|messages|conversations")
+    conversation = first_of(row, "context|messages|conversations|contents")
     prompt = as_messages(row[conversation], "user") if conversation else prompt_messages(row)
     return read_candidates(prompt, row, first_of(row, "|".join(LIST_COLUMNS)))
 
@@ -256,7 +256,7 @@ LAYOUTS = {
     "messages": Layout("messages chosen rejected", read_messages),
     "swift": Layout("messages rejected_response|rejected_messages", read_swift),
     "scored": Layout(
-        f"{PROMPT}|context|messages|conversations {'|'.join(LIST_COLUMNS)}",
+        f"{PROMPT}|context|messages|conversations|contents {'|'.join(LIST_COLUMNS)}",
         read_scored,
         also=f"history {' '.join(SCORE_COLUMNS)}",
         lists=f"history {' '.join(LIST_COLUMNS)} {' '.join(SCORE_COLUMNS)}",

@@ -32,7 +32,7 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: a message that is a call, as JSON
 ROLE_KEYS = ("role", "from", "speaker", "author")
-TEXT_KEYS = ("content", "value", "text")
+TEXT_KEYS = ("content", "value", "text", "parts", "message")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
 CALL_KEYS = ("tool_calls", "function_call")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -85,6 +85,8 @@ def as_message(item) -> dict:
         raise Drop("a message without a role")
     if media := next((key for key in MEDIA if item.get(key)), None):
         raise Drop(f"has {media}: only text can be trained")
+    if not {*TEXT_KEYS, *CALL_KEYS} & item.keys():
+        raise Drop(f"a message without content (its keys: {', '.join(item)})")
     role = role.strip().lower()
     if role in CALL_ROLES:
         return {"role": "assistant", "content": "", "tool_calls": read_calls(content)}
@@ -181,7 +183,7 @@ def parsed(value):
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -208,6 +210,8 @@ def parse_literal(text: str):
     """The list or dict that `text` writes as JSON or as Python does, or None."""
     try:
         value = json.loads(text)
+    except RecursionError:
+        return None
     except ValueError:
         # NumPy's arrays, in which pandas keeps lists, print without commas between the elements.
         text = re.sub(r"\}\s*\n\s*\{", "}, {", text.strip())
@@ -222,7 +226,7 @@ def parse_literal(text: str):
 def parse_transcript(text: str) -> list[dict]:
     """Messages of an Anthropic HH transcript. The space around each turn is part of the format."""
     # "\n\nHuman: Hi\n\nAssistant: Hello!" -> "", "Human", " Hi", "Assistant", " Hello!"
-    before, *turns = re.split(r"(?:\A\s*|\n\s*\n)(Human|Assistant):", text)
+    before, *turns = re.split(r"(?:\A\s*|\n[^\S\n]*\n)(Human|Assistant):", text)
     if "Assistant" not in turns[::2] and re.search(r"\nAssistant:", text):
         # Single line ends throughout. Elsewhere such a line is part of a turn.
         before, *turns = re.split(r"(?:\A\s*|\n)(Human|Assistant):", text)

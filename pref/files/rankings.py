@@ -57,16 +57,22 @@ def read_candidates(prompt: list[dict], row: dict, column: str) -> Candidates:
     or in a list of their own. Raises Drop if there is no score for each.
     """
     items = checked_list(row, column)
-    scores = next((checked_list(row, name) for name in SCORE_COLUMNS if name in row), None)
-    lower_is_better = any("rank" in name for name in SCORE_COLUMNS if name in row)
-    if scores is None:
-        key = score_key(items)
-        lower_is_better = "rank" in key
-        scores = [item.get(key) for item in items]
+    # Tables fill the columns that only other rows have with None.
+    name = next((name for name in SCORE_COLUMNS if row.get(name) is not None), None)
+    if name == "ranking":
+        raise UserError(
+            "a list `ranking` may hold each response's rank, or their numbers from best to worst. "
+            "If it holds ranks: --columns ranks=ranking"
+        )
+    if name:
+        scores = checked_list(row, name)
+    else:
+        name = score_key(items)
+        scores = [item.get(name) for item in items]
     if len(scores) != len(items):
         raise Drop(f"{len(items)} responses and {len(scores)} scores")
     responses = [
-        Scored(response_of(item), as_score(score, lower_is_better))
+        Scored(response_of(item), as_score(score, is_rank(name)))
         for item, score in zip(items, scores)
     ]
     return Candidates(prompt, responses)
@@ -142,7 +148,17 @@ def tie_reason(min_margin: float) -> str:
 
 # ---- scores beside chosen and rejected -----------------------------------------------------------
 
-SCORE_NAME = re.compile(r"score|rating|reward|grade|rank", re.IGNORECASE)
+SCORE_NAME = re.compile(
+    r"score|rating|reward|grade|rank|quality|win_?rate|utility|helpful", re.IGNORECASE
+)
+RANK_WORDS = ("rank", "ranks", "ranking", "rankings")  # the lower is better
+DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d{1,2}\s*")  # as spreadsheets write it in half of Europe
+SIDES = (("a", "b"), ("0", "1"), ("1", "2"), ("j", "k"))  # how names tell two responses apart
+# What the name of a score of the whole response is made of, besides its side: no `toxicity`.
+GENERAL_WORDS = {"score", "scores", "rating", "ratings", "reward", "rewards", "grade", "rank"}
+GENERAL_WORDS |= {"response", "completion", "output", "answer", "overall", "total", "final"}
+GENERAL_WORDS |= {"avg", "average", "mean", "human", "judge", "rm"}
+SIDED = re.compile(r"(?:completion|response|output|answer)[_ ]?([ab012jk])", re.IGNORECASE)
 MARGINS = ("margin", "score_margin", "reward_margin")  # chosen minus rejected
 
 
@@ -158,10 +174,11 @@ def pair_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
     """The scores of the two responses, or None if the row has none.
 
     They are in columns such as chosen_score and rejected_score, in an object {"chosen", "rejected"}
-    of such a name, in the responses themselves, in `rating` beside `generations`, or in `margin`.
+    of such a name, in the responses themselves, in score_a and score_b beside response_a and
+    response_b, in `rating` beside `generations`, or in `margin`.
     """
     for name in filter(SCORE_NAME.search, row):
-        sign = -1 if "rank" in name.lower() else 1
+        sign = -1 if is_rank(name) else 1
         partner = name.replace("chosen", "rejected").replace("Chosen", "Rejected")
         both = row[name]
         if isinstance(both, dict):
@@ -172,7 +189,47 @@ def pair_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
         if partner != name or isinstance(both, dict):
             if None not in values:
                 return PairScores(sign * values[0], sign * values[1], names)
-    return inner_scores(row) or listed_scores(row, chosen, rejected) or margin_scores(row)
+    return (
+        inner_scores(row)
+        or sided_scores(row, chosen, rejected)
+        or listed_scores(row, chosen, rejected)
+        or margin_scores(row)
+    )
+
+
+def words(name: str) -> list[str]:
+    """'promptSource_0' -> ['prompt', 'source', '0']."""
+    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    return re.findall(r"[a-z]+|\d+", spaced.lower())
+
+
+def is_rank(name: str) -> bool:
+    """Whether the lower is better: of ranks, but not of a reranker's score or a `rank_score`."""
+    kinds = [word for word in words(name) if word in RANK_WORDS or word in ("score", "scores")]
+    return bool(kinds) and kinds[-1] in RANK_WORDS
+
+
+def sided_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
+    """Scores in columns such as score_a and score_b, of the texts in response_a and response_b."""
+    texts = {m[1].lower(): row[name] for name in row if (m := SIDED.fullmatch(name))}
+    for first, second in SIDES:
+        if [texts.get(first), texts.get(second)] == [chosen, rejected]:
+            sides = (first, second)
+        elif [texts.get(second), texts.get(first)] == [chosen, rejected]:
+            sides = (second, first)
+        else:
+            continue
+        for name in filter(SCORE_NAME.search, row):
+            parts = words(name)
+            if sides[0] not in parts or set(parts) - {*GENERAL_WORDS, sides[0]}:
+                continue
+            swapped = [sides[1] if part == sides[0] else part for part in parts]
+            partner = next((other for other in row if words(other) == swapped), name)
+            values = [as_number(row[name]), as_number(row[partner])]
+            if partner != name and None not in values:
+                sign = -1 if is_rank(name) else 1
+                return PairScores(sign * values[0], sign * values[1], (name, partner))
+    return None
 
 
 def inner_scores(row: dict) -> PairScores | None:
@@ -183,7 +240,7 @@ def inner_scores(row: dict) -> PairScores | None:
     for key in SCORE_KEYS:
         values = [as_number(side.get(key)) for side in sides]
         if None not in values:
-            sign = -1 if "rank" in key else 1
+            sign = -1 if is_rank(key) else 1
             return PairScores(sign * values[0], sign * values[1], (f"chosen.{key}",) * 2)
     return None
 
@@ -208,6 +265,8 @@ def margin_scores(row: dict) -> PairScores | None:
 
 
 def as_number(value) -> float | None:
+    if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value):
+        value = value.replace(",", ".")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

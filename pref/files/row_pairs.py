@@ -5,7 +5,7 @@ import re
 
 from pref.files import columns, disk, layouts, messages, rankings
 from pref.files.messages import Drop
-from pref.files.pairs import check_pair, check_visible
+from pref.files.pairs import check_pair, check_visible, visible
 from pref.files.rankings import Selection
 
 NO_SELECTION = Selection(rule=None, min_margin=0, seed=0)
@@ -107,10 +107,12 @@ def with_system(conversation: list[dict], system: str) -> list[dict]:
 
 
 def prompt_key(prompt: list[dict]) -> str:
-    """The same hash for equal prompts; the space around a message makes no difference."""
+    """The same hash for prompts that look the same; the space around a message, characters without
+    a shape and the form in which accents are written make no difference.
+    """
     return disk.sha256_json([message_key(message) for message in prompt])
 
 
 def message_key(message: dict) -> list:
     calls = [message["tool_calls"]] if message.get("tool_calls") else []
-    return [message["role"], message["content"].strip(), *calls]
+    return [message["role"], visible(message["content"]), *calls]

@@ -89,9 +89,9 @@ def pick_splits(names: list[str], source: str) -> list[list[str]]:
     train = next((name for name in TRAIN_SPLITS if name in names), None)
     val = next((name for name in VAL_SPLITS if name in names), None)
     others = [name for name in names if name != train]
-    if not train or (not val and any(HELD_OUT.search(name.lower()) for name in others)):
-        train_like = [name for name in names if not HELD_OUT.search(name.lower())] or names
-        val_like = [name for name in names if HELD_OUT.search(name.lower())]
+    if not train or (not val and any(is_held_out(name) for name in others)):
+        train_like = [name for name in names if not is_held_out(name)] or names
+        val_like = [name for name in names if is_held_out(name)]
         example = f"train={train or train_like[0]}" + (f",val={val_like[0]}" if val_like else "")
         problem = (
             f"no split named {' or '.join(TRAIN_SPLITS)}" if not train else "no validation split"
@@ -152,6 +152,7 @@ def open_folder(path: Path, config: str | None) -> tuple[dict[str, Rows], list[s
         }
         if all(file_ending(file.name) and file.is_file() for fs in files.values() for file in fs):
             unused = unread_files(path, files)
+            files = apart(files)
             return {name: folder_rows(found) for name, found in files.items()}, unused
         loaded = datasets.load_dataset(str(path.resolve()), config, streaming=True)
     except load_errors() as error:
@@ -162,6 +163,24 @@ def open_folder(path: Path, config: str | None) -> tuple[dict[str, Rows], list[s
 def split_files(builder) -> list[tuple[str, list[str]]]:
     """[(split, files)] as `datasets` resolves them."""
     return [(str(name), list(files)) for name, files in (builder.config.data_files or {}).items()]
+
+
+def apart(files: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Each file as a split of its own, if some of those that `datasets` reads as one are held out
+    by their names (my_heldout.jsonl): then the user must say which is which.
+    """
+    if len(files) != 1:
+        return files
+    (found,) = files.values()
+    names = {file.name.removesuffix(file_ending(file.name)): file for file in found}
+    held_out = [name for name in names if is_held_out(name)]
+    if not 0 < len(held_out) < len(found) or len(names) < len(found):
+        return files
+    return {name: [file] for name, file in names.items()}
+
+
+def is_held_out(name: str) -> bool:
+    return bool(HELD_OUT.search(re.sub(r"[^a-z0-9]+", "_", name.lower())))
 
 
 def folder_rows(files: list[Path]) -> Rows:

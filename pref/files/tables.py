@@ -14,7 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from pref.files import console, disk
 from pref.files.console import UserError
@@ -42,7 +42,8 @@ def read_splits(path: Path) -> dict[str, Rows]:
     ending = file_ending(path.name)
     if not ending:
         endings = ".json, .jsonl, .parquet, .csv or .tsv"
-        raise UserError(f"{path}: not a {endings} file (each may be .gz)")
+        advice = OTHER_ENDINGS.get(path.suffix.lower(), "")
+        raise UserError(f"{path}: not a {endings} file (each may be .gz){advice and '; '}{advice}")
     check_head(path)
     if ending.endswith(".gz"):
         return unpacked_splits(path)
@@ -50,6 +51,40 @@ def read_splits(path: Path) -> dict[str, Rows]:
         return json_splits(path)
     reader = parquet_rows if ending == ".parquet" else csv_rows
     return {"train": reader(path)}
+
+
+class Kind(NamedTuple):
+    """A kind of file that is known by its first bytes."""
+
+    name: str
+    ending: str  # that such a file must have; one that is not read here: any
+    remedy: str
+
+
+MAGIC = {
+    b"\x1f\x8b": Kind("a gzip file", ".gz", "add .gz to it"),
+    b"PAR1": Kind("a Parquet file", ".parquet", "rename it to .parquet"),
+    b"PK\3\4": Kind(
+        "a ZIP archive or an Excel file", ".zip", "unpack it, or save the sheet as CSV (UTF-8)"
+    ),
+    b"\x28\xb5\x2f\xfd": Kind("a Zstandard file", ".zst", "unpack it with `unzstd`"),
+}
+OTHER_ENDINGS = {
+    ".zip": "unpack it first",
+    ".zst": "unpack it with `unzstd` first",
+    ".xz": "unpack it with `unxz` first",
+    ".bz2": "unpack it with `bunzip2` first",
+    ".tar": "unpack it first, and give --dataset the folder",
+    ".tgz": "unpack it first, and give --dataset the folder",
+    ".xlsx": "save the sheet as CSV (UTF-8)",
+    ".xls": "save the sheet as CSV (UTF-8)",
+    ".ods": "save the sheet as CSV (UTF-8)",
+    ".arrow": "give --dataset the folder that `save_to_disk` has written, or save it as Parquet",
+    ".feather": "save it as Parquet",
+    ".pkl": "pickles run code when they are read; save it as Parquet or JSON",
+    ".txt": "if it holds one of these, rename it",
+    ".jsonlines": "rename it to .jsonl",
+}
 
 
 def check_head(path: Path) -> None:
@@ -63,8 +98,15 @@ def check_head(path: Path) -> None:
         )
     if re.match(rb"\s*<(!doctype html|html)", head, re.IGNORECASE):
         raise UserError(f"{path}: a web page, not data; download the file itself (its raw form)")
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    ending = file_ending(path.name)
+    if kind := next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None):
+        if kind.ending and not ending.endswith(kind.ending):
+            raise UserError(f"{path}: {kind.name}, which the name does not say; {kind.remedy}")
+        return
+    if not ending.endswith((".parquet", ".gz")) and head.count(b"\0") > len(head) / 4:
         raise UserError(f"{path}: UTF-16 text; save it as UTF-8")
+    if ending in (".csv", ".tsv") and re.match(rb'\s*\[?\s*\{\s*"', head):
+        raise UserError(f"{path}: JSON, which the name does not say; rename it to .json or .jsonl")
 
 
 def unpacked_splits(path: Path) -> dict[str, Rows]:
@@ -138,9 +180,13 @@ def is_json_lines(path: Path) -> bool:
         return not first
     try:
         value = json.loads(first)
-    except ValueError:
+    except RecursionError:
+        return True
+    except ValueError as error:
+        if not second:  # several objects on one line, or a broken one
+            return "Extra data" not in str(error)
         # Pretty-printed: an object or a list goes on below.
-        return not (second and first.startswith(b"{") and not complete_enough(first, second))
+        return not first.startswith(b"{") or complete_enough(first, second)
     return isinstance(value, dict) and bool(second)
 
 
@@ -168,6 +214,8 @@ def parse(line: bytes, place: str):
         raise UserError(f"{place}: not valid JSON: {error.msg} (column {error.colno})") from None
     except ValueError as error:  # as_dict
         raise UserError(f"{place}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{place}: not readable: brackets within brackets without end") from None
 
 
 def as_dict(pairs: list[tuple]) -> dict:
@@ -203,6 +251,9 @@ def json_values(path: Path) -> Iterator[tuple[str, object]]:
             ) from None
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
+        except RecursionError:
+            message = "not readable: brackets within brackets without end"
+            raise UserError(f"{place}: {message}") from None
         if start or end < len(text.rstrip()):
             disk.as_object(value, place)
         yield place, value
@@ -271,15 +322,17 @@ def csv_rows(path: Path) -> Rows:
     last_line = 0  # on which the row before ends
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True, delimiter=separator(file))
+            start = find_start(file)
+            reader = csv.DictReader(file, strict=True, delimiter=start.separator)
             if reader.fieldnames:  # asking for the names reads the header
+                reader.fieldnames = name_nameless(reader.fieldnames)
                 check_header(path, reader.fieldnames)
-                last_line = reader.line_num
+                last_line = start.lines + reader.line_num
             for row in reader:
-                place = f"{path}:{csv_line(reader.line_num, row)}"
+                place = f"{path}:{csv_line(start.lines + reader.line_num, row)}"
                 if None in row:
                     raise UserError(f"{place}: more fields than the header has columns")
-                last_line = reader.line_num
+                last_line = start.lines + reader.line_num
                 yield place, row
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
@@ -289,14 +342,32 @@ def csv_rows(path: Path) -> Rows:
         ) from None
 
 
-def separator(file: TextIO) -> str:
-    """The character that separates most columns in the header of a CSV file, which is then at its
-    start again. Spreadsheets write semicolons where the comma is the decimal point.
+class Start(NamedTuple):
+    """Where the header of a CSV file begins, and what separates its columns."""
+
+    separator: str
+    lines: int  # before the header
+
+
+def find_start(file: TextIO) -> Start:
+    """The character that separates most columns in the header, at which `file` is left.
+
+    Spreadsheets write semicolons where the comma is the decimal point, and Excel knows them by a
+    line `sep=;` before the header.
     """
     header = file.readline()
+    if told := re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE):
+        return Start(told[1], lines=1)
     file.seek(0)
     counts = {char: len(next(csv.reader([header], delimiter=char), [])) for char in SEPARATORS}
-    return max(counts, key=counts.get)
+    return Start(max(counts, key=counts.get), lines=0)
+
+
+def name_nameless(names: list[str]) -> list[str]:
+    """Columns without a name, which spreadsheets leave at the right, told apart by their number."""
+    if names.count("") < 2:
+        return names
+    return [name or f"(column {number})" for number, name in enumerate(names, 1)]
 
 
 def check_header(path: Path, names: list[str]) -> None:
@@ -330,3 +401,9 @@ def parquet_rows(path: Path) -> Rows:
     except (pyarrow.ArrowException, OSError) as error:
         reason = console.first_line(error)
         raise UserError(f"{path}: not a readable parquet file: {reason}") from None
+    except (OverflowError, ValueError) as error:  # a date after the year 9999, for instance
+        reason = console.first_line(error)
+        raise UserError(
+            f"{path}[{index}] or below: a value that cannot be read ({reason}); write the file "
+            "again without that column"
+        ) from None
