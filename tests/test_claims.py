@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from studies import MODEL, a_cell, a_run
 
-from pref.analysis import claims, estimates, verdicts
+from pref.analysis import claims, estimates, texts, verdicts
 from pref.analysis.runs import Scores
 from pref.files.console import UserError
 
@@ -278,7 +278,8 @@ def test_rarely():
     assert (
         row["verdict"] == "supported"
         and row["p"] == pytest.approx(0.9**29)
-        and row["why"] == "0 of 29 runs."
+        and row["why"].startswith("0 of 29 runs. The test is one-sided")
+        and row["low"] < row["limit"] < row["high"]
     )
     assert row["test"] == "exact binomial, rate below 0.1"
     row = rate("rarely", [("finished", 0)] * 28, bound=0.1)
@@ -350,6 +351,15 @@ def test_a_reduction_of_no_variance_is_undecided(noise):
     row = judged(SPREAD, cells, values)
     assert row["verdict"] == "undecided"
     assert "The variance of dpo over beta cannot be told from 0" in row["why"]
+
+
+def test_a_contradiction_without_a_ratio_shows_its_interval():
+    row = judged(SPREAD, *over_beta((-2, 1, 2, -1), (0, 0, 0, 0.02), noise=0.2))
+    assert row["verdict"] == "contradicted" and row["estimate"] is None
+    assert row["high"] < 0 and row["low"] == -math.inf
+    assert texts.verdict_texts(row)["interval"].endswith(
+        ", none] variance over beta (td_dpo τ=1 against dpo)"
+    )
 
 
 def test_variance_that_is_not_decided_says_what_would():

@@ -133,8 +133,8 @@ def estimate_difference(claim: dict, candidates: Candidates, scores: Scores) -> 
         a=choice.a.label,
         b=choice.b.label,
         estimate=difference.estimate,
-        low=difference.low,
-        high=difference.high,
+        low=estimates.finite(difference.low),
+        high=estimates.finite(difference.high),
         test=test,
         p=estimates.finite(p),
         limit=limit,
@@ -158,8 +158,7 @@ def selection_remark(candidates: Candidates, scores: Scores, difference: stats.D
     ]
     if numbers[0] == numbers[1] or not difference.measurable():
         return ""
-    maximum_a, maximum_b = map(variation.expected_normal_maximum, numbers)
-    gain = (maximum_a - maximum_b) * difference.se / math.sqrt(2)
+    gain = variation.chance_gain(difference.se, *numbers)
     return (
         f"Best of {numbers[0]} against best of {numbers[1]}: chance alone may have put the "
         f"difference up to {abs(gain):.2g} too {'high' if gain > 0 else 'low'}; the selection "
@@ -266,12 +265,12 @@ def judge_spread(claim: dict, candidates: Candidates, scores: Scores, draws: int
         "test": f"interval of the ratio over {len(compared.betas)} betas; "
         "Brown-Forsythe on the beta means",
     }
-    if compared.ratio is not None:  # a reduction is 1 - ratio: the interval's ends change places
-        numbers |= {
-            "estimate": 1 - compared.ratio,
-            "low": 1 - compared.high,
-            "high": 1 - compared.low,
-        }
+    # A reduction is 1 - ratio: the interval's ends change places. It has a limit even where b's
+    # variance is estimated as 0 or below, so that there is no estimate.
+    if compared.ratio is not None or compared.low > 0:
+        numbers |= {"low": 1 - compared.high, "high": 1 - compared.low}
+    if compared.ratio is not None:
+        numbers["estimate"] = 1 - compared.ratio
     verdict, why = decide_spread(compared, claim["at_least"], name_b, draws)
     why = join_sentences(why, choice.remark)
     return verdict_row(claim, scores.judge, verdict, why, **numbers)
@@ -341,9 +340,9 @@ def judge_rate(claim: dict, cells: list[Cell]) -> dict:
     rarely = claim["kind"] == "rarely"
     p_claimed, p_opposite = (below, above) if rarely else (above, below)
     if p_claimed < stats.ALPHA:
-        verdict, sizes = "supported", ""
+        verdict, sizes = "supported", why_beyond(limit, low, high)
     elif p_opposite < stats.ALPHA:
-        verdict, sizes = "contradicted", ""
+        verdict, sizes = "contradicted", why_beyond(limit, low, high)
     else:
         verdict, sizes = "undecided", runs_needed(claim, count / total)
     return verdict_row(
@@ -359,6 +358,15 @@ def judge_rate(claim: dict, cells: list[Cell]) -> dict:
         p=p_claimed,
         n_units=total,
         test=f"exact binomial, rate {'below' if rarely else 'above'} {limit:g}",
+    )
+
+
+def why_beyond(limit: float, low: float, high: float) -> str:
+    """Says why a rate is decided although its interval holds the limit; "" if it does not."""
+    if not low <= limit <= high:
+        return ""
+    return (
+        "The test is one-sided, as the claim is; the two-sided interval reaches beyond the limit."
     )
 
 
