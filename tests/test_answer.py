@@ -135,8 +135,13 @@ def test_a_loss_without_a_score_is_not_passed_over():
 
 def test_judged_on_other_questions_is_not_called_unjudged():
     part = {"cells": [a_cell_row("dpo", None)], "questions_left_out": [81, 82]}
-    lead = answer.lead_without_comparison(part, "score", 2, "dpo")
+    lead = answer.lead_without_comparison(part, "score", 2, "dpo", True)
     assert lead.startswith("Nothing is compared: no question was judged in all runs (2 questions")
+
+
+def test_a_baseline_without_a_score_is_not_called_absent():
+    lead = answer_of(cells=[a_cell_row("ipo", 6.0), a_cell_row("dpo", None, 2)])["lead"]
+    assert "no run of the baseline dpo is measured" in lead and "dpo (2 runs diverged)" in lead
 
 
 def test_nothing_measured_has_an_answer():

@@ -73,7 +73,8 @@ def answer(
     elif headline:
         lead = lead_of(headline, verdicts[: len(headline)], unit, digits)
     else:
-        lead = lead_without_comparison(part, metric, digits, baseline)
+        has_baseline = any(cell["loss"] == baseline for cell in comparison["accuracy"]["cells"])
+        lead = lead_without_comparison(part, metric, digits, baseline, has_baseline)
     lead = " ".join(filter(None, [lead, unmeasured_text(part, metric, comparison)]))
     rows = [
         {
@@ -263,8 +264,13 @@ def size(row: dict, unit: str, digits: int) -> str:
     return f"{row['estimate']:+.{digits}f} {unit}, 95 % interval [{low}, {high}]"
 
 
-def lead_without_comparison(part: dict, metric: str, digits: int, baseline: str) -> str:
-    """What can be said where no loss could be set against the baseline."""
+def lead_without_comparison(
+    part: dict, metric: str, digits: int, baseline: str, has_baseline: bool
+) -> str:
+    """What can be said where no loss could be set against the baseline.
+
+    has_baseline: whether the baseline has runs at all, measured or not.
+    """
     scored = [row for row in part["cells"] if row[metric] is not None]
     if not scored:
         if left_out := part.get("questions_left_out"):
@@ -277,6 +283,10 @@ def lead_without_comparison(part: dict, metric: str, digits: int, baseline: str)
     losses = list(dict.fromkeys(row["loss"] for row in scored if not row["untrained"]))
     highest = f"the highest is {best['label']} with {best[metric]:.{digits}f}"
     if baseline not in losses:
+        if has_baseline or any(cell["loss"] == baseline for cell in part["cells"]):
+            return (
+                f"No loss is compared: no run of the baseline {baseline} is measured ({highest})."
+            )
         return (
             f"No loss is compared: there is no run of the baseline {baseline} ({highest}); "
             "name another with --baseline."
