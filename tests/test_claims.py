@@ -109,6 +109,17 @@ def test_the_best_of_more_cells_is_said_to_be_favoured_by_chance():
     found = estimates.compare_cells(several[-1], B, values).difference
     assert gain == pytest.approx(1.5 / math.sqrt(math.pi) * found.se / math.sqrt(2), rel=0.06)
     assert 0 < gain < half_width
+    # What chance may give is not enough to support a claim, and not enough to contradict one.
+    low, high = row["low"], row["high"]
+    for limit, word in ((low - 1.1 * gain, "supported"), (low - 0.9 * gain, "undecided")):
+        again = judged(difference(at_least=limit), [*several, B], values)
+        assert again["verdict"] == word
+    assert "not clear of what chance gives" in again["why"]
+    swapped = difference(a={"loss": "dpo"}, b={"loss": "td_dpo"})
+    for limit, word in ((-low + 1.1 * gain, "contradicted"), (-low + 0.9 * gain, "undecided")):
+        again = judged(swapped | {"at_least": limit}, [*several, B], values)
+        assert again["verdict"] == word
+    assert high > gain
     assert "chance" not in judged(difference(), [A, B], scores([(A, 1.0), (B, 0)]))["why"]
 
 

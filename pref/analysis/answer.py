@@ -3,8 +3,8 @@
 `find_answers` says it for each score, MT-Bench by each judge before validation accuracy, from the
 differences in aggregated_metrics.json. A difference is decided as a claim is: by the adjusted test
 and the interval together, never by one seed, never by a judge that is too small, never in trial
-runs. The best of more cells, selected by the score itself, must also win by more than chance gives
-it. The report opens with it, and the terminal prints it last.
+runs; and the best of more cells must win by more than chance may give it. The report opens with
+the answers, and the terminal prints them last.
 """
 
 from typing import NamedTuple
@@ -139,10 +139,9 @@ def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
     if row["paired"] == "one seed" or None in (p, low, high) or p >= stats.ALPHA:
         return "not decided"
     gain = gain_by_selection(row)
-    by_score = row["selected_by"] is not None and "the score itself" in row["selected_by"]
-    if low > (max(0.0, gain) if by_score else 0) and row["proposed"] not in lost:
+    if low > max(0.0, gain) and row["proposed"] not in lost:
         return "better"
-    if high < (min(0.0, gain) if by_score else 0) and row["baseline"] not in lost:
+    if high < min(0.0, gain) and row["baseline"] not in lost:
         return "worse"
     return "not decided"
 
