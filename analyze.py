@@ -430,10 +430,20 @@ def difference_row(pair: CellPair, metric: str, values: Values) -> dict:
     # cells may lack seeds or ratings that the other has.
     if compared:
         row |= {"difference": row["estimate"], "improvement_rate": row["rate"]}
+        row["seeds_compared"] += seeds_not_compared(compared, ours["n_seeds"], theirs["n_seeds"])
     row["sensitivity"] = []
     if compared and pair.comparison == "best of grid":
         row["sensitivity"] = estimates.sensitivity_rows(ours["label"], theirs["label"], compared)
     return row
+
+
+def seeds_not_compared(compared: estimates.Comparison, ours: int, theirs: int) -> str:
+    """Says that cells have more seeds than those that both have: the difference is not that of
+    their means; "" if all are compared.
+    """
+    if (len(compared.table_a), len(compared.table_b)) == (ours, theirs):
+        return ""
+    return f", of {ours} and {theirs}"
 
 
 # ---- the story ----------------------------------------------------------------------------------

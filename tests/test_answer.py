@@ -21,7 +21,8 @@ def difference(proposed, estimate, low, high, p, comparison="best of grid", **fi
     row |= {"baseline": "dpo β=0.5", "estimate": estimate, "low": low, "high": high}
     row |= {"p_adjusted": p, "paired": "paired", "seeds_compared": "3 paired", "n_units": 80}
     row |= {"detectable": 0.5, "selected_by": "validation accuracy", "differs_in": None}
-    return row | {"proposed_cells": 2, "baseline_cells": 4} | fields
+    row |= {"se": 0.2, "proposed_cells": 2, "baseline_cells": 4}
+    return row | fields
 
 
 def answer_of(*rows, smoke=False, trial=False, cells=None, movement=None):
@@ -117,6 +118,61 @@ def test_a_loss_that_lost_runs_is_not_shown_to_be_better():
     assert answer_of(better, cells=both, movement=movement)["rows"][0]["verdict"] == "better"
 
 
+def a_cell_row(label, score, n_diverged=0):
+    cell = {"label": label, "loss": label.split()[0], "score": score, "untrained": False}
+    return cell | {"runs": [], "n_diverged": n_diverged}
+
+
+def test_a_loss_without_a_score_is_not_passed_over():
+    cells = [a_cell_row("ipo", 6.0), a_cell_row("dpo β=0.5", 5.0), a_cell_row("td_dpo", None, 3)]
+    found = answer_of(difference("ipo", 0.5, 0.1, 0.9, 0.01), cells=cells)
+    assert found["lead"].endswith("Not measured: td_dpo (3 runs diverged).")
+    alone = answer_of(cells=cells[1:])
+    assert "Only dpo was measured" in alone["lead"] and "3 runs diverged" in alone["lead"]
+    many = [a_cell_row(f"td_dpo β={i}", None, 1) for i in range(9)]
+    assert answer_of(cells=cells[1:2] + many)["lead"].endswith("β=4 (1 run diverged) and 4 more.")
+
+
+def test_judged_on_other_questions_is_not_called_unjudged():
+    part = {"cells": [a_cell_row("dpo", None)], "questions_left_out": [81, 82]}
+    lead = answer.lead_without_comparison(part, "score", 2, "dpo", True)
+    assert lead.startswith("Nothing is compared: no question was judged in all runs (2 questions")
+
+
+def test_a_baseline_without_a_score_is_not_called_absent():
+    lead = answer_of(cells=[a_cell_row("ipo", 6.0), a_cell_row("dpo", None, 2)])["lead"]
+    assert "no run of the baseline dpo is measured" in lead and "dpo (2 runs diverged)" in lead
+
+
+def test_nothing_measured_has_an_answer():
+    runs = [{"run_id": name, "status": "diverged"} for name in ("a", "b")]
+    nothing = {"cells": [], "improvement": []}
+    comparison = {"trial": False, "mt_bench": [], "accuracy": nothing, "runs": runs}
+    (found,) = answer.find_answers(comparison | {"diverged": ["a", "b"]})
+    assert found["lead"].startswith("2 of 2 runs diverged. No run has a score")
+
+
+@pytest.mark.parametrize(
+    ("cells", "selected_by", "verdict"),
+    [
+        (
+            (12, 1),
+            "validation accuracy",
+            "not decided",
+        ),  # chance alone gives 1.63 x 0.2 / 1.41 = 0.23
+        ((12, 1), "the score itself", "not decided"),
+        ((12, 12), "the score itself", "better"),
+        ((1, 12), "the score itself", "better"),
+    ],
+)
+def test_the_best_of_more_cells_must_win_by_more_than_chance(cells, selected_by, verdict):
+    fields = dict(zip(("proposed_cells", "baseline_cells"), cells), selected_by=selected_by)
+    found = answer_of(difference("td_dpo", 0.6, 0.2, 1.0, 0.01, **fields))["rows"][0]
+    assert found["verdict"] == verdict
+    said = "chance alone may have put the difference up to 0.23 too"
+    assert (said in found["detail"]) == (cells[0] != cells[1])
+
+
 def test_a_baseline_that_beats_all():
     rows = [difference(name, -0.5, -0.9, -0.1, 0.01) for name in ("a", "b", "c")]
     assert answer_of(*rows)["lead"] == "dpo β=0.5 is better than a, b and c."
@@ -146,7 +202,7 @@ def test_a_small_judge_and_trial_runs_measure_nothing():
     [
         (["dpo"], "Only dpo was measured"),
         (["ipo", "simpo"], "there is no run of the baseline dpo"),
-        (["dpo", "simpo"], "share no question or pair"),
+        (["dpo", "simpo"], "share no question that was rated in all runs"),
     ],
 )
 def test_nothing_to_compare_says_why(losses, text):

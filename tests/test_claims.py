@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from studies import MODEL, a_cell, a_run
 
-from pref.analysis import claims, estimates, verdicts
+from pref.analysis import claims, estimates, texts, verdicts
 from pref.analysis.runs import Scores
 from pref.files.console import UserError
 
@@ -109,6 +109,17 @@ def test_the_best_of_more_cells_is_said_to_be_favoured_by_chance():
     found = estimates.compare_cells(several[-1], B, values).difference
     assert gain == pytest.approx(1.5 / math.sqrt(math.pi) * found.se / math.sqrt(2), rel=0.06)
     assert 0 < gain < half_width
+    # What chance may give is not enough to support a claim, and not enough to contradict one.
+    low, high = row["low"], row["high"]
+    for limit, word in ((low - 1.1 * gain, "supported"), (low - 0.9 * gain, "undecided")):
+        again = judged(difference(at_least=limit), [*several, B], values)
+        assert again["verdict"] == word
+    assert "not clear of what chance gives" in again["why"]
+    swapped = difference(a={"loss": "dpo"}, b={"loss": "td_dpo"})
+    for limit, word in ((-low + 1.1 * gain, "contradicted"), (-low + 0.9 * gain, "undecided")):
+        again = judged(swapped | {"at_least": limit}, [*several, B], values)
+        assert again["verdict"] == word
+    assert high > gain
     assert "chance" not in judged(difference(), [A, B], scores([(A, 1.0), (B, 0)]))["why"]
 
 
@@ -278,7 +289,8 @@ def test_rarely():
     assert (
         row["verdict"] == "supported"
         and row["p"] == pytest.approx(0.9**29)
-        and row["why"] == "0 of 29 runs."
+        and row["why"].startswith("0 of 29 runs. The test is one-sided")
+        and row["low"] < row["limit"] < row["high"]
     )
     assert row["test"] == "exact binomial, rate below 0.1"
     row = rate("rarely", [("finished", 0)] * 28, bound=0.1)
@@ -350,6 +362,15 @@ def test_a_reduction_of_no_variance_is_undecided(noise):
     row = judged(SPREAD, cells, values)
     assert row["verdict"] == "undecided"
     assert "The variance of dpo over beta cannot be told from 0" in row["why"]
+
+
+def test_a_contradiction_without_a_ratio_shows_its_interval():
+    row = judged(SPREAD, *over_beta((-2, 1, 2, -1), (0, 0, 0, 0.02), noise=0.2))
+    assert row["verdict"] == "contradicted" and row["estimate"] is None
+    assert row["high"] < 0 and row["low"] == -math.inf
+    assert texts.verdict_texts(row)["interval"].endswith(
+        ", none] variance over beta (td_dpo τ=1 against dpo)"
+    )
 
 
 def test_variance_that_is_not_decided_says_what_would():

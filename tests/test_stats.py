@@ -135,7 +135,9 @@ def test_p_falls_with_the_distance_and_stays_above_zero():
 
 def test_equal_scores_are_no_finding():
     found = stats.difference(np.full((2, 5), 3.0), np.full((2, 5), 3.0), paired=True)
-    assert (found.estimate, found.low, found.high) == (0, 0, 0)
+    assert found.estimate == 0 and math.isnan(found.low) and math.isnan(found.high)
+    assert math.isnan(stats.improvement_rate(A, A, paired=True).low)
+    assert all(math.isnan(end) for end in stats.mean_interval(np.full((3, 20), 4.0)))
     assert math.isnan(found.p()) and math.isnan(power.minimum_detectable(found))
     always = stats.difference(np.full((2, 5), 3.3), np.full((2, 5), 3.1), paired=True)
     assert (
@@ -143,6 +145,19 @@ def test_equal_scores_are_no_finding():
         and math.isnan(always.p_equivalent(0.1))
         and math.isnan(always.p(0.75, side=1))
     )
+
+
+def test_rounding_makes_no_difference_and_breaks_no_tie():
+    rng = np.random.default_rng(2)
+    a = rng.integers(1, 11, (3, 40)).astype(float)
+    b = a[[2, 0, 1]]  # the same means, summed in another order
+    b[:, ::3] = rng.integers(1, 11, (3, 14))
+    in_thirds = a.sum(0) - b.sum(0)  # whole numbers: exact
+    p = {row["test"]: row["p"] for row in usual_tests.sensitivity(a, b)}
+    assert p["Wilcoxon signed rank on questions"] == scipy_stats.wilcoxon(in_thirds).pvalue
+    moved = {row["test"]: row["p"] for row in usual_tests.sensitivity(a, a[[2, 0, 1]] + 0.7)}
+    assert math.isnan(moved["paired t on questions"])
+    assert math.isnan(variation.brown_forsythe([0.1 + 0.2, 0.3, 0.3], [0.3, 0.3, 0.1 + 0.2]))
 
 
 def test_one_question_gives_no_test():
@@ -275,7 +290,8 @@ def test_interval_of_a_proportion_is_clopper_and_pearsons():
 
 def test_improvement_rate_by_hand():
     constant = np.full((2, 4), 6.0), np.full((2, 4), 5.0)
-    assert stats.improvement_rate(*constant, paired=True) == pytest.approx((0.2, 0.2, 0.2))
+    rate = stats.improvement_rate(*constant, paired=True)
+    assert rate.rate == pytest.approx(0.2) and math.isnan(rate.low) and math.isnan(rate.high)
     # Fieller, one seed: (a - (1 + r) b) has t-statistic +-t(19); its quadratic solved by hand
     a, b = A[0], B[0]
     t2 = scipy_stats.t.ppf(0.975, 19) ** 2 / 20

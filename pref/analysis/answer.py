@@ -3,14 +3,16 @@
 `find_answers` says it for each score, MT-Bench by each judge before validation accuracy, from the
 differences in aggregated_metrics.json. A difference is decided as a claim is: by the adjusted test
 and the interval together, never by one seed, never by a judge that is too small, never in trial
-runs. The report opens with it, and the terminal prints it last.
+runs; and the best of more cells must win by more than chance may give it. The report opens with
+the answers, and the terminal prints them last.
 """
 
 from typing import NamedTuple
 
-from pref.analysis import judge_identity, stats, texts
+from pref.analysis import judge_identity, stats, texts, variation
 from pref.analysis.texts import TRIAL
 
+MOST_NAMED = 5  # cells that a sentence names
 ONE_SEED = "one seed: how much another seed would differ is not known; train three"
 
 
@@ -33,7 +35,16 @@ def find_answers(comparison: dict) -> list[dict]:
     if any(row["best_acc_ref"] is not None for row in accuracy["cells"]):
         name, unit = "validation accuracy (share of pairs)", "of pairs"
         answers.append(answer(name, unit, 3, "validation pairs", accuracy, trial, comparison))
-    return answers
+    return answers or [no_answer(comparison)]
+
+
+def no_answer(comparison: dict) -> dict:
+    """The answer of a study in which nothing has been measured."""
+    n_runs, n_diverged = len(comparison["runs"]), len(comparison["diverged"])
+    lead = "No run has a score or a validation accuracy yet: see what is missing below."
+    if n_diverged:
+        lead = f"{n_diverged} of {texts.count_text(n_runs, 'runs')} diverged. {lead}"
+    return {"score": "Nothing is measured", "lead": lead, "rows": []}
 
 
 def answer(
@@ -46,6 +57,7 @@ def answer(
     or "".
     """
     baseline, cells = comparison["baseline"], part["cells"]
+    metric = "best_acc_ref" if part is comparison["accuracy"] else "score"
     moved = movement_of(cells, comparison["movement"])
     if part is comparison["accuracy"]:  # which is not of the answers
         moved = dict.fromkeys(moved, Moved(None, None, None))
@@ -61,8 +73,9 @@ def answer(
     elif headline:
         lead = lead_of(headline, verdicts[: len(headline)], unit, digits)
     else:
-        metric = "score" if "score" in cells[0] else "best_acc_ref"
-        lead = lead_without_comparison(cells, metric, digits, baseline)
+        has_baseline = any(cell["loss"] == baseline for cell in comparison["accuracy"]["cells"])
+        lead = lead_without_comparison(part, metric, digits, baseline, has_baseline)
+    lead = " ".join(filter(None, [lead, unmeasured_text(part, metric, comparison)]))
     rows = [
         {
             "verdict": verdict,
@@ -91,6 +104,24 @@ def lead_of(ranked: list[dict], verdicts: list[str], unit: str, digits: int) -> 
     return f"Not decided: whether {names(open_ones)} {verb} from {theirs}."
 
 
+def unmeasured_text(part: dict, metric: str, comparison: dict) -> str:
+    """Names the trained cells without a score, of which the answer says nothing; "" if there are
+    none. A loss that diverged in all of its runs must not be passed over.
+    """
+    measured = {cell["label"] for cell in part["cells"] if cell[metric] is not None}
+    found = {}  # label -> text
+    for cell in [*part["cells"], *comparison["accuracy"]["cells"]]:
+        if cell["label"] not in measured and not cell["untrained"]:
+            runs = texts.count_text(cell["n_diverged"], "runs")
+            why = f" ({runs} diverged)" if cell["n_diverged"] else ""
+            found.setdefault(cell["label"], cell["label"] + why)
+    if not found or not measured:  # where nothing is measured, the answer says so itself
+        return ""
+    named = list(found.values())[:MOST_NAMED]
+    more = f" and {len(found) - len(named)} more" if len(found) > len(named) else ""
+    return f"Not measured: {', '.join(named)}{more}."
+
+
 def reaches(row: dict, won: dict) -> bool:
     """Whether the interval of a difference reaches into the winner's."""
     return row["high"] is None or row["high"] >= won["low"]
@@ -107,11 +138,19 @@ def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
         return "not decided"
     if row["paired"] == "one seed" or None in (p, low, high) or p >= stats.ALPHA:
         return "not decided"
-    if low > 0 and row["proposed"] not in lost:
+    gain = gain_by_selection(row)
+    if low > max(0.0, gain) and row["proposed"] not in lost:
         return "better"
-    if high < 0 and row["baseline"] not in lost:
+    if high < min(0.0, gain) and row["baseline"] not in lost:
         return "worse"
     return "not decided"
+
+
+def gain_by_selection(row: dict) -> float:
+    """How far chance alone may favour the side that is the best of more cells (variation.py)."""
+    if row["selected_by"] is None or row["se"] is None:
+        return 0.0
+    return variation.chance_gain(row["se"], row["proposed_cells"], row["baseline_cells"])
 
 
 def lost_runs(cells: list[dict], diverged: list[str]) -> dict[str, str]:
@@ -182,6 +221,12 @@ def details(
             f"best of {row['proposed_cells']} against best of {row['baseline_cells']}, "
             f"selected by {row['selected_by']}"
         )
+        if gain := gain_by_selection(row):
+            direction = "high" if gain > 0 else "low"
+            found.append(
+                f"chance alone may have put the difference up to {abs(gain):.{digits}f} too "
+                f"{direction}"
+            )
     if row["differs_in"]:
         found.append(f"differs in {row['differs_in']} too")
     sides = (row["proposed"], row["baseline"])
@@ -199,6 +244,9 @@ def why_open(row: dict, digits: int) -> str:
         return row["caveat"]
     if row["p_adjusted"] is None:
         return "all differences are equal, or there is one question: nothing measures the error"
+    if row["low"] is not None and (row["low"] > 0 or row["high"] < 0):
+        if row["p_adjusted"] < stats.ALPHA:
+            return "the difference is not clear of what chance gives the best of more cells"
     if row["detectable"] is None:
         return "the data do not say which is better"
     if abs(row["estimate"]) >= row["detectable"]:
@@ -215,22 +263,37 @@ def size(row: dict, unit: str, digits: int) -> str:
     return f"{row['estimate']:+.{digits}f} {unit}, 95 % interval [{low}, {high}]"
 
 
-def lead_without_comparison(cells: list[dict], metric: str, digits: int, baseline: str) -> str:
-    """What can be said where no loss could be set against the baseline."""
-    scored = [row for row in cells if row[metric] is not None]
+def lead_without_comparison(
+    part: dict, metric: str, digits: int, baseline: str, has_baseline: bool
+) -> str:
+    """What can be said where no loss could be set against the baseline.
+
+    has_baseline: whether the baseline has runs at all, measured or not.
+    """
+    scored = [row for row in part["cells"] if row[metric] is not None]
     if not scored:
+        if left_out := part.get("questions_left_out"):
+            return (
+                "Nothing is compared: no question was judged in all runs "
+                f"({texts.count_text(len(left_out), 'questions')} in some); see the notes."
+            )
         return "Nothing is measured: no judgement has a score."
     best = max(scored, key=lambda row: row[metric])
     losses = list(dict.fromkeys(row["loss"] for row in scored if not row["untrained"]))
     highest = f"the highest is {best['label']} with {best[metric]:.{digits}f}"
     if baseline not in losses:
+        if has_baseline or any(cell["loss"] == baseline for cell in part["cells"]):
+            return (
+                f"No loss is compared: no run of the baseline {baseline} is measured ({highest})."
+            )
         return (
             f"No loss is compared: there is no run of the baseline {baseline} ({highest}); "
             "name another with --baseline."
         )
     if len(losses) < 2:
         return f"Only {losses[0]} was measured, so that no losses are compared ({highest})."
-    return f"The losses share no question or pair on which to compare them ({highest})."
+    unit = "question that was rated in all runs" if metric == "score" else "pair in val_pairs.jsonl"
+    return f"Nothing is tested: the losses share no {unit} ({highest})."
 
 
 def names(rows: list[dict]) -> str:

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import cell_rows, claims, judge_identity
+from pref.analysis import cell_rows, claims, judge_identity, texts
 from pref.analysis.cell_rows import CommonQuestions
 from pref.analysis.runs import Cell, JudgeKey, Run, Stale
 from pref.files import disk, judgements
@@ -353,7 +353,7 @@ def print_summary(results_dir: Path, folder: Path, comparison: dict) -> None:
     """Print the runs by status, notes, gaps, and where the results are. folder: --out."""
     statuses = Counter(run["status"] for run in comparison["runs"])
     by_status = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
-    print(f"\n{len(comparison['runs'])} runs: {by_status}")
+    print(f"\n{texts.count_text(len(comparison['runs']), 'runs')}: {by_status}")
     for note in comparison["notes"]:
         print(f"  note: {note}")
     for gap in comparison["missing"]:

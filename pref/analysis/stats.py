@@ -52,6 +52,20 @@ def standard_error(values: list[float]) -> float | None:
     return sd(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def without_rounding(values: np.ndarray, scale: float | None = None) -> np.ndarray:
+    """The values without what floating-point sums add to them: means of the same ratings in another
+    order differ by 1e-16, and a tie, or a difference of 0, is none then to a test on ranks.
+
+    scale: magnitude of the numbers that the values were computed from (default: the largest value).
+    """
+    values = np.asarray(values, dtype=float)
+    if scale is None:
+        scale = np.abs(values).max(initial=0.0)
+    if not 0 < scale < math.inf:
+        return values
+    return np.round(values, min(300, 11 - math.ceil(math.log10(scale))))
+
+
 class MeanSquares(NamedTuple):
     """Mean squares of a two-way layout, seeds x questions, without replication."""
 
@@ -195,10 +209,13 @@ def seed_error(tables: list[np.ndarray]) -> SeedError:
 
 def mean_interval(table: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of an (S, Q) table over questions and seeds; of a single seed, over
-    questions alone. NaN with a single question.
+    questions alone. NaN with a single question, or with scores that are equal throughout: nothing
+    measures the error then.
     """
-    half_width = float(mean_error(table.mean(0), [table]).half_width())
-    return float(table.mean()) - half_width, float(table.mean()) + half_width
+    mean, half_width = float(table.mean()), float(mean_error(table.mean(0), [table]).half_width())
+    if not half_width > 1e-12 * max(1.0, abs(mean)):
+        return math.nan, math.nan
+    return mean - half_width, mean + half_width
 
 
 def proportion_interval(table: np.ndarray) -> tuple[float, float]:
@@ -258,12 +275,16 @@ class Difference(NamedTuple):
 
     @property
     def low(self) -> float:
-        """Lower end of the 95 % interval."""
-        return self.estimate - float(self.error.half_width())
+        """Lower end of the 95 % interval; NaN unless `measurable`."""
+        return self.estimate - self.half_width
 
     @property
     def high(self) -> float:
-        return self.estimate + float(self.error.half_width())
+        return self.estimate + self.half_width
+
+    @property
+    def half_width(self) -> float:
+        return float(self.error.half_width()) if self.measurable() else math.nan
 
     def measurable(self) -> bool:
         """Whether anything measures the error: not so with a single question, or with differences
@@ -336,8 +357,8 @@ def difference(a: np.ndarray, b: np.ndarray, paired: bool) -> Difference:
 
 
 class Rate(NamedTuple):
-    """A difference in units of b's mean, and its 95 % interval. NaN where b's mean is not positive,
-    infinite where the data give no limit."""
+    """A difference in units of b's mean, and its 95 % interval. NaN where b's mean is not positive
+    or nothing measures the error, infinite where the data give no limit."""
 
     rate: float
     low: float
@@ -376,7 +397,7 @@ def improvement_rate(a: np.ndarray, b: np.ndarray, paired: bool) -> Rate:
     if math.isnan(excess(rate)):  # a single question
         return Rate(rate, math.nan, math.nan)
     if excess(rate) >= -1e-12:
-        return Rate(rate, rate, rate)
+        return Rate(rate, math.nan, math.nan)
     return Rate(rate, rate - reach(-1), rate + reach(1))
 
 

@@ -156,6 +156,10 @@ def show_improvement(row: dict, digits: int) -> str:
     score = f"{row['baseline']}: {texts.show(row['baseline_score'], digits)}"
     differs = f", differs in {row['differs_in']}" if row["differs_in"] else ""
     baseline = f"{score}, n={row['baseline_n_seeds']}{differs}"
+    # Of cells with different seeds, the difference is that of the seeds that both have.
+    of_means = row["proposed_score"] - row["baseline_score"]
+    if abs(row["difference"] - of_means) >= 0.5 * 10**-digits:
+        baseline += f"; seeds compared: {row['seeds_compared']}"
     return f"{row['difference']:+.{digits}f} {rate} ({baseline})"
 
 
@@ -186,7 +190,7 @@ def verdict_table(rows: list[dict]) -> str:
     for row in map(texts.verdict_texts, shown):
         judge = f" ({row['judge']})" if row["judge"] else ""
         lines.append(f"  {row['id']}  {row['verdict'].upper()}: {row['claim']}{judge}")
-        numbers = f"{row['estimate']} {row['interval']}" if row["estimate"] else ""
+        numbers = " ".join(filter(None, (row["estimate"], row["interval"])))
         lines += [f"      {text}" for text in (numbers, row["why"]) if text]
     if folded:
         lines.append(f"  {notes.folded_text(folded, bool(shown))}")

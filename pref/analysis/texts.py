@@ -68,6 +68,7 @@ def verdict_texts(row: dict) -> dict:
         estimate = f"{number(row['estimate'])}{unit} ({compared})"
     if row["low"] is not None:
         interval = f"[{', '.join(map(number, ends))}]"
+        interval += f"{unit} ({compared})" if estimate is None else ""
     if row["test"]:
         test = f"{row['test']}: p {p_text(row['p']) or 'none'}"
         if row["p_holm"] is not None:

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from scipy import stats as scipy_stats
 
-from pref.analysis.stats import ALPHA
+from pref.analysis.stats import ALPHA, without_rounding
 
 
 def sensitivity(a: np.ndarray, b: np.ndarray) -> list[dict]:
@@ -28,7 +28,8 @@ def sensitivity(a: np.ndarray, b: np.ndarray) -> list[dict]:
         questions, tests over seeds two seeds in both cells.
     """
     rows = []
-    by_question = a.mean(0) - b.mean(0)  # (Q,)
+    scale = max(np.abs(a).max(), np.abs(b).max())
+    by_question = without_rounding(a.mean(0) - b.mean(0), scale)  # (Q,)
     if len(by_question) > 1:
         rows += question_tests(by_question)
     if min(len(a), len(b)) > 1:
@@ -38,7 +39,7 @@ def sensitivity(a: np.ndarray, b: np.ndarray) -> list[dict]:
 
 def question_tests(by_question: np.ndarray) -> list[dict]:
     """Tests that take (Q,) mean differences as independent observations."""
-    constant = by_question.std() == 0
+    constant = np.ptp(by_question) == 0
     flips = scipy_stats.permutation_test(
         (by_question,),
         np.mean,
@@ -62,8 +63,9 @@ def question_tests(by_question: np.ndarray) -> list[dict]:
 
 def seed_tests(a: np.ndarray, b: np.ndarray) -> list[dict]:
     """Tests that take each seed's mean over questions as an independent observation."""
-    means_a, means_b = a.mean(1), b.mean(1)
-    constant = means_a.std() + means_b.std() == 0
+    means = without_rounding(np.concatenate([a.mean(1), b.mean(1)]))
+    means_a, means_b = means[: len(a)], means[len(a) :]
+    constant = np.ptp(means_a) == np.ptp(means_b) == 0
     p = math.nan if constant else scipy_stats.ttest_ind(means_a, means_b, equal_var=False).pvalue
     ignores = "ignores that other questions would differ, and that seeds are paired"
     rows = [{"test": "Welch t on seed means", "p": p, "ignores": ignores}]

@@ -177,6 +177,7 @@ def brown_forsythe(a: list[float], b: list[float]) -> float:
     """p-value of the test of Brown and Forsythe (1974) that two losses' means over beta are
     equally spread (Levene's test about the median). NaN below three betas.
     """
+    a, b = np.split(stats.without_rounding(np.array([*a, *b])), [len(a)])
     if min(len(a), len(b)) < 3 or np.ptp(a) == np.ptp(b) == 0:
         return math.nan
     return float(scipy_stats.levene(a, b, center="median").pvalue)
@@ -210,6 +211,13 @@ def expected_normal_maximum(n: int) -> float:
     """Expected maximum of n independent standard normal variables: 0, 0.56, 0.85, 1.03, ..."""
     nodes, weights = np.polynomial.legendre.leggauss(400)
     return float(weights @ special.ndtri(((1 + nodes) / 2) ** (1 / n)) / 2)
+
+
+def chance_gain(se: float, n_a: int, n_b: int) -> float:
+    """How far the best of `n_a` cells exceeds the best of `n_b`, on average, if all are truly equal
+    and what selects is the very score; negative if `n_b` is the larger. se: of the difference.
+    """
+    return (expected_normal_maximum(n_a) - expected_normal_maximum(n_b)) * se / math.sqrt(2)
 
 
 def variance_parts(cube: np.ndarray) -> dict[str, float]:
@@ -313,6 +321,10 @@ def length_correlation(scores: np.ndarray, lengths: np.ndarray, groups: list) ->
     for rows in rows_of.values():
         for values in centred:
             values[rows] -= values[rows].mean()
+    centred = [
+        stats.without_rounding(values, np.abs(given).max(initial=0.0))
+        for values, given in zip(centred, (scores, lengths))
+    ]
     if len(scores) < 3 or any(values.std() == 0 for values in centred):
         return None
     return {"n": len(scores), "spearman": float(scipy_stats.spearmanr(*centred).statistic)}

@@ -4,7 +4,9 @@ claims.py says how claims are stated and which cells they are about. How they ar
 
     difference, equivalence   supported if the test, Holm-adjusted over the claims on the same
                               scores, says so and the whole 95 % interval fulfils the claim;
-                              contradicted if the whole interval lies on the wrong side
+                              contradicted if the whole interval lies on the wrong side. Of a
+                              difference, the end that counts is first moved by what chance may
+                              give the side that is the best of more cells
     variance_reduction        by the interval of the ratio of the two variances
     rarely, often             exact binomial test on the number of runs
 
@@ -34,6 +36,7 @@ class PendingVerdict(NamedTuple):
     row: dict
     difference: stats.Difference
     lost: str  # says which runs diverged and left no score, or ""
+    gain: float  # how far chance may favour a, as the best of more cells; negative: it favours b
 
 
 def judge_claims(
@@ -119,6 +122,8 @@ def estimate_difference(claim: dict, candidates: Candidates, scores: Scores) -> 
     if compared is None:
         raise NotMeasurable("The runs share no question that was rated in all of them.")
     difference = compared.difference
+    numbers = [count_measured(cells, scores.values) for cells in candidates]
+    gain = variation.chance_gain(difference.se, *numbers) if difference.measurable() else 0.0
     if claim["kind"] == "equivalence":
         limit, p = claim["margin"], difference.p_equivalent(claim["margin"])
         test = f"two one-sided tests against a difference of {limit:g}"
@@ -129,12 +134,12 @@ def estimate_difference(claim: dict, candidates: Candidates, scores: Scores) -> 
         claim,
         scores.judge,
         "pending",
-        why=join_sentences(choice.remark, selection_remark(candidates, scores, difference)),
+        why=join_sentences(choice.remark, selection_remark(numbers, gain)),
         a=choice.a.label,
         b=choice.b.label,
         estimate=difference.estimate,
-        low=difference.low,
-        high=difference.high,
+        low=estimates.finite(difference.low),
+        high=estimates.finite(difference.high),
         test=test,
         p=estimates.finite(p),
         limit=limit,
@@ -142,24 +147,22 @@ def estimate_difference(claim: dict, candidates: Candidates, scores: Scores) -> 
         n_seeds=difference.n_seeds,
     )
     lost = [lost_runs(cell, scores.values) for cell in (choice.a, choice.b)]
-    return PendingVerdict(row, difference, join_sentences(*lost))
+    return PendingVerdict(row, difference, join_sentences(*lost), gain)
 
 
-def selection_remark(candidates: Candidates, scores: Scores, difference: stats.Difference) -> str:
+def count_measured(cells: list[Cell], values: Values) -> int:
+    """Number of cells that have values."""
+    return sum(bool(estimates.runs_with_values(cell, values)) for cell in cells)
+
+
+def selection_remark(numbers: list[int], gain: float) -> str:
     """Says how far chance alone may favour the side that is the best of more cells; "" if neither.
 
-    The best of n cells that are truly equal exceeds their mean by the expected maximum of n
-    standard normal variables times the standard error of a cell, if what selects follows the very
-    noise of the score. Validation accuracy follows it less, so this is a limit.
+    numbers: of the cells of both sides. gain: by variation.chance_gain; a limit, since
+    validation accuracy follows the noise of a score less than the score itself does.
     """
-    numbers = [
-        sum(bool(estimates.runs_with_values(cell, scores.values)) for cell in cells)
-        for cells in candidates
-    ]
-    if numbers[0] == numbers[1] or not difference.measurable():
+    if not gain:
         return ""
-    maximum_a, maximum_b = map(variation.expected_normal_maximum, numbers)
-    gain = (maximum_a - maximum_b) * difference.se / math.sqrt(2)
     return (
         f"Best of {numbers[0]} against best of {numbers[1]}: chance alone may have put the "
         f"difference up to {abs(gain):.2g} too {'high' if gain > 0 else 'low'}; the selection "
@@ -213,13 +216,18 @@ def decide_difference(case: PendingVerdict) -> tuple[str, str]:
         inside = -limit < low and high < limit
         outside = low > limit or high < -limit
     else:
-        inside, outside = low >= limit, high < limit
+        inside = low - max(0.0, case.gain) >= limit
+        outside = high - min(0.0, case.gain) < limit
     if outside:
         return "contradicted", "The whole interval lies on the other side."
     if row["p_holm"] < stats.ALPHA and inside:
         if case.lost:
             return "undecided", "The runs with a score would support it."
         return "supported", "Test and interval agree."
+    if row["kind"] == "difference" and (
+        high < limit or (low >= limit and row["p_holm"] < stats.ALPHA)
+    ):
+        return "undecided", "The interval is not clear of what chance gives the best of more cells."
     return "undecided", what_would_decide(row, difference)
 
 
@@ -266,12 +274,12 @@ def judge_spread(claim: dict, candidates: Candidates, scores: Scores, draws: int
         "test": f"interval of the ratio over {len(compared.betas)} betas; "
         "Brown-Forsythe on the beta means",
     }
-    if compared.ratio is not None:  # a reduction is 1 - ratio: the interval's ends change places
-        numbers |= {
-            "estimate": 1 - compared.ratio,
-            "low": 1 - compared.high,
-            "high": 1 - compared.low,
-        }
+    # A reduction is 1 - ratio: the interval's ends change places. It has a limit even where b's
+    # variance is estimated as 0 or below, so that there is no estimate.
+    if compared.ratio is not None or compared.low > 0:
+        numbers |= {"low": 1 - compared.high, "high": 1 - compared.low}
+    if compared.ratio is not None:
+        numbers["estimate"] = 1 - compared.ratio
     verdict, why = decide_spread(compared, claim["at_least"], name_b, draws)
     why = join_sentences(why, choice.remark)
     return verdict_row(claim, scores.judge, verdict, why, **numbers)
@@ -341,9 +349,9 @@ def judge_rate(claim: dict, cells: list[Cell]) -> dict:
     rarely = claim["kind"] == "rarely"
     p_claimed, p_opposite = (below, above) if rarely else (above, below)
     if p_claimed < stats.ALPHA:
-        verdict, sizes = "supported", ""
+        verdict, sizes = "supported", why_beyond(limit, low, high)
     elif p_opposite < stats.ALPHA:
-        verdict, sizes = "contradicted", ""
+        verdict, sizes = "contradicted", why_beyond(limit, low, high)
     else:
         verdict, sizes = "undecided", runs_needed(claim, count / total)
     return verdict_row(
@@ -359,6 +367,15 @@ def judge_rate(claim: dict, cells: list[Cell]) -> dict:
         p=p_claimed,
         n_units=total,
         test=f"exact binomial, rate {'below' if rarely else 'above'} {limit:g}",
+    )
+
+
+def why_beyond(limit: float, low: float, high: float) -> str:
+    """Says why a rate is decided although its interval holds the limit; "" if it does not."""
+    if not low <= limit <= high:
+        return ""
+    return (
+        "The test is one-sided, as the claim is; the two-sided interval reaches beyond the limit."
     )
 
 

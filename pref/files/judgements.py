@@ -78,7 +78,8 @@ def read_judgements(path: Path) -> list[dict]:
     rows = []
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a judge may write
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        # utf-8-sig: a spreadsheet that saved the file again may have put a mark at its start.
+        with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             given = {*(reader.fieldnames or []), *NEW_COLUMNS}
             missing = [column for column in JUDGEMENT_COLUMNS if column not in given]
