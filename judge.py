@@ -41,7 +41,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import console, disk
+from pref.files import console, disk, mt_bench
 from pref.files.console import UserError
 from pref.judging import (
     arguments,
@@ -87,7 +87,7 @@ def make_items(
     answers_of = {run.resolve().name: answers for run, answers in runs.items()}
     baseline = {}
     if args.grading == "pair":
-        baseline = run_answers.read_baseline(runs, args.baseline)
+        baseline = run_answers.read_baseline(runs, args.baseline, bench)
         answers_of.pop(args.baseline, None)  # it is not compared with itself
     items = []
     for repeat, question, (model_id, answers) in itertools.product(
@@ -116,7 +116,7 @@ def single_item(unit: Unit, answer: list[str], bench: Bench, who: Identity) -> I
         turn=unit.turn,
         reference=bench.references.get(unit.question["question_id"], []),
     )
-    answer_sha256 = store.answer_sha256(unit.turn, answer)
+    answer_sha256 = mt_bench.answer_sha256(unit.turn, answer)
     return make_item(unit, messages, answer_sha256, bench, who, grading="single")
 
 
@@ -124,7 +124,7 @@ def pair_items(
     unit: Unit, answer: list[str], other: list[str], baseline: str, bench: Bench, who: Identity
 ) -> list[Item]:
     """A comparison of an answer with the `other` of the run `baseline`, once in each order."""
-    answer_sha256 = store.answer_sha256(unit.turn, answer, other)
+    answer_sha256 = mt_bench.answer_sha256(unit.turn, answer, other)
     items = []
     for order in protocol.ORDERS:
         messages = protocol.pair_messages(

@@ -56,7 +56,7 @@ CREATE TABLE IF NOT EXISTS asked (
     prompts TEXT,         -- "mt_bench" or "own", see protocol.label_prompts
     repeat INTEGER,       -- 0, 1, ... with --repeats
     refs TEXT,            -- "original" or "corrected:HASH"
-    answer_sha256 TEXT,   -- of the answers shown, see store.answer_sha256
+    answer_sha256 TEXT,   -- of the answers shown, see mt_bench.answer_sha256
     request_sha256 TEXT,  -- the request that judges them: a key of `judgements`
     judge_id TEXT,        -- a key of `judges`
     PRIMARY KEY (model_id, question_id, turn, choice, grading, "order", baseline, judge, prompts,
