@@ -309,11 +309,15 @@ def main(argv: list[str] | None = None) -> int:
     results_dir = next(iter(runs)).resolve().parent
 
     # 2) The lock and the store. Two processes at once would pay twice for the same judgements.
+    path = results_dir / "judgements.sqlite"
     with (
         disk.locked(results_dir, ".judge.lock", "is being judged"),
-        closing(store.open_store(results_dir / "judgements.sqlite")) as db,
+        closing(store.open_store(path)) as db,
     ):
-        return judge_runs(args, bench, runs, results_dir, db)
+        try:
+            return judge_runs(args, bench, runs, results_dir, db)
+        except sqlite3.Error as error:
+            raise store.unusable(path, error) from None
 
 
 def judge_runs(

@@ -99,12 +99,17 @@ def open_store(path: Path) -> sqlite3.Connection:
         if version < SCHEMA_VERSION:
             bring_up_to_date(db, path)
     except sqlite3.Error as error:
-        raise UserError(
-            f"{path}: cannot be used as a judgement store: {error}; if another program has it "
-            "open, close that program; if it is damaged, move it away: everything is then asked, "
-            "and paid for, again"
-        ) from None
+        raise unusable(path, error) from None
     return db
+
+
+def unusable(path: Path, error: sqlite3.Error) -> UserError:
+    """What an error of SQLite means to the user."""
+    return UserError(
+        f"{path}: cannot be used as a judgement store: {error}; if another program has it open, "
+        "close that program; if the disk is full, free some space; if the file is damaged, move "
+        "it away: everything is then asked, and paid for, again"
+    )
 
 
 def bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:

@@ -25,7 +25,7 @@ from pref.files.console import UserError
 from pref.judging import identity, protocol, reading
 from pref.judging.identity import Identity
 from pref.judging.reading import Reading
-from pref.judging.schema import open_store  # noqa: F401  the store's way in
+from pref.judging.schema import open_store, unusable  # noqa: F401  the store's way in
 
 
 class Item(NamedTuple):

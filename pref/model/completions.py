@@ -62,7 +62,7 @@ def read(clean: Callable[[str], str], body: str) -> Completion | None:
     clean: applied to each text; it removes the key, should the server echo it (`server.clean`).
     """
     try:
-        reply = json.loads(body)
+        reply = json.loads(body.removeprefix("\ufeff"))  # a byte order mark
         choice = reply["choices"][0]
         message = choice["message"]
         usage = reply.get("usage")

@@ -213,12 +213,18 @@ def explain(client, option: str, name: str, error) -> str:
         proxy = proxy_before(str(client.base_url))
         through = f" through the proxy {proxy}" if proxy else ""
         bypass = ", or list it in NO_PROXY" if proxy else ""
+        if not is_unsent(error) and not proxy:
+            return (
+                f"{place}: {url} breaks off its reply ({cause}); look at its log and at what "
+                "stands before it, and check that --base_url has the server's protocol and port"
+            )
         return (
             f"{place}: no server answers at {url}{through} ({cause}); start it, or correct "
             f"--base_url{bypass}"
         )
     if 300 <= error.status_code < 400:
         target = hide_password(error.response.headers.get("location", "another address"))
+        target = target.split("?")[0]  # parameters can be keys
         return (
             f"{place}: {url} redirects to {clean(client, target)}; give --base_url as the server "
             "has it (https in place of http, no detour)"
