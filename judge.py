@@ -41,7 +41,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import console, disk
+from pref.files import console, disk, mt_bench
 from pref.files.console import UserError
 from pref.judging import (
     arguments,
@@ -87,7 +87,7 @@ def make_items(
     answers_of = {run.resolve().name: answers for run, answers in runs.items()}
     baseline = {}
     if args.grading == "pair":
-        baseline = run_answers.read_baseline(runs, args.baseline)
+        baseline = run_answers.read_baseline(runs, args.baseline, bench)
         answers_of.pop(args.baseline, None)  # it is not compared with itself
     items = []
     for repeat, question, (model_id, answers) in itertools.product(
@@ -116,7 +116,7 @@ def single_item(unit: Unit, answer: list[str], bench: Bench, who: Identity) -> I
         turn=unit.turn,
         reference=bench.references.get(unit.question["question_id"], []),
     )
-    answer_sha256 = store.answer_sha256(unit.turn, answer)
+    answer_sha256 = mt_bench.answer_sha256(unit.turn, answer)
     return make_item(unit, messages, answer_sha256, bench, who, grading="single")
 
 
@@ -124,7 +124,7 @@ def pair_items(
     unit: Unit, answer: list[str], other: list[str], baseline: str, bench: Bench, who: Identity
 ) -> list[Item]:
     """A comparison of an answer with the `other` of the run `baseline`, once in each order."""
-    answer_sha256 = store.answer_sha256(unit.turn, answer, other)
+    answer_sha256 = mt_bench.answer_sha256(unit.turn, answer, other)
     items = []
     for order in protocol.ORDERS:
         messages = protocol.pair_messages(
@@ -309,11 +309,15 @@ def main(argv: list[str] | None = None) -> int:
     results_dir = next(iter(runs)).resolve().parent
 
     # 2) The lock and the store. Two processes at once would pay twice for the same judgements.
+    path = results_dir / "judgements.sqlite"
     with (
         disk.locked(results_dir, ".judge.lock", "is being judged"),
-        closing(store.open_store(results_dir / "judgements.sqlite")) as db,
+        closing(store.open_store(path)) as db,
     ):
-        return judge_runs(args, bench, runs, results_dir, db)
+        try:
+            return judge_runs(args, bench, runs, results_dir, db)
+        except sqlite3.Error as error:
+            raise store.unusable(path, error) from None
 
 
 def judge_runs(

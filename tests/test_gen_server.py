@@ -256,6 +256,6 @@ def test_errors_name_the_proxy_without_its_password(proxies):
 def test_counts_that_cannot_be_right_are_none():
     for value in (0, -3, True, "3", float("inf"), float("nan"), None):
         body = json.dumps(completion("A")[1] | {"usage": {"completion_tokens": value}})
-        assert completions.read(CLIENT, body).completion_tokens is None
+        assert completions.read(str, body).completion_tokens is None
     body = json.dumps(completion("")[1] | {"usage": {"completion_tokens": 0}})
-    assert completions.read(CLIENT, body).completion_tokens == 0
+    assert completions.read(str, body).completion_tokens == 0

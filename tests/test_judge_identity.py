@@ -24,6 +24,7 @@ from judge_workplace import (
     write_lines,
 )
 
+from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.files.disk import sha256_json
 from pref.files.judgements import JUDGEMENT_COLUMNS, NEW_COLUMNS, read_judgements
@@ -81,7 +82,7 @@ def write_old_store(folder, requests, **columns):
             names = ", ".join(values)
             marks = ", ".join("?" * len(values))
             db.execute(f"INSERT INTO judgements ({names}) VALUES ({marks})", [*values.values()])
-            answer = store.answer_sha256(turn, ANSWERS[number])
+            answer = mt_bench.answer_sha256(turn, ANSWERS[number])
             asked = ("base", number, turn, 0, category, "single", "", "", "big-70b", "own", 0)
             values = (*asked, "original", answer, key)
             db.execute(f"INSERT INTO asked VALUES ({', '.join('?' * 14)})", values)

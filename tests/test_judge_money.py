@@ -174,8 +174,8 @@ def test_a_rate_limit_that_does_not_end_stops_the_loop(workplace, server, monkey
 )  # fmt: skip
 def test_counts_that_cannot_be_right_are_no_counts(usage, tokens):
     _, body = completion("[[7]]")
-    reply = server_judge.parse_reply(json.dumps(body | {"usage": usage}))
-    assert (reply.prompt_tokens, reply.completion_tokens) == tokens
+    reply = server_judge.read_reply(str, json.dumps(body | {"usage": usage}), request={})
+    assert (reply["prompt_tokens"], reply["completion_tokens"]) == tokens
 
 
 @pytest.mark.parametrize("count", [0, -9, None])

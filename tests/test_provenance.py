@@ -72,16 +72,17 @@ def scores(comparison):
     return [row["score"] for judge in comparison["mt_bench"] for row in judge["cells"]]
 
 
-def test_the_hashes_are_those_that_the_stages_write():
-    from pref.answering import turns
-    from pref.judging import store
-
-    one, other = ["a", "b"], ["c", "ä"]
-    for turn in (1, 2):
-        assert mt_bench.answer_sha256(turn, one) == store.answer_sha256(turn, one)
-        assert mt_bench.answer_sha256(turn, one, other) == store.answer_sha256(turn, one, other)
-    question = {"turns": one, "temperature": 0.7}
-    assert mt_bench.question_sha256(one, 0.7) == turns.question_sha256(question)
+def test_the_hashes_stay_those_of_older_files():
+    """The bytes that version 1.0.0 hashed, written out."""
+    turns = ["a", "\u00e4"]
+    texts = {
+        mt_bench.answer_sha256(1, turns): '["a"]',
+        mt_bench.answer_sha256(2, turns): r'["a","\u00e4"]',
+        mt_bench.answer_sha256(1, turns, ["b", "c"]): '[["a"],["b"]]',
+        mt_bench.question_sha256(turns, 0.7): r'[["a","\u00e4"],0.7]',
+    }
+    for sha256, text in texts.items():
+        assert sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- judgements and answers ---------------------------------------------------------------------

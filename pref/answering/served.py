@@ -5,6 +5,7 @@ A turn that the server will not answer (a content filter, a conversation beyond 
 the work at once, with what to do about it.
 """
 
+import functools
 import json
 import threading
 import time
@@ -182,7 +183,7 @@ def refused_option(error, sent: dict) -> str | None:
     """The parameter that an `openai.APIStatusError` is about and that a request can do without."""
     if error.status_code not in (400, 422):
         return None
-    if error.param in OPTIONAL and error.param in sent:
+    if isinstance(error.param, str) and error.param in OPTIONAL.keys() & sent.keys():
         return error.param
     complaint = f"{error.param} {error.message}"
     if "max_tokens" in sent and "max_completion_tokens" in complaint:
@@ -195,7 +196,7 @@ def explained(client, model: str, error) -> Exception:
     text = server.explain(client, "model", model, error)
     if hint := HINTS.get(error.status_code):
         text = f"{text.rstrip('.')}. {hint}"
-    if error.status_code not in OF_ONE_REQUEST:
+    if error.status_code not in OF_ONE_REQUEST or server.is_out_of_credit(error):
         return UserError(text)
     message = " ".join(server.clean(client, error.message).split())[:300]
     message = message.removeprefix(f"Error code: {error.status_code} - ")
@@ -204,7 +205,7 @@ def explained(client, model: str, error) -> Exception:
 
 def reply_of(client, body: str, sent: dict) -> Reply:
     """The answer in the body of a reply. Raises Refused if there is none."""
-    completion = completions.read(client, body)
+    completion = completions.read(functools.partial(server.clean, client), body)
     if completion is None:
         message = completions.other_reply(client, body)
         raise Refused(message, message)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref.answering.work import Bench, Item, Key, Run, may_be_same_model
-from pref.files import disk
+from pref.files import disk, mt_bench
 from pref.files.console import UserError
 
 # Of one turn. In a row of answers.jsonl each choice has `turns` for the texts, and a list with one
@@ -42,10 +42,6 @@ class Failure(NamedTuple):
     item: Item
     turn: int
     reason: str
-
-
-def question_sha256(question: dict) -> str:
-    return disk.sha256_json([question["turns"], question["temperature"]])
 
 
 def changed_settings(old: dict | None, new: dict) -> list[str]:
@@ -123,7 +119,9 @@ class Store:
             "tstamp": time.time(),
             "adapter_sha256": item.run.sha256,
             "settings": self.settings,
-            "question_sha256": question_sha256(item.question),
+            "question_sha256": mt_bench.question_sha256(
+                item.question["turns"], item.question["temperature"]
+            ),
         }
         key = Key.of(item, turn)
         with self.lock:
@@ -183,7 +181,7 @@ class Store:
         question = self.questions.get(line["question_id"])
         if question is None:  # not asked this time
             return
-        expected = question_sha256(question)
+        expected = mt_bench.question_sha256(question["turns"], question["temperature"])
         if line.get("question_sha256", expected) != expected:
             raise UserError(
                 f"{path}: question {line['question_id']} has changed since it was answered; "
@@ -275,7 +273,7 @@ class Store:
             "category": question.get("category"),
             "temperature": question["temperature"],
             "adapter_sha256": run.sha256,
-            "question_sha256": question_sha256(question),
+            "question_sha256": mt_bench.question_sha256(question["turns"], question["temperature"]),
             "settings": self.settings,
             **self.origins[Key.of(Item(run, question, 0), 0)],
         }

@@ -8,16 +8,9 @@ would look like one between two losses.
 import json
 from pathlib import Path
 
-from pref.answering.turns import (
-    ORIGIN,
-    TURN_FIELDS,
-    Store,
-    changed_settings,
-    question_sha256,
-    read_turns,
-)
+from pref.answering.turns import ORIGIN, TURN_FIELDS, Store, changed_settings, read_turns
 from pref.answering.work import Item, Key, Run
-from pref.files import disk
+from pref.files import disk, mt_bench
 from pref.files.console import UserError
 
 # Fields of adapter_config.json that change what given weights do.
@@ -84,7 +77,8 @@ def copy_conversations(store: Store, run: Run, path: Path, begun: set) -> set[tu
             and line["choice"] < store.settings.get("num_choices", 1)
             and line.get("adapter_sha256") == run.sha256
             and not changed_settings(line.get("settings"), store.settings)
-            and line.get("question_sha256") == question_sha256(question)
+            and line.get("question_sha256")
+            == mt_bench.question_sha256(question["turns"], question["temperature"])
         ):
             fields = {name: line[name] for name in (*TURN_FIELDS, *ORIGIN) if name in line}
             store.add(Item(run, question, line["choice"]), line["turn"], **fields)

@@ -165,10 +165,14 @@ def read_answers(path: Path) -> dict[AnswerKey, dict]:
         place = f"{path}:{number}"
         try:
             for choice in row["choices"]:
-                key = AnswerKey(question_id=int(row["question_id"]), choice=int(choice["index"]))
+                key = AnswerKey(whole(row["question_id"]), choice=whole(choice["index"]))
                 turns = choice["turns"]
-                if len(turns) != 2 or not all(isinstance(turn, str) for turn in turns):
+                is_text = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+                if not is_text or len(turns) != 2:
                     raise UserError(f"{place}: a choice needs two turns of text")
+                for name in ("adapter_sha256", "question_sha256"):
+                    if not isinstance(row.get(name), str | None):
+                        raise UserError(f"{place}: '{name}' must be text, not {row[name]!r}")
                 if key in answers:
                     answer = f"question {key.question_id}, choice {key.choice}"
                     raise UserError(f"{place}: {answer} is answered twice")
@@ -180,3 +184,10 @@ def read_answers(path: Path) -> dict[AnswerKey, dict]:
                 "prep_data.py --mt_bench for references"
             ) from None
     return answers
+
+
+def whole(value) -> int:
+    """A number of a question or a choice, 0 or above, also as text. Raises ValueError."""
+    if isinstance(value, bool | float) or (number := int(value)) < 0:
+        raise ValueError(f"not a whole number: {value!r}")
+    return number

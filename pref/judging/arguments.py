@@ -208,7 +208,7 @@ def check_judge(args: argparse.Namespace) -> None:
             )
     if not 0 <= args.min_rating_mass <= 1:
         raise UserError(f"--min_rating_mass {args.min_rating_mass}: must be from 0 to 1")
-    if args.base_url and not re.match(r"https?://[^/]", args.base_url):
+    if args.base_url and not re.match(r"\s*https?://[^/]", args.base_url, re.IGNORECASE):
         raise UserError(f"--base_url {args.base_url}: must begin with http:// or https://")
 
 

@@ -29,6 +29,7 @@ from pref.judging.costs import Budget
 from pref.judging.protocol import Judge
 
 GIVE_UP_AFTER = 10  # calls in a row without a reply: the server is gone, or takes no more
+NO_VERDICT_AFTER = 20  # replies, and none of them with a verdict: the rest would have none either
 LOOK_EVERY_S = 0.5  # how often waiting threads look for a change
 SYNC_EVERY_S = 5.0  # how often the store is synced to disk
 SAVE_EVERY_S = 60.0  # how often the judgements.csv files are rewritten meanwhile
@@ -92,6 +93,7 @@ class Calls:
         self.in_flight = 0
         self.lost_in_a_row: Counter[str] = Counter()  # why, since the last call with a reply
         self.failures: Counter[str] = Counter()  # by status
+        self.verdicts = 0
         self.fatal: str | None = None  # why no further call is made
 
     def work(self) -> None:
@@ -165,8 +167,18 @@ class Calls:
     def count(self, reply: dict) -> None:
         """Count a reply as done, for the progress line and to notice a server that is gone."""
         status = reply["status"]
-        if status != "ok":
+        if status == "ok":
+            self.verdicts += 1
+        else:
             self.failures[status] += 1
+        if not self.verdicts and (replies := self.failures.total()) >= NO_VERDICT_AFTER:
+            why = ", ".join(f"{count} {failure}" for failure, count in self.failures.most_common())
+            self.fatal = (
+                f"--judge {self.judge.name}: none of the first {replies} replies has a verdict "
+                f"({why}), so nothing more is asked; read them in the column judgement of "
+                "judgements.csv, and see the remarks above. The same command asks for the next "
+                f"{NO_VERDICT_AFTER}"
+            )
         if is_lost(reply):
             self.lost_in_a_row[status] += 1
         else:

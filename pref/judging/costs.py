@@ -104,7 +104,8 @@ class Budget:
         """The cost to record for a reply; None if the judge has no price.
 
         From the token counts, if the reply has them. Without them, a request that the server
-        refused (HTTP 4xx) costs nothing, and any other is recorded at the most it can have cost.
+        refused (HTTP 4xx) or never got costs nothing, and any other is recorded at the most it can
+        have cost: after a timeout each try, for the server may have completed all of them.
         """
         if self.judge.prices is None:
             return None
@@ -112,7 +113,9 @@ class Budget:
         if counted is not None:
             self.longest = max(self.longest, reply["completion_tokens"])
             return counted
-        return 0.0 if 400 <= reply.get("http_status", 0) < 500 else self.most(request)
+        if 400 <= reply.get("http_status", 0) < 500 or reply.get("unsent"):
+            return 0.0
+        return self.most(request) * (self.tries if reply["status"] == "timeout" else 1)
 
 
 def estimate(db: sqlite3.Connection, judge: Judge, pending: dict[str, dict]) -> str:

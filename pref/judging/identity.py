@@ -9,7 +9,9 @@ are in its messages); the reading is applied to what came back.
 """
 
 import os
+import re
 from dataclasses import asdict, dataclass
+from urllib.parse import urlsplit
 
 from pref.files import disk
 from pref.judging.protocol import Bench, Judge
@@ -107,10 +109,12 @@ def legacy(request: dict) -> dict:
 def server_address(base_url: str | None) -> str:
     """The address that names a server: --base_url, else OPENAI_BASE_URL, else OpenAI's.
 
-    Without user name, password, parameters and key, and without a trailing slash. Raises UserError
-    for a text that is no address.
+    Without user name, password, parameters and key, and in one spelling: "HTTPS://Host:443//v1/"
+    is "https://host/v1". Raises UserError for a text that is no address.
     """
     given = base_url or os.environ.get("OPENAI_BASE_URL") or server.DEFAULT_URL
-    url = server.hide_password(server.split_url(given)[0])
+    parts = urlsplit(server.hide_password(server.split_url(given)[0]))
+    host = parts.netloc.lower().removesuffix({"http": ":80", "https": ":443"}[parts.scheme])
+    url = parts._replace(netloc=host, path=re.sub("/+", "/", parts.path)).geturl()
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     return (url.replace(key, "[key]") if len(key) >= 6 else url).rstrip("/")

@@ -26,9 +26,7 @@ def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[P
             remedy = f"run python gen_mtbench.py {run}"
             print(f"no answers for run {run.resolve().name}; {remedy}", file=sys.stderr)
             continue
-        runs[run] = mt_bench.read_answers(path)
-        check_answers(path, runs[run], bench)
-        check_adapter(run, runs[run])
+        runs[run] = read_checked(run, bench)
     if not runs:
         raise UserError(
             "none of the runs has answers (mt_bench/answers.jsonl); run gen_mtbench.py first"
@@ -41,6 +39,16 @@ def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[P
             "each has its own judgements.sqlite; judge one folder at a time"
         )
     return runs
+
+
+def read_checked(run: Path, bench: Bench) -> dict:
+    """The answers of one run. Raises UserError for answers that cannot be judged."""
+    path = run / "mt_bench" / "answers.jsonl"
+    answers = mt_bench.read_answers(path)
+    check_answers(path, answers, bench)
+    check_questions(path, answers, bench)
+    check_adapter(run, answers)
+    return answers
 
 
 def check_answers(path: Path, answers: dict, bench: Bench) -> None:
@@ -69,6 +77,29 @@ def check_answers(path: Path, answers: dict, bench: Bench) -> None:
                 f"{path}: question {question_id} has choices {sorted(given)}, others have "
                 f"{sorted(every_choice)}; rerun gen_mtbench.py to complete them"
             )
+
+
+def check_questions(path: Path, answers: dict, bench: Bench) -> None:
+    """Raise UserError for answers to questions that were edited since: the judge would see an
+    answer below a question that the model has never read.
+
+    Answers that keep no hash of their question (FastChat's) cannot be checked.
+    """
+    turns_of = {question["question_id"]: question["turns"] for question in bench.questions}
+    changed = {
+        question_id
+        for (question_id, _), row in answers.items()
+        if (asked := row.get("question_sha256"))
+        and asked != mt_bench.question_sha256(turns_of[question_id], row.get("temperature"))
+    }
+    if changed:
+        number = "" if len(changed) == 1 else f" (and {len(changed) - 1} others)"
+        raise UserError(
+            f"{path}: question {min(changed)}{number} is not the one that was answered: "
+            f"{bench.folder / 'question.jsonl'} has another text now, or the answer's temperature "
+            "was edited; restore the file that was answered (--mt_bench), or delete the answers "
+            f"and run python gen_mtbench.py {path.parent.parent}"
+        )
 
 
 def check_adapter(run: Path, answers: dict) -> None:
@@ -116,10 +147,10 @@ def has_failed(answer: list[str], turn: int) -> bool:
     return any(text.strip() == FAILED for text in answer[:turn])
 
 
-def read_baseline(runs: dict[Path, dict], name: str) -> dict:
+def read_baseline(runs: dict[Path, dict], name: str, bench: Bench) -> dict:
     """Answers of the run `name`, from `runs` or from its folder next to theirs.
 
-    Raises UserError if it has none.
+    Raises UserError if it has none, or some that cannot be judged.
     """
     answers_of = {run.resolve().name: answers for run, answers in runs.items()}
     results = next(iter(runs)).resolve().parent
@@ -127,7 +158,7 @@ def read_baseline(runs: dict[Path, dict], name: str) -> dict:
     if name in answers_of:
         answers = answers_of[name]
     elif path.is_file():
-        answers = mt_bench.read_answers(path)
+        answers = read_checked(path.parent.parent, bench)
     else:
         answered = ", ".join(sorted(answers_of))
         raise UserError(f"--baseline {name}: no answers at {path}; runs with answers: {answered}")

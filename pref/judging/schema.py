@@ -56,7 +56,7 @@ CREATE TABLE IF NOT EXISTS asked (
     prompts TEXT,         -- "mt_bench" or "own", see protocol.label_prompts
     repeat INTEGER,       -- 0, 1, ... with --repeats
     refs TEXT,            -- "original" or "corrected:HASH"
-    answer_sha256 TEXT,   -- of the answers shown, see store.answer_sha256
+    answer_sha256 TEXT,   -- of the answers shown, see mt_bench.answer_sha256
     request_sha256 TEXT,  -- the request that judges them: a key of `judgements`
     judge_id TEXT,        -- a key of `judges`
     PRIMARY KEY (model_id, question_id, turn, choice, grading, "order", baseline, judge, prompts,
@@ -99,12 +99,17 @@ def open_store(path: Path) -> sqlite3.Connection:
         if version < SCHEMA_VERSION:
             bring_up_to_date(db, path)
     except sqlite3.Error as error:
-        raise UserError(
-            f"{path}: cannot be used as a judgement store: {error}; if another program has it "
-            "open, close that program; if it is damaged, move it away: everything is then asked, "
-            "and paid for, again"
-        ) from None
+        raise unusable(path, error) from None
     return db
+
+
+def unusable(path: Path, error: sqlite3.Error) -> UserError:
+    """What an error of SQLite means to the user."""
+    return UserError(
+        f"{path}: cannot be used as a judgement store: {error}; if another program has it open, "
+        "close that program; if the disk is full, free some space; if the file is damaged, move "
+        "it away: everything is then asked, and paid for, again"
+    )
 
 
 def bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:

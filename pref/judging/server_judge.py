@@ -16,7 +16,6 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from pref.files import disk, judgements
 from pref.files.console import UserError
@@ -125,11 +124,11 @@ def ask_server(client, request: dict) -> dict:
     body = {"model": request["judge"], "messages": request["messages"], **request["parameters"]}
     try:
         text = server.complete(client, body)
-    except openai.APITimeoutError:
-        return {"status": "timeout"}
+    except openai.APITimeoutError as error:
+        return {"status": "timeout", "unsent": server.is_unsent(error)}
     except openai.APIConnectionError as error:
         cause = server.clean(client, str(error.__cause__ or error))
-        return {"status": "connection", "judgement": cause}
+        return {"status": "connection", "judgement": cause, "unsent": server.is_unsent(error)}
     except openai.APIStatusError as error:
         code = error.status_code
         if (
@@ -153,44 +152,6 @@ def is_moderation(error) -> bool:
         mark in complaint
         for mark in ("content_filter", "content_policy", "responsibleai", "moderation")
     )
-
-
-class Reply(NamedTuple):
-    """The fields of a chat completion that a judgement needs."""
-
-    text: str
-    thoughts: str  # that the server has separated from the text
-    refusal: str
-    finish_reason: str
-    prompt_tokens: int | None
-    completion_tokens: int | None  # thoughts included
-    model: str
-    fingerprint: str
-
-
-def parse_reply(text: str) -> Reply | None:
-    """The fields in the body of a server's response; None if it is not a chat completion."""
-    try:
-        body = json.loads(text)
-        choice = body["choices"][0]
-        message, usage = choice["message"], body.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        content = message.get("content")
-        answer = completions.text_of(content)
-        thoughts = completions.text_of(message.get("reasoning_content") or message.get("reasoning"))
-        prompt_tokens, completion_tokens = count_tokens(usage, bool(answer or thoughts))
-        return Reply(
-            text=answer,
-            thoughts=thoughts,
-            refusal=str(message.get("refusal") or completions.refusal_in(content)),
-            finish_reason=str(choice.get("finish_reason") or ""),
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            model=str(body.get("model") or ""),
-            fingerprint=str(body.get("system_fingerprint") or ""),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return None
 
 
 def count_tokens(usage: dict, has_text: bool) -> tuple[int | None, int | None]:
@@ -218,31 +179,32 @@ def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
     clean: applied to every text that is kept; it removes the key, should the server echo it.
     """
     # 1) The fields of a chat completion, or a body that is not one.
-    reply = parse_reply(text)
-    if reply is None:
+    completion = completions.read(clean, text)
+    if completion is None:
         return {"status": "not_openai", "judgement": clean(text)[:MOST_ERROR_CHARS]}
 
     # 2) The score or winner, or why there is none. A refused judgement has none, nor has one that
     #    failed halfway. Thoughts alone are stored as such, and hold no verdict.
-    finish, content = reply.finish_reason.lower(), reply.text
-    if not content.strip() and reply.thoughts.strip():
-        content = f"<think>{reply.thoughts}"  # an answer may follow a closing tag in there
+    finish, content = completion.finish_reason, completion.text
+    if not content.strip() and completion.thoughts.strip():
+        content = f"<think>{completion.thoughts}"  # an answer may follow a closing tag in there
     is_pair = request.get("grading") == "pair"
     verdict = reading.read_text(content, finish, is_pair)
-    if reply.refusal or finish in completions.FILTERED:
+    if completion.refusal or finish in completions.FILTERED:
         verdict = reading.Verdict("refused")
     elif finish in completions.FAILED:
         verdict = reading.Verdict("failed")
-    elif verdict.status == "length" and finish in reading.ENDED and not reply.text.strip():
+    elif verdict.status == "length" and finish in reading.ENDED and not completion.text.strip():
         verdict = reading.Verdict("thoughts")
+    prompt_tokens, completion_tokens = count_tokens(completion.usage, has_text=bool(content))
     return {
         **verdict._asdict(),
-        "judgement": clean(content or reply.refusal),
-        "finish_reason": clean(reply.finish_reason)[:40],
-        "served_model": clean(reply.model),
-        "system_fingerprint": clean(reply.fingerprint),
-        "prompt_tokens": reply.prompt_tokens,
-        "completion_tokens": reply.completion_tokens,
+        "judgement": content or completion.refusal,
+        "finish_reason": finish,
+        "served_model": completion.model,
+        "system_fingerprint": completion.fingerprint,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
     }
 
 

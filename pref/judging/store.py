@@ -20,12 +20,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import disk, judgements, mt_bench
+from pref.files import judgements, mt_bench
 from pref.files.console import UserError
 from pref.judging import identity, protocol, reading
 from pref.judging.identity import Identity
 from pref.judging.reading import Reading
-from pref.judging.schema import open_store  # noqa: F401  the store's way in
+from pref.judging.schema import open_store, unusable  # noqa: F401  the store's way in
 
 
 class Item(NamedTuple):
@@ -95,15 +95,6 @@ class Lengths(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     request_chars: int
-
-
-def answer_sha256(turn: int, *answers: list[str]) -> str:
-    """Hash of the text that is judged at `turn`: one answer's turns up to it, or those of a pair.
-
-    Turn 2 is judged together with turn 1, hence its hash covers both.
-    """
-    shown = [answer[:turn] for answer in answers]
-    return disk.sha256_json(shown[0] if len(shown) == 1 else shown)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -333,7 +324,7 @@ def is_current(row: dict, answers: dict, answers_of: dict[str, dict]) -> bool:
     if any(key not in side for side in sides):
         return False
     turns = [side[key]["turns"] for side in sides]
-    return row["answer_sha256"] == answer_sha256(row["turn"], *turns)
+    return row["answer_sha256"] == mt_bench.answer_sha256(row["turn"], *turns)
 
 
 # ---- questions that a sweep asks, by results folder ----------------------------------------------

@@ -51,15 +51,12 @@ def announce(
         f"judge {who.judge}{where} (judge_id {who.id}), prompts {bench.label}{asked_with}"
         f"{reading_note(who)}{smoke_note(judge)}"
     )
-    total = len(bench.questions)
+    announce_incomplete(runs, total=len(bench.questions))
     for run, answers in runs.items():
         name = run.resolve().name
-        answered = len({question_id for question_id, _ in answers})
         turns = [turn for row in answers.values() for turn in row["turns"]]
         empty = sum(not turn.strip() for turn in turns)
         failed = sum(turn.strip() == FAILED for turn in turns)
-        if answered < total:
-            print(f"run {name}: has answers to {answered} of {total} questions; these are judged")
         if empty:
             print(f"run {name}: {empty} empty turns, judged as they are")
         if failed:
@@ -69,6 +66,21 @@ def announce(
         f"{len(items)} judgements of {len(runs)} runs: {done} requests already made, "
         f"{len(pending)} to make"
     )
+
+
+def announce_incomplete(runs: dict[Path, dict], total: int) -> None:
+    """Say which runs have answers to a part of the `total` questions: a line for each count."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for run, answers in runs.items():
+        names[len({question_id for question_id, _ in answers})].append(run.resolve().name)
+    for answered, some in names.items():
+        if answered < total and len(some) == 1:
+            print(f"run {some[0]} has answers to {answered} of {total} questions; these are judged")
+        elif answered < total:
+            print(
+                f"{len(some)} runs have answers to {answered} of {total} questions each; these are "
+                "judged"
+            )
 
 
 def announce_other_servers(who: Identity, servers: list[str]) -> None:

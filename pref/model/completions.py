@@ -6,6 +6,7 @@ met, and `other_reply` names a reply that is no chat completion for what it is.
 
 import json
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pref.files import disk
@@ -27,7 +28,10 @@ class Completion(NamedTuple):
     finish_reason: str  # in lower case; "" if there is none
     prompt_tokens: int | None  # None: not counted, or no count that can be right
     completion_tokens: int | None
-    calls_tools: bool = False
+    calls_tools: bool
+    usage: dict  # the server's own counts, as they are
+    model: str  # that the server says it ran
+    fingerprint: str  # the server's mark of its version
 
     @property
     def cut_off(self) -> bool:
@@ -52,10 +56,13 @@ class Completion(NamedTuple):
         return None
 
 
-def read(client, body: str) -> Completion | None:
-    """The completion in the body of a reply; None if there is none."""
+def read(clean: Callable[[str], str], body: str) -> Completion | None:
+    """The completion in the body of a reply; None if there is none.
+
+    clean: applied to each text; it removes the key, should the server echo it (`server.clean`).
+    """
     try:
-        reply = json.loads(body)
+        reply = json.loads(body.removeprefix("\ufeff"))  # a byte order mark
         choice = reply["choices"][0]
         message = choice["message"]
         usage = reply.get("usage")
@@ -64,16 +71,19 @@ def read(client, body: str) -> Completion | None:
         texts = (text_of(content), text_of(thoughts), message.get("refusal") or refusal_in(content))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
-    text, thoughts, refusal = (server.clean(client, str(value)) for value in texts)
+    text, thoughts, refusal = (clean(str(value)) for value in texts)
     usage = usage if isinstance(usage, dict) else {}
     return Completion(
         text=text,
         thoughts=thoughts,
         refusal=refusal,
-        finish_reason=str(choice.get("finish_reason") or "").lower(),
+        finish_reason=clean(str(choice.get("finish_reason") or ""))[:40].lower(),
         prompt_tokens=count(usage.get("prompt_tokens"), least=1),
         completion_tokens=count(usage.get("completion_tokens"), least=1 if text else 0),
         calls_tools=bool(message.get("tool_calls") or message.get("function_call")),
+        usage=usage,
+        model=clean(str(reply.get("model") or "")),
+        fingerprint=clean(str(reply.get("system_fingerprint") or "")),
     )
 
 

@@ -19,6 +19,17 @@ LIMIT_OF_THE_DAY = re.compile(
     r"|per (?:86400|24)",
     re.IGNORECASE,
 )
+# How providers write that the account or key has nothing left to spend, where the status does not
+# tell: 400 (Anthropic, LiteLLM), 403 (xAI, OpenRouter), 412 (Fireworks), 429 (OpenAI, Moonshot).
+OUT_OF_CREDIT = re.compile(
+    r"insufficient[_ ](?:account[_ ])?(?:quota|balance|credits?|funds)|credit balance is too low"
+    r"|budget[_ ](?:has been )?exceeded|billing_(?:hard_limit|not_active)|billing hard limit"
+    r"|exceeded[_ ]current[_ ]quota|used all available credits|spending limit|arrearage"
+    r"|key limit exceeded|out of credits|credits? (?:are |is |has been |have been )?(?:depleted"
+    r"|exhausted)",
+    re.IGNORECASE,
+)
+STATUS_WITHOUT_CREDIT = (400, 403, 412, 429)
 
 
 def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: int):
@@ -134,7 +145,7 @@ def stop_retries_without_credit(response) -> None:
     if response.status_code != 429:
         return
     text = response.read().decode("utf-8", "replace")
-    if "insufficient_quota" in text or LIMIT_OF_THE_DAY.search(text):
+    if OUT_OF_CREDIT.search(text) or LIMIT_OF_THE_DAY.search(text):
         response.headers["x-should-retry"] = "false"
 
 
@@ -152,8 +163,21 @@ def writable(text: str) -> str:
 
 
 def is_out_of_credit(error) -> bool:
-    no_quota = error.status_code == 429 and "insufficient_quota" in (error.code, error.type)
-    return no_quota or error.status_code == 402
+    """Whether an `openai.APIStatusError` says that there is nothing left to pay with.
+
+    Only the error's own words count: a moderation quotes what it refuses.
+    """
+    body = error.body if isinstance(error.body, dict) else {"message": error.body}
+    words = [str(body.get(name) or "")[:300] for name in ("code", "type", "message", "error")]
+    says_so = OUT_OF_CREDIT.search(" ".join(words)) is not None
+    return error.status_code == 402 or (error.status_code in STATUS_WITHOUT_CREDIT and says_so)
+
+
+def is_unsent(error) -> bool:
+    """Whether an `openai.APIConnectionError` says that no connection came about."""
+    import httpx
+
+    return isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
 
 
 def is_limit_of_the_day(error) -> bool:
@@ -189,12 +213,18 @@ def explain(client, option: str, name: str, error) -> str:
         proxy = proxy_before(str(client.base_url))
         through = f" through the proxy {proxy}" if proxy else ""
         bypass = ", or list it in NO_PROXY" if proxy else ""
+        if not is_unsent(error) and not proxy:
+            return (
+                f"{place}: {url} breaks off its reply ({cause}); look at its log and at what "
+                "stands before it, and check that --base_url has the server's protocol and port"
+            )
         return (
             f"{place}: no server answers at {url}{through} ({cause}); start it, or correct "
             f"--base_url{bypass}"
         )
     if 300 <= error.status_code < 400:
         target = hide_password(error.response.headers.get("location", "another address"))
+        target = target.split("?")[0]  # parameters can be keys
         return (
             f"{place}: {url} redirects to {clean(client, target)}; give --base_url as the server "
             "has it (https in place of http, no detour)"
