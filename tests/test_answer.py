@@ -93,6 +93,12 @@ def test_what_is_not_decided(fields):
     assert found["rows"][0]["verdict"] == "not decided"
 
 
+def test_an_interval_without_0_that_does_not_decide_says_why():
+    found = answer_of(difference("td_dpo", 0.5, 0.1, 0.9, 0.2))
+    assert found["rows"][0]["verdict"] == "not decided"
+    assert found["rows"][0]["detail"].endswith("by chance: p is adjusted")
+
+
 def test_one_seed_says_what_to_do():
     row = difference("td_dpo", 0.5, 0.1, 0.9, 0.01, paired="one seed", seeds_compared="one seed")
     assert "train three" in answer_of(row)["rows"][0]["detail"]
@@ -282,3 +288,18 @@ def test_best_cells_at_the_same_beta_are_drawn_once(tmp_path):
         if job.func.__name__ == "draw_differences"
     ]
     assert [row["comparison"] for row in drawn] == ["best of grid"]
+
+
+def test_seeds_that_both_cells_have_are_told_from_all(tmp_path):
+    for loss, seeds in (("dpo", (1, 2)), ("td_dpo", (1, 2, 5))):
+        for seed in seeds:
+            ratings = [rating(q, 1, 4 + (q % 3) + (seed == 5) * 3) for q in range(81, 93)]
+            options = {"note": {"kind": loss}}  # an argument that is an object is a setting
+            make_run(tmp_path, f"{loss}_{seed}", loss, seed=seed, ratings=ratings, **options)
+    make_run(tmp_path, "td_2", "td_dpo", seed=1, note={"kind": "b"}, ratings=flat_ratings(5))
+    found = compared(tmp_path, "--run_ids", "dpo_1", "dpo_2", "td_dpo_1", "td_dpo_2", "td_dpo_5")
+    row = found["mt_bench"][0]["improvement"][0]
+    assert row["seeds_compared"] == "2 paired, of 3 and 2" and row["difference"] == 0
+    assert "seeds compared: 2 paired, of 3 and 2" in terminal.show_improvement(row, 2)
+    labels = {cell["label"] for cell in compared(tmp_path)["mt_bench"][0]["cells"]}
+    assert 'td_dpo β=0.1 note={"kind": "b"}' in labels and len(labels) == 3

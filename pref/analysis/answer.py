@@ -148,7 +148,7 @@ def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
 
 def gain_by_selection(row: dict) -> float:
     """How far chance alone may favour the side that is the best of more cells (variation.py)."""
-    if row["selected_by"] is None or row["se"] is None:
+    if None in (row["selected_by"], row["se"], row["p_adjusted"]):
         return 0.0
     return variation.chance_gain(row["se"], row["proposed_cells"], row["baseline_cells"])
 
@@ -247,6 +247,7 @@ def why_open(row: dict, digits: int) -> str:
     if row["low"] is not None and (row["low"] > 0 or row["high"] < 0):
         if row["p_adjusted"] < stats.ALPHA:
             return "the difference is not clear of what chance gives the best of more cells"
+        return "of so many comparisons, one such interval leaves out 0 by chance: p is adjusted"
     if row["detectable"] is None:
         return "the data do not say which is better"
     if abs(row["estimate"]) >= row["detectable"]:

@@ -169,12 +169,12 @@ def is_setting(key: str, value, args: dict) -> bool:
         return True  # the value of such a loss depends on how its batches are cut
     if key in LATER_OPTIONS and value == LATER_OPTIONS[key]:
         return False
-    return key not in NOT_SETTINGS and not isinstance(value, dict)
+    return key not in NOT_SETTINGS
 
 
 def hashable(value):
-    """A list as JSON text, so that settings can be compared in sets."""
-    return json.dumps(value) if isinstance(value, list) else value
+    """A list or an object as JSON text, so that settings can be compared in sets."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
 
 def writable(value):
