@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 from studies import a_cell, a_run, rating
 
-from pref.analysis import estimates, pairwise
+from pref.analysis import estimates, pairwise, usual_tests, variation
 from pref.analysis.runs import ScoredCell
 
 
@@ -233,3 +234,16 @@ def test_win_rates_of_seeds_are_over_what_both_have():
     (won,) = pairwise.win_rows([cell])
     assert won["win_rate"] == 1 and won["n_seeds"] == 2
     assert (won["wins"], won["losses"]) == (2, 0)
+
+
+def test_rounding_makes_no_difference_and_breaks_no_tie():
+    rng = np.random.default_rng(2)
+    a = rng.integers(1, 11, (3, 40)).astype(float)
+    b = a[[2, 0, 1]]  # the same means, summed in another order
+    b[:, ::3] = rng.integers(1, 11, (3, 14))
+    in_thirds = a.sum(0) - b.sum(0)  # whole numbers: exact
+    p = {row["test"]: row["p"] for row in usual_tests.sensitivity(a, b)}
+    assert p["Wilcoxon signed rank on questions"] == scipy_stats.wilcoxon(in_thirds).pvalue
+    moved = {row["test"]: row["p"] for row in usual_tests.sensitivity(a, a[[2, 0, 1]] + 0.7)}
+    assert math.isnan(moved["paired t on questions"])
+    assert math.isnan(variation.brown_forsythe([0.1 + 0.2, 0.3, 0.3], [0.3, 0.3, 0.1 + 0.2]))

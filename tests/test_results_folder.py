@@ -19,6 +19,7 @@ from studies import (
 from pref.analysis import results_folder
 from pref.files.console import UserError
 from pref.files.disk import write_json, write_jsonl
+from pref.files.judgements import read_judgements
 
 
 def test_resumed_run_counts_a_step_once(tmp_path):
@@ -162,7 +163,7 @@ PERCENT = '{"status": "finished", "best_acc_ref": 61.5}'
         ("metrics.jsonl", "[" * 100_000 + "\n", r"metrics.jsonl:1: not usable JSON"),
         ("args.json", '{"model": "m", "mode": "full"}', r"args.json: 'loss' must be text"),
         ("args.json", '{"loss": "dpo", "model": "m", "mode": "full", "beta": NaN}', "'beta' must"),
-        ("mt_bench/answers.jsonl", LIST_FOR_A_HASH, r"'adapter_sha256' must be text or null"),
+        ("mt_bench/answers.jsonl", LIST_FOR_A_HASH, r"'adapter_sha256' must be text"),
         ("summary.json", "[]", r"summary.json: expected a JSON object, found list"),
         ("args.json", '{"loss": "dpo", "model": "m", "mode": "quick"}', r"args.json: mode 'quick'"),
         ("args.json", '{"loss": "dpo", "mode": "full"}', r"args.json: 'model' must be text"),
@@ -231,3 +232,10 @@ def test_chosen_runs_and_the_folder_itself(tmp_path):
         compared(tmp_path, "--run_ids", '["x", "a"]')
     with pytest.raises(UserError, match="is one run"):
         load(tmp_path / "a")
+
+
+def test_judgements_that_a_spreadsheet_saved_again(tmp_path):
+    path = make_run(tmp_path, "a", ratings=flat_ratings(5)) / "mt_bench" / "judgements.csv"
+    before = read_judgements(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
+    assert read_judgements(path) == before
