@@ -159,6 +159,42 @@ def test_a_message_whose_text_is_under_no_known_key_is_not_empty():
         as_messages([{"role": "user", "utterance": "Hi."}], "user")
 
 
+@pytest.mark.parametrize("answer", ['{"content": "x"}', '[{"value": 3}]', '{"text": ["role"]}'])
+def test_an_answer_in_json_is_a_text(answer):
+    (pair,) = audit_row({"prompt": "q", "chosen": answer, "rejected": "b"})
+    assert contents(pair) == (answer, "b")
+
+
+def test_texts_that_numpy_prints_are_not_joined():
+    texts = {"prompt": "['Hi.'\n 'And?']", "response_a": "['a' 'b']", "response_b": "['c' 'd']"}
+    with pytest.raises(Drop, match="not lists of the same number"):
+        audit_row(texts | {"winner_model_a": 1, "winner_model_b": 0})
+    commas = {name: text.replace("' '", "', '") for name, text in texts.items()}
+    commas |= {"prompt": """['Say "a" "b".', 'And?']""", "winner_model_a": 1, "winner_model_b": 0}
+    with pytest.raises(Drop, match="different prompts"):  # read, as two turns each
+        audit_row(commas)
+
+
+def test_a_response_that_goes_on_with_the_user_is_named_so():
+    turns = [bot("a"), user("more"), bot("c")]
+    with pytest.raises(Drop, match="a response of several messages"):
+        audit_row({"prompt": [user("q")], "chosen": turns, "rejected": [bot("b")]})
+
+
+def test_an_empty_last_message_is_an_empty_prompt():
+    with pytest.raises(Drop, match="empty prompt"):
+        audit_row({"prompt": [user("q"), bot("a"), user(" ")], "chosen": "a", "rejected": "b"})
+
+
+def test_a_column_that_calls_rows_held_out_is_named(tmp_path):
+    rows = [lists(f"q{i}", "a", "b", split=("train", "test")[i % 2]) for i in range(4)]
+    notes = prepare_rows(tmp_path, rows)[3]["notes"]
+    place = tmp_path / "source.jsonl"
+    assert notes == [
+        f"rows that the column split calls held out, used like all others: 2 (first: {place}:2)"
+    ]
+
+
 def test_columns_reach_into_lists(tmp_path):
     rows = [
         {"info": {"post": f"q{i}"}, "summaries": [{"text": "x"}, {"text": "y"}], "choice": i % 2}

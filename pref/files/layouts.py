@@ -416,7 +416,8 @@ def converse(prompt: list[dict], response) -> list[dict]:
     """
     is_transcript = isinstance(response, str) and is_hh(response) and len(prompt) > 0
     answer = as_messages(response, "transcript" if is_transcript else "assistant")
-    if "user" not in [message["role"] for message in answer]:
+    begins = prompt and [message["role"] for message in answer[:1]] == ["assistant"]
+    if "user" not in [message["role"] for message in answer] or begins:
         if len(answer) > 1:
             raise Drop("a response of several messages: only single ones can be trained")
         return prompt + answer
