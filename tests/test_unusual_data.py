@@ -8,6 +8,7 @@ from preference_rows import audit_row, bot, lists, prepare, prepare_rows, user, 
 
 from pref.files.console import UserError
 from pref.files.control_tokens import find_carried, strip_template
+from pref.files.layouts import unknown_layout
 from pref.files.messages import Drop, as_messages, parse_transcript
 from pref.files.rankings import as_number, is_rank
 from pref.files.tables import read_splits
@@ -104,6 +105,16 @@ def test_scores_of_a_and_b_show_that_a_label_counts_the_other_way_round(tmp_path
     assert found == expected
 
 
+def test_scores_of_two_conversations_are_compared(tmp_path):
+    rows = [
+        {f"conversation_{side}": [user(f"q{i}"), bot(side)] for side in "ab"}
+        | {"winner": "model_a", "score_a": 1, "score_b": 9}
+        for i in range(4)
+    ]
+    with pytest.raises(UserError, match=r"4 of 4 rows with scores .*\(score_a, score_b\)"):
+        prepare_rows(tmp_path, rows)
+
+
 @pytest.mark.parametrize("labels", [[-1, 1], [0.9, 0.1], [0, 0.5, 1]])
 def test_numbers_of_another_meaning_refuse_the_file(tmp_path, labels):
     rows = [
@@ -193,6 +204,20 @@ def test_a_column_that_calls_rows_held_out_is_named(tmp_path):
     assert notes == [
         f"rows that the column split calls held out, used like all others: 2 (first: {place}:2)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_said"),
+    [
+        ("prompt response helpfulness correctness", True),  # HelpSteer2, a response a row
+        ("messages", True),
+        ("instruction input output", True),
+        ("question answer_0 answer_1 score_0 score_1", False),
+        ("prompt accepted rejected", False),
+    ],
+)
+def test_one_response_in_a_row_is_said(columns, is_said):
+    assert ("one response only" in str(unknown_layout(columns.split(), "x:1"))) is is_said
 
 
 def test_columns_reach_into_lists(tmp_path):

@@ -307,7 +307,7 @@ def check_audit(audit: Audit, options: Options) -> None:
 
 def swapped_remedy(layout: str) -> str:
     """What to do if the scores are right, and the rejected response is the better one."""
-    if layout not in ("choice", "alpaca_eval", "safe_rlhf", "helpsteer"):
+    if layout not in ("choice", "arena", "alpaca_eval", "safe_rlhf", "helpsteer"):
         return (
             "If the responses are swapped: the same and --columns chosen=rejected,rejected=chosen"
         )
