@@ -8,6 +8,7 @@ from preference_rows import audit_row, bot, lists, prepare, prepare_rows, user, 
 
 from pref.files.console import UserError
 from pref.files.control_tokens import find_carried, strip_template
+from pref.files.layouts import unknown_layout
 from pref.files.messages import Drop, as_messages, parse_transcript
 from pref.files.rankings import as_number, is_rank
 from pref.files.tables import read_splits
@@ -104,6 +105,16 @@ def test_scores_of_a_and_b_show_that_a_label_counts_the_other_way_round(tmp_path
     assert found == expected
 
 
+def test_scores_of_two_conversations_are_compared(tmp_path):
+    rows = [
+        {f"conversation_{side}": [user(f"q{i}"), bot(side)] for side in "ab"}
+        | {"winner": "model_a", "score_a": 1, "score_b": 9}
+        for i in range(4)
+    ]
+    with pytest.raises(UserError, match=r"4 of 4 rows with scores .*\(score_a, score_b\)"):
+        prepare_rows(tmp_path, rows)
+
+
 @pytest.mark.parametrize("labels", [[-1, 1], [0.9, 0.1], [0, 0.5, 1]])
 def test_numbers_of_another_meaning_refuse_the_file(tmp_path, labels):
     rows = [
@@ -157,6 +168,56 @@ def test_geminis_and_coheres_messages():
 def test_a_message_whose_text_is_under_no_known_key_is_not_empty():
     with pytest.raises(Drop, match=r"without content \(its keys: role, utterance\)"):
         as_messages([{"role": "user", "utterance": "Hi."}], "user")
+
+
+@pytest.mark.parametrize("answer", ['{"content": "x"}', '[{"value": 3}]', '{"text": ["role"]}'])
+def test_an_answer_in_json_is_a_text(answer):
+    (pair,) = audit_row({"prompt": "q", "chosen": answer, "rejected": "b"})
+    assert contents(pair) == (answer, "b")
+
+
+def test_texts_that_numpy_prints_are_not_joined():
+    texts = {"prompt": "['Hi.'\n 'And?']", "response_a": "['a' 'b']", "response_b": "['c' 'd']"}
+    with pytest.raises(Drop, match="not lists of the same number"):
+        audit_row(texts | {"winner_model_a": 1, "winner_model_b": 0})
+    commas = {name: text.replace("' '", "', '") for name, text in texts.items()}
+    commas |= {"prompt": """['Say "a" "b".', 'And?']""", "winner_model_a": 1, "winner_model_b": 0}
+    with pytest.raises(Drop, match="different prompts"):  # read, as two turns each
+        audit_row(commas)
+
+
+def test_a_response_that_goes_on_with_the_user_is_named_so():
+    turns = [bot("a"), user("more"), bot("c")]
+    with pytest.raises(Drop, match="a response of several messages"):
+        audit_row({"prompt": [user("q")], "chosen": turns, "rejected": [bot("b")]})
+
+
+def test_an_empty_last_message_is_an_empty_prompt():
+    with pytest.raises(Drop, match="empty prompt"):
+        audit_row({"prompt": [user("q"), bot("a"), user(" ")], "chosen": "a", "rejected": "b"})
+
+
+def test_a_column_that_calls_rows_held_out_is_named(tmp_path):
+    rows = [lists(f"q{i}", "a", "b", split=("train", "test")[i % 2]) for i in range(4)]
+    notes = prepare_rows(tmp_path, rows)[3]["notes"]
+    place = tmp_path / "source.jsonl"
+    assert notes == [
+        f"rows that the column split calls held out, used like all others: 2 (first: {place}:2)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_said"),
+    [
+        ("prompt response helpfulness correctness", True),  # HelpSteer2, a response a row
+        ("messages", True),
+        ("instruction input output", True),
+        ("question answer_0 answer_1 score_0 score_1", False),
+        ("prompt accepted rejected", False),
+    ],
+)
+def test_one_response_in_a_row_is_said(columns, is_said):
+    assert ("one response only" in str(unknown_layout(columns.split(), "x:1"))) is is_said
 
 
 def test_columns_reach_into_lists(tmp_path):

@@ -19,6 +19,7 @@ from pref.files.messages import Drop
 from pref.files.pairs import check_pair, response_key
 from pref.files.rankings import Selection
 from pref.files.row_pairs import NO_SELECTION, is_label, prompt_key, to_pairs
+from pref.files.sources import is_held_out
 from pref.files.tables import Rows
 
 CARRIED = "carries a chat template already"
@@ -273,6 +274,8 @@ def note_unused(
     scores = rankings.pair_scores(row, *texts)
     used = read.used | set(scores.columns if scores else ())
     for name, value in columns.unused_values(row, used):
+        if name.lower() in ("split", "subset", "partition") and is_held_out(str(value)):
+            audit.note(f"rows that the column {name} calls held out, used like all others", place)
         if name in ignored:
             why = columns.ASKED
         elif read.layout == "scored" and "." in name:
@@ -304,7 +307,7 @@ def check_audit(audit: Audit, options: Options) -> None:
 
 def swapped_remedy(layout: str) -> str:
     """What to do if the scores are right, and the rejected response is the better one."""
-    if layout not in ("choice", "alpaca_eval", "safe_rlhf", "helpsteer"):
+    if layout not in ("choice", "arena", "alpaca_eval", "safe_rlhf", "helpsteer"):
         return (
             "If the responses are swapped: the same and --columns chosen=rejected,rejected=chosen"
         )

@@ -302,22 +302,22 @@ def unknown_layout(columns: list[str], place: str) -> UserError:
     known = "\n".join(f"  {name}: {columns_text(layout)}" for name, layout in LAYOUTS.items())
     names = set(columns)
     hint = ""
-    if names & {"completion", "response", "output", "answer"} and "label" in names:
+    one = {"completion", "response", "output", "answer"}
+    if names & one and "label" in names:
         hint = "\nOne response and a label is unpaired data (KTO); this toolkit needs pairs."
-    elif names and names <= {
-        "prompt",
-        "completion",
-        "messages",
-        "conversations",
-        "instruction",
-        "input",
-    }:
+    elif names & {*one, "messages", "conversations", "text"} and not any(map(is_one_of_two, names)):
         hint = "\nThere is one response only; a pair needs a better and a worse one."
     return UserError(
         f"{place}: unknown layout with columns {', '.join(columns)}. Say what they are: "
         f"--columns prompt=NAME,chosen=NAME,rejected=NAME (--help shows a row of each layout), or "
         f"add yours to LAYOUTS in pref/files/layouts.py:\n{known}{hint}"
     )
+
+
+def is_one_of_two(name: str) -> bool:
+    """Whether a column seems to hold one of two responses, or says which of them is better."""
+    pattern = r"chosen|reject|accept|prefer|winner|better|worse|good|bad|[ _]?[ab012]$"
+    return bool(re.search(pattern, name.lower()))
 
 
 # ---- helpers of the readers ----------------------------------------------------------------------
@@ -416,7 +416,8 @@ def converse(prompt: list[dict], response) -> list[dict]:
     """
     is_transcript = isinstance(response, str) and is_hh(response) and len(prompt) > 0
     answer = as_messages(response, "transcript" if is_transcript else "assistant")
-    if "user" not in [message["role"] for message in answer]:
+    begins = prompt and [message["role"] for message in answer[:1]] == ["assistant"]
+    if "user" not in [message["role"] for message in answer] or begins:
         if len(answer) > 1:
             raise Drop("a response of several messages: only single ones can be trained")
         return prompt + answer

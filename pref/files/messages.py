@@ -8,8 +8,10 @@ assistant's thoughts before the answer), as chat templates take them.
 """
 
 import ast
+import io
 import json
 import re
+import tokenize
 
 # What other tools call the four roles. Any other name is kept, and pairs.check_pair rejects it.
 ROLES = {
@@ -43,6 +45,7 @@ KNOWN_KEYS = {*ROLE_KEYS, *TEXT_KEYS, *REASONING_KEYS, *CALL_KEYS, *MEDIA, "tool
 SERIALISED = re.compile(
     r"""\s*(\[|array\(\s*\[)?\s*\{\s*['"](role|from|content|value|tool_calls)['"]\s*:"""
 )
+ROLE_KEY = re.compile(r"""['"](?:role|from)['"]\s*:""")
 # A transcript opens with the user's name; the blank lines before it are often lost.
 TRANSCRIPT_OPENING = re.compile(r"\s*Human:")
 
@@ -201,9 +204,18 @@ def unserialise(value, is_list: bool = False):
     if not isinstance(value, str) or not SERIALISED.match(value):
         return value
     result = parse_literal(value)
-    if result is None and not value.lstrip().startswith("{"):
+    if result is None and value.lstrip().startswith("[") and ROLE_KEY.search(value):
         raise Drop("a list of messages as text that cannot be parsed (cut off?)")
-    return value if result is None else result
+    # Any other JSON is text: what somebody asked for, and the answer.
+    return result if holds_messages(result) else value
+
+
+def holds_messages(value) -> bool:
+    """Whether a parsed text is a message or a list of them, and no other JSON."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(
+        isinstance(item, dict) and isinstance(first_value(item, ROLE_KEYS), str) for item in items
+    )
 
 
 def parse_literal(text: str):
@@ -216,11 +228,30 @@ def parse_literal(text: str):
         # NumPy's arrays, in which pandas keeps lists, print without commas between the elements.
         text = re.sub(r"\}\s*\n\s*\{", "}, {", text.strip())
         text = re.sub(r"\A\[?array\((.*?)(, dtype=object)?\)\]?\Z", r"\1", text, flags=re.DOTALL)
+        if joins_texts(text):
+            return None
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
     return value if isinstance(value, list | dict) else None
+
+
+def joins_texts(text: str) -> bool:
+    """Whether a list has texts without a comma between them, as NumPy prints them. Python would
+    read these as one.
+    """
+    if not re.search(r"""['"]\s+['"]""", text):
+        return False
+    before = None
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == before == tokenize.STRING:
+                return True
+            before = before if token.type in (tokenize.NL, tokenize.NEWLINE) else token.type
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return False
 
 
 def parse_transcript(text: str) -> list[dict]:

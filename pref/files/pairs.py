@@ -66,7 +66,8 @@ def check_visible(pair: dict) -> str | None:
     for key in ("chosen", "rejected"):
         if not visible(pair[key][0]["content"]) and not pair[key][0].get("tool_calls"):
             return f"empty {key}"
-    if not any(visible(m["content"]) for m in pair["prompt"] if m["role"] == "user"):
+    asked = [message for message in pair["prompt"] if message["role"] == "user"]
+    if not visible(asked[-1]["content"]):  # what the responses would answer
         return "empty prompt"
     if response_key(pair["chosen"][0]) == response_key(pair["rejected"][0]):
         return "chosen == rejected"

@@ -158,7 +158,9 @@ SIDES = (("a", "b"), ("0", "1"), ("1", "2"), ("j", "k"))  # how names tell two r
 GENERAL_WORDS = {"score", "scores", "rating", "ratings", "reward", "rewards", "grade", "rank"}
 GENERAL_WORDS |= {"response", "completion", "output", "answer", "overall", "total", "final"}
 GENERAL_WORDS |= {"avg", "average", "mean", "human", "judge", "rm"}
-SIDED = re.compile(r"(?:completion|response|output|answer)[_ ]?([ab012jk])", re.IGNORECASE)
+SIDED = re.compile(
+    r"(?:completion|response|output|answer|conversation)[_ ]?([ab012jk])", re.IGNORECASE
+)
 MARGINS = ("margin", "score_margin", "reward_margin")  # chosen minus rejected
 
 
@@ -211,7 +213,7 @@ def is_rank(name: str) -> bool:
 
 def sided_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
     """Scores in columns such as score_a and score_b, of the texts in response_a and response_b."""
-    texts = {m[1].lower(): row[name] for name in row if (m := SIDED.fullmatch(name))}
+    texts = {m[1].lower(): last_text(row[name]) for name in row if (m := SIDED.fullmatch(name))}
     for first, second in SIDES:
         if [texts.get(first), texts.get(second)] == [chosen, rejected]:
             sides = (first, second)
@@ -230,6 +232,15 @@ def sided_scores(row: dict, chosen: str, rejected: str) -> PairScores | None:
                 sign = -1 if is_rank(name) else 1
                 return PairScores(sign * values[0], sign * values[1], (name, partner))
     return None
+
+
+def last_text(value):
+    """A text, or the text of the last message in a list."""
+    while isinstance(value, list) and value:
+        value = value[-1]
+    if isinstance(value, dict):
+        value = next((value[key] for key in RESPONSE_KEYS if key in value), None)
+    return value
 
 
 def inner_scores(row: dict) -> PairScores | None:
