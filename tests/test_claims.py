@@ -462,3 +462,26 @@ def test_variance_over_beta_takes_one_series_of_several(tmp_path):
     )
     row = judged({**SPREAD, "a": {"loss": "td_dpo", "tau": 1.0}}, cells + other, values)
     assert row["a"] == "td_dpo τ=1" and row["verdict"] == "supported"
+
+
+class Measured:
+    """As much of a stats.Difference as a verdict reads."""
+
+    seeds = "paired"
+
+    def __init__(self, p_below: float):
+        self.p_below = p_below
+
+    def p(self, null=0.0, side=0):
+        return self.p_below if side == -1 else 1 - self.p_below
+
+
+@pytest.mark.parametrize(("others", "verdict"), [(0, "contradicted"), (3, "undecided")])
+def test_a_contradiction_is_adjusted_for_the_other_claims(others, verdict):
+    """p 0.02 on the other side decides alone; among four claims Holm makes it 0.08."""
+    row = {"metric": "mt_bench", "judge": "j", "kind": "difference", "limit": 0.0, "p": 0.98}
+    row |= {"low": -0.9, "high": -0.01, "why": "", "estimate": -0.4, "n_units": 80}
+    p_values = [0.02] + [0.9] * others
+    cases = [verdicts.PendingVerdict(dict(row), Measured(p), "", 0.0) for p in p_values]
+    verdicts.decide(cases)
+    assert cases[0].row["verdict"] == verdict

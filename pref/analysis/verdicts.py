@@ -191,15 +191,24 @@ def decide(pending: list[PendingVerdict]) -> None:
         families.setdefault((case.row["metric"], case.row["judge"]), []).append(case)
     for family in families.values():
         p_values = [math.nan if case.row["p"] is None else case.row["p"] for case in family]
-        for case, p in zip(family, stats.holm(p_values)):
+        p_opposite = stats.holm([opposite_p(case) for case in family])
+        for case, p, opposite in zip(family, stats.holm(p_values), p_opposite):
             case.row["p_holm"] = estimates.finite(p)
-            verdict, why = decide_difference(case)
+            verdict, why = decide_difference(case, opposite)
             case.row["verdict"] = verdict
             case.row["why"] = join_sentences(why, case.lost, case.row["why"])
 
 
-def decide_difference(case: PendingVerdict) -> tuple[str, str]:
-    """Verdict on a difference or an equivalence, and why."""
+def opposite_p(case: PendingVerdict) -> float:
+    """p-value of the opposite of a claim: that the difference is not as large, or not equivalent."""
+    limit, difference = case.row["limit"], case.difference
+    if case.row["kind"] == "equivalence":
+        return min(difference.p(limit, side=1), difference.p(-limit, side=-1))
+    return difference.p(limit, side=-1)
+
+
+def decide_difference(case: PendingVerdict, p_opposite: float) -> tuple[str, str]:
+    """Verdict on a difference or an equivalence, and why. p_opposite: Holm-adjusted."""
     row, difference = case.row, case.difference
     limit, low, high = row["limit"], row["low"], row["high"]
     if row["p_holm"] is None:
@@ -218,8 +227,11 @@ def decide_difference(case: PendingVerdict) -> tuple[str, str]:
     else:
         inside = low - max(0.0, case.gain) >= limit
         outside = high - min(0.0, case.gain) < limit
+    if outside and p_opposite < stats.ALPHA:
+        return "contradicted", "Test and interval agree on the opposite."
     if outside:
-        return "contradicted", "The whole interval lies on the other side."
+        why = "The whole interval lies on the other side, but there are several claims (Holm)."
+        return "undecided", why
     if row["p_holm"] < stats.ALPHA and inside:
         if case.lost:
             return "undecided", "The runs with a score would support it."
