@@ -200,7 +200,7 @@ def decide(pending: list[PendingVerdict]) -> None:
 
 
 def opposite_p(case: PendingVerdict) -> float:
-    """p-value of the opposite of a claim: that the difference is not as large, or not equivalent."""
+    """p-value of the opposite of a claim: a smaller difference, or one beyond the margin."""
     limit, difference = case.row["limit"], case.difference
     if case.row["kind"] == "equivalence":
         return min(difference.p(limit, side=1), difference.p(-limit, side=-1))
