@@ -175,9 +175,8 @@ def is_out_of_credit(error) -> bool:
 
 def is_unsent(error) -> bool:
     """Whether an `openai.APIConnectionError` says that no connection came about."""
-    import httpx
-
-    return isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
+    # By name: the package openai brings its own HTTP client, whichever that is.
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
 
 
 def is_limit_of_the_day(error) -> bool:
