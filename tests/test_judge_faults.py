@@ -12,6 +12,7 @@ from doubles import completion
 from judge_workplace import (
     ANSWERS,
     OTHER,
+    PRICED,
     QUESTIONS,
     make_run,
     options,
@@ -176,6 +177,48 @@ def test_a_timeout_is_booked_for_each_try_and_what_was_never_sent_is_not():
     assert budget.cost(request, {"status": "timeout", "unsent": True}) == 0
 
 
+def batch_of(folder, server, change, *more):
+    """Write the requests of a batch, and its output as `change` makes it of each result's line."""
+    requests, output = folder / "requests.jsonl", folder / "output.jsonl"
+    server.answer = lambda body: completion("OK")
+    assert run_judge(folder, server, "--dry_run", "--requests", str(requests), *more) == 0
+    ids = [json.loads(line)["custom_id"] for line in requests.read_text().splitlines()]
+    write_lines(output, [change({"custom_id": custom_id}) for custom_id in ids])
+    return lambda path=output: run_judge(folder, server, "--import_results", str(path), *more)
+
+
+RATED = completion("[[7]]")[1]
+FILTERED = {"error": {"code": "content_filter", "message": "no"}}
+
+
+@pytest.mark.parametrize(
+    ("response", "status"),
+    [
+        ({"response": {"status_code": "200", "body": RATED}}, "ok"),
+        ({"response": {"status_code": 200, "body": json.dumps(RATED)}}, "ok"),
+        ({"response": {"status_code": 200, "body": RATED}, "error": {"code": None}}, "ok"),
+        ({"response": {"status_code": 400, "body": FILTERED}, "error": None}, "refused"),
+        ({"response": {"status_code": 500, "body": None}, "error": None}, "http_500"),
+        ({"response": None, "error": {"code": "batch_expired"}}, "batch_error"),
+    ],
+)
+def test_lines_of_a_batch_in_other_spellings(workplace, server, response, status):
+    batch_of(workplace, server, lambda line: line | response)()
+    assert {row["status"] for row in rows_of(workplace)} == {status}
+
+
+def test_a_batch_is_booked_once(workplace, server, capsys):
+    """Not again with each import; and the file of requests is no output."""
+    unread = {"response": {"status_code": 200, "body": completion("no rating")[1]}}
+    again = batch_of(workplace, server, lambda line: line | unread, *PRICED)
+    assert again() == 1
+    costs_before = [row["cost_usd"] for row in rows_of(workplace)]
+    assert again() == 1 and "6 imported before" in capsys.readouterr().out
+    assert [row["cost_usd"] for row in rows_of(workplace)] == costs_before
+    with pytest.raises(UserError, match="requests.jsonl:1: not a result.*the file of requests"):
+        again(workplace / "requests.jsonl")
+
+
 # ---- servers and the store -----------------------------------------------------------------------
 
 
@@ -195,6 +238,13 @@ def test_a_byte_order_mark_and_a_reply_that_breaks_off(workplace, server):
     server.answer = lambda body: (0, None)  # the connection is closed
     with pytest.raises(UserError, match="breaks off its reply"):
         run_judge(workplace, server, *options(max_retries=0))
+
+
+def test_what_no_connection_takes(workplace, server):
+    for option, value in {"timeout_s": "inf", "server_name": " "}.items():
+        with pytest.raises(UserError, match=f"--{option}"):
+            run_judge(workplace, server, *options(**{option: value}))
+    assert not server.requests
 
 
 def test_a_locked_store_is_a_message(workplace, server, monkeypatch):

@@ -147,11 +147,14 @@ def is_moderation(error) -> bool:
     """Whether an `openai.APIStatusError` declines what this one request says."""
     if error.status_code in (403, 451):
         return True
-    complaint = f"{error.code} {error.type} {error.message}".lower()
-    return error.status_code == 400 and any(
-        mark in complaint
-        for mark in ("content_filter", "content_policy", "responsibleai", "moderation")
-    )
+    complaint = f"{error.code} {error.type} {error.message}"
+    return error.status_code == 400 and names_moderation(complaint)
+
+
+def names_moderation(complaint: str) -> bool:
+    """Whether the text of an error names a moderation, as providers spell it."""
+    marks = ("content_filter", "content_policy", "responsibleai", "moderation")
+    return any(mark in complaint.lower() for mark in marks)
 
 
 def count_tokens(usage: dict, has_text: bool) -> tuple[int | None, int | None]:

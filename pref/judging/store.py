@@ -178,6 +178,15 @@ def save_reply(
     )
 
 
+def has_reply(db: sqlite3.Connection, key: str, reply: dict) -> bool:
+    """Whether this very reply is stored: a file that is imported again costs nothing again."""
+    columns = ("status", "judgement", "served_model", "prompt_tokens", "completion_tokens")
+    row = db.execute(
+        f"SELECT {', '.join(columns)} FROM judgements WHERE request_sha256 = ?", (key,)
+    ).fetchone()
+    return row == tuple(reply.get(column) for column in columns)
+
+
 # ---- questions that judge.py asks ----------------------------------------------------------------
 
 

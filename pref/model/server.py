@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pref.files.console import UserError, first_line
 
+MOST_SECONDS = 86400  # a socket takes no endless timeout
 DEFAULT_URL = "https://api.openai.com/v1"
 FATAL_STATUS = (401, 403, 404)  # a later request would fail in the same way
 # How providers write that a limit for the day (week, month) is reached; to wait a minute is no use.
@@ -53,6 +54,8 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
             "OPENAI_API_KEY contains control or non-ASCII characters, so it was not copied "
             "correctly; export it again"
         )
+    if timeout_s > MOST_SECONDS:
+        raise UserError(f"--timeout_s {timeout_s}: must be at most {MOST_SECONDS} (a day)")
     # Parameters of the address, such as Azure's api-version, belong behind each request's path.
     base_url, query, host = split_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
     return openai.OpenAI(
