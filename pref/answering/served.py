@@ -7,6 +7,7 @@ the work at once, with what to do about it.
 
 import functools
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ HINTS = {
     400: "Is its context long enough for the conversation and --max_new_tokens?",
     404: "Adapters are asked for under their run ids, the base model under --served_base.",
 }
+ABOUT_LENGTH = re.compile(r"context|length|too long|max_(?:model_len|tokens)", re.IGNORECASE)
 # A request may meet these for what it says; 403 is a firewall's or a moderation's.
 OF_ONE_REQUEST = (400, 403, 409, 413, 422, 451, 500)
 TRIES_AT_THE_START = 3  # conversations one after another, before the first answer
@@ -194,7 +196,8 @@ def refused_option(error, sent: dict) -> str | None:
 def explained(client, model: str, error) -> Exception:
     """What an `openai.APIStatusError` means: Refused for this request, UserError for all."""
     text = server.explain(client, "model", model, error)
-    if hint := HINTS.get(error.status_code):
+    hint = HINTS.get(error.status_code)
+    if hint and (error.status_code != 400 or ABOUT_LENGTH.search(error.message)):
         text = f"{text.rstrip('.')}. {hint}"
     if error.status_code not in OF_ONE_REQUEST or server.is_out_of_credit(error):
         return UserError(text)
