@@ -25,7 +25,7 @@ from judge_workplace import (
 import judge
 from pref.files import mt_bench
 from pref.files.console import UserError
-from pref.judging import calls, costs, identity, protocol, server_judge, store, summary
+from pref.judging import calls, costs, identity, protocol, reading, server_judge, store, summary
 from pref.model import completions
 from pref.model import server as servers
 
@@ -217,6 +217,21 @@ def test_a_batch_is_booked_once(workplace, server, capsys):
     assert [row["cost_usd"] for row in rows_of(workplace)] == costs_before
     with pytest.raises(UserError, match="requests.jsonl:1: not a result.*the file of requests"):
         again(workplace / "requests.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "end"),
+    [
+        ("analysisWe see [[5]].", "assistantfinal"),
+        ("<|inner_prefix|>perhaps [[5]]", "<|inner_suffix|>"),
+        ("<|channel>thought\nperhaps [[5]]", "<channel|>"),
+    ],
+)
+def test_more_spellings_of_thoughts(thoughts, end):
+    assert reading.read_text(f"{thoughts}{end}Rating: [[9]]", "stop", is_pair=False).score == 9
+    assert reading.read_text(thoughts, "stop", is_pair=False).status == "length"
+    plain = reading.read_text("analysis: fine. Rating: [[8]]", "stop", is_pair=False)
+    assert (plain.score, plain.reading) == (8, "")
 
 
 # ---- servers and the store -----------------------------------------------------------------------

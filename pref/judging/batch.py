@@ -66,7 +66,7 @@ def import_results(path: Path, db: sqlite3.Connection, items: list[Item], judge:
     statuses: Counter[str] = Counter()
     unknown = 0
     for number, row in disk.read_jsonl(path):
-        if "response" not in row and "error" not in row:
+        if "body" in row and not {"response", "error"} & row.keys():
             raise UserError(
                 f"{path}:{number}: not a result (no 'response'); give the batch's output file, not "
                 "the file of requests"
