@@ -23,6 +23,7 @@ from judge_workplace import (
 )
 
 import judge
+from pref.answering import served
 from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.judging import calls, costs, identity, protocol, reading, server_judge, store, summary
@@ -253,6 +254,30 @@ def test_a_byte_order_mark_and_a_reply_that_breaks_off(workplace, server):
     server.answer = lambda body: (0, None)  # the connection is closed
     with pytest.raises(UserError, match="breaks off its reply"):
         run_judge(workplace, server, *options(max_retries=0))
+
+
+def test_a_refusal_without_a_message_is_read_from_its_body(workplace, server):
+    """As FastAPI writes it, Mistral's servers for example."""
+    detail = [{"loc": ["body", "temperature"], "msg": "extra fields not permitted"}]
+    server.answer = lambda body: (
+        (422, {"detail": detail}) if "temperature" in body else completion("[[7]]")
+    )
+    assert run_judge(workplace, server) == 0
+    assert "temperature" not in server.requests[-1]
+
+
+def test_a_limit_that_is_too_large_is_not_renamed(workplace, server):
+    """vLLM names both spellings of the limit."""
+    message = (
+        "'max_tokens' or 'max_completion_tokens' is too large: 2048. This model's maximum context "
+        "length is 1024 tokens"
+    )
+    server.answer = lambda body: refusal(400, message, param="max_tokens")
+    with pytest.raises(UserError, match="maximum context length is 1024"):
+        run_judge(workplace, server)
+    assert len(server.requests) == 1
+    error = SimpleNamespace(status_code=400, param=None, message=message, body=None)
+    assert served.refused_option(error, {"max_tokens": 2048}) is None
 
 
 def test_what_no_connection_takes(workplace, server):

@@ -137,7 +137,7 @@ def ask_server(client, request: dict) -> dict:
             or server.is_limit_of_the_day(error)
         ):
             raise UserError(server.explain(client, "--judge", request["judge"], error)) from None
-        message = server.clean(client, error.message)[:MOST_ERROR_CHARS]
+        message = server.clean(client, server.message_of(error))[:MOST_ERROR_CHARS]
         status = "refused" if is_moderation(error) else f"http_{code}"
         return {"status": status, "judgement": message, "http_status": code}
     return read_reply(functools.partial(server.clean, client), text, request)
@@ -292,11 +292,12 @@ def adapt_parameters(parameters: dict, error) -> dict | None:
     """
     if getattr(error, "status_code", None) not in (400, 422):
         return None
-    complaint = f"{error.param} {error.message}"
+    complaint = f"{error.param} {server.message_of(error)}"
     for key in ("temperature", "seed"):
         if key in parameters and key in complaint:
             return {name: value for name, value in parameters.items() if name != key}
-    if "max_tokens" in parameters and "max_tokens" in complaint:
+    too_long = server.TOO_LONG.search(complaint)
+    if "max_tokens" in parameters and "max_tokens" in complaint and not too_long:
         renamed = {"max_tokens": "max_completion_tokens"}
         return {renamed.get(key, key): value for key, value in parameters.items()}
     return None

@@ -4,6 +4,7 @@ Shared by answers (gen_mtbench.py) and judgements (judge.py). A message to the u
 (which argument, which server), the fact and the remedy, and never shows the key.
 """
 
+import json
 import os
 import re
 import urllib.request
@@ -29,6 +30,10 @@ OUT_OF_CREDIT = re.compile(
     r"|key limit exceeded|out of credits|credits? (?:are |is |has been |have been )?(?:depleted"
     r"|exhausted)",
     re.IGNORECASE,
+)
+# A limit of tokens that is refused for its size, not for its name.
+TOO_LONG = re.compile(
+    r"too (?:large|long|many)|context (?:length|window)|exceed|at most \d", re.IGNORECASE
 )
 STATUS_WITHOUT_CREDIT = (400, 403, 412, 429)
 
@@ -165,6 +170,17 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def message_of(error) -> str:
+    """What the server says in an `openai.APIStatusError`: its message, or, where the client finds
+    none, the whole body (FastAPI's {"detail": ...}, a list, an error that is plain text).
+    """
+    text, bare = error.message, f"Error code: {error.status_code}"
+    if text.strip() != bare or not error.body:
+        return text
+    body = error.body
+    return f"{bare} - {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}"
+
+
 def is_out_of_credit(error) -> bool:
     """Whether an `openai.APIStatusError` says that there is nothing left to pay with.
 
@@ -231,7 +247,7 @@ def explain(client, option: str, name: str, error) -> str:
             f"{place}: {url} redirects to {clean(client, target)}; give --base_url as the server "
             "has it (https in place of http, no detour)"
         )
-    message = " ".join(clean(client, error.message).split())[:300]
+    message = " ".join(clean(client, message_of(error)).split())[:300]
     fact = f"{place}: {url} answers {error.status_code}"
     return f"{fact}: {remedy(error, option, url)}. Its message: {message}"
 
