@@ -162,6 +162,8 @@ def test_a_judge_that_writes_no_verdicts_is_not_asked_everything(workplace, serv
     server.answer = lambda body: completion("[[8]]")
     assert run_judge(workplace, server) == 1, "the same command goes on"
     assert sum(row["status"] == "ok" for row in rows_of(workplace)) == 3
+    server.answer = lambda body: completion("8 out of 10")
+    assert run_judge(workplace, server, "--retry_failed") == 1, "what has failed is no sign"
 
 
 def test_a_timeout_is_booked_for_each_try_and_what_was_never_sent_is_not():
