@@ -7,6 +7,7 @@ the work at once, with what to do about it.
 
 import functools
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ HINTS = {
     400: "Is its context long enough for the conversation and --max_new_tokens?",
     404: "Adapters are asked for under their run ids, the base model under --served_base.",
 }
+ABOUT_LENGTH = re.compile(r"context|length|too long|max_(?:model_len|tokens)", re.IGNORECASE)
 # A request may meet these for what it says; 403 is a firewall's or a moderation's.
 OF_ONE_REQUEST = (400, 403, 409, 413, 422, 451, 500)
 TRIES_AT_THE_START = 3  # conversations one after another, before the first answer
@@ -185,8 +187,9 @@ def refused_option(error, sent: dict) -> str | None:
         return None
     if isinstance(error.param, str) and error.param in OPTIONAL.keys() & sent.keys():
         return error.param
-    complaint = f"{error.param} {error.message}"
-    if "max_tokens" in sent and "max_completion_tokens" in complaint:
+    complaint = f"{error.param} {server.message_of(error)}"
+    too_long = server.TOO_LONG.search(complaint)
+    if "max_tokens" in sent and "max_completion_tokens" in complaint and not too_long:
         return "max_tokens"
     return next((name for name in OPTIONAL if name in sent and name in complaint), None)
 
@@ -194,11 +197,12 @@ def refused_option(error, sent: dict) -> str | None:
 def explained(client, model: str, error) -> Exception:
     """What an `openai.APIStatusError` means: Refused for this request, UserError for all."""
     text = server.explain(client, "model", model, error)
-    if hint := HINTS.get(error.status_code):
+    hint = HINTS.get(error.status_code)
+    if hint and (error.status_code != 400 or ABOUT_LENGTH.search(server.message_of(error))):
         text = f"{text.rstrip('.')}. {hint}"
     if error.status_code not in OF_ONE_REQUEST or server.is_out_of_credit(error):
         return UserError(text)
-    message = " ".join(server.clean(client, error.message).split())[:300]
+    message = " ".join(server.clean(client, server.message_of(error)).split())[:300]
     message = message.removeprefix(f"Error code: {error.status_code} - ")
     return Refused(f"HTTP {error.status_code}: {message}", text)
 

@@ -208,6 +208,8 @@ def check_judge(args: argparse.Namespace) -> None:
             )
     if not 0 <= args.min_rating_mass <= 1:
         raise UserError(f"--min_rating_mass {args.min_rating_mass}: must be from 0 to 1")
+    if args.server_name and not (args.server_name.isprintable() and args.server_name.strip()):
+        raise UserError(f"--server_name {args.server_name!r}: must be a name on one line")
     if args.base_url and not re.match(r"\s*https?://[^/]", args.base_url, re.IGNORECASE):
         raise UserError(f"--base_url {args.base_url}: must begin with http:// or https://")
 

@@ -65,12 +65,21 @@ def import_results(path: Path, db: sqlite3.Connection, items: list[Item], judge:
     asked = {custom_id(key): item for key, item in zip([*old, *items], [*items, *items])}
     statuses: Counter[str] = Counter()
     unknown = 0
-    for _, row in disk.read_jsonl(path):
-        item = asked.get(row.get("custom_id"))
+    for number, row in disk.read_jsonl(path):
+        if "body" in row and not {"response", "error"} & row.keys():
+            raise UserError(
+                f"{path}:{number}: not a result (no 'response'); give the batch's output file, not "
+                "the file of requests"
+            )
+        key = row.get("custom_id")
+        item = asked.get(key) if isinstance(key, str) else None
         if item is None:
             unknown += 1
             continue
         reply = read_row(row, item.request, judge)
+        if store.has_reply(db, item.request_sha256, reply):
+            statuses["imported before"] += 1
+            continue
         store.save_reply(db, item.request_sha256, item.request, reply, judge.params_b)
         statuses[reply["status"]] += 1
     if not statuses:
@@ -86,16 +95,19 @@ def import_results(path: Path, db: sqlite3.Connection, items: list[Item], judge:
 
 def read_row(row: dict, request: dict, judge: Judge) -> dict:
     """The reply in one line of a batch's output file, as `Judge.ask` would return it."""
-    response = row.get("response") or {}
+    response = row.get("response")
+    status = response.get("status_code") if isinstance(response, dict) else None
     # 1) The batch did not make the request: it expired, or was cancelled.
-    if row.get("error") or not isinstance(response, dict) or "status_code" not in response:
+    if status is None:
         error = json.dumps(row.get("error"))[: server_judge.MOST_ERROR_CHARS]
         return {"status": "batch_error", "judgement": error}
     # 2) The server refused it.
-    body = json.dumps(response.get("body"))
-    if response["status_code"] != 200:
-        status = f"http_{response['status_code']}"
-        return {"status": status, "judgement": body[: server_judge.MOST_ERROR_CHARS]}
+    body = response.get("body")
+    body = body if isinstance(body, str) else json.dumps(body)
+    if str(status) != "200":
+        refused = str(status) == "400" and server_judge.names_moderation(body)
+        reason = server.writable(body)[: server_judge.MOST_ERROR_CHARS]
+        return {"status": "refused" if refused else f"http_{status}", "judgement": reason}
     # 3) A chat completion.
     reply = server_judge.read_reply(server.writable, body, request)
     full_price = judge.cost(reply.get("prompt_tokens"), reply.get("completion_tokens"))

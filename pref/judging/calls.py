@@ -93,7 +93,8 @@ class Calls:
         self.in_flight = 0
         self.lost_in_a_row: Counter[str] = Counter()  # why, since the last call with a reply
         self.failures: Counter[str] = Counter()  # by status
-        self.verdicts = 0
+        self.unread: Counter[str] | None = Counter()  # replies by status; None after a verdict
+        self.tried = store.known_requests(db)  # --retry_failed repeats what is known to fail
         self.fatal: str | None = None  # why no further call is made
 
     def work(self) -> None:
@@ -151,6 +152,7 @@ class Calls:
             if reply is not None:
                 self.save(call, reply | {"cost_usd": cost})
                 self.count(reply)
+                self.count_unread(call, reply)
             self.lock.notify_all()
 
     def save(self, call: Call, reply: dict) -> None:
@@ -167,18 +169,8 @@ class Calls:
     def count(self, reply: dict) -> None:
         """Count a reply as done, for the progress line and to notice a server that is gone."""
         status = reply["status"]
-        if status == "ok":
-            self.verdicts += 1
-        else:
+        if status != "ok":
             self.failures[status] += 1
-        if not self.verdicts and (replies := self.failures.total()) >= NO_VERDICT_AFTER:
-            why = ", ".join(f"{count} {failure}" for failure, count in self.failures.most_common())
-            self.fatal = (
-                f"--judge {self.judge.name}: none of the first {replies} replies has a verdict "
-                f"({why}), so nothing more is asked; read them in the column judgement of "
-                "judgements.csv, and see the remarks above. The same command asks for the next "
-                f"{NO_VERDICT_AFTER}"
-            )
         if is_lost(reply):
             self.lost_in_a_row[status] += 1
         else:
@@ -196,6 +188,23 @@ class Calls:
         notes = [f"{self.budget.spent:.2f} dollars"] if self.judge.prices else []
         notes += [f"{count} {failure}" for failure, count in self.failures.items()]
         self.bar.update(note=", ".join(notes))
+
+    def count_unread(self, call: Call, reply: dict) -> None:
+        """Notice a judge whose replies never have a verdict, before all of them are paid for."""
+        if self.unread is None or call.key in self.tried:
+            return
+        if reply["status"] == "ok":
+            self.unread = None
+            return
+        self.unread[reply["status"]] += 1
+        if (replies := self.unread.total()) >= NO_VERDICT_AFTER:
+            why = ", ".join(f"{count} {status}" for status, count in self.unread.most_common())
+            self.fatal = self.fatal or (
+                f"--judge {self.judge.name}: none of the first {replies} replies has a verdict "
+                f"({why}), so nothing more is asked; read them in the column judgement of "
+                "judgements.csv, and see the remarks above. The same command asks for the next "
+                f"{NO_VERDICT_AFTER}"
+            )
 
 
 def is_lost(reply: dict) -> bool:

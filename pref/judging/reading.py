@@ -33,9 +33,11 @@ READ_STATUSES = ("ok", "parse", "length", "empty", "thoughts")
 
 # What opens and closes thoughts, in the spellings that open-weights models print.
 TAG = r"(?:seed:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflection)"
-PAIRS = {  # those in which closing is not opening with a slash: Sky-T1, Cohere, Granite
+PAIRS = {  # closing is not opening with a slash: Sky-T1, Cohere, Apertus, Gemma 4, Granite
     "<|begin_of_thought|>": "<|end_of_thought|>",
     "<|start_thinking|>": "<|END_THINKING|>",
+    "<|inner_prefix|>": "<|inner_suffix|>",
+    "<|channel>thought": "<channel|>",
     "here is my thought process:": "Here is my response:",
 }
 OPENS = rf"<{TAG}>|\[THINK\]|◁think▷|{'|'.join(map(re.escape, PAIRS))}"
@@ -43,6 +45,8 @@ CLOSES = rf"</{TAG}>|\[/THINK\]|◁/think▷|{'|'.join(map(re.escape, PAIRS.valu
 OPENS_THOUGHT, CLOSES_THOUGHT = (re.compile(p, re.IGNORECASE) for p in (OPENS, CLOSES))
 # gpt-oss: <|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>...
 CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
+# The same from a server that leaves special tokens out: analysisWe see ...assistantfinalRating: ...
+BARE_ANALYSIS, BARE_FINAL = re.compile(r"\s*analysis(?=[A-Z])"), "assistantfinal"
 CHANNEL_END = re.compile(r"<\|(?:end|return|start)\|>")
 
 
@@ -82,6 +86,9 @@ def without_thoughts(text: str) -> Answer:
         if last[1].lower() != "final":
             return Answer("", finished_thinking=False)
         return Answer(CHANNEL_END.split(text[last.end() :])[0], finished_thinking=True)
+    if BARE_ANALYSIS.match(text):
+        _, final, answer = text.rpartition(BARE_FINAL)
+        return Answer(answer if final else "", finished_thinking=bool(final))
     # 2) Tags: what follows the last closing one. An opening one counts only where a reply, or what
     #    is left of it, begins: elsewhere it is quoted from the answer that is judged.
     closed = list(CLOSES_THOUGHT.finditer(text))

@@ -137,7 +137,7 @@ def ask_server(client, request: dict) -> dict:
             or server.is_limit_of_the_day(error)
         ):
             raise UserError(server.explain(client, "--judge", request["judge"], error)) from None
-        message = server.clean(client, error.message)[:MOST_ERROR_CHARS]
+        message = server.clean(client, server.message_of(error))[:MOST_ERROR_CHARS]
         status = "refused" if is_moderation(error) else f"http_{code}"
         return {"status": status, "judgement": message, "http_status": code}
     return read_reply(functools.partial(server.clean, client), text, request)
@@ -147,11 +147,14 @@ def is_moderation(error) -> bool:
     """Whether an `openai.APIStatusError` declines what this one request says."""
     if error.status_code in (403, 451):
         return True
-    complaint = f"{error.code} {error.type} {error.message}".lower()
-    return error.status_code == 400 and any(
-        mark in complaint
-        for mark in ("content_filter", "content_policy", "responsibleai", "moderation")
-    )
+    complaint = f"{error.code} {error.type} {error.message}"
+    return error.status_code == 400 and names_moderation(complaint)
+
+
+def names_moderation(complaint: str) -> bool:
+    """Whether the text of an error names a moderation, as providers spell it."""
+    marks = ("content_filter", "content_policy", "responsibleai", "moderation")
+    return any(mark in complaint.lower() for mark in marks)
 
 
 def count_tokens(usage: dict, has_text: bool) -> tuple[int | None, int | None]:
@@ -289,11 +292,12 @@ def adapt_parameters(parameters: dict, error) -> dict | None:
     """
     if getattr(error, "status_code", None) not in (400, 422):
         return None
-    complaint = f"{error.param} {error.message}"
+    complaint = f"{error.param} {server.message_of(error)}"
     for key in ("temperature", "seed"):
         if key in parameters and key in complaint:
             return {name: value for name, value in parameters.items() if name != key}
-    if "max_tokens" in parameters and "max_tokens" in complaint:
+    too_long = server.TOO_LONG.search(complaint)
+    if "max_tokens" in parameters and "max_tokens" in complaint and not too_long:
         renamed = {"max_tokens": "max_completion_tokens"}
         return {renamed.get(key, key): value for key, value in parameters.items()}
     return None

@@ -178,6 +178,20 @@ def save_reply(
     )
 
 
+def known_requests(db: sqlite3.Connection) -> set[str]:
+    """Hashes of the requests that were answered or have failed."""
+    return {key for (key,) in db.execute("SELECT request_sha256 FROM judgements")}
+
+
+def has_reply(db: sqlite3.Connection, key: str, reply: dict) -> bool:
+    """Whether this very reply is stored: a file that is imported again costs nothing again."""
+    columns = ("status", "judgement", "served_model", "prompt_tokens", "completion_tokens")
+    row = db.execute(
+        f"SELECT {', '.join(columns)} FROM judgements WHERE request_sha256 = ?", (key,)
+    ).fetchone()
+    return row == tuple(reply.get(column) for column in columns)
+
+
 # ---- questions that judge.py asks ----------------------------------------------------------------
 
 

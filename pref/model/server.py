@@ -4,6 +4,7 @@ Shared by answers (gen_mtbench.py) and judgements (judge.py). A message to the u
 (which argument, which server), the fact and the remedy, and never shows the key.
 """
 
+import json
 import os
 import re
 import urllib.request
@@ -11,6 +12,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pref.files.console import UserError, first_line
 
+MOST_SECONDS = 86400  # a socket takes no endless timeout
 DEFAULT_URL = "https://api.openai.com/v1"
 FATAL_STATUS = (401, 403, 404)  # a later request would fail in the same way
 # How providers write that a limit for the day (week, month) is reached; to wait a minute is no use.
@@ -28,6 +30,10 @@ OUT_OF_CREDIT = re.compile(
     r"|key limit exceeded|out of credits|credits? (?:are |is |has been |have been )?(?:depleted"
     r"|exhausted)",
     re.IGNORECASE,
+)
+# A limit of tokens that is refused for its size, not for its name.
+TOO_LONG = re.compile(
+    r"too (?:large|long|many)|context (?:length|window)|exceed|at most \d", re.IGNORECASE
 )
 STATUS_WITHOUT_CREDIT = (400, 403, 412, 429)
 
@@ -53,6 +59,8 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
             "OPENAI_API_KEY contains control or non-ASCII characters, so it was not copied "
             "correctly; export it again"
         )
+    if timeout_s > MOST_SECONDS:
+        raise UserError(f"--timeout_s {timeout_s}: must be at most {MOST_SECONDS} (a day)")
     # Parameters of the address, such as Azure's api-version, belong behind each request's path.
     base_url, query, host = split_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL)
     return openai.OpenAI(
@@ -162,6 +170,17 @@ def writable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def message_of(error) -> str:
+    """What the server says in an `openai.APIStatusError`: its message, or, where the client finds
+    none, the whole body (FastAPI's {"detail": ...}, a list, an error that is plain text).
+    """
+    text, bare = error.message, f"Error code: {error.status_code}"
+    if text.strip() != bare or not error.body:
+        return text
+    body = error.body
+    return f"{bare} - {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}"
+
+
 def is_out_of_credit(error) -> bool:
     """Whether an `openai.APIStatusError` says that there is nothing left to pay with.
 
@@ -175,9 +194,8 @@ def is_out_of_credit(error) -> bool:
 
 def is_unsent(error) -> bool:
     """Whether an `openai.APIConnectionError` says that no connection came about."""
-    import httpx
-
-    return isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout)
+    # By name: the package openai brings its own HTTP client, whichever that is.
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")
 
 
 def is_limit_of_the_day(error) -> bool:
@@ -229,7 +247,7 @@ def explain(client, option: str, name: str, error) -> str:
             f"{place}: {url} redirects to {clean(client, target)}; give --base_url as the server "
             "has it (https in place of http, no detour)"
         )
-    message = " ".join(clean(client, error.message).split())[:300]
+    message = " ".join(clean(client, message_of(error)).split())[:300]
     fact = f"{place}: {url} answers {error.status_code}"
     return f"{fact}: {remedy(error, option, url)}. Its message: {message}"
 
