@@ -30,7 +30,7 @@ from torch import Tensor
 
 from losses import SFT_TERM, PairLogps, chosen_score, k2, reduced
 from pref.files import console, output
-from pref.model import chat, sharding, template, token_scores
+from pref.model import architecture, chat, sharding, template, token_scores
 from pref.model.logps import ResponseLogps, sum_by_row, trainable
 from pref.model.lora import dropout
 from pref.model.packing import Batch, Packing, make_batch, share_out
@@ -360,6 +360,8 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
     rows, pairs, counts = tokenising.tokenise(args, tokenizer, prepared.rows, ranks)
     longest = max(pair.longest for split in pairs.values() for pair in split)
     args = settings.for_attention(args, longest, ranks)
+    if args.dry_run is None:
+        run_folder.check_computed_as_before(folder, architecture.read(args.model))
     packing = settings.packing_of(args, tokenizer.pad_token_id)
     planned = plan.of_run(settings.as_begun(args, folder), pairs["train"], packing, ranks)
     args = planned.args
@@ -383,6 +385,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
         # 5) Everything else, from the last checkpoint.
         study = assemble(args, parameters, ranks, stop, policy, packing, folder)
         if ranks.main:
+            run_folder.check_first_rows(folder, study.progress, rows["val"])
             record |= run_folder.settled_record(planned, counts, command)
             run_folder.open_folder(folder, record, study.progress, args)
         ranks.print(run_folder.start_text(args, parameters, ranks, study.progress))

@@ -165,6 +165,8 @@ def test_more_bad_pairs_than_max_bad_pairs_are_refused_with_the_first(tiny_model
     with pytest.raises(UserError, match="1 of 20 pairs .* more than --max_bad_pairs 0.01"):
         tokenised(tiny_model, rows)
     assert len(tokenised(tiny_model, rows, "--max_bad_pairs", "0.05").pairs["train"]) == 15
+    # As shares, not as counts: 0.29 * 100 is a little less than 29.
+    assert len(tokenised(tiny_model, splits(96, bad=29), "--max_bad_pairs", "0.29").pairs["val"])
     with pytest.raises(UserError, match="all of train among them"):
         tokenised(tiny_model, splits(4, bad=4), "--max_bad_pairs", "1")
 

@@ -185,20 +185,32 @@ class Checkpoints:
         return None, {}
 
     def read(self, path: Path) -> tuple[Progress, dict[str, Tensor]]:
-        """Raises ValueError with the reason if the checkpoint cannot be used, and UserError if
-        metrics.jsonl has lost lines that precede it.
+        """Raises ValueError with the reason if the checkpoint is damaged, and UserError if it is
+        whole but not of this run, or metrics.jsonl has lost lines that precede it.
         """
         disk.check_readable(path)
         with safe_open(path, framework="pt") as file:
             names, metadata = file.keys(), file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in names}
+        if metadata.get("sha256") != digest(tensors, metadata.get("progress", "")):
+            raise ValueError("its checksum is wrong")
+
+        # 1) Whole, but nothing that can be continued: not to be thrown away as if it were damaged.
         progress = progress_in(path)
         if progress is None:
-            raise ValueError("it was written by another version of this toolkit")
-        if metadata["sha256"] != digest(tensors, metadata["progress"]):
-            raise ValueError("its checksum is wrong")
-        if {key.partition("/")[2] for key in tensors} != self.trained.keys():
-            raise ValueError("it holds other parameters")
+            raise UserError(
+                f"{path}: written by another version of this toolkit; continue the run with that "
+                f"version, or remove {self.folder.parent} to train it again"
+            )
+        shapes = {name: parameter.shape for name, (parameter, _) in self.trained.items()}
+        if {k.removeprefix("value/"): t.shape for k, t in values_of(tensors)} != shapes:
+            raise UserError(
+                f"{path}: holds other parameters than this run trains (another --lora_targets, or "
+                f"another version of PEFT); put back what has changed, or remove "
+                f"{self.folder.parent} to train the run again"
+            )
+
+        # 2) What goes with it.
         if best := self.best(progress):
             weights = best / "adapter" / "adapter_model.safetensors"
             if not weights.is_file():
@@ -211,6 +223,11 @@ class Checkpoints:
                 f"{self.folder.parent} to train the run again"
             )
         return progress, tensors
+
+
+def values_of(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters in a checkpoint, without the optimiser's state."""
+    return ((key, tensor) for key, tensor in tensors.items() if key.startswith("value/"))
 
 
 def best_folder(checkpoints: Path, step: int | None) -> Path | None:

@@ -7,6 +7,7 @@ of the token ids of both splits, and of nothing else: runs of every loss, beta, 
 setting read the same files.
 """
 
+import contextlib
 import hashlib
 import time
 from pathlib import Path
@@ -121,7 +122,10 @@ def cache_files(data: Path, record: dict) -> dict[str, Path]:
     """The cache's files by split. record: from `identity`. All share one key, so that none of them
     can outlive a change of the other's pairs.
     """
-    key = disk.sha256_json([record["model_sha256"], record["reference"]])[:24]
+    parts = [record["model_sha256"], record["reference"]]
+    if record.get("init_adapter_sha256"):  # the hash of its weights, which these two scale
+        parts.append([record["lora_r"], record["lora_alpha"]])
+    key = disk.sha256_json(parts)[:24]
     return {
         split: data / "reference" / f"{key}-{split}.safetensors" for split in record["reference"]
     }
@@ -160,13 +164,15 @@ def write_cache(path: Path, tokens: Tensor) -> None:
     """Write a temporary file, then rename it. A data folder that cannot be written costs time, not
     the run: a warning is printed.
     """
+    temporary = path.with_name(f".{path.stem}.{time.time_ns()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{time.time_ns()}.tmp")
         save_file({"logps": tokens}, temporary, metadata={"sha256": sha256_tensor(tokens)})
         disk.as_umask_says(temporary)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):  # half a file would fill the disk further
+            temporary.unlink(missing_ok=True)
         print(
             f"warning: {path} not written ({error}); the next run will compute the reference again",
             flush=True,

@@ -23,6 +23,7 @@ from losses import COUPLES_BATCH
 from pref.files import disk, run_folders
 from pref.files.console import UserError
 from pref.model import sharding
+from pref.model.architecture import Architecture
 from pref.model.logps import ResponseLogps, trainable
 from pref.model.ranks import Ranks
 from pref.training import arguments, checkpoint, loss_options, settings
@@ -40,7 +41,8 @@ CHANGED = {
     "data_sha256": "the pairs in --data have changed",
     "model_sha256": "the base model's weights or configuration have changed",
     "base_sha256": "the base model's weights, as loaded, have changed",
-    "reference": "the token ids have changed: another tokenizer or chat template",
+    "reference": "the token ids have changed: another tokenizer or chat template, or other pairs "
+    "that are left out",
     "init_adapter_sha256": "the adapter in --init_adapter has changed",
     "loss_file_sha256": "the loss in --loss_file has changed",
 }
@@ -81,8 +83,15 @@ def settled_record(planned: Plan, counts: dict[str, int], command: str) -> dict:
 
 
 def check_same_run(folder: Path, record: dict) -> None:
-    """Raise UserError, naming what differs, if `folder` holds another run than that of `record`."""
+    """Raise UserError, naming what differs, if `folder` holds another run than that of `record`, or
+    one of which nobody knows what it is.
+    """
     if not (folder / "args.json").is_file():
+        if has_checkpoint(folder):
+            raise UserError(
+                f"{folder}: has a checkpoint and no args.json, which says what was trained; put it "
+                "back, give another --run_id, or remove the folder"
+            )
         return
     old, new = disk.read_json(folder / "args.json"), json.loads(json.dumps(record))
     free = NOT_THE_RUN
@@ -96,6 +105,50 @@ def check_same_run(folder: Path, record: dict) -> None:
         raise UserError(
             f"{folder}: holds another run ({changes}); give --run_id or remove the folder"
         )
+
+
+def check_computed_as_before(folder: Path, model: Architecture) -> None:
+    """Raise UserError if version 1.0.0 began the run in `folder` and computed `model` in another
+    way: half of its steps would be of another policy, with another reference.
+    """
+    if not has_checkpoint(folder):
+        return
+    old = disk.read_json(folder / "args.json")
+    if "model_sha256" in old:  # later versions record it
+        return
+    # Attention's dropout was off already.
+    noise = [name for name in model.noise if not name.startswith("attention_dropout ")]
+    same_attention = old.get("packing") == "off" and model.attention == "sdpa"
+    if noise:
+        change = f"the base model's own {', '.join(noise)} was on, is off"
+    elif model.unpacked and not same_attention:
+        change = f"{model.name} {model.unpacked}, which version 1.0.0 left out"
+    else:
+        return
+    raise UserError(
+        f"{folder}: begun by version 1.0.0, which computed this model in another way ({change}); "
+        "give --run_id to train it anew, or remove the folder"
+    )
+
+
+def check_first_rows(folder: Path, progress: Progress, rows: list[dict]) -> None:
+    """Raise UserError if the run in `folder` is past its first evaluation, and val_pairs.jsonl has
+    not its lines any more. rows: the validation pairs.
+    """
+    if progress.evaluated < 0:
+        return
+    path = folder / "val_pairs.jsonl"
+    lines = [line for _, line in disk.read_jsonl(path)] if path.is_file() else []
+    ids = [line.get("id") for line in lines if line.get("step") == 0]
+    if ids != [row["id"] for row in rows]:
+        raise UserError(
+            f"{path}: holds {len(ids)} of the {len(rows)} lines of step 0, or other ones; put it "
+            f"back, or remove {folder} to train the run again"
+        )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoint").glob("step-*.safetensors"))
 
 
 def is_finished(folder: Path) -> bool:

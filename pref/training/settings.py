@@ -34,8 +34,9 @@ def replaced(args: argparse.Namespace, **values) -> argparse.Namespace:
 
 
 def with_init_adapter(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with r, alpha and targets of --init_adapter, and the hash of its weights. Raises
-    UserError if other values were given along with it.
+    """`args` with r, alpha and targets of --init_adapter, and the hash of its weights and of how
+    they are scaled, where that is not by alpha / r. Raises UserError if other values were given
+    along with it.
     """
     if args.init_adapter is None:
         return replaced(args, init_adapter_sha256=None)
@@ -52,6 +53,8 @@ def with_init_adapter(args: argparse.Namespace) -> argparse.Namespace:
                 "leave it out"
             )
     sha256 = disk.sha256_file(args.init_adapter / "adapter_model.safetensors")
+    if config.use_rslora:  # alpha / sqrt(r)
+        sha256 = disk.sha256_json([sha256, "rslora"])
     return replaced(args, **of_adapter, init_adapter_sha256=sha256)
 
 

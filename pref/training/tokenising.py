@@ -109,7 +109,7 @@ def report_bad_pairs(
         for reason, count in counts.items()
     ]
     empty = [split for split, of_split in checked.items() if not of_split.pairs]
-    if len(bad) > args.max_bad_pairs * total or empty:
+    if len(bad) / total > args.max_bad_pairs or empty:
         raise UserError(
             f"{args.data}: {len(bad)} of {total} pairs cannot be trained on with the tokenizer and "
             f"chat template of {args.model}, "
