@@ -3,6 +3,7 @@
 import numpy as np
 
 from pref.answering.turns import Store
+from pref.files import console
 
 MOST_FAILURES = 10  # shown on the terminal
 
@@ -22,24 +23,22 @@ def print_summary(store: Store, table: dict[str, list[dict]]) -> None:
     """One line per run: counts over turns, mean length of each turn in tokens, and the mean over
     answers of log p_adapter - log p_base in nats, an estimate of KL(adapter || base).
     """
-    print(
-        f"\n{'run':<40} {'answers':>7}  {'tokens per turn':<18}  {'truncated':>9}  {'empty':>5}  "
-        f"{'overflow':>8}  KL to base, nats per answer"
-    )
+    header = ["run", "answers", "tokens per turn", "truncated", "empty", "overflow"]
+    lines = [[*header, "KL to base, nats per answer"]]
     for run_id, rows in table.items():
         choices = choices_of(rows)
         if not choices:
-            print(f"{run_id:<40} {0:>7}")
+            lines.append([run_id, "0", *[""] * 5])
             continue
         truncated, overflow = (
             sum(sum(choice.get(name, [])) for choice in choices)
             for name in ("truncated", "overflow")
         )
         empty = sum(not text for choice in choices for text in choice["turns"])
-        print(
-            f"{run_id:<40} {len(rows):>7}  {mean_lengths(choices):<18}  {truncated:>9}  "
-            f"{empty:>5}  {overflow:>8}  {mean_kl(choices)}".rstrip()
-        )
+        counts = (truncated, empty, overflow)
+        lines.append([run_id, f"{len(rows)}", mean_lengths(choices), *map(str, counts)])
+        lines[-1].append(mean_kl(choices))
+    print(f"\n{console.format_table(lines, right_from=1)}")
 
 
 def print_notes(store: Store, table: dict[str, list[dict]]) -> None:
@@ -104,7 +103,7 @@ def mean_lengths(choices: list[dict]) -> str:
     lengths = [choice["tokens"] for choice in choices if "tokens" in choice]
     if len(set(map(len, lengths))) != 1 or any(None in tokens for tokens in lengths):
         return ""
-    return " ".join(f"{mean:8.1f}" for mean in np.mean(lengths, axis=0))
+    return "  ".join(f"{mean:.1f}" for mean in np.mean(lengths, axis=0))
 
 
 def mean_kl(choices: list[dict]) -> str:
@@ -113,4 +112,4 @@ def mean_kl(choices: list[dict]) -> str:
     if len(ratios) < 2:
         return ""
     error = np.std(ratios, ddof=1) / len(ratios) ** 0.5
-    return f"{np.mean(ratios):9.2f} (SE {error:.2f})"
+    return f"{np.mean(ratios):.2f} (SE {error:.2f})"
