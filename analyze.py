@@ -64,9 +64,7 @@ COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
     add = parser.add_argument
     add("results_dir", type=Path, help="results folder: a folder of run folders")
     add("--run_ids", nargs="+", metavar="RUN", help="the runs to use (default: all)")

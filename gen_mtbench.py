@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s results [run ...] [--option VALUE ...]  (--help explains all of them)",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=console.HelpFormatter,
         allow_abbrev=False,
     )
     dtypes = ["auto", "bfloat16", "float32"]

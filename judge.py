@@ -278,7 +278,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="%(prog)s results [run ...] --judge MODEL [--option VALUE ...]  "
         "(--help explains all of them)",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=console.HelpFormatter,
         epilog="Exit code: 0 every judgement has a verdict, 1 some have none (the table says why; "
         "see --retry_failed), 2 something to correct, 130 Ctrl-C.",
     )

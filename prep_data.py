@@ -452,7 +452,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--dataset SOURCE | --mt_bench [DIR]] [--option VALUE ...]",
         description=describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=console.HelpFormatter,
     )
     what = parser.add_mutually_exclusive_group()
     source_help = "preference data, see above (default: %(default)s)"

@@ -1,6 +1,8 @@
 """The structure of the repository: imports run one way, files are short, nothing needs Linux."""
 
+import argparse
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -157,3 +159,24 @@ def test_the_table_of_cases_names_tests_that_exist():
         for file, function in references:
             source = (ROOT / "tests" / file).read_text(encoding="utf-8")
             assert not function or f"def {function}(" in source, f"{file}::{function}"
+
+
+@pytest.mark.parametrize("stage", ["prep_data", "gen_mtbench", "judge", "analyze"])
+def test_help_says_every_default(stage, monkeypatch):
+    """Of each option with a default other than "none" or "off". train_pref.py's options are in
+    test_arguments.py.
+    """
+    parsers = []
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(
+        argparse.ArgumentParser,
+        "parse_args",
+        lambda parser, argv=None: parsers.append(parser) or parse(parser, argv),
+    )
+    with pytest.raises(SystemExit):
+        importlib.import_module(stage).parse_args(["--help"])
+    formatter = parsers[0].formatter_class("x", width=1000)
+    for action in parsers[0]._actions:
+        unset = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if action.option_strings and not unset:
+            assert "default" in formatter._get_help_string(action), action.option_strings

@@ -1,5 +1,6 @@
 """What a stage says to its user: errors, exit codes, progress, tables of text."""
 
+import argparse
 import codecs
 import os
 import sys
@@ -117,6 +118,17 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """--help with the description as it is written, and with every default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        unset = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if unset or not text or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def first_line(error: BaseException) -> str:
