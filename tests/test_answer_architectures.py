@@ -152,11 +152,13 @@ def check(model, kind: type) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_ENGINE)
 def test_the_engine_answers_as_generate(name):
     check(tiny(*BY_ENGINE[name]), Engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_GENERATE)
 def test_what_the_engine_cannot_do_is_left_to_generate(name, capsys):
     check(tiny(*BY_GENERATE[name]), PlainEngine)

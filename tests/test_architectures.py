@@ -192,6 +192,7 @@ def make(config, folder: Path) -> Model:
     return Model(policy, own.eval(), folder, packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "path", "why"), CASES, ids=[name for name, *_ in CASES])
 def test_log_probs_are_the_architectures_own(name, path, why, tmp_path):
     """With the adapter, loaded by plain PEFT, and without; and every gradient is finite."""

@@ -413,6 +413,7 @@ def test_token_ids_of_all_examples_equal_trls():
     assert digest([ids_of(pair) for pair in pairs]) == TRL["sha256"]["whole"]
 
 
+@pytest.mark.slow
 def test_keep_start_equals_trls_wherever_trl_keeps_the_pair():
     """TRL drops a pair whose prompt alone fills max_length; here it stays, with the prompt's
     start.

@@ -467,6 +467,7 @@ def test_after_a_kill_nothing_is_lost_or_doubled(results, bench, tmp_path):
         assert turns_of(tmp_path / "r", run) == turns_of(results, run)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(results, bench, tmp_path):
     for name in ("dpo", "td_dpo"):
         copy_run(results, name, tmp_path)
