@@ -298,7 +298,11 @@ ROW = b'{"prompt": "q", "chosen": "a", "rejected": "b"}'
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("x.jsonl", gzip.compress(ROW), "a gzip file, which the name does not say; add .gz"),
+        (
+            "x.jsonl",
+            gzip.compress(ROW, mtime=0),
+            "a gzip file, which the name does not say; add .gz",
+        ),
         ("x.json", b"PAR1....", "a Parquet file, which the name does not say; rename it"),
         ("x.csv", b"PK\3\4....", "a ZIP archive or an Excel file"),
         ("x.csv", ROW, "JSON, which the name does not say; rename it"),
