@@ -27,14 +27,13 @@ from pref.answering import cache
 from pref.answering.adapters import Adapters
 from pref.answering.generation import Engine, Request, Slot
 from pref.answering.plain import PlainEngine
+from pref.model import architecture
 
 NOTES = "answers_notes"  # name of the attention function that takes notes
 # What layers pass to any attention function and what the engine uses or may leave out. Dropout is
 # off, and positions are applied before attention.
 KNOWN_NUMBERS = frozenset(("scaling", "sliding_window", "softcap", "dropout"))
 KNOWN_TENSORS = frozenset(("position_ids", "cache_position", "text_position_ids"))
-# Rotary factors that follow the longest position once it exceeds the length of pretraining.
-LENGTH_DEPENDENT = ("dynamic", "longrope")
 TOLERANCE = 1e-3  # of the norm of the logits, in fp32
 LOW_PRECISION_TOLERANCE = 0.1
 
@@ -59,11 +58,9 @@ def structure(model: PreTrainedModel, prompt: list[int], length: int) -> str | N
     for module in model.modules():
         if isinstance(module, nn.Conv1d):
             return "it has convolutions over positions"
-    rope = rope_types(getattr(config, "rope_parameters", None))
-    limit = original_length(config)
-    for kind in LENGTH_DEPENDENT:
-        if kind in rope and length > limit:
-            return f"its rotary embedding ({kind}) changes beyond {limit} tokens"
+    limit = architecture.constant_rope(config)
+    if limit is not None and length > limit:
+        return f"its rotary embedding changes beyond {limit} tokens"
     if backbone_of(model) is None:
         return "its layers are not in one backbone"
 
@@ -93,27 +90,6 @@ def structure(model: PreTrainedModel, prompt: list[int], length: int) -> str | N
 
 # Of a forward pass that was written for other inputs. Nothing else catches them this broadly.
 PASS_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-
-
-def rope_types(parameters) -> set[str]:
-    """Kinds of rotary embedding in a config's rope_parameters, which may differ by layer type."""
-    if not isinstance(parameters, dict):
-        return set()
-    kinds = {value for key, value in parameters.items() if key in ("rope_type", "type")}
-    return kinds.union(*(rope_types(value) for value in parameters.values()))
-
-
-def original_length(config) -> int:
-    """Longest sequence for which a length-dependent rotary embedding keeps its first factors."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    lengths = [
-        value["original_max_position_embeddings"]
-        for value in (parameters, *nested)
-        if value.get("original_max_position_embeddings")
-    ]
-    original = getattr(config, "original_max_position_embeddings", None)
-    return min([*lengths, original or config.max_position_embeddings])
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module | None:
