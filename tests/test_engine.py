@@ -396,9 +396,26 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import Shard, distribute_tensor
 from pref.files import console
 from pref.model import sharding
 from pref.model.ranks import close_ranks, init_ranks
+
+def check_gather(mesh, ranks):
+    shapes = [(1,), (2, 3), (7, 2), (4,), (9, 1, 2), (3, 5)]
+    dtypes = [torch.float32, torch.bfloat16]
+    tensors = {{"step": torch.tensor(3.0)}}
+    for number, shape in enumerate(shapes):
+        full = torch.arange(torch.Size(shape).numel(), dtype=dtypes[number % 2]).view(shape)
+        tensors[str(number)] = distribute_tensor(full + number, mesh, (Shard(0),))
+    expected = {{name: sharding.whole(tensor) for name, tensor in tensors.items()}}
+    for size in (1, 30, 2**20):  # a bucket a tensor, several buckets, one for each dtype
+        sharding.BUCKET_BYTES = size
+        gathered = sharding.gather(tensors, ranks)
+        assert list(gathered) == (list(tensors) if ranks.main else [])
+        assert all(torch.equal(gathered[name], expected[name]) for name in gathered)
+        assert all(gathered[name].dtype == expected[name].dtype for name in gathered)
+    ranks.print("gathered")
 
 def main():
     ranks = init_ranks()
@@ -406,6 +423,7 @@ def main():
     for dtype in (torch.float32, torch.bfloat16):
         sharding.check_gradient_sum(mesh, MixedPrecisionPolicy(dtype, torch.float32), ranks)
     ranks.print("summed")
+    check_gather(mesh, ranks)
     if "divided" in sys.argv:
         sharding.sum_gradients = lambda module: (
             module.set_force_sum_reduction_for_comms(True),
@@ -421,11 +439,13 @@ console.run_main(main)
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_are_summed_over_ranks_and_a_division_is_an_error(tmp_path, ranks):
-    """The check at the start of a run, with FSDP as `shard` sets it up and as it must not be."""
+    """The check at the start of a run, with FSDP as `shard` sets it up and as it must not be; and
+    `gather` against DTensor's own full_tensor, for shapes that ranks share unevenly.
+    """
     script = tmp_path / "sums.py"
     script.write_text(SUMS)
     done = run_script(script, *["divided"] * (ranks == 2), torchrun=ranks)
-    assert "summed" in done.stdout.splitlines(), done.stderr[-2000:]
+    assert done.stdout.splitlines()[:2] == ["summed", "gathered"], done.stderr[-2000:]
     if ranks == 2:
         assert done.returncode != 0
         text = f"torch {torch.__version__} with gloo: FSDP reduced a gradient to 1.5 over 2 ranks"

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from pref.files.console import UserError
 from pref.model import logps
 from pref.model.logps import ResponseLogps
 from pref.model.ranks import Ranks
+
+BUCKET_BYTES = 2**26  # of each rank's shards in one collective of `gather`
 
 
 def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) -> None:
@@ -117,3 +119,68 @@ def whole(tensor: Tensor) -> Tensor:
     Collective for a shard: call it on every rank.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The full tensors of FSDP shards, by name, on the CPU of rank 0; {} on the other ranks.
+
+    Collective: call it on every rank. One collective moves up to BUCKET_BYTES of a rank. An
+    adapter and its optimiser's state are hundreds of small tensors, whose `full_tensor` would be a
+    collective each and would end on every rank, although only rank 0 writes.
+    """
+    full, shards = {}, {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and ranks.world > 1:
+            shards[name] = tensor
+        elif ranks.main:
+            full[name] = local(tensor).cpu()
+    for bucket in buckets(shards):
+        full |= gather_bucket(bucket, ranks)
+    return {name: full[name] for name in tensors} if ranks.main else {}
+
+
+def buckets(shards: dict[str, DTensor]) -> list[dict[str, DTensor]]:
+    """`shards` in groups of one dtype and at most BUCKET_BYTES a rank, or of a single tensor."""
+    groups: list[dict[str, DTensor]] = []
+    for dtype in dict.fromkeys(shard.dtype for shard in shards.values()):
+        size = BUCKET_BYTES + 1
+        for name, shard in shards.items():
+            if shard.dtype != dtype:
+                continue
+            added = shard_numel(shard) * dtype.itemsize
+            if size + added > BUCKET_BYTES:
+                groups.append({})
+                size = 0
+            groups[-1][name] = shard
+            size += added
+    return groups
+
+
+def gather_bucket(bucket: dict[str, DTensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The full tensors of shards of one dtype on the CPU of rank 0; {} on the other ranks."""
+    # 1) This rank's shards, one after another. FSDP gives the last ranks fewer rows, or none.
+    padded = []
+    for shard in bucket.values():
+        assert shard.placements == (Shard(0),), shard.placements
+        values = local(shard).reshape(-1)
+        padded.append(torch.nn.functional.pad(values, (0, shard_numel(shard) - values.numel())))
+    mine = torch.cat(padded)
+    # 2) Those of all ranks, on rank 0.
+    parts = [torch.empty_like(mine) for _ in range(ranks.world)] if ranks.main else None
+    dist.gather(mine, parts, dst=0)
+    if parts is None:
+        return {}
+    # 3) Each tensor is its pieces in the order of ranks; what was padded is at the end.
+    full, start = {}, 0
+    for name, shard in bucket.items():
+        end = start + shard_numel(shard)
+        pieces = torch.cat([part[start:end] for part in parts]).cpu()
+        full[name] = pieces[: shard.numel()].clone().view(shard.shape)
+        start = end
+    return full
+
+
+def shard_numel(shard: DTensor) -> int:
+    """Elements of rank 0's shard along dimension 0, which is the largest."""
+    rows, world = shard.shape[0], shard.device_mesh.size()
+    return -(-rows // world) * (shard.numel() // max(rows, 1))

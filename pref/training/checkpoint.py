@@ -101,9 +101,8 @@ class Checkpoints:
         tensors = {}
         for name, (parameter, optimizer) in self.trained.items():
             for kind, value in {"value": parameter.detach(), **optimizer.state[parameter]}.items():
-                full = sharding.whole(value)
-                if self.ranks.main:
-                    tensors[f"{kind}/{name}"] = full.cpu()
+                tensors[f"{kind}/{name}"] = value
+        tensors = sharding.gather(tensors, self.ranks)
         if not self.ranks.main:
             return
 

@@ -284,11 +284,11 @@ def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Rank
     as it ranks them. To be called on all ranks. Returns the sha256 of the weights on rank 0, else
     None.
     """
-    state = {}
-    for name, parameter in trainable(policy).items():
-        full = sharding.whole(parameter.detach())
-        if ranks.main:
-            state[name.removeprefix("model.")] = full.cpu()
+    shards = {
+        name.removeprefix("model."): parameter.detach()
+        for name, parameter in trainable(policy).items()
+    }
+    state = sharding.gather(shards, ranks)
     if not ranks.main:
         return None
     temporary = folder.with_suffix(".tmp")
