@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -166,10 +167,14 @@ class Checkpoints:
         """Rank 0's `full` tensor, sharded as `parameter` is. A tensor of another shape, such as
         AdamW's count of steps, is copied to every rank.
         """
-        if isinstance(parameter, DTensor) and full.shape == parameter.shape:
-            full = full.to(self.ranks.device)
-            return distribute_tensor(full, parameter.device_mesh, parameter.placements)
-        return self.ranks.from_main(full)
+        if not (isinstance(parameter, DTensor) and full.shape == parameter.shape):
+            return self.ranks.from_main(full)
+        # Every rank receives the tensor and keeps its part: one plain collective.
+        full = full.to(self.ranks.device, copy=True)
+        dist.broadcast(full, 0)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        part = distribute_tensor(full, mesh, placements, src_data_rank=None)
+        return torch.empty_like(part).copy_(part)  # a tensor of its own, not a view of all of it
 
     def newest(self) -> tuple[Progress | None, dict[str, Tensor]]:
         """Progress and tensors of the newest checkpoint that can be used. A damaged one is
