@@ -8,7 +8,8 @@ from doubles import Server
 import judge
 from pref import ROOT
 from pref.files.judgements import read_judgements
-from pref.judging import protocol
+from pref.judging import bench_mt_bench
+from pref.judging.reading import FIRST, Reply, Verdict
 
 KEY = "sk-test-0123456789"
 PROMPTS = [
@@ -64,7 +65,7 @@ def prompt_name(grading: str, math_like: bool, turn: int) -> str:
 def our_messages(question: dict, turn: int) -> list[dict]:
     prompts = {prompt["name"]: prompt for prompt in PROMPTS}
     question_id = question["question_id"]
-    return protocol.single_messages(
+    return bench_mt_bench.single_messages(
         prompts, question, ANSWERS[question_id], turn, REFERENCES.get(question_id, [])
     )
 
@@ -73,6 +74,12 @@ def own_prompts() -> dict:
     """The judge prompts of the toolkit, by name."""
     text = (ROOT / "examples" / "judge_prompts.jsonl").read_text(encoding="utf-8")
     return {row["name"]: row for row in map(json.loads, text.splitlines())}
+
+
+def read_text(text: str, finish: str | None, is_pair: bool, which: str = FIRST) -> Verdict:
+    """MT-Bench's verdict in a text."""
+    request = {"grading": "pair"} if is_pair else {}
+    return bench_mt_bench.read_reply(Reply(text, finish), request, which)
 
 
 def refusal(status: int, message: str, **fields) -> tuple[int, dict]:

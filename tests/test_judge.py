@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from doubles import load_fastchat
@@ -30,7 +31,7 @@ import judge
 import prep_data
 from pref.files.console import UserError
 from pref.files.disk import locked, sha256_json
-from pref.judging import identity, protocol, schema
+from pref.judging import bench_mt_bench, benchmark, identity, items, judges, run_answers, schema
 from pref.judging.reading import Reading
 
 pytest_plugins = ("judge_fixtures",)
@@ -82,8 +83,8 @@ def test_messages_and_ratings_equal_those_of_fastchats_code(monkeypatch):
             messages, parameters = sent.pop()
             assert messages == our_messages(question, turn)
             assert parameters == {
-                "temperature": protocol.TEMPERATURE,
-                "max_tokens": protocol.MAX_TOKENS,
+                "temperature": bench_mt_bench.TEMPERATURE,
+                "max_tokens": bench_mt_bench.MAX_TOKENS,
             }
     for text in [text for text, _ in RATINGS]:
         fastchat.chat_completion_openai = lambda *args, text=text, **kwargs: text
@@ -93,7 +94,7 @@ def test_messages_and_ratings_equal_those_of_fastchats_code(monkeypatch):
             fastchat.Judge("the-judge", prompts["single-v1"]),
             None,
         )[0]
-        assert protocol.read_rating(text) == (theirs if 1 <= theirs <= 10 else None), text
+        assert bench_mt_bench.read_rating(text) == (theirs if 1 <= theirs <= 10 else None), text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,18 +131,20 @@ def test_pairs_equal_those_of_fastchats_code(monkeypatch):
                 turn == 2,
             )
             theirs = fastchat.play_a_match_pair(match, None)
-            for order, key in zip(protocol.ORDERS, ("g1_winner", "g2_winner")):
+            for order, key in zip(benchmark.ORDERS, ("g1_winner", "g2_winner")):
                 messages, parameters = sent.pop(0)
                 sides = [answer["choices"][0]["turns"] for answer in answers]
                 sides = sides if order == "1" else sides[::-1]
                 refs = REFERENCES.get(question["question_id"], [])
-                assert messages == protocol.pair_messages(prompts, question, *sides, turn, refs)
+                assert messages == bench_mt_bench.pair_messages(
+                    prompts, question, *sides, turn, refs
+                )
                 assert parameters == {
-                    "temperature": protocol.TEMPERATURE,
-                    "max_tokens": protocol.MAX_TOKENS,
+                    "temperature": bench_mt_bench.TEMPERATURE,
+                    "max_tokens": bench_mt_bench.MAX_TOKENS,
                 }
-                verdict = protocol.read_verdict(replies.pop(0))
-                winner = protocol.winner_of(order, verdict, "model_1", "model_2")
+                verdict = bench_mt_bench.read_verdict(replies.pop(0))
+                winner = benchmark.winner_of(order, verdict, "model_1", "model_2")
                 assert winner == (None if theirs[key] == "error" else theirs[key])
 
 
@@ -166,7 +169,8 @@ def test_all_eighty_questions_equal_those_of_fastchats_code(monkeypatch, tmp_pat
     sides = [awkward, [text[::-1] for text in awkward]]
     answers = [{"choices": [{"turns": side}]} for side in sides]
     benches = {
-        grading: protocol.read_bench(folder, grading, "original") for grading in ("single", "pair")
+        grading: bench_mt_bench.read(folder, SimpleNamespace(grading=grading, refs="original"))
+        for grading in ("single", "pair")
     }
     questions = benches["single"].questions
     assert len(questions) == 80
@@ -182,12 +186,12 @@ def test_all_eighty_questions_equal_those_of_fastchats_code(monkeypatch, tmp_pat
                     fastchat.run_judge_single(
                         question, answers[0], theirs, reference, multi_turn=turn == 2
                     )
-                    ours = protocol.single_messages(prompts, question, sides[0], turn, turns)
+                    ours = bench_mt_bench.single_messages(prompts, question, sides[0], turn, turns)
                 else:
                     fastchat.run_judge_pair(
                         question, *answers, theirs, reference, multi_turn=turn == 2
                     )
-                    ours = protocol.pair_messages(prompts, question, *sides, turn, turns)
+                    ours = bench_mt_bench.pair_messages(prompts, question, *sides, turn, turns)
                 assert ours == sent.pop(), (question["question_id"], turn, grading)
 
 
@@ -221,11 +225,11 @@ RATINGS = [
 
 @pytest.mark.parametrize(("text", "rating"), RATINGS)
 def test_rating(text, rating):
-    assert protocol.read_rating(text) == rating
+    assert bench_mt_bench.read_rating(text) == rating
 
 
 def test_huge_rating_is_none():
-    assert protocol.read_rating(f"[[{'9' * 400}]]") is None  # inf as a float
+    assert bench_mt_bench.read_rating(f"[[{'9' * 400}]]") is None  # inf as a float
 
 
 # ---- what a judgement is stored under ------------------------------------------------------------
@@ -251,7 +255,11 @@ def test_requests_of_version_1_0_0_are_found(options, parameters, sha256):
     """A changed hash would be paid for again. The expected values are those of version 1.0.0, whose
     requests are today's without the server.
     """
-    bench = protocol.Bench(
+    args = judge.parse_args(["results", "--judge", "big-70b", *options])
+    bench = benchmark.Bench(
+        benchmark=bench_mt_bench.BENCHMARK,
+        grading=args.grading,
+        parameters={},
         folder=Path("unused"),
         questions=QUESTIONS,
         references=REFERENCES,
@@ -264,7 +272,7 @@ def test_requests_of_version_1_0_0_are_found(options, parameters, sha256):
         Path("results") / name: {(q, 0): {"turns": turns} for q, turns in of_run.items()}
         for name, of_run in answers.items()
     }
-    the_judge = protocol.Judge(
+    the_judge = judges.Judge(
         name="big-70b",
         params_b=70.0,
         parameters={"temperature": 0, "max_tokens": 2048, **parameters},
@@ -272,18 +280,18 @@ def test_requests_of_version_1_0_0_are_found(options, parameters, sha256):
         concurrency=1,
         server="http://localhost:8000/v1",
     )
-    args = judge.parse_args(["results", "--judge", the_judge.name, *options])
     who = identity.identify(the_judge, bench, Reading())
-    items = judge.make_items(runs, bench, who, args)
-    legacy = [sha256_json(identity.legacy(item.request)) for item in items]
+    baselines = run_answers.read_baselines(runs, bench, args.baseline)
+    needed = items.make_items(runs, bench, baselines, who, args.repeats)
+    legacy = [sha256_json(identity.legacy(item.request)) for item in needed]
     assert sha256_json(legacy) == sha256
-    assert not set(legacy) & {item.request_sha256 for item in items}
+    assert not set(legacy) & {item.request_sha256 for item in needed}
 
 
 def test_the_schema_does_not_change_within_its_version():
-    expected = "489f1c8fa52c1e93244d3731c2b7be6f0c5ca509dfe5e43dcb7a0559c71ba32e"
+    expected = "eac6573ff351e4e12ad949ec12665e948832b9e75b1803d5441e351805fd9435"
     statements = [schema.JUDGEMENTS, schema.NEW_COLUMNS, schema.ASKED, schema.JUDGES]
-    assert schema.SCHEMA_VERSION == 2 and sha256_json(statements) == expected
+    assert schema.SCHEMA_VERSION == 3 and sha256_json(statements) == expected
 
 
 def test_key_is_the_hash_of_the_stored_request(workplace, server):

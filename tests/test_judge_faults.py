@@ -16,6 +16,7 @@ from judge_workplace import (
     QUESTIONS,
     make_run,
     options,
+    read_text,
     refusal,
     rows_of,
     run_judge,
@@ -26,7 +27,7 @@ import judge
 from pref.answering import served
 from pref.files import mt_bench
 from pref.files.console import UserError
-from pref.judging import calls, costs, identity, protocol, reading, server_judge, store, summary
+from pref.judging import calls, costs, identity, judges, server_judge, store, summary
 from pref.model import completions
 from pref.model import server as servers
 
@@ -167,7 +168,7 @@ def test_a_judge_that_writes_no_verdicts_is_not_asked_everything(workplace, serv
 
 
 def test_a_timeout_is_booked_for_each_try_and_what_was_never_sent_is_not():
-    judged_by = protocol.Judge(
+    judged_by = judges.Judge(
         name="j", params_b=None, parameters={}, ask=None, concurrency=1, prices=(0, 1e6)
     )
     budget = costs.Budget(judged_by, cap=None, spent=0, tries=6)
@@ -228,9 +229,9 @@ def test_a_batch_is_booked_once(workplace, server, capsys):
     ],
 )
 def test_more_spellings_of_thoughts(thoughts, end):
-    assert reading.read_text(f"{thoughts}{end}Rating: [[9]]", "stop", is_pair=False).score == 9
-    assert reading.read_text(thoughts, "stop", is_pair=False).status == "length"
-    plain = reading.read_text("analysis: fine. Rating: [[8]]", "stop", is_pair=False)
+    assert read_text(f"{thoughts}{end}Rating: [[9]]", "stop", is_pair=False).score == 9
+    assert read_text(thoughts, "stop", is_pair=False).status == "length"
+    plain = read_text("analysis: fine. Rating: [[8]]", "stop", is_pair=False)
     assert (plain.score, plain.reading) == (8, "")
 
 

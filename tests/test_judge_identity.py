@@ -28,7 +28,7 @@ from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.files.disk import sha256_json
 from pref.files.judgements import JUDGEMENT_COLUMNS, NEW_COLUMNS, read_judgements
-from pref.judging import identity, protocol, schema, server_judge, store
+from pref.judging import bench_mt_bench, identity, judgements_csv, schema, server_judge, store
 from pref.judging.identity import Identity
 from pref.judging.reading import Reading
 
@@ -59,7 +59,7 @@ def old_requests(parameters=PARAMETERS) -> list[dict]:
     for question in QUESTIONS:
         for turn in (1, 2):
             number = question["question_id"]
-            messages = protocol.single_messages(
+            messages = bench_mt_bench.single_messages(
                 prompts, question, ANSWERS[number], turn, REFERENCES.get(number, [])
             )
             requests.append(
@@ -258,7 +258,7 @@ def test_an_old_local_score_without_mass_does_not_count(workplace):
     with sqlite3.connect(workplace / "results/judgements.sqlite") as db:
         db.execute("UPDATE asked SET judge = 'hf:x'")
     db = store.open_store(workplace / "results/judgements.sqlite")
-    store.write_csvs(db, {workplace / "results/base": {(81, 0): {"turns": ANSWERS[81]}}})
+    judgements_csv.write_csvs(db, {workplace / "results/base": {(81, 0): {"turns": ANSWERS[81]}}})
     db.close()
     (row,) = rows_of(workplace)
     assert (row["status"], row["score"], row["judge_id"]) == ("mass", None, None)

@@ -21,7 +21,7 @@ from judge_workplace import (
 import judge
 from pref.files.console import UserError
 from pref.judging import calls, costs, server_judge
-from pref.judging.protocol import Judge
+from pref.judging.judges import Judge
 from pref.model import server as servers
 
 pytest_plugins = ("judge_fixtures",)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 from doubles import completion
-from judge_workplace import rows_of, run_judge
+from judge_workplace import read_text, rows_of, run_judge
 
 from pref.files.console import UserError
 from pref.judging import server_judge
-from pref.judging.reading import LAST, Verdict, read_text, without_thoughts
+from pref.judging.reading import LAST, Verdict, without_thoughts
 
 pytest_plugins = ("judge_fixtures",)
 

@@ -472,7 +472,7 @@ def test_missing_judgements_are_counted(tmp_path):
     study = study_of(tmp_path, 1, JUDGE="j")._replace(stages=["judge"])
     db = store.open_store(study.results / "judgements.sqlite")
     item = store.Item(**dict.fromkeys(store.Item._fields, ""))
-    item = item._replace(model_id="run00", judge="j")
+    item = item._replace(model_id="run00", judge="j", bench="mt_bench")
     store.note_items(
         db, [item._replace(turn=turn, request_sha256=f"r{turn}") for turn in (1, 2, 3)]
     )

@@ -6,6 +6,7 @@ tells it, and the size below which its scores count as a smoke test.
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,9 +51,18 @@ COLUMN_TYPES = {
     "judge_settings": str,
     "rating_mass": float,
     "reading": str,
+    # Since version 1.2.0; None in older files
+    "bench": str,
+    "preference": float,
+    "label": str,
+    "token_logprobs": str,
+    "shape": str,
 }
 JUDGEMENT_COLUMNS = tuple(COLUMN_TYPES)
-NEW_COLUMNS = ("judge_id", "judge_address", "judge_settings", "rating_mass", "reading")
+NEW_COLUMNS = (
+    *("judge_id", "judge_address", "judge_settings", "rating_mass", "reading"),
+    *("bench", "preference", "label", "token_logprobs", "shape"),
+)
 REWRITE = "rerun judge.py to write the file again"
 
 
@@ -105,13 +115,23 @@ def parse_judgement(row: dict, place: str) -> dict:
             typed[column] = None if text == "" else kind(text)
         except ValueError as error:
             raise UserError(f"{place}: {column}: {error}; {REWRITE}") from None
-    if typed["status"] == "ok" and typed["grading"] == "single":
-        if typed["score"] is None or not 1 <= typed["score"] <= 10:
-            raise UserError(
-                f"{place}: status ok but score {typed['score']} is not a rating from 1 to 10; "
-                f"{REWRITE}"
-            )
+    if problem := find_problem(typed):
+        raise UserError(f"{place}: status ok but {problem}; {REWRITE}")
     return typed
+
+
+def find_problem(row: dict) -> str | None:
+    """What is wrong with a row whose status is "ok", or None."""
+    score, preference = row["score"], row["preference"]
+    if row["status"] != "ok":
+        return None
+    if row["grading"] == "single" and (score is None or not 1 <= score <= 10):
+        return f"score {score} is not a rating from 1 to 10"
+    if row["grading"] == "reward" and (score is None or not math.isfinite(score)):
+        return f"score {score} is not a number"
+    if preference is not None and not 1 <= preference <= 2:
+        return f"preference {preference} is not from 1 to 2"
+    return None
 
 
 # A size in a model's name: "7b", "0.5B", "8x22B", "qwen2p5-1p5b", "bloom-7b1", "135M".

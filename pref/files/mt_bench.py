@@ -154,9 +154,9 @@ def question_sha256(turns: list[str], temperature: float) -> str:
     return disk.sha256_json([turns, temperature])
 
 
-def read_answers(path: Path) -> dict[AnswerKey, dict]:
+def read_answers(path: Path, turns: int = 2) -> dict[AnswerKey, dict]:
     """Answers by question and choice: the row of the file with `choice` (int) and the choice's
-    `turns` (two strings) added.
+    `turns` (a list of as many strings) added.
 
     Raises UserError with file and line for a row of another form or an answer that appears twice.
     """
@@ -166,17 +166,18 @@ def read_answers(path: Path) -> dict[AnswerKey, dict]:
         try:
             for choice in row["choices"]:
                 key = AnswerKey(whole(row["question_id"]), choice=whole(choice["index"]))
-                turns = choice["turns"]
-                is_text = isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
-                if not is_text or len(turns) != 2:
-                    raise UserError(f"{place}: a choice needs two turns of text")
+                texts = choice["turns"]
+                is_text = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+                if not is_text or len(texts) != turns:
+                    count = {1: "one turn", 2: "two turns"}.get(turns, f"{turns} turns")
+                    raise UserError(f"{place}: a choice needs {count} of text")
                 for name in ("adapter_sha256", "question_sha256"):
                     if not isinstance(row.get(name), str | None):
                         raise UserError(f"{place}: '{name}' must be text, not {row[name]!r}")
                 if key in answers:
                     answer = f"question {key.question_id}, choice {key.choice}"
                     raise UserError(f"{place}: {answer} is answered twice")
-                answers[key] = {**row, "turns": turns, "choice": choice["index"]}
+                answers[key] = {**row, "turns": texts, "choice": choice["index"]}
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{place}: not an answer row (question_id, choices: [{{index, turns}}]); delete "

@@ -4,23 +4,30 @@ import argparse
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from pref.files.console import UserError
-from pref.judging import costs, protocol
+from pref.judging import benchmarks, costs, judges
 from pref.judging.identity import TOKEN_LIMITS
-from pref.judging.reading import FIRST, LAST, MIN_RATING_MASS
+from pref.judging.judges import LOCAL, SCORE, SERVER
+from pref.judging.reading import FIRST, MIN_RATING_MASS
 
 NO_JUDGE = """--judge is missing, and there is no default: hosted models come and go. Give either
   --judge MODEL [--base_url URL]   a model of an OpenAI-compatible server (key in OPENAI_API_KEY)
   --judge hf:PATH                  a local folder or hub id, scored here without a server
+  --judge rm:PATH                  a reward model, local folder or hub id, run here
 OpenAI's shutdown dates: gpt-4 family 2026-10-23, GPT-4o and GPT-4.1 2027-01-14. Choose a judge
 that will still be there when your last run is judged."""
 
 
 def add_judge_arguments(add: Callable) -> None:
-    add("--judge", help="model of an OpenAI-compatible server, or hf:PATH (folder or hub id)")
+    add(
+        "--judge",
+        help="model of an OpenAI-compatible server, hf:PATH (folder or hub id), or rm:PATH (a "
+        "reward model, which scores each answer)",
+    )
     add("--base_url", help="e.g. http://localhost:8000/v1; default OPENAI_BASE_URL, else OpenAI's")
     add(
         "--server_name",
@@ -42,31 +49,30 @@ def add_judge_arguments(add: Callable) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16"),
-        help="of an hf: judge; auto: bfloat16 where that is fast (default auto)",
+        help="of an hf: or rm: judge; auto: bfloat16 where that is fast (default auto)",
     )
 
 
 def add_task_arguments(add: Callable) -> None:
     add(
-        "--grading",
-        choices=("single", "pair"),
-        default="single",
-        help="rate each answer, or compare it with --baseline's in both orders (default single)",
-    )
-    add("--baseline", metavar="RUN", help="run id that --grading pair compares with")
-    add(
-        "--refs",
-        default="original",
-        metavar="original|corrected:FILE",
-        help="reference answers: GPT-4's as published, or with those in FILE replacing them",
+        "--bench",
+        choices=(*benchmarks.BENCHMARKS, *benchmarks.ALIASES),
+        default=benchmarks.DEFAULT,
+        metavar="NAME",
+        help=f"benchmark whose answers, results/<run>/NAME/answers.jsonl, are judged: "
+        f"{', '.join(benchmarks.BENCHMARKS)} (default {benchmarks.DEFAULT})",
     )
     add(
-        "--verdict",
-        choices=(FIRST, LAST),
-        default=FIRST,
-        help="which of several verdicts in one judgement counts: the first, as in FastChat, or the "
-        "last, a reading of its own that is labelled as such; what is judged already is read again "
-        f"at no cost (default {FIRST})",
+        "--bench_data",
+        type=Path,
+        metavar="DIR",
+        help="folder of its questions, references and judge prompts (default data/NAME)",
+    )
+    add(
+        "--baseline",
+        metavar="RUN",
+        help="run id that the answers are compared with, or a model whose answers are in the "
+        "benchmark's folder baseline/ (default: the benchmark's own baseline, if it has one)",
     )
     add("--repeats", type=int, default=1, help="judgements per answer (default 1)")
     add("--judge_seed", type=int, help="seed to send; the number of the repeat is added to it")
@@ -76,17 +82,10 @@ def add_task_arguments(add: Callable) -> None:
         help="also judge runs that lack answers other runs have, or have many empty answers",
     )
     add(
-        "--mt_bench",
-        type=Path,
-        default=Path("data/mt_bench"),
-        help="folder of questions, references and judge prompts (default data/mt_bench)",
-    )
-    add(
         "--max_tokens",
         type=int,
-        default=protocol.MAX_TOKENS,
-        help=f"most tokens of a judgement; default {protocol.MAX_TOKENS}, which is MT-Bench's: "
-        "another value is another protocol",
+        help="most tokens of a judgement (default: the benchmark's, of MT-Bench 2048); another "
+        "value is another protocol",
     )
     add(
         "--parameters",
@@ -95,6 +94,20 @@ def add_task_arguments(add: Callable) -> None:
         help="send exactly these parameters instead of probing which ones the server accepts, "
         "e.g. '{\"max_completion_tokens\": 2048}'",
     )
+
+
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that only some benchmarks have, a group for each set of them."""
+    benches_of: dict[str, list[str]] = defaultdict(list)
+    for benchmark in benchmarks.BENCHMARKS.values():
+        for name in benchmark.arguments:
+            benches_of[name].append(benchmark.name)
+    groups: dict[str, Callable] = {}
+    for name, names in benches_of.items():
+        title = f"of --bench {' and '.join(names)}"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title).add_argument
+        groups[title](f"--{name}", **benchmarks.BENCHMARKS[names[0]].arguments[name])
 
 
 def add_cost_arguments(add: Callable) -> None:
@@ -117,13 +130,6 @@ def add_cost_arguments(add: Callable) -> None:
         type=Path,
         metavar="FILE",
         help="store the results in FILE, the batch endpoint's output; send nothing",
-    )
-    add(
-        "--import_fastchat",
-        type=Path,
-        metavar="FILE",
-        help="store the judgements of FastChat's model_judgment/*.jsonl that belong to these "
-        "answers, prompts and --judge; send nothing",
     )
     add("--max_usd", type=float, help="cap on the dollars of all judgements in the results folder")
     add("--price_in", type=float, help="dollars per million prompt tokens")
@@ -155,21 +161,16 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise UserError for what can be wrong before any file is read."""
     if args.runs is not None:
         check_runs(args)
-    elif not (args.judge or "").removeprefix("hf:").strip():
+    elif not (args.judge or "").strip():
         raise UserError(NO_JUDGE)
     elif not args.results:
         raise UserError("no results folder is given; python judge.py results/ --judge MODEL")
     check_judge(args)
-    if (args.grading == "pair") != (args.baseline is not None):
-        raise UserError("--grading pair needs --baseline RUN, and --baseline needs --grading pair")
-    if args.refs != "original" and not re.fullmatch(r"corrected:.+", args.refs):
-        raise UserError(f"--refs {args.refs}: must be original or corrected:FILE")
+    check_bench(args)
     if args.requests and not args.dry_run:
         raise UserError("--requests: only with --dry_run")
-    if args.import_results and args.import_fastchat:
-        raise UserError("--import_results and --import_fastchat: give one of them")
     for name, least in {"concurrency": 1, "max_tokens": 1, "repeats": 1, "max_retries": 0}.items():
-        if (value := getattr(args, name)) < least:
+        if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if not args.timeout_s > 0:
         raise UserError(f"--timeout_s {args.timeout_s}: must be above 0")
@@ -178,6 +179,36 @@ def check_args(args: argparse.Namespace) -> None:
     if args.parameters is not None:
         check_parameters(args.parameters)
     check_money(args)
+
+
+def check_bench(args: argparse.Namespace) -> None:
+    """Raise UserError for arguments of another benchmark, or that do not fit together."""
+    args.bench = benchmarks.ALIASES.get(args.bench, args.bench)
+    chosen = benchmarks.BENCHMARKS[args.bench]
+    for other in benchmarks.BENCHMARKS.values():
+        for name in other.arguments.keys() - chosen.arguments.keys():
+            if getattr(args, name) != other.arguments[name].get("default"):
+                raise UserError(
+                    f"--{name} is for --bench {other.name}; {chosen.name} does not have it"
+                )
+    if args.bench_data and args.mt_bench:
+        raise UserError("--bench_data and --mt_bench are the same folder: give one of them")
+    if judges.kind_of(args.judge) == SCORE:
+        check_score_judge(args, chosen.arguments)
+    elif chosen.check is not None:
+        chosen.check(args)
+
+
+def check_score_judge(args: argparse.Namespace, own: dict[str, dict]) -> None:
+    """Raise UserError for arguments that say how a judge is asked: a score judge is not asked."""
+    for name, declared in own.items():
+        if name != "mt_bench" and getattr(args, name) != declared.get("default"):
+            raise UserError(
+                f"--{name} says how a judge is asked, or its reply is read; {args.judge} is given "
+                "the answers alone, and its score is a number"
+            )
+    if args.repeats != 1:
+        raise UserError(f"--repeats {args.repeats}: {args.judge} gives the same score again")
 
 
 def check_runs(args: argparse.Namespace) -> None:
@@ -194,17 +225,23 @@ def check_runs(args: argparse.Namespace) -> None:
 
 def check_judge(args: argparse.Namespace) -> None:
     """Raise UserError for arguments that the kind of judge does not have."""
-    is_local = (args.judge or "").startswith("hf:")
-    if is_local and args.base_url:
-        raise UserError("--base_url is for a judge behind a server; --judge hf:PATH is loaded here")
-    without = {"verdict": FIRST, "max_tokens": protocol.MAX_TOKENS} | dict.fromkeys(
-        ("requests", "import_results", "import_fastchat", "judge_seed", "server_name", "parameters")
+    kind = judges.kind_of(args.judge)
+    form = {LOCAL: "hf:PATH", SCORE: "rm:PATH"}.get(kind)
+    if kind != SERVER and not judges.path_of(args.judge).strip():
+        raise UserError(NO_JUDGE)
+    if kind != SERVER and args.base_url:
+        raise UserError(f"--base_url is for a judge behind a server; --judge {form} is loaded here")
+    without = {"verdict": FIRST} | dict.fromkeys(
+        ("max_tokens", "requests", "import_results", "import_fastchat", "judge_seed")
+        + ("server_name", "parameters")
+    )
+    why = (
+        "it is asked for the probabilities of its verdicts" if kind == LOCAL else "it gives scores"
     )
     for name, default in without.items():
-        if is_local and getattr(args, name) != default:
+        if kind != SERVER and getattr(args, name) != default:
             raise UserError(
-                f"--{name} is for a judge behind a server: hf:PATH writes no text, it is asked for "
-                "the probabilities of its verdicts"
+                f"--{name} is for a judge behind a server: {form} writes no text, {why}"
             )
     if not 0 <= args.min_rating_mass <= 1:
         raise UserError(f"--min_rating_mass {args.min_rating_mass}: must be from 0 to 1")

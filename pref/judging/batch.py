@@ -15,7 +15,7 @@ from pathlib import Path
 from pref.files import disk
 from pref.files.console import UserError
 from pref.judging import costs, identity, server_judge, store
-from pref.judging.protocol import Judge
+from pref.judging.judges import Judge
 from pref.judging.store import Item
 from pref.model import server
 
@@ -48,7 +48,7 @@ def custom_id(item: Item) -> str:
 
     The endpoint allows 64 characters.
     """
-    order = [item.order] if item.grading == "pair" else []
+    order = [item.order] if item.order else []
     return "-".join(map(str, [item.question_id, item.turn, *order, item.request_sha256[:32]]))
 
 

@@ -26,7 +26,7 @@ from pref.files import console
 from pref.files.console import UserError
 from pref.judging import store
 from pref.judging.costs import Budget
-from pref.judging.protocol import Judge
+from pref.judging.judges import Judge
 
 GIVE_UP_AFTER = 10  # calls in a row without a reply: the server is gone, or takes no more
 NO_VERDICT_AFTER = 20  # replies, and none of them with a verdict: the rest would have none either

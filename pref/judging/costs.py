@@ -10,9 +10,10 @@ import itertools
 import json
 import sqlite3
 
-from pref.judging import protocol, store
+from pref.judging import items, judges, store
+from pref.judging.benchmark import Bench
 from pref.judging.identity import TOKEN_LIMITS, server_address
-from pref.judging.protocol import Bench, Judge
+from pref.judging.judges import Judge
 
 # US dollars per million prompt and completion tokens as OpenAI published them in August 2025.
 # Looked up by exact name, because a longer one (gpt-5-pro) can be another model at ten times the
@@ -34,11 +35,11 @@ BATCH_DISCOUNT = 0.5  # a batch endpoint charges this share of the price
 
 # The estimate's rules of thumb, until this judge has made ENOUGH_TO_LEARN judgements
 CHARS_PER_TOKEN = 4.0
-COMPLETION_TOKENS = 250
 ANSWER_CHARS = 1200  # per turn
 ENOUGH_TO_LEARN = 20
 
 TOKENS_PER_MESSAGE = 16  # upper bound on what a chat template adds to a message
+MOST_TOKENS = 2048  # of a judgement whose request has no limit
 
 
 def prices_of(args: argparse.Namespace) -> tuple[float, float] | None:
@@ -82,7 +83,7 @@ class Budget:
         )
         parameters = request["parameters"]
         limits = [parameters.get(key) or 0 for key in TOKEN_LIMITS]
-        return self.judge.cost(prompt_tokens, max(max(limits) or protocol.MAX_TOKENS, self.longest))
+        return self.judge.cost(prompt_tokens, max(max(limits) or MOST_TOKENS, self.longest))
 
     def reserve(self, request: dict) -> float | None:
         """Reserve the most that a request can cost, in dollars; None if the cap does not allow it.
@@ -118,19 +119,19 @@ class Budget:
         return self.most(request) * (self.tries if reply["status"] == "timeout" else 1)
 
 
-def estimate(db: sqlite3.Connection, judge: Judge, pending: dict[str, dict]) -> str:
+def estimate(db: sqlite3.Connection, judge: Judge, bench: Bench, pending: dict[str, dict]) -> str:
     """One line: calls, tokens and dollars for the requests in `pending`.
 
-    From the lengths of this judge's judgements so far, or from rules of thumb if it has made fewer
-    than ENOUGH_TO_LEARN.
+    From the lengths of this judge's judgements of the benchmark so far, or from rules of thumb if
+    it has made fewer than ENOUGH_TO_LEARN.
     """
-    lengths = store.learned_lengths(db, judge.name)
+    lengths = store.learned_lengths(db, judge.name, bench.name)
     if lengths.judgements >= ENOUGH_TO_LEARN:
         tokens_per_char = lengths.prompt_tokens / lengths.request_chars
         completion_per_call = lengths.completion_tokens / lengths.judgements
         source = f"from {lengths.judgements} judgements by it"
     else:
-        tokens_per_char, completion_per_call = 1 / CHARS_PER_TOKEN, COMPLETION_TOKENS
+        tokens_per_char, completion_per_call = 1 / CHARS_PER_TOKEN, completion_guess(bench)
         source = "guessed"
     chars = sum(len(json.dumps(request, ensure_ascii=False)) for request in pending.values())
     prompt, completion = chars * tokens_per_char, len(pending) * completion_per_call
@@ -143,6 +144,11 @@ def estimate(db: sqlite3.Connection, judge: Judge, pending: dict[str, dict]) -> 
             f"{text}; no price known, give --price_in and --price_out (dollars per million tokens)"
         )
     return f"{text}, {dollars_text(judge.name, judge.prices, prompt, completion)}"
+
+
+def completion_guess(bench: Bench) -> int:
+    """Tokens of a judgement, before there is one."""
+    return min(bench.benchmark.completion_tokens, bench.parameters.get("max_tokens", MOST_TOKENS))
 
 
 def dollars_text(
@@ -162,28 +168,26 @@ def estimate_ahead(args: argparse.Namespace, bench: Bench) -> str:
 
     The judge prompts are those that will be sent, around answers of ANSWER_CHARS characters.
     """
-    answer = ["x" * ANSWER_CHARS] * 2
-    chars = 0
-    for question, turn in itertools.product(bench.questions, (1, 2)):
-        reference = bench.references.get(question["question_id"], [])
-        if args.grading == "pair":
-            messages = 2 * protocol.pair_messages(
-                bench.prompts, question, answer, answer, turn, reference
-            )
-        else:
-            messages = protocol.single_messages(bench.prompts, question, answer, turn, reference)
-        chars += sum(len(message["content"]) for message in messages)
-    orders = 2 if args.grading == "pair" else 1
-    calls = args.runs * len(bench.questions) * 2 * orders * args.repeats
-    prompt = args.runs * args.repeats * chars / CHARS_PER_TOKEN
-    completion = calls * COMPLETION_TOKENS
+    # 1) One run, judged once. The two answers differ: nobody is asked about equal ones.
+    answer, other = ([letter * ANSWER_CHARS] * len(bench.turns) for letter in "xy")
+    asked = [
+        ask.messages
+        for question, turn in itertools.product(bench.questions, bench.turns)
+        for ask in items.asks_of(bench, question, turn, answer, other)
+    ]
+    chars = sum(len(message["content"]) for messages in asked for message in messages)
+    # 2) All of them.
+    times = args.runs * args.repeats * bench.samples
+    calls, prompt = times * len(asked), times * chars / CHARS_PER_TOKEN
+    completion = calls * completion_guess(bench)
     text = (
         f"estimate for {args.runs} runs, each with one answer to {len(bench.questions)} questions "
         f"(the untrained model, base, counts as a run): {calls:,} calls, {prompt:,.0f} prompt and "
         f"{completion:,.0f} completion tokens; assumed: answers of {ANSWER_CHARS:,} characters, "
-        f"judgements of {COMPLETION_TOKENS} tokens (a judge that thinks takes several times more)"
+        f"judgements of {completion_guess(bench)} tokens (a judge that thinks takes several times "
+        "more)"
     )
-    if (args.judge or "").startswith("hf:"):
+    if judges.kind_of(args.judge) != judges.SERVER:
         return f"{text}; no dollars, {args.judge} runs on this machine and generates nothing"
     prices = prices_of(args)
     if prices is None:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from pref.files import disk
 from pref.files.console import UserError
-from pref.judging import reading, store
-from pref.judging.protocol import Judge
+from pref.judging import bench_mt_bench, reading, store
+from pref.judging.judges import Judge
 from pref.judging.run_answers import FAILED
 from pref.judging.store import Item
 from pref.model import server
@@ -82,6 +82,6 @@ def judgements_of(row: dict, place: str) -> Iterator[Judged]:
 
 
 def reply_of(text: str, item: Item) -> dict:
-    """The reply (see `protocol.Judge`) for a judgement's text."""
-    verdict = reading.read_text(text, "stop", is_pair=item.grading == "pair")
+    """The reply (see `judges.Judge`) for a judgement's text."""
+    verdict = bench_mt_bench.read_reply(reading.Reply(text, "stop"), item.request)
     return verdict._asdict() | {"judgement": server.writable(text), "served_model": ""}

@@ -10,11 +10,12 @@ are in its messages); the reading is applied to what came back.
 
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from urllib.parse import urlsplit
 
 from pref.files import disk
-from pref.judging.protocol import Bench, Judge
+from pref.judging.benchmark import SINGLE, Bench
+from pref.judging.judges import Judge
 from pref.judging.reading import Reading
 from pref.model import server
 
@@ -29,29 +30,36 @@ class Identity:
     prompts: str  # hash of the prompts' texts
     references: str  # hash of the reference answers
     reading: Reading
+    options: dict = field(default_factory=dict)  # the benchmark's own, see benchmark.Bench
+
+    @property
+    def values(self) -> dict:
+        """What the hashes are made of. Fields that came later count only where they are given."""
+        values = asdict(self) | {"reading": self.reading._asdict()}
+        return {name: value for name, value in values.items() if name != "options" or value}
 
     @property
     def id(self) -> str:
-        return short_hash(asdict(self) | {"reading": self.reading._asdict()})
+        return short_hash(self.values)
 
     @property
     def limitless_id(self) -> str:
         """Equal for identities that differ in the limit of tokens alone."""
-        values = asdict(self) | {"reading": self.reading._asdict()}
-        return short_hash(values | {"parameters": without_limit(self.parameters)})
+        return short_hash(self.values | {"parameters": without_limit(self.parameters)})
 
     @property
     def settings(self) -> dict:
-        """The parameters, and of the reading what is not the official one."""
+        """The parameters, and of options and reading what is not the benchmark's own."""
         official = Reading()._asdict()
         other = {k: v for k, v in self.reading._asdict().items() if v != official[k]}
-        return self.parameters | other
+        return self.parameters | self.options | other
 
-    def request(self, messages: list[dict], repeat: int, grading: str) -> dict:
+    def request(self, messages: list[dict], repeat: int, grading: str, **more) -> dict:
         """Everything that determines a reply. Its hash is the key in the store.
 
-        A change here changes the hashes: everything judged so far would be paid for again. A
-        request of version 1.0.0 is this one without `server` (see `legacy`).
+        more: what requests of other benchmarks than MT-Bench have besides (`bench`, its name). A
+        change here changes the hashes: everything judged so far would be paid for again. A request
+        of version 1.0.0 is this one without `server` (see `legacy`).
         """
         parameters = self.parameters
         if "seed" in parameters:  # repeats with the same seed would bring the same judgement
@@ -62,15 +70,18 @@ class Identity:
             "parameters": parameters,
             "repeat": repeat,
         }
-        if grading == "pair":
-            request["grading"] = "pair"
+        if grading != SINGLE:
+            request["grading"] = grading
         if self.server:
             request["server"] = self.server
-        return request
+        return request | more
 
 
 def identify(judge: Judge, bench: Bench, reading: Reading) -> Identity:
-    """The identity of a judge that is asked with the prompts and references of `bench`."""
+    """The identity of a judge that is asked with the prompts and references of `bench`.
+
+    A score judge is asked with none.
+    """
     texts = {
         name: [prompt["system_prompt"], prompt["prompt_template"]]
         for name, prompt in bench.prompts.items()
@@ -83,6 +94,7 @@ def identify(judge: Judge, bench: Bench, reading: Reading) -> Identity:
         prompts=short_hash(texts),
         references=short_hash(references),
         reading=reading,
+        options=bench.options,
     )
 
 

@@ -20,8 +20,9 @@ import re
 from collections.abc import Callable, Iterable
 
 from pref.files.console import UserError
-from pref.judging import protocol, reading
-from pref.judging.protocol import Bench, Judge
+from pref.judging import bench_mt_bench, judges, reading
+from pref.judging.benchmark import PAIR, Bench
+from pref.judging.judges import Judge
 
 PREFIX = "Rating: [["  # as MT-Bench's prompts have it; of a pair "[["
 GIVE_UP_AFTER = 8  # judgements below --min_rating_mass, if no other came before
@@ -32,21 +33,21 @@ def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
     # Imported here because they load torch, which a judge behind a server does not need.
     from pref.model import template, weights
 
-    model, tokenizer = load_judge(args.judge.removeprefix("hf:"), args.dtype)
+    model, tokenizer = load_judge(judges.path_of(args.judge), args.dtype)
     ask = functools.partial(ask_local, model, tokenizer)
     return Judge(
         name=args.judge,
         params_b=sum(parameter.numel() for parameter in model.parameters()) / 1e9,
         parameters={
             "method": "rating_after_prefix",  # of version 1.0.0: expected_rating, without a prefix
-            "prefix": answer_prefix(bench, args.grading),
+            "prefix": answer_prefix(bench, bench.grading),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": weights.identity(weights.find_model(args.judge.removeprefix("hf:"))),
+            "weights": weights.identity(weights.find_model(judges.path_of(args.judge))),
             "template": template.identity(tokenizer),
         },
         ask=refuse_without_mass(ask, args.judge, args.min_rating_mass),
         concurrency=1,
-        local=True,
+        kind=judges.LOCAL,
     )
 
 
@@ -55,7 +56,7 @@ def answer_prefix(bench: Bench, grading: str) -> str:
 
     'for example: "Mark: [[5]]"' -> "Mark: [["
     """
-    if grading == "pair":
+    if grading == PAIR:
         return "[["
     texts = [prompt["prompt_template"] for prompt in bench.prompts.values()]
     examples = {match[1] for text in texts for match in re.finditer(r"(\w+: ?\[\[)\d+\]\]", text)}
@@ -181,7 +182,7 @@ def verdict_logps(model, prompt: list[int], continuations: list[list[int]], clos
 
 
 def ask_local(model, tokenizer, request: dict) -> dict:
-    """Make one judgement and return the reply (see `protocol.Judge`), without generating text.
+    """Make one judgement and return the reply (see `judges.Judge`), without generating text.
 
     Single grading: the mean of the ratings r = 1 ... 10, weighted by the probabilities of the whole
     ratings, score = sum_r r p_r / sum_r p_r with p_r = P("r]" | prompt, prefix). Whole ratings,
@@ -193,8 +194,9 @@ def ask_local(model, tokenizer, request: dict) -> dict:
 
     from pref.model import chat
 
-    is_pair = request.get("grading") == "pair"
-    verdicts = [mark.strip("[]") for mark in protocol.VERDICTS] if is_pair else protocol.RATINGS
+    is_pair = request.get("grading") == PAIR
+    marks = bench_mt_bench.VERDICTS
+    verdicts = [mark.strip("[]") for mark in marks] if is_pair else bench_mt_bench.RATINGS
     prompt_text = chat.render(tokenizer, request["messages"], generation_prompt=True)
     prompt_text += answer_start(prompt_text) + request["parameters"]["prefix"]
     prompt, continuations = encode_verdicts(tokenizer, prompt_text, map(str, verdicts))
@@ -227,6 +229,6 @@ def ask_local(model, tokenizer, request: dict) -> dict:
         **counts,
     }
     if is_pair:
-        return reply | {"winner": list(protocol.VERDICTS.values())[int(logps.argmax())]}
-    score = sum(rating * weight for rating, weight in zip(protocol.RATINGS, weights))
+        return reply | {"winner": list(marks.values())[int(logps.argmax())]}
+    score = sum(rating * weight for rating, weight in zip(verdicts, weights))
     return reply | {"score": min(max(score, 1.0), 10.0)}  # rounding may overshoot the scale

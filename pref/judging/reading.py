@@ -1,28 +1,27 @@
-"""How a judge's reply becomes a score or a winner, or the reason why it has none.
+"""How a judge's reply becomes a verdict, or the reason why it has none.
 
-The official reading is FastChat's (`protocol.read_rating`, `protocol.read_verdict`) with three
-restrictions, each of which only takes verdicts away:
+Which marks a verdict has is the benchmark's matter; here is what holds for every text:
 
-- thoughts are not read: a judge that reasons aloud weighs ratings there which it then rejects
-- a judgement that was cut off has no rating in single brackets, and none if it was cut off within
-  its thoughts
-- a number in single brackets, which is often an index or a citation, counts only in a judgement
-  that came to its end and has no double bracket
+- thoughts are not read: a judge that reasons aloud weighs verdicts there which it then rejects
+- a judgement that was cut off within its thoughts has no verdict
+- a mark that is often something else (MT-Bench: a number in single brackets, which may be an index
+  or a citation) counts only in a judgement that came to its end
 
 `Reading` says which reading was asked for. It is applied to what is stored: another reading sends
 nothing and costs nothing.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
-from pref.judging import protocol
 from pref.model.completions import CUT_OFF
 
 FIRST, LAST = "first", "last"  # --verdict
 MIN_RATING_MASS = 0.5  # --min_rating_mass
 
-FALLBACK, SEVERAL = "fallback", "several"  # column `reading`; "" is a plain verdict
+# Column `reading`; "" is a plain verdict. EQUAL: two answers that are equal, so nobody was asked.
+FALLBACK, SEVERAL, EQUAL = "fallback", "several", "equal"
 
 # A finish_reason, in lower case, of an answer that came to its end. OpenAI's is "stop"; the others
 # are those of servers that translate another API.
@@ -57,13 +56,23 @@ class Reading(NamedTuple):
     min_rating_mass: float = MIN_RATING_MASS  # local judge: least probability of all verdicts
 
 
+class Reply(NamedTuple):
+    """What a judge wrote."""
+
+    text: str
+    finish_reason: str | None = None  # as the server gave it
+    logprobs: dict[str, float] | None = None  # of the first token's alternatives; None: not given
+
+
 class Verdict(NamedTuple):
-    """What a reply's text says."""
+    """What a reply says of the answers as they were shown to the judge."""
 
     status: str  # "ok", or why there is no verdict
-    score: float | None = None  # single grading: 1 to 10
-    winner: str | None = None  # pair grading: A, B or tie
-    reading: str = ""  # FALLBACK, SEVERAL or ""
+    score: float | None = None  # of a single answer
+    winner: str | None = None  # of a pair: A (shown first), B or tie
+    reading: str = ""  # FALLBACK, SEVERAL, EQUAL or ""
+    preference: float | None = None  # of a pair: from 1 (A) to 2 (B)
+    label: str | None = None  # of a pair: a verdict in the judge's own letters, such as A>>B
 
 
 class Answer(NamedTuple):
@@ -107,73 +116,28 @@ def open_thought(prompt: str) -> str | None:
     return PAIRS.get(mark.lower(), f"{mark[0]}/{mark[1:]}")
 
 
-def read_text(text: str, finish_reason: str | None, is_pair: bool, which: str = FIRST) -> Verdict:
-    """The verdict in the text of a reply, which is a comparison of a pair or a rating.
+def read_text(
+    reply: Reply,
+    find: Callable[[str], Verdict | None],
+    fallback: Callable[[str], Verdict | None] | None = None,
+    needs_end: bool = False,
+) -> Verdict:
+    """The verdict in the text of a reply.
 
-    finish_reason: as the server gave it. which: FIRST or LAST.
+    find: the verdict in a text without thoughts, None if there is none. fallback: the same by marks
+    that count only in a reply that came to its end. needs_end: no verdict counts in another one.
     """
-    finish = str(finish_reason or "").lower()
-    answer = without_thoughts(text)
+    finish = str(reply.finish_reason or "").lower()
+    answer = without_thoughts(reply.text)
     cut_off = finish in CUT_OFF or not answer.finished_thinking
 
-    # 1) Marks in double brackets.
-    value, reading = read_marks(answer.text, is_pair, which)
-    if cut_off and which == LAST:
-        value = None  # the last one may not have been written
-    # 2) FastChat's second try: a rating in single brackets.
-    if value is None and not is_pair and finish in ENDED and "[[" not in answer.text:
-        value, reading = read_single_brackets(answer.text, which), FALLBACK
-
-    if value is not None:
-        pair, single = (value, None) if is_pair else (None, value)
-        return Verdict("ok", score=single, winner=pair, reading=reading)
+    verdict = None if cut_off and needs_end else find(answer.text)
+    if verdict is None and fallback is not None and finish in ENDED:
+        verdict = fallback(answer.text)
+    if verdict is not None:
+        return verdict
     if cut_off:
         return Verdict("length")
     if answer.text.strip():
         return Verdict("parse")
-    return Verdict("thoughts" if text.strip() else "empty")
-
-
-def read_marks(text: str, is_pair: bool, which: str) -> tuple[float | str | None, str]:
-    """The verdict in double brackets, None without one, and SEVERAL if the first in the text and
-    the last differ.
-
-    FIRST is FastChat's: of ratings the first; of letters A before B before C, wherever they stand.
-    """
-    if is_pair:
-        official = protocol.read_verdict(text)
-        marks = [protocol.VERDICTS[mark] for mark in re.findall(r"\[\[[ABC]\]\]", text)]
-        first, last = (marks[0], marks[-1]) if marks else (None, None)
-    else:
-        numbers = protocol.RATING.findall(text)
-        first, last = (rating_of(numbers[i]) if numbers else None for i in (0, -1))
-        official = first
-    return (official if which == FIRST else last), (SEVERAL if first != last else "")
-
-
-def read_single_brackets(text: str, which: str) -> float | None:
-    numbers = protocol.RATING_BACKUP.findall(text)
-    return rating_of(numbers[0 if which == FIRST else -1]) if numbers else None
-
-
-def rating_of(number: str) -> float | None:
-    """A number as a rating; None if it is not from 1 to 10."""
-    rating = float(number)
-    return rating if 1 <= rating <= 10 else None
-
-
-def read_stored(row: dict, reading: Reading) -> dict:
-    """A stored reply as `reading` has it: `row` with its status, score, winner and reading.
-
-    row: status, score, winner and reading by the official reading, judgement, finish_reason,
-    rating_mass and grading ("single" or "pair").
-    """
-    if row["rating_mass"] is not None:  # a local judge
-        if row["status"] == "ok" and not row["rating_mass"] >= reading.min_rating_mass:
-            return row | {"status": "mass", "score": None, "winner": None}
-        return row
-    if reading.verdict == FIRST or row["status"] not in READ_STATUSES:
-        return row
-    is_pair = row["grading"] == "pair"
-    verdict = read_text(row["judgement"] or "", row["finish_reason"], is_pair, reading.verdict)
-    return row | verdict._asdict()
+    return Verdict("thoughts" if reply.text.strip() else "empty")

@@ -5,11 +5,13 @@ Answers of one run are a dict by (question_id, choice), as `mt_bench.read_answer
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from pref.files import disk, mt_bench, run_folders
 from pref.files.console import UserError
-from pref.judging.protocol import Bench
+from pref.judging.benchmark import Bench
 
+DEFAULT = "mt_bench"  # the benchmark that gen_mtbench.py answers without --bench
 MOST_EMPTY = 0.1  # share of a run's answers that may have an empty or failed turn
 FAILED = "$ERROR$"  # what FastChat writes in place of an answer that could not be made
 
@@ -21,18 +23,18 @@ def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[P
     """
     runs = {}
     for run in run_folders.find_runs(paths):
-        path = run / "mt_bench" / "answers.jsonl"
-        if not path.is_file():
-            remedy = f"run python gen_mtbench.py {run}"
+        if not (run / bench.name / "answers.jsonl").is_file():
+            remedy = f"run {answer_command(run, bench.name)}"
             print(f"no answers for run {run.resolve().name}; {remedy}", file=sys.stderr)
             continue
         runs[run] = read_checked(run, bench)
     if not runs:
         raise UserError(
-            "none of the runs has answers (mt_bench/answers.jsonl); run gen_mtbench.py first"
+            f"none of the runs has answers ({bench.name}/answers.jsonl); run "
+            f"{answer_command(None, bench.name)} first"
         )
     if not allow_incomplete:
-        check_complete(runs)
+        check_complete(runs, bench.name, turns=len(bench.turns))
     if len(parents := {run.resolve().parent for run in runs}) > 1:
         raise UserError(
             f"runs of {len(parents)} results folders ({', '.join(map(str, sorted(parents)))}): "
@@ -41,13 +43,19 @@ def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[P
     return runs
 
 
+def answer_command(run: Path | None, bench: str) -> str:
+    """The command that answers a benchmark's questions."""
+    more = "" if bench == DEFAULT else f" --bench {bench}"
+    return f"python gen_mtbench.py {run}{more}" if run else f"gen_mtbench.py{more}"
+
+
 def read_checked(run: Path, bench: Bench) -> dict:
     """The answers of one run. Raises UserError for answers that cannot be judged."""
-    path = run / "mt_bench" / "answers.jsonl"
-    answers = mt_bench.read_answers(path)
+    path = run / bench.name / "answers.jsonl"
+    answers = mt_bench.read_answers(path, turns=len(bench.turns))
     check_answers(path, answers, bench)
     check_questions(path, answers, bench)
-    check_adapter(run, answers)
+    check_adapter(run, answers, bench.name)
     return answers
 
 
@@ -58,8 +66,8 @@ def check_answers(path: Path, answers: dict, bench: Bench) -> None:
     for (question_id, choice), row in answers.items():
         if question_id not in known:
             raise UserError(
-                f"{path}: question_id {question_id} is not in {bench.folder / 'question.jsonl'}; "
-                "give --mt_bench the folder whose questions were answered"
+                f"{path}: question_id {question_id} is not in {bench.question_file}; "
+                f"give {option_of(bench)} the folder whose questions were answered"
             )
         choices.setdefault(question_id, set()).add(choice)
         try:
@@ -96,24 +104,28 @@ def check_questions(path: Path, answers: dict, bench: Bench) -> None:
         number = "" if len(changed) == 1 else f" (and {len(changed) - 1} others)"
         raise UserError(
             f"{path}: question {min(changed)}{number} is not the one that was answered: "
-            f"{bench.folder / 'question.jsonl'} has another text now, or the answer's temperature "
-            "was edited; restore the file that was answered (--mt_bench), or delete the answers "
-            f"and run python gen_mtbench.py {path.parent.parent}"
+            f"{bench.question_file} has another text now, or the answer's temperature was edited; "
+            f"restore the file that was answered ({option_of(bench)}), or delete the answers and "
+            f"run {answer_command(path.parent.parent, bench.name)}"
         )
 
 
-def check_adapter(run: Path, answers: dict) -> None:
+def check_adapter(run: Path, answers: dict, bench: str = DEFAULT) -> None:
     """Raise UserError for answers of an adapter that the run no longer has."""
     weights = run / "adapter" / "adapter_model.safetensors"
     answered_by = {row["adapter_sha256"] for row in answers.values() if row.get("adapter_sha256")}
     if answered_by and weights.is_file() and answered_by != {disk.sha256_file(weights)}:
         raise UserError(
             f"run {run.resolve().name}: its answers are from an older adapter; answer again with "
-            f"python gen_mtbench.py {run}"
+            f"{answer_command(run, bench)}"
         )
 
 
-def check_complete(runs: dict[Path, dict]) -> None:
+def option_of(bench: Bench) -> str:
+    return "--mt_bench" if bench.name == DEFAULT else "--bench_data"
+
+
+def check_complete(runs: dict[Path, dict], bench: str = DEFAULT, turns: int = 2) -> None:
     """Raise UserError for a run that lacks answers another run has, or has many empty ones.
 
     Mean scores over different questions are not comparable. A run with many empty answers is more
@@ -126,13 +138,13 @@ def check_complete(runs: dict[Path, dict]) -> None:
             first_question, _ = missing[0]
             raise UserError(
                 f"run {name}: {len(missing)} of {len(all_keys)} answers are missing that other "
-                f"runs have (question {first_question} first); run gen_mtbench.py again, or judge "
-                "what is there with --allow_incomplete"
+                f"runs have (question {first_question} first); run {answer_command(None, bench)} "
+                "again, or judge what is there with --allow_incomplete"
             )
         empty = [
             question_id
             for (question_id, _), row in answers.items()
-            if has_failed(row["turns"], 2) or not all(turn.strip() for turn in row["turns"])
+            if has_failed(row["turns"], turns) or not all(turn.strip() for turn in row["turns"])
         ]
         if len(empty) > MOST_EMPTY * len(answers):
             raise UserError(
@@ -147,26 +159,68 @@ def has_failed(answer: list[str], turn: int) -> bool:
     return any(text.strip() == FAILED for text in answer[:turn])
 
 
-def read_baseline(runs: dict[Path, dict], name: str, bench: Bench) -> dict:
-    """Answers of the run `name`, from `runs` or from its folder next to theirs.
+# ---- baselines -----------------------------------------------------------------------------------
 
-    Raises UserError if it has none, or some that cannot be judged.
+
+class Baselines(NamedTuple):
+    """Whom the runs are compared with."""
+
+    names: dict[int, str]  # by question_id: a run, or an outside model; {}: no comparison
+    answers: dict[str, dict]  # by name
+
+
+def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Baselines:
+    """The baselines of the benchmark, or `name` (--baseline) in their place for every question.
+
+    A name is that of a run, from `runs` or in a folder next to theirs, or of an outside model whose
+    answers are in the benchmark's folder baseline/. Raises UserError if one has no answers, or some
+    that cannot be judged.
     """
-    answers_of = {run.resolve().name: answers for run, answers in runs.items()}
-    results = next(iter(runs)).resolve().parent
-    path = results / run_folders.check_run_id(name) / "mt_bench" / "answers.jsonl"
-    if name in answers_of:
-        answers = answers_of[name]
-    elif path.is_file():
-        answers = read_checked(path.parent.parent, bench)
-    else:
-        answered = ", ".join(sorted(answers_of))
-        raise UserError(f"--baseline {name}: no answers at {path}; runs with answers: {answered}")
-    if missing := sorted(set().union(*runs.values()) - answers.keys()):
-        first_question, _ = missing[0]
-        print(
-            f"--baseline {name}: lacks {len(missing)} answers that other runs have (question "
-            f"{first_question} first); these are not compared",
-            file=sys.stderr,
-        )
+    names = dict(bench.baselines)
+    if name is not None:
+        names = {question["question_id"]: name for question in bench.questions}
+    outside = read_outside(bench) if names else {}
+    answers = {
+        one: read_baseline(runs, one, bench, outside) for one in dict.fromkeys(names.values())
+    }
+    for one, given in answers.items():
+        asked = {question_id for question_id, baseline in names.items() if baseline == one}
+        needed = {key for key in set().union(*runs.values()) if key[0] in asked}
+        if missing := sorted(needed - given.keys()):
+            print(
+                f"--baseline {one}: lacks {len(missing)} answers that other runs have (question "
+                f"{missing[0][0]} first); these are not compared",
+                file=sys.stderr,
+            )
+    return Baselines(names, answers)
+
+
+def read_outside(bench: Bench) -> dict[str, dict]:
+    """Answers of the models in the benchmark's folder baseline/, by model_id."""
+    answers: dict[str, dict] = {}
+    for path in sorted((bench.folder / "baseline").glob("*.jsonl")):
+        found = mt_bench.read_answers(path, turns=len(bench.turns))
+        check_answers(path, found, bench)
+        for key, row in found.items():
+            model = row.get("model_id")
+            if not isinstance(model, str) or not model:
+                raise UserError(f"{path}: the answer to question {key[0]} has no 'model_id'")
+            answers.setdefault(model, {})[key] = row
     return answers
+
+
+def read_baseline(
+    runs: dict[Path, dict], name: str, bench: Bench, outside: dict[str, dict]
+) -> dict:
+    """Answers of the run `name`, from `runs` or from its folder next to theirs, or of the `outside`
+    model. Raises UserError if it has none, or some that cannot be judged.
+    """
+    answers_of = outside | {run.resolve().name: answers for run, answers in runs.items()}
+    if name in answers_of:
+        return answers_of[name]
+    results = next(iter(runs)).resolve().parent
+    path = results / run_folders.check_run_id(name) / bench.name / "answers.jsonl"
+    if path.is_file():
+        return read_checked(path.parent.parent, bench)
+    answered = ", ".join(sorted(answers_of))
+    raise UserError(f"--baseline {name}: no answers at {path}; runs with answers: {answered}")

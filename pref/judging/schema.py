@@ -1,8 +1,9 @@
 """judgements.sqlite: its tables, opening it, and bringing an older one up to date.
 
-Version 1.0.0 of the toolkit wrote schema 1. `open_store` brings such a file to schema 2 in one
-transaction: a kill in between leaves schema 1. Nothing that was paid for is lost or changed; texts
-are read again, because the reading has become stricter (reading.py).
+Version 1.0.0 of the toolkit wrote schema 1, version 1.1.0 schema 2. `open_store` brings such a file
+to schema 3 in one transaction: a kill in between leaves the old schema. Nothing that was paid for
+is lost or changed; texts of schema 1 are read again, because the reading has become stricter
+(reading.py). What was judged before schema 3 belongs to MT-Bench.
 """
 
 import json
@@ -11,9 +12,9 @@ import sys
 from pathlib import Path
 
 from pref.files.console import UserError
-from pref.judging import identity, reading
+from pref.judging import bench_mt_bench, identity, reading
 
-SCHEMA_VERSION = 2  # PRAGMA user_version
+SCHEMA_VERSION = 3  # PRAGMA user_version
 
 JUDGEMENTS = """
 CREATE TABLE IF NOT EXISTS judgements (
@@ -22,8 +23,8 @@ CREATE TABLE IF NOT EXISTS judgements (
     judge_params_b REAL,              -- billions of parameters, NULL if unknown
     request TEXT NOT NULL,            -- JSON, see identity.Identity.request
     status TEXT NOT NULL,             -- "ok", or why there is no score and no winner
-    score REAL,                       -- single grading: 1 to 10, by the official reading
-    winner TEXT,                      -- pair grading: "A", "B" or "tie", as shown to the judge
+    score REAL,                       -- of a single answer, by the official reading
+    winner TEXT,                      -- of a pair: "A", "B" or "tie", as shown to the judge
     judgement TEXT,                   -- the judge's text, or the text of the error
     served_model TEXT,                -- the model that the server says it ran
     system_fingerprint TEXT,          -- the server's own version mark
@@ -33,12 +34,19 @@ CREATE TABLE IF NOT EXISTS judgements (
     tries INTEGER NOT NULL,           -- 1, plus one for each retry after a failure
     tstamp REAL NOT NULL              -- when the last try was stored, Unix time in seconds
 )"""
-# What schema 2 added, so that both ways to it end in the same table.
+# What later schemas added, so that every way to the newest one ends in the same tables.
 NEW_COLUMNS = {
-    "finish_reason": "TEXT",  # as the server gave it; NULL if it gave none
-    "reading": "TEXT",  # "", "fallback" or "several", see reading.py
-    "rating_mass": "REAL",  # local judge: probability of all verdicts together
-    "limitless_sha256": "TEXT",  # see identity.limitless_hash
+    2: {
+        "finish_reason": "TEXT",  # as the server gave it; NULL if it gave none
+        "reading": "TEXT",  # "", "fallback", "several" or "equal", see reading.py
+        "rating_mass": "REAL",  # local judge: probability of all verdicts together
+        "limitless_sha256": "TEXT",  # see identity.limitless_hash
+    },
+    3: {
+        "preference": "REAL",  # of a pair, as shown: from 1 (the first answer) to 2
+        "label": "TEXT",  # of a pair, as shown: a verdict in the judge's letters, such as A>>B
+        "token_logprobs": "TEXT",  # JSON: log-probabilities of the first token's alternatives
+    },
 }
 # Columns without a meaning for single grading are '', not NULL: a primary key does not treat two
 # NULLs as equal. judge_id is '' for what version 1.0.0 asked and nobody has asked since.
@@ -46,21 +54,22 @@ ASKED = """
 CREATE TABLE IF NOT EXISTS asked (
     model_id TEXT,        -- run id of the answer
     question_id INTEGER,
-    turn INTEGER,         -- 1 or 2
+    turn INTEGER,         -- from 1
     choice INTEGER,       -- number of the answer, if a run has several per question
     category TEXT,        -- of the question
-    grading TEXT,         -- "single" or "pair"
+    grading TEXT,         -- "single", "pair" or "reward"
     "order" TEXT,         -- of a pair: "1" shows the run's answer as A, "2" as B
-    baseline TEXT,        -- of a pair: run id of the other answer
+    baseline TEXT,        -- whose the other answer is: a run's id, or an outside model's name
     judge TEXT,
-    prompts TEXT,         -- "mt_bench" or "own", see protocol.label_prompts
+    prompts TEXT,         -- the benchmark's name, or "own" for prompts that are not its own
     repeat INTEGER,       -- 0, 1, ... with --repeats
     refs TEXT,            -- "original" or "corrected:HASH"
     answer_sha256 TEXT,   -- of the answers shown, see mt_bench.answer_sha256
     request_sha256 TEXT,  -- the request that judges them: a key of `judgements`
-    judge_id TEXT,        -- a key of `judges`
+    judge_id TEXT DEFAULT '',         -- a key of `judges`
+    bench TEXT DEFAULT 'mt_bench',    -- the benchmark's name
     PRIMARY KEY (model_id, question_id, turn, choice, grading, "order", baseline, judge, prompts,
-                 repeat, refs, judge_id)
+                 repeat, refs, judge_id, bench)
 )"""
 JUDGES = """
 CREATE TABLE IF NOT EXISTS judges (
@@ -97,7 +106,7 @@ def open_store(path: Path) -> sqlite3.Connection:
         # than the calls do.
         db.execute("PRAGMA synchronous = NORMAL")
         if version < SCHEMA_VERSION:
-            bring_up_to_date(db, path)
+            bring_up_to_date(db, path, version)
     except sqlite3.Error as error:
         raise unusable(path, error) from None
     return db
@@ -112,25 +121,26 @@ def unusable(path: Path, error: sqlite3.Error) -> UserError:
     )
 
 
-def bring_up_to_date(db: sqlite3.Connection, path: Path) -> None:
-    """Create the tables, or change those of schema 1, in one transaction."""
+def bring_up_to_date(db: sqlite3.Connection, path: Path, version: int) -> None:
+    """Create the tables, or change those of an older version, in one transaction."""
     db.execute("BEGIN IMMEDIATE")
     try:
         # 1) Judgements, with the new columns.
         db.execute(JUDGEMENTS)
-        for name, kind in NEW_COLUMNS.items():
-            db.execute(f"ALTER TABLE judgements ADD COLUMN {name} {kind}")
+        for since, columns in NEW_COLUMNS.items():
+            for name, kind in columns.items() if version < since else ():
+                db.execute(f"ALTER TABLE judgements ADD COLUMN {name} {kind}")
         # 2) What was asked: SQLite cannot change a primary key, hence a new table.
-        old = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'asked'").fetchone()
+        old = ", ".join(f'"{name}"' for _, name, *_ in db.execute("PRAGMA table_info(asked)"))
         if old:
-            db.execute("ALTER TABLE asked RENAME TO asked_1")
+            db.execute("ALTER TABLE asked RENAME TO old_asked")
         db.execute(ASKED)
         if old:
-            db.execute("INSERT INTO asked SELECT *, '' FROM asked_1")
-            db.execute("DROP TABLE asked_1")
+            db.execute(f"INSERT INTO asked ({old}) SELECT {old} FROM old_asked")
+            db.execute("DROP TABLE old_asked")
         db.execute(JUDGES)
-        # 3) The old replies, read by today's rules.
-        changed = sum(read_again(db, key) for (key,) in all_keys(db))
+        # 3) The replies of schema 1, read by today's rules.
+        changed = sum(read_again(db, key) for (key,) in all_keys(db)) if version < 2 else 0
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         db.execute("COMMIT")
     except BaseException:
@@ -167,9 +177,8 @@ def read_again(db: sqlite3.Connection, key: str) -> bool:
             # Schema 1 did not keep the finish_reason; the count of tokens tells it.
             new["finish_reason"] = finish_reason(old, parameters)
             finish = new["finish_reason"] or "stop"
-            is_pair = request.get("grading") == "pair"
-            verdict = reading.read_text(old["judgement"] or "", finish, is_pair)
-            new |= verdict._asdict()
+            reply = reading.Reply(old["judgement"] or "", finish)
+            new |= bench_mt_bench.read_reply(reply, request)._asdict()
     assignments = ", ".join(f"{name} = ?" for name in new)
     db.execute(
         f"UPDATE judgements SET {assignments} WHERE request_sha256 = ?", (*new.values(), key)

@@ -19,9 +19,10 @@ from collections.abc import Callable
 
 from pref.files import disk, judgements
 from pref.files.console import UserError
-from pref.judging import costs, protocol, reading, store
+from pref.judging import benchmarks, costs, reading, store
+from pref.judging.benchmark import Bench
 from pref.judging.identity import TOKEN_LIMITS, server_address
-from pref.judging.protocol import Bench, Judge
+from pref.judging.judges import Judge
 from pref.model import completions, server
 
 # The system message is there because MT-Bench's prompts have one, which some judges refuse.
@@ -35,6 +36,9 @@ MOST_TOKENS = 10**9  # a count above this is a mistake of the server's
 # Statuses that a later request would meet too. 403 is not among them: once the probe was answered,
 # it is a moderation's or a firewall's answer to one question.
 FATAL_STATUS = (401, 402, 404)
+# What a judge may refuse, and is then asked without.
+MAY_GO = ("temperature", "top_p", "seed")
+NEWER_NAMES = {"max_tokens": "max_completion_tokens"}
 # Names of models that refuse `temperature` and `max_tokens` (OpenAI's reasoning models), for a
 # batch file that is written without asking the server.
 REASONING = re.compile(r"(?:.*/)?(?:o\d|gpt-5(?!.*chat))(?:[-.].*)?$")
@@ -52,12 +56,11 @@ def open_server_judge(args: argparse.Namespace, db: sqlite3.Connection, bench: B
         client = client_for_a_batch(args)
     probe = None
     if client is not None and args.parameters is None:  # --parameters are sent as they are
-        with_system = any(prompt["system_prompt"] for prompt in bench.prompts.values())
-        probe = functools.partial(probe_server, client, args.judge, with_system=with_system)
+        probe = functools.partial(probe_server, client, args.judge, bench)
     return Judge(
         name=args.judge,
         params_b=judgements.params_from_name(args.judge),
-        parameters=first_parameters(db, args, address, is_asked=client is not None),
+        parameters=first_parameters(db, args, address, bench, is_asked=client is not None),
         ask=functools.partial(ask_server, client),
         concurrency=args.concurrency,
         probe=probe,
@@ -79,9 +82,9 @@ def client_for_a_batch(args: argparse.Namespace):
 
 
 def first_parameters(
-    db: sqlite3.Connection, args: argparse.Namespace, address: str, is_asked: bool
+    db: sqlite3.Connection, args: argparse.Namespace, address: str, bench: Bench, is_asked: bool
 ) -> dict:
-    """Parameters to try first: --parameters, or the protocol's in the form this judge accepts.
+    """Parameters to try first: --parameters, or the benchmark's in the form this judge accepts.
 
     The form is that of the judge's last successful request to this server. A rerun therefore
     arrives at the same request hashes, and finds its judgements without contacting the server.
@@ -92,28 +95,34 @@ def first_parameters(
     if args.parameters is not None:
         parameters = dict(args.parameters)
     else:
-        parameters = {"temperature": protocol.TEMPERATURE, "max_tokens": args.max_tokens}
+        parameters = bench.parameters
         if not is_asked and REASONING.match(args.judge):
-            parameters = {"max_completion_tokens": args.max_tokens}
-        accepted = store.last_accepted_parameters(db, args.judge, address)
-        if accepted is not None:
-            accepted.pop("seed", None)  # this run's --judge_seed is added below
-            if (
-                accepted.keys() <= {"temperature", *TOKEN_LIMITS}
-                and accepted.get("temperature", 0) == protocol.TEMPERATURE
-            ):
-                parameters = {
-                    key: args.max_tokens if key in TOKEN_LIMITS else value
-                    for key, value in accepted.items()
-                }
+            parameters = {
+                NEWER_NAMES.get(k, k): v for k, v in parameters.items() if k not in MAY_GO
+            }
+        accepted = store.accepted_parameters(db, args.judge, address)
+        forms = (in_form_of(form, bench.parameters) for form in accepted)
+        parameters = next((form for form in forms if form is not None), parameters)
     return parameters if args.judge_seed is None else parameters | {"seed": args.judge_seed}
+
+
+def in_form_of(accepted: dict, parameters: dict) -> dict | None:
+    """`parameters`, named as in `accepted` and without what was refused then; None if `accepted`
+    are parameters of something else.
+    """
+    limit = next((parameters[name] for name in TOKEN_LIMITS if name in parameters), None)
+    values = {k: v for k, v in accepted.items() if k not in (*TOKEN_LIMITS, "seed")}
+    lacking = parameters.keys() - values.keys() - {*TOKEN_LIMITS}
+    if not values.items() <= parameters.items() or not lacking <= {*MAY_GO}:
+        return None
+    return {k: limit if k in TOKEN_LIMITS else v for k, v in accepted.items() if k != "seed"}
 
 
 # ---- one judgement -------------------------------------------------------------------------------
 
 
 def ask_server(client, request: dict) -> dict:
-    """Make one judgement and return the reply (see `protocol.Judge`).
+    """Make one judgement and return the reply (see `judges.Judge`).
 
     The client itself retries HTTP 408, 409, 429, 5xx and lost connections; a failure that remains
     is returned as the reply's status. Raises UserError for failures that no later request would
@@ -177,7 +186,7 @@ def count_tokens(usage: dict, has_text: bool) -> tuple[int | None, int | None]:
 
 
 def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
-    """The reply (see `protocol.Judge`) in the body of a server's response to `request`.
+    """The reply (see `judges.Judge`) in the body of a server's response to `request`.
 
     clean: applied to every text that is kept; it removes the key, should the server echo it.
     """
@@ -191,8 +200,8 @@ def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
     finish, content = completion.finish_reason, completion.text
     if not content.strip() and completion.thoughts.strip():
         content = f"<think>{completion.thoughts}"  # an answer may follow a closing tag in there
-    is_pair = request.get("grading") == "pair"
-    verdict = reading.read_text(content, finish, is_pair)
+    reply = reading.Reply(content, finish, completion.logprobs)
+    verdict = benchmarks.read_reply(reply, request)
     if completion.refusal or finish in completions.FILTERED:
         verdict = reading.Verdict("refused")
     elif finish in completions.FAILED:
@@ -204,6 +213,7 @@ def read_reply(clean: Callable[[str], str], text: str, request: dict) -> dict:
         **verdict._asdict(),
         "judgement": content or completion.refusal,
         "finish_reason": finish,
+        "token_logprobs": json.dumps(reply.logprobs) if reply.logprobs else None,
         "served_model": completion.model,
         "system_fingerprint": completion.fingerprint,
         "prompt_tokens": prompt_tokens,
@@ -218,15 +228,17 @@ class Unreached(UserError):
     """No server answers."""
 
 
-def probe_server(client, name: str, parameters: dict, with_system: bool = True) -> dict:
+def probe_server(client, name: str, bench: Bench, parameters: dict) -> dict:
     """Ask one short question and return the parameters that the server accepts.
 
     Newer models refuse `temperature`, or want `max_completion_tokens` in place of `max_tokens`.
     Refused parameters are dropped or renamed until the server answers. The probe is not a judgement
-    and is not recorded. with_system: the judge's prompts have a system message. Raises UserError if
-    the judge does not answer, refuses system messages, or answers in its thoughts alone.
+    and is not recorded. Raises UserError if the judge does not answer, refuses the system messages
+    that the prompts have, answers in its thoughts alone, or not as the benchmark needs it.
     """
     import openai
+
+    with_system = any(prompt["system_prompt"] for prompt in bench.prompts.values())
 
     warn_of_shutdown(client, name)
     print(f"asking {name} one short question first", file=sys.stderr)
@@ -240,6 +252,8 @@ def probe_server(client, name: str, parameters: dict, with_system: bool = True) 
         except (openai.APIConnectionError, openai.APIStatusError) as error:
             adapted = adapt_parameters(parameters, error)
             if adapted is None:
+                if "logprobs" in parameters and "logprobs" in str(error):
+                    check_probe(name, bench, logprobs=None)
                 if isinstance(error, openai.APIConnectionError):
                     raise Unreached(server.explain(client, "--judge", name, error)) from None
                 if with_system and refuses_system(quick, name, parameters, error):
@@ -256,7 +270,15 @@ def probe_server(client, name: str, parameters: dict, with_system: bool = True) 
         raise UserError(f"--judge {name}: {completions.other_reply(client, text)}")
     if reply["status"] == "thoughts":
         raise UserError(f"--judge {name}: {THOUGHTS_ALONE}")
+    check_probe(name, bench, json.loads(reply["token_logprobs"] or "null"))
     return parameters
+
+
+def check_probe(name: str, bench: Bench, logprobs: dict | None) -> None:
+    """Raise UserError if the judge does not reply as the benchmark needs it."""
+    check = bench.benchmark.check_probe
+    if check is not None and (complaint := check(bench, logprobs)):
+        raise UserError(f"--judge {name}: {complaint}")
 
 
 REFUSES_SYSTEM = (
@@ -293,13 +315,12 @@ def adapt_parameters(parameters: dict, error) -> dict | None:
     if getattr(error, "status_code", None) not in (400, 422):
         return None
     complaint = f"{error.param} {server.message_of(error)}"
-    for key in ("temperature", "seed"):
+    for key in MAY_GO:
         if key in parameters and key in complaint:
             return {name: value for name, value in parameters.items() if name != key}
     too_long = server.TOO_LONG.search(complaint)
     if "max_tokens" in parameters and "max_tokens" in complaint and not too_long:
-        renamed = {"max_tokens": "max_completion_tokens"}
-        return {renamed.get(key, key): value for key, value in parameters.items()}
+        return {NEWER_NAMES.get(key, key): value for key, value in parameters.items()}
     return None
 
 

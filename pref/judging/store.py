@@ -6,8 +6,7 @@ is the need of one run's answer for one judgement; items of different runs with 
 share a request, which is then paid for once. Hence the tables `judgements`, one row per request
 with its reply, and `asked`, one row per item. A third one, `judges`, holds each judge's identity.
 
-    judge.py   find_pending -> note_judge, note_items -> save_reply, once per reply -> find_results,
-               write_csvs
+    judge.py   find_pending -> note_judge, note_items -> save_reply, once per reply -> find_results
     sweep.sh   judgement_counts, read_totals, has_unreached: read-only, by results folder
 
 Functions that take `db` work on the connection that `schema.open_store` returns.
@@ -20,11 +19,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import judgements, mt_bench
 from pref.files.console import UserError
-from pref.judging import identity, protocol, reading
+from pref.judging import benchmarks, identity, reading
+from pref.judging.benchmarks import DEFAULT
 from pref.judging.identity import Identity
-from pref.judging.reading import Reading
+from pref.judging.reading import Reading, Reply, Verdict
 from pref.judging.schema import open_store, unusable  # noqa: F401  the store's way in
 
 
@@ -35,7 +34,7 @@ class Item(NamedTuple):
     question_id: int
     turn: int
     choice: int
-    category: str
+    category: str | None
     grading: str
     order: str
     baseline: str
@@ -47,18 +46,27 @@ class Item(NamedTuple):
     request_sha256: str
     request: dict
     judge_id: str = ""
+    bench: str = DEFAULT
+    known: Verdict | None = None  # the verdict, where nobody needs to be asked for it
 
 
-ASKED_COLUMNS = tuple(name for name in Item._fields if name != "request")
+ASKED_COLUMNS = tuple(name for name in Item._fields if name not in ("request", "known"))
 # Columns of `asked` that do not tell which judgement is needed, see note_items.
 NOT_THE_NEED = ("category", "answer_sha256", "request_sha256", "judge_id")
 REPLY_COLUMNS = (
     *("status", "score", "winner", "judgement", "served_model", "system_fingerprint"),
     *("prompt_tokens", "completion_tokens", "cost_usd"),
-    *("finish_reason", "reading", "rating_mass"),
+    *("finish_reason", "reading", "rating_mass", "preference", "label", "token_logprobs"),
 )
-# What reading.read_stored wants to know of a reply besides its columns in judgements.csv.
-READING_COLUMNS = ("finish_reason", "verdict", "min_rating_mass")
+# What read_stored wants to know of a reply.
+STORED_COLUMNS = (
+    *("judgement", "finish_reason", "rating_mass", "token_logprobs"),
+    *Verdict._fields,
+)
+
+
+# Of a request in `judgements`; MT-Bench's do not name their benchmark.
+BENCH_OF_REQUEST = f"COALESCE(json_extract(request, '$.bench'), '{DEFAULT}')"
 
 
 class Result(NamedTuple):
@@ -72,6 +80,8 @@ class Result(NamedTuple):
     reading: str = ""  # see reading.py
     rating_mass: float | None = None  # local judge: probability of all verdicts together
     prompt_tokens: int | None = None
+    preference: float | None = None  # of a pair: from 1 (the answer shown first) to 2
+    label: str | None = None  # of a pair: the verdict in the judge's letters
 
 
 class Totals(NamedTuple):
@@ -178,6 +188,14 @@ def save_reply(
     )
 
 
+def note_known(db: sqlite3.Connection, items: list[Item], params_b: float | None) -> None:
+    """Store the verdicts for which nobody is asked."""
+    for item in items:
+        if item.known is not None:
+            reply = item.known._asdict() | {"cost_usd": 0.0}
+            save_reply(db, item.request_sha256, item.request, reply, params_b)
+
+
 def known_requests(db: sqlite3.Connection) -> set[str]:
     """Hashes of the requests that were answered or have failed."""
     return {key for (key,) in db.execute("SELECT request_sha256 FROM judgements")}
@@ -204,15 +222,32 @@ def find_results(
 
     how: the reading that turns replies into verdicts.
     """
-    grading = {item.request_sha256: item.grading for item in items}
-    columns = ("judgement", "finish_reason", *Result._fields)
+    requests = {item.request_sha256: item.request for item in items}
+    columns = list(dict.fromkeys((*STORED_COLUMNS, *Result._fields)))
     results = {}
     for key, *values in db.execute(f"SELECT request_sha256, {', '.join(columns)} FROM judgements"):
-        if key in grading:
-            row = dict(zip(columns, values)) | {"grading": grading[key]}
-            row = reading.read_stored(row, how)
+        if key in requests:
+            row = read_stored(dict(zip(columns, values)), requests[key], how)
             results[key] = Result(**{name: row[name] for name in Result._fields})
     return results
+
+
+def read_stored(row: dict, request: dict, how: Reading) -> dict:
+    """The stored reply to `request` as `how` has it: `row` with its status and verdict.
+
+    row: STORED_COLUMNS of `judgements`, which hold the verdict by the official reading. request:
+    its messages are not looked at.
+    """
+    if row["rating_mass"] is not None:  # a local judge
+        if row["status"] == "ok" and not row["rating_mass"] >= how.min_rating_mass:
+            return row | Verdict("mass")._asdict()
+        return row
+    if how.verdict == reading.FIRST or row["status"] not in reading.READ_STATUSES:
+        return row
+    logprobs = json.loads(row["token_logprobs"]) if row["token_logprobs"] else None
+    reply = Reply(row["judgement"] or "", row["finish_reason"], logprobs)
+    verdict = benchmarks.read_reply(reply, request, how.verdict)
+    return row | verdict._asdict()
 
 
 def find_pending(
@@ -233,6 +268,7 @@ def find_pending(
         for key, result in find_results(db, items, one).items()
         if result.status == "ok" or not retry_failed
     }
+    done |= {item.request_sha256 for item in items if item.known is not None}
     return {item.request_sha256: item.request for item in items if item.request_sha256 not in done}
 
 
@@ -241,111 +277,39 @@ def spent_usd(db: sqlite3.Connection) -> float:
     return db.execute("SELECT COALESCE(SUM(cost_usd), 0) FROM judgements").fetchone()[0]
 
 
-def learned_lengths(db: sqlite3.Connection, judge: str) -> Lengths:
-    """How long this judge's requests and judgements have been, for an estimate of the next."""
-    query = """
+def learned_lengths(db: sqlite3.Connection, judge: str, bench: str) -> Lengths:
+    """How long this judge's requests and judgements of a benchmark have been, for an estimate of
+    the next.
+    """
+    query = f"""
         SELECT COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0),
                COALESCE(SUM(LENGTH(request)), 0)
-        FROM judgements WHERE judge = ? AND prompt_tokens > 0 AND completion_tokens > 0"""
-    return Lengths(*db.execute(query, (judge,)).fetchone())
+        FROM judgements WHERE judge = ? AND {BENCH_OF_REQUEST} = ?
+        AND prompt_tokens > 0 AND completion_tokens > 0"""
+    return Lengths(*db.execute(query, (judge, bench)).fetchone())
 
 
-def last_accepted_parameters(db: sqlite3.Connection, judge: str, server: str) -> dict | None:
-    """Parameters of this judge's newest successful request to this server, else those that were
-    last recorded for it (a batch file was written), or None. Requests of version 1.0.0, which kept
-    no address, count for any server.
+def accepted_parameters(db: sqlite3.Connection, judge: str, server: str) -> list[dict]:
+    """Parameters that this judge has accepted: those of its successful requests to this server,
+    then those that were recorded for it (a batch file was written), each newest first. Requests of
+    version 1.0.0, which kept no address, count for any server, and come last.
     """
+    asked = """SELECT json_extract(request, '$.parameters') AS parameters FROM judgements
+        WHERE judge = ? AND {server} AND status = 'ok' GROUP BY parameters
+        ORDER BY MAX(tstamp) DESC"""
     queries = (
-        """SELECT json_extract(request, '$.parameters') FROM judgements
-        WHERE judge = ? AND json_extract(request, '$.server') = ? AND status = 'ok'
-        ORDER BY tstamp DESC LIMIT 1""",
-        """SELECT parameters FROM judges WHERE judge = ? AND server = ?
-        ORDER BY rowid DESC LIMIT 1""",
-        """SELECT json_extract(request, '$.parameters') FROM judgements
-        WHERE judge = ? AND json_extract(request, '$.server') IS NULL AND ? != '' AND status = 'ok'
-        ORDER BY tstamp DESC LIMIT 1""",
+        asked.format(server="json_extract(request, '$.server') = ?"),
+        "SELECT parameters FROM judges WHERE judge = ? AND server = ? ORDER BY rowid DESC",
+        asked.format(server="json_extract(request, '$.server') IS NULL AND ? != ''"),
     )
-    for query in queries:
-        if row := db.execute(query, (judge, server)).fetchone():
-            return json.loads(row[0])
-    return None
-
-
-# ---- judgements.csv ------------------------------------------------------------------------------
-
-
-def write_csvs(db: sqlite3.Connection, runs: dict[Path, dict]) -> None:
-    """Write each run's judgements.csv: every judge's judgements of the answers it has now.
-
-    runs: answers by run folder, as `mt_bench.read_answers` returns them.
-    """
-    query, columns = csv_query(), (*judgements.JUDGEMENT_COLUMNS, *READING_COLUMNS)
-    # Answers by run id; a baseline that is not among `runs` is read when a row first names it.
-    answers_of = {run.resolve().name: answers for run, answers in runs.items()}
-    for run, answers in runs.items():
-        # A run that was deleted meanwhile does not come back as a folder.
-        if not (run / "mt_bench").is_dir():
-            continue
-        # 1) Everything that was ever asked about this run, as its judge is read.
-        rows = [
-            read_row(dict(zip(columns, row))) for row in db.execute(query, (run.resolve().name,))
-        ]
-        for name in {row["baseline"] for row in rows} - answers_of.keys() - {""}:
-            path = run.resolve().parent / name / "mt_bench" / "answers.jsonl"
-            answers_of[name] = mt_bench.read_answers(path) if path.is_file() else {}
-        # 2) Without judgements of answers that have since been replaced.
-        current = [row for row in rows if is_current(row, answers, answers_of)]
-        # 3) With the winner's run id in place of A and B.
-        for row in current:
-            row["winner"] = protocol.winner_of(
-                row["order"], row["winner"], run=row["model_id"], baseline=row["baseline"]
-            )
-        judgements.write_judgements(run / "mt_bench" / "judgements.csv", current)
-
-
-def csv_query() -> str:
-    """The query for one run's rows, in the order of JUDGEMENT_COLUMNS and READING_COLUMNS."""
-    sources = dict.fromkeys(ASKED_COLUMNS, "asked") | {
-        "judge_id": "NULLIF(asked.judge_id, '')",
-        "judge_address": "NULLIF(judges.server, '')",
-        "judge_settings": "COALESCE(judges.settings, json_extract(request, '$.parameters'))",
-        "verdict": "judges.verdict",
-        "min_rating_mass": "judges.min_rating_mass",
-    }
-    columns = []
-    for column in (*judgements.JUDGEMENT_COLUMNS, *READING_COLUMNS):
-        source = sources.get(column, "judgements")
-        columns.append(f'{source}."{column}"' if source.isalpha() else source)
-    return f"""
-        SELECT {", ".join(columns)} FROM asked JOIN judgements USING (request_sha256)
-        LEFT JOIN judges ON judges.judge_id = asked.judge_id WHERE model_id = ?
-        ORDER BY asked.judge, asked.judge_id, prompts, grading, baseline, refs, question_id, turn,
-                 choice, "order", repeat"""
-
-
-def read_row(row: dict) -> dict:
-    """A row of csv_query, read as its judge's identity says; by default the official reading."""
-    how = Reading()
-    if row["verdict"] is not None:
-        how = Reading(row["verdict"], row["min_rating_mass"])
-    return reading.read_stored(row, how)
-
-
-def is_current(row: dict, answers: dict, answers_of: dict[str, dict]) -> bool:
-    """Whether a judgement is of the answers that the run, and a pair's baseline, have now."""
-    key = (row["question_id"], row["choice"])
-    sides = [answers] if row["grading"] == "single" else [answers, answers_of[row["baseline"]]]
-    if any(key not in side for side in sides):
-        return False
-    turns = [side[key]["turns"] for side in sides]
-    return row["answer_sha256"] == mt_bench.answer_sha256(row["turn"], *turns)
+    return [json.loads(text) for query in queries for (text,) in db.execute(query, (judge, server))]
 
 
 # ---- questions that a sweep asks, by results folder ----------------------------------------------
 
 
-def judgement_counts(results: Path, judge: str) -> dict[str, Verdicts]:
-    """Judgements of `judge`, or of every judge if that is "", by run id.
+def judgement_counts(results: Path, judge: str, bench: str = DEFAULT) -> dict[str, Verdicts]:
+    """Judgements of a benchmark by `judge`, or by every judge if that is "", by run id.
 
     Of judges of one name (other parameters, another server) the one that was asked last counts, for
     each way of grading, and what nobody has asked since version 1.0.0. A run is missing from the
@@ -354,16 +318,20 @@ def judgement_counts(results: Path, judge: str) -> dict[str, Verdicts]:
     query = """
         WITH latest AS (
             SELECT judge_id, MAX(asked.rowid) FROM asked
-            WHERE judge = ?1 OR ?1 = '' GROUP BY judge, grading, prompts, refs)
+            WHERE (judge = ?1 OR ?1 = '') AND {is_bench} GROUP BY judge, grading, prompts, refs)
         SELECT model_id, COUNT(*),
             SUM(COALESCE(status, '') != 'ok'
                 OR COALESCE(rating_mass < COALESCE(min_rating_mass, ?2), FALSE))
         FROM asked LEFT JOIN judgements USING (request_sha256) LEFT JOIN judges USING (judge_id)
-        WHERE (asked.judge = ?1 OR ?1 = '')
+        WHERE (asked.judge = ?1 OR ?1 = '') AND {is_bench}
         AND (asked.judge_id = '' OR asked.judge_id IN (SELECT judge_id FROM latest))
         GROUP BY model_id"""
-    values: list = [judge, reading.MIN_RATING_MASS]
-    if schema_of(results) == 1:  # it kept one judge of a name
+    values: list = [judge, reading.MIN_RATING_MASS, bench]
+    schema = schema_of(results)
+    if schema < 3 and bench != DEFAULT:  # it knew MT-Bench alone
+        return {}
+    query = query.format(is_bench="bench = ?3" if schema >= 3 else "?3 = ?3")
+    if schema == 1:  # it kept one judge of a name
         query = """
             SELECT model_id, COUNT(*), SUM(COALESCE(status, '') != 'ok')
             FROM asked LEFT JOIN judgements USING (request_sha256)

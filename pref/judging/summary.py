@@ -2,14 +2,14 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from pref.files import console, judgements, mt_bench
-from pref.judging import protocol
+from pref.judging.benchmark import PAIR, REWARD, SINGLE, Bench, preference_of, winner_of
 from pref.judging.identity import Identity
-from pref.judging.protocol import Bench, Judge
+from pref.judging.judges import Judge
 from pref.judging.reading import FALLBACK, FIRST, LAST, SEVERAL, Reading
 from pref.judging.run_answers import FAILED
 from pref.judging.store import Item, Result
@@ -46,7 +46,7 @@ def announce(
     runs: answers by run folder. pending: requests by hash.
     """
     where = f" at {who.server}" if who.server else ""
-    asked_with = "" if judge.local else f", asked with {json.dumps(who.parameters)}"
+    asked_with = "" if judge.is_here else f", asked with {json.dumps(who.parameters)}"
     print(
         f"judge {who.judge}{where} (judge_id {who.id}), prompts {bench.label}{asked_with}"
         f"{reading_note(who)}{smoke_note(judge)}"
@@ -61,7 +61,10 @@ def announce(
             print(f"run {name}: {empty} empty turns, judged as they are")
         if failed:
             print(f"run {name}: {failed} turns are {FAILED}, a failed answer: they are not judged")
-    done = len({item.request_sha256 for item in items}) - len(pending)
+    known = {item.request_sha256 for item in items if item.known is not None}
+    if known:
+        print(f"answers that equal the baseline's: {len(known)}; half a win each, not asked about")
+    done = len({item.request_sha256 for item in items}) - len(pending) - len(known)
     print(
         f"{len(items)} judgements of {len(runs)} runs: {done} requests already made, "
         f"{len(pending)} to make"
@@ -116,11 +119,10 @@ def print_results(
     bench: Bench,
     items: list[Item],
     results: dict[str, Result],
-    baseline: str | None,
 ) -> None:
     """Print one line per run, and with single grading the means by category as well.
 
-    results: by request hash. baseline: run id that --grading pair compares with, else None.
+    results: by request hash.
     """
     by_run: dict[str, list[Outcome]] = defaultdict(list)
     for item in items:
@@ -128,18 +130,43 @@ def print_results(
 
     served = sorted({result.served_model for result in results.values() if result.served_model})
     served_note = f" (served: {', '.join(served)})" if served else ""
-    how = "single-answer grading"
-    if baseline is not None:
-        how = f"comparison with {baseline} in both orders"
+    references = f", references {bench.refs}" if bench.references else ""
     print(
-        f"\nMT-Bench, {how} by {judge.name}{served_note}, prompts {bench.label}, "
-        f"references {bench.refs}{reading_note(who)}{smoke_note(judge)}"
+        f"\n{bench.title}, {how_text(bench, items)} by {judge.name}{served_note}, prompts "
+        f"{bench.label}{references}{reading_note(who)}{smoke_note(judge)}"
     )
-    if baseline is not None:
-        print_table([summarise_pairs(outcomes) for outcomes in by_run.values()])
-        print_remarks(who, items, results)
-        return
-    print_table([summarise_single(outcomes) for outcomes in by_run.values()])
+    summarise = pick_summary(bench, results)
+    print_table([summarise(outcomes) for outcomes in by_run.values()])
+    if summarise is summarise_single:
+        print_categories(bench, by_run)
+    print_remarks(who, items, results)
+
+
+def pick_summary(bench: Bench, results: dict[str, Result]) -> Callable:
+    """What makes a run's line of the table."""
+    if bench.grading == REWARD:
+        return summarise_scores
+    if bench.benchmark.summarise is not None:
+        return bench.benchmark.summarise
+    if bench.grading == SINGLE:
+        return summarise_single
+    has_preferences = any(result.preference is not None for result in results.values())
+    return summarise_preferences if has_preferences else summarise_pairs
+
+
+def how_text(bench: Bench, items: list[Item]) -> str:
+    """What was asked, in words."""
+    baselines = ", ".join(dict.fromkeys(item.baseline for item in items if item.baseline))
+    if bench.grading == SINGLE:
+        return "single-answer grading"
+    orders = " in both orders" if len({item.order for item in items}) > 1 else ""
+    if bench.grading == PAIR:
+        return f"comparison with {baselines}{orders}"
+    return f"scores, compared with {baselines}," if baselines else "scores"
+
+
+def print_categories(bench: Bench, by_run: dict[str, list[Outcome]]) -> None:
+    """Print the means by category of MT-Bench's ratings."""
     print("\nby category, both turns")
     categories = list(dict.fromkeys(question["category"] for question in bench.questions))
     print_table([category_means(outcomes, categories) for outcomes in by_run.values()])
@@ -149,7 +176,6 @@ def print_results(
     )
     if bench.label == "own":
         print("own prompts: these scores are not comparable with published MT-Bench scores")
-    print_remarks(who, items, results)
 
 
 def print_remarks(who: Identity, items: list[Item], results: dict[str, Result]) -> None:
@@ -236,7 +262,7 @@ def summarise_pairs(outcomes: list[Outcome]) -> dict[str, str]:
     winners_of: dict[tuple, list[str | None]] = defaultdict(list)
     for item, result in outcomes:
         comparison = (item.question_id, item.turn, item.choice, item.repeat)
-        winner = protocol.winner_of(item.order, result.winner, item.model_id, item.baseline)
+        winner = winner_of(item.order, result.winner, item.model_id, item.baseline)
         winners_of[comparison].append(winner)
     # 2) One winner per comparison: ["dpo", "dpo"] -> "dpo", ["dpo", "base"] -> "tie".
     decided = [winners for winners in winners_of.values() if None not in winners]
@@ -255,6 +281,47 @@ def summarise_pairs(outcomes: list[Outcome]) -> dict[str, str]:
         "failures": failures_text(outcomes),
         "usd": cost_text(outcomes),
     }
+
+
+def summarise_preferences(outcomes: list[Outcome]) -> dict[str, str]:
+    """One run's line by column name: the mean preference for the run, from 0 to 1, as a win rate.
+
+    Of several judgements of one answer (orders, samples) the mean counts.
+    """
+    # 1) One value per answer.
+    values_of: dict[tuple, list[float]] = defaultdict(list)
+    for item, result in outcomes:
+        preference = preference_of(item.order, result.preference)
+        if result.status == "ok" and preference is not None:
+            values_of[item.question_id, item.turn, item.choice].append(preference - 1)
+    values = [sum(given) / len(given) for given in values_of.values()]
+    # 2) Their mean.
+    answers = len({(item.question_id, item.turn, item.choice) for item, _ in outcomes})
+    return {
+        "run": outcomes[0].item.model_id,
+        "win rate": f"{100 * sum(values) / len(values):.2f} %" if values else "-",
+        "wins": str(sum(value > 0.5 for value in values)),
+        "ties": str(sum(value == 0.5 for value in values)),
+        "losses": str(sum(value < 0.5 for value in values)),
+        "n": f"{len(values)}/{answers}",
+        "failures": failures_text(outcomes),
+        "usd": cost_text(outcomes),
+    }
+
+
+def summarise_scores(outcomes: list[Outcome]) -> dict[str, str]:
+    """One run's line by column name: the mean of a score judge's scores, and the win rate."""
+    scored = [outcome for outcome in outcomes if outcome.result.status == "ok"]
+    scores = [outcome.result.score for outcome in scored]
+    line = {
+        "run": outcomes[0].item.model_id,
+        "mean score": f"{sum(scores) / len(scores):.4f}" if scores else "-",
+        "n": f"{len(scored)}/{len(outcomes)}",
+    }
+    preferences = [o.result.preference for o in scored if o.result.preference is not None]
+    mean = sum(preferences) / len(preferences) - 1 if preferences else None
+    line["win rate"] = "-" if mean is None else f"{100 * mean:.2f} %"
+    return line | {"failures": failures_text(outcomes)}
 
 
 def category_means(outcomes: list[Outcome], categories: list[str]) -> dict[str, str]:

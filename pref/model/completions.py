@@ -16,6 +16,7 @@ CUT_OFF = frozenset(("length", "max_tokens", "max_output_tokens", "model_length"
 FILTERED = frozenset(
     ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "refusal")
 )
+LEAST_LOGP = -1000.0  # a value below it stands for "unknown"
 FAILED = frozenset(("error", "abort", "insufficient_system_resource"))
 
 
@@ -32,6 +33,7 @@ class Completion(NamedTuple):
     usage: dict  # the server's own counts, as they are
     model: str  # that the server says it ran
     fingerprint: str  # the server's mark of its version
+    logprobs: dict[str, float] | None = None  # of the first token's alternatives; None: not given
 
     @property
     def cut_off(self) -> bool:
@@ -84,7 +86,24 @@ def read(clean: Callable[[str], str], body: str) -> Completion | None:
         usage=usage,
         model=clean(str(reply.get("model") or "")),
         fingerprint=clean(str(reply.get("system_fingerprint") or "")),
+        logprobs=first_logprobs(choice, clean),
     )
+
+
+def first_logprobs(choice: dict, clean: Callable[[str], str]) -> dict[str, float] | None:
+    """Log-probabilities of the first token's alternatives; None if the server gives none.
+
+    vLLM writes -9999.0 for a token whose probability it does not know: left out.
+    """
+    try:
+        alternatives = choice["logprobs"]["content"][0]["top_logprobs"]
+        found = {clean(str(one["token"])): one["logprob"] for one in alternatives}
+    except (KeyError, IndexError, TypeError):
+        return None
+    known = {token: value for token, value in found.items() if disk.is_number(value)}
+    return {
+        token: value for token, value in known.items() if LEAST_LOGP <= value < math.inf
+    } or None
 
 
 def text_of(content) -> str:

@@ -20,7 +20,7 @@ import judge
 from pref import ROOT
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
-from pref.judging import costs, protocol, server_judge
+from pref.judging import benchmarks, costs, judges, server_judge
 from pref.model import server
 from pref.sweeping import commands, status
 from pref.sweeping.grid import Point, Study
@@ -236,9 +236,9 @@ def check_judge(study: Study) -> str:
     Raises UserError if the judge cannot be asked.
     """
     args = judge.parse_args(commands.stage_arguments(study, "judge"))
-    bench = protocol.read_bench(args.mt_bench, args.grading, args.refs)
-    if args.judge.startswith("hf:"):
-        check_model("JUDGE", args.judge.removeprefix("hf:"))
+    bench = benchmarks.read_bench(args)
+    if judges.kind_of(args.judge) != judges.SERVER:
+        check_model("JUDGE", judges.path_of(args.judge))
         return f"judge: {args.judge}, on this machine, no dollars"
 
     # 1) How many calls are left? A run that was not judged yet needs all of them.
@@ -254,9 +254,7 @@ def check_judge(study: Study) -> str:
 
     # 2) Does the judge answer, with these parameters?
     client = server.open_client(f"JUDGE={study.settings['JUDGE']}", args.base_url, 60.0, 2)
-    parameters = args.parameters or {"temperature": 0, "max_tokens": args.max_tokens}
-    with_system = any(prompt["system_prompt"] for prompt in bench.prompts.values())
-    server_judge.probe_server(client, args.judge, parameters, with_system)
+    server_judge.probe_server(client, args.judge, bench, args.parameters or bench.parameters)
 
     # 3) What will they cost?
     text = f"judge: {args.judge} answers; about {calls:,} calls"

@@ -1,24 +1,24 @@
-"""The MT-Bench judging protocol: what a judge is asked, and how its reply is read.
+"""MT-Bench: each answer rated from 1 to 10, or compared with a baseline run's in both orders.
 
-`read_bench` reads and checks questions, reference answers and judge prompts. `single_messages` and
-`pair_messages` turn them and a run's answers into chat messages; `read_rating`, `read_verdict` and
-`winner_of` interpret what the judge writes back. Messages and reading are those of FastChat
-(fastchat/llm_judge/common.py, version 0.2.36), byte for byte; tests/test_judge.py compares them
-with FastChat's own code.
-
-reading.py puts limits on the reading. Nothing here contacts a judge: `Judge` describes one, and
-server_judge.py and local_judge.py make it.
+`read` reads and checks questions, reference answers and judge prompts. `single_messages` and
+`pair_messages` turn them and a run's answers into chat messages; `read_reply` interprets what the
+judge writes back. Messages and reading are those of FastChat (fastchat/llm_judge/common.py, version
+0.2.36), byte for byte; tests/test_judge.py compares them with FastChat's own code. reading.py puts
+limits on the reading: a number in single brackets counts only in a judgement that came to its end
+and has no double bracket.
 """
 
+import argparse
+import functools
 import re
 import string
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pref.files import disk, mt_bench
 from pref.files.console import UserError
+from pref.judging import reading
+from pref.judging.benchmark import ORDERS, PAIR, RUN_IS_A, SINGLE, Ask, Bench, Benchmark
+from pref.judging.reading import FALLBACK, FIRST, LAST, SEVERAL, Reply, Verdict
 
 TEMPERATURE = 0  # as in FastChat
 MAX_TOKENS = 2048  # of a judgement, as in FastChat
@@ -56,75 +56,74 @@ RATING_BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 # Pair grading: a letter in double brackets. A text with two of them counts as the first in this
 # order, as in FastChat. Each pair is judged twice: the run's answer is shown as A, then as B.
 VERDICTS = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
-RUN_IS_A, RUN_IS_B = "1", "2"
-ORDERS = (RUN_IS_A, RUN_IS_B)
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A judge, local or behind a server.
+ARGUMENTS = {
+    "grading": {
+        "choices": (SINGLE, PAIR),
+        "default": SINGLE,
+        "help": "rate each answer, or compare it with --baseline's in both orders (default single)",
+    },
+    "refs": {
+        "default": "original",
+        "metavar": "original|corrected:FILE",
+        "help": "reference answers: GPT-4's as published, or with those in FILE replacing them",
+    },
+    "verdict": {
+        "choices": (FIRST, LAST),
+        "default": FIRST,
+        "help": "which of several verdicts in one judgement counts: the first, as in FastChat, or "
+        "the last, a reading of its own that is labelled as such; what is judged already is read "
+        f"again at no cost (default {FIRST})",
+    },
+    "mt_bench": {"type": Path, "metavar": "DIR", "help": "the same as --bench_data DIR"},
+    "import_fastchat": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "store the judgements of FastChat's model_judgment/*.jsonl that belong to these "
+        "answers, prompts and --judge; send nothing",
+    },
+}
 
-    `ask` maps a request (see identity.Identity.request) to a reply: a dict with `status` and, where
-    they are known, `score` (single grading), `winner` (pair grading: A, B or tie), `reading`,
-    `judgement` (the judge's text), `finish_reason`, `rating_mass`, `served_model`,
-    `system_fingerprint`, `prompt_tokens` and `completion_tokens`. The status is "ok" if the reply
-    has a score or a winner, else the reason why it has none (README.md lists them). `ask` raises
-    UserError for an error that would stop every later request as well.
-    """
 
-    name: str  # --judge, as given
-    params_b: float | None  # billions of parameters; None if unknown
-    parameters: dict  # everything besides the messages that determines a judgement
-    ask: Callable[[dict], dict]
-    concurrency: int  # requests in flight at a time
-    probe: Callable[[dict], dict] | None = None  # parameters -> parameters that the server accepts
-    server: str = ""  # address or name, see identity.py; "" for a local judge
-    prices: tuple[float, float] | None = None  # dollars per million prompt, completion tokens
-    local: bool = False
-
-    def cost(self, prompt_tokens: float | None, completion_tokens: float | None) -> float | None:
-        """Dollars, or None if the prices or a count are unknown."""
-        if self.prices is None or prompt_tokens is None or completion_tokens is None:
-            return None
-        price_in, price_out = self.prices
-        return (prompt_tokens * price_in + completion_tokens * price_out) / 1e6
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for arguments of which one is missing or has no meaning."""
+    if (args.grading == PAIR) != (args.baseline is not None):
+        raise UserError("--grading pair needs --baseline RUN, and --baseline needs --grading pair")
+    if args.refs != "original" and not re.fullmatch(r"corrected:.+", args.refs):
+        raise UserError(f"--refs {args.refs}: must be original or corrected:FILE")
+    if args.import_results and args.import_fastchat:
+        raise UserError("--import_results and --import_fastchat: give one of them")
 
 
 # ---- questions, references, prompts --------------------------------------------------------------
 
 
-class Bench(NamedTuple):
-    """What judging needs besides the answers, read from a folder and checked."""
+def read(folder: Path, args: argparse.Namespace) -> Bench:
+    """Questions, references and the judge prompts of --grading.
 
-    folder: Path
-    questions: list[dict]  # question_id, category, turns (two strings); in file order
-    references: dict[int, list[str]]  # the reference answer's two turns, by question_id
-    refs: str  # "original", or "corrected:" and a hash of the file with the corrections
-    prompts: dict[str, dict]  # by name: system_prompt, prompt_template
-    label: str  # "mt_bench", or "own" for other files than MT-Bench's
-
-
-def read_bench(folder: Path, grading: str, refs: str) -> Bench:
-    """Read questions, references and the judge prompts of `grading` ("single" or "pair").
-
-    refs: "original", or "corrected:FILE" to replace the reference answers that FILE contains.
-    Raises UserError, with file, line and remedy, for anything that would spoil a judgement.
+    --refs corrected:FILE replaces the reference answers that FILE contains. Raises UserError, with
+    file, line and remedy, for anything that would spoil a judgement.
     """
     if not folder.is_dir():
         raise UserError(f"--mt_bench {folder}: no such folder; run python prep_data.py --mt_bench")
-    questions = mt_bench.read_questions(folder / "question.jsonl")
+    questions = mt_bench.read_questions(folder / BENCHMARK.question_file)
     references = read_references(folder / "reference_answer/gpt-4.jsonl", questions)
+    refs = args.refs
     if refs != "original":
         path = Path(refs.removeprefix("corrected:"))
         references |= read_corrections(path, questions)
         refs = f"corrected:{disk.sha256_file(path)[:12]}"
     return Bench(
+        benchmark=BENCHMARK,
         folder=folder,
         questions=questions,
+        grading=args.grading,
         references=references,
         refs=refs,
-        prompts=read_prompts(folder / "judge_prompts.jsonl", grading),
+        prompts=read_prompts(folder / "judge_prompts.jsonl", args.grading),
         label=label_prompts(folder),
+        parameters={"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS},
     )
 
 
@@ -238,6 +237,21 @@ def label_prompts(folder: Path) -> str:
 # ---- what is sent --------------------------------------------------------------------------------
 
 
+def asks(
+    bench: Bench, question: dict, turn: int, answer: list[str], other: list[str] | None
+) -> list[Ask]:
+    """A rating of `answer`, or its comparison with the `other`, once in each order."""
+    reference = bench.references.get(question["question_id"], [])
+    if bench.grading == SINGLE:
+        return [Ask(single_messages(bench.prompts, question, answer, turn, reference))]
+    comparisons = []
+    for order in ORDERS:
+        answer_a, answer_b = (answer, other) if order == RUN_IS_A else (other, answer)
+        messages = pair_messages(bench.prompts, question, answer_a, answer_b, turn, reference)
+        comparisons.append(Ask(messages, order))
+    return comparisons
+
+
 def single_messages(
     prompts: dict[str, dict], question: dict, answer: list[str], turn: int, reference: list[str]
 ) -> list[dict]:
@@ -323,11 +337,66 @@ def read_verdict(text: str) -> str | None:
     return next((verdict for mark, verdict in VERDICTS.items() if mark in text), None)
 
 
-def winner_of(order: str, verdict: str | None, run: str, baseline: str) -> str | None:
-    """Translate one order's verdict into the winner: the run's name, the baseline's, or 'tie'.
+def read_reply(reply: Reply, request: dict, which: str = FIRST) -> Verdict:
+    """The verdict in a reply to `request`. which: of several verdicts, FIRST or LAST."""
+    # The last verdict of a text that was cut off may not have been written.
+    needs_end = which == LAST
+    if request.get("grading") == PAIR:
+        find = functools.partial(find_winner, which=which)
+        return reading.read_text(reply, find, needs_end=needs_end)
+    return reading.read_text(
+        reply,
+        find=functools.partial(find_rating, which=which),
+        fallback=functools.partial(find_single_brackets, which=which),
+        needs_end=needs_end,
+    )
 
-    Example: in order "2" the run's answer is shown as B, so that verdict 'A' is the baseline's win.
+
+def find_winner(text: str, which: str) -> Verdict | None:
+    """The letter in double brackets. FIRST is FastChat's: A before B before C, wherever they are.
+
+    SEVERAL if the first in the text and the last differ.
     """
-    if verdict in (None, "tie"):
-        return verdict
-    return run if (verdict == "A") == (order == RUN_IS_A) else baseline
+    marks = [VERDICTS[mark] for mark in re.findall(r"\[\[[ABC]\]\]", text)]
+    if not marks:
+        return None
+    winner = read_verdict(text) if which == FIRST else marks[-1]
+    return Verdict("ok", winner=winner, reading=SEVERAL if marks[0] != marks[-1] else "")
+
+
+def find_rating(text: str, which: str) -> Verdict | None:
+    """The rating in double brackets; FIRST is FastChat's.
+
+    SEVERAL if the first and the last differ.
+    """
+    numbers = RATING.findall(text)
+    first, last = (rating_of(numbers[i]) if numbers else None for i in (0, -1))
+    rating = first if which == FIRST else last
+    if rating is None:
+        return None
+    return Verdict("ok", score=rating, reading=SEVERAL if first != last else "")
+
+
+def find_single_brackets(text: str, which: str) -> Verdict | None:
+    """FastChat's second try: a rating in single brackets, if there are no double ones."""
+    numbers = RATING_BACKUP.findall(text) if "[[" not in text else []
+    rating = rating_of(numbers[0 if which == FIRST else -1]) if numbers else None
+    return None if rating is None else Verdict("ok", score=rating, reading=FALLBACK)
+
+
+def rating_of(number: str) -> float | None:
+    """A number as a rating; None if it is not from 1 to 10."""
+    rating = float(number)
+    return rating if 1 <= rating <= 10 else None
+
+
+BENCHMARK = Benchmark(
+    name="mt_bench",
+    title="MT-Bench",
+    read=read,
+    asks=asks,
+    read_reply=read_reply,
+    turns=2,
+    arguments=ARGUMENTS,
+    check=check,
+)

@@ -1,0 +1,42 @@
+"""The benchmarks that judge.py knows: a line for each."""
+
+import argparse
+from pathlib import Path
+
+from pref.judging import bench_mt_bench, judges
+from pref.judging.benchmark import REWARD, Bench, Benchmark
+from pref.judging.reading import FIRST, Reply, Verdict
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        bench_mt_bench.BENCHMARK,
+    )
+}  # fmt: skip
+DEFAULT = bench_mt_bench.BENCHMARK.name
+ALIASES = {"arena_hard_v2": "arena_hard_v2.0"}
+
+
+def read_bench(args: argparse.Namespace) -> Bench:
+    """The benchmark that the arguments name, read from its folder and checked."""
+    benchmark = BENCHMARKS[args.bench]
+    folder = args.bench_data or args.mt_bench or Path("data") / benchmark.name
+    bench = benchmark.read(folder, args)
+    if args.max_tokens is not None:
+        limits = {"max_tokens": args.max_tokens}
+        bench = bench._replace(parameters=bench.parameters | limits)
+    if judges.kind_of(args.judge) == judges.SCORE:  # it sees the answers alone
+        bench = bench._replace(
+            grading=REWARD, prompts={}, references={}, refs="original", options={}, samples=1
+        )
+    return bench
+
+
+def of_request(request: dict) -> Benchmark:
+    """The benchmark whose request this is. MT-Bench's do not name it."""
+    return BENCHMARKS[request.get("bench", DEFAULT)]
+
+
+def read_reply(reply: Reply, request: dict, which: str = FIRST) -> Verdict:
+    """The verdict in the reply to `request`, as its benchmark reads it."""
+    return of_request(request).read_reply(reply, request, which)

@@ -1,0 +1,112 @@
+"""Benchmarks other than MT-Bench, through the code that is the same for all of them."""
+
+import json
+
+import duel
+import pytest
+from doubles import completion
+from judge_workplace import KEY, write_lines
+
+import judge
+from pref.files.console import UserError
+from pref.files.judgements import read_judgements
+from pref.judging import benchmarks, server_judge, store
+
+ASKED = {1: "Say hello.", 2: "What is 2 + 2?", 3: "Name a colour."}
+BASELINE = {1: "Hello!", 2: "4", 3: "Red."}
+RUNS = {"dpo": {1: "Hi.", 2: "4", 3: "Blue {x}."}, "simpo": {1: "Hey", 2: "Four", 3: "Blue {x}."}}
+
+
+def answer_rows(answers, model):
+    return [
+        {"question_id": q, "model_id": model, "choices": [{"index": 0, "turns": [text]}]}
+        for q, text in answers.items()
+    ]
+
+
+@pytest.fixture
+def arena(tmp_path, monkeypatch):
+    """The benchmark of duel.py, with two runs that have answered it."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "duel", duel.BENCHMARK)
+    data = tmp_path / "data"
+    write_lines(
+        data / "question.jsonl", [{"question_id": q, "turns": [t]} for q, t in ASKED.items()]
+    )
+    write_lines(data / "baseline/gpt.jsonl", answer_rows(BASELINE, "gpt"))
+    for name, answers in RUNS.items():
+        run = tmp_path / "results" / name
+        write_lines(run / "duel/answers.jsonl", answer_rows(answers, name))
+        (run / "args.json").write_text("{}")
+    return tmp_path
+
+
+def run_duel(arena, server, *more):
+    where = ["--bench", "duel", "--bench_data", str(arena / "data")]
+    given = ["--judge", "big-70b", "--base_url", server.url, "--concurrency", "1"]
+    return judge.main([str(arena / "results"), *where, *given, *more])
+
+
+def rows_of(arena, run="dpo"):
+    return read_judgements(arena / "results" / run / "duel/judgements.csv")
+
+
+def test_a_benchmark_of_ones_own_is_judged(arena, server, capsys):
+    server.answer = lambda body: completion("I think [[A]]")
+    assert run_duel(arena, server) == 0
+    paid = server.paid(server_judge.PROBE[1:])
+    # dpo: two duels in both orders and one of equal answers; simpo: its third is dpo's
+    assert len(paid) == 4 + 4
+    assert paid[0]["temperature"] == 1 and paid[0]["max_tokens"] == 16
+    rows = rows_of(arena)
+    assert [(r["question_id"], r["order"], r["winner"], r["preference"]) for r in rows] == [
+        (1, "1", "dpo", 2.0),
+        (1, "2", "gpt", 1.0),
+        (2, "1", None, 1.5),
+        (3, "1", "dpo", 2.0),
+        (3, "2", "gpt", 1.0),
+    ]
+    assert {r["bench"] for r in rows} == {"duel"} and rows[0]["label"] == "A!"
+    assert (rows[2]["reading"], rows[2]["cost_usd"], rows[2]["status"]) == ("equal", 0, "ok")
+    assert json.loads(rows[3]["shape"]) == {
+        "run": {"chars": 9, "headers": 0, "lists": 0, "bold": 0},
+        "baseline": {"chars": 4, "headers": 0, "lists": 0, "bold": 0},
+    }
+    out = capsys.readouterr().out
+    assert "Duel, comparison with gpt in both orders by big-70b" in out
+    assert "answers that equal the baseline's: 1;" in out
+    assert [line.split()[:6] for line in out.splitlines() if line.startswith("dpo ")] == [
+        ["dpo", "50.00", "%", "0", "3", "0"]
+    ]
+    assert run_duel(arena, server) == 0 and len(server.paid(server_judge.PROBE[1:])) == len(paid)
+    counts = store.judgement_counts(arena / "results", "big-70b", "duel")
+    assert counts == {"dpo": store.Verdicts(5, 0), "simpo": store.Verdicts(6, 0)}
+    assert store.judgement_counts(arena / "results", "big-70b") == {}
+
+
+def test_log_probabilities_are_read_and_kept(arena, server):
+    token = {"top_logprobs": [{"token": "m", "logprob": -2.5}, {"token": "x", "logprob": -9999.0}]}
+    reply = completion("m")
+    reply[1]["choices"][0]["logprobs"] = {"content": [token]}
+    server.answer = lambda body: reply
+    assert run_duel(arena, server, "--softly") == 0
+    rows = rows_of(arena)
+    assert [r["preference"] for r in rows] == [1.75, 1.25, 1.5, 1.75, 1.25]
+    assert json.loads(rows[0]["token_logprobs"]) == {"m": -2.5}
+    assert json.loads(rows[0]["judge_settings"])["softly"] is True
+
+
+def test_a_server_without_log_probabilities_is_not_asked_further(arena, server):
+    server.answer = lambda body: completion("m")
+    with pytest.raises(UserError, match="big-70b: its server gives no log-probabilities"):
+        run_duel(arena, server, "--softly")
+    assert len(server.requests) == 1
+
+
+def test_arguments_of_another_benchmark_are_refused_by_name(arena, server):
+    with pytest.raises(UserError, match="--refs is for --bench mt_bench; duel does not have it"):
+        run_duel(arena, server, "--refs", "corrected:x")
+    with pytest.raises(UserError, match="--softly is for --bench duel; mt_bench does not"):
+        judge.parse_args(["results", "--judge", "x", "--softly"])
+    with pytest.raises(UserError, match="--bench_data and --mt_bench"):
+        judge.parse_args(["r", "--judge", "x", "--mt_bench", "a", "--bench_data", "b"])
