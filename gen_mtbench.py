@@ -1,4 +1,4 @@
-"""Answer MT-Bench, or other questions, with every trained adapter and with the untrained model.
+"""Answer a benchmark's questions with every trained adapter and with the untrained model.
 
     python gen_mtbench.py results/ --base
         all runs in results/ and the base model -> results/<run_id>/mt_bench/answers.jsonl
@@ -9,15 +9,18 @@
         and logp_base in answers.jsonl
     torchrun --nproc_per_node 8 gen_mtbench.py results/ --base
         the same files from eight GPUs, which take questions from one counter
-    python gen_mtbench.py results/ --questions alpaca.json --temperature 0.7 --export alpaca_eval
-        other questions -> results/<run_id>/alpaca/answers.jsonl, and model_outputs.json next to it
+    python gen_mtbench.py results/ --base --bench alpaca_eval
+        another benchmark's questions, which prep_data.py --alpaca_eval has put into
+        data/alpaca_eval -> results/<run_id>/alpaca_eval/answers.jsonl
+    python gen_mtbench.py results/ --questions mine.json --temperature 0.7 --export alpaca_eval
+        other questions -> results/<run_id>/mine/answers.jsonl, and model_outputs.json next to it
         for the program alpaca_eval
     OPENAI_API_KEY=x python gen_mtbench.py results/ --base_url http://localhost:8000/v1
         the same files from an OpenAI-compatible server that serves each adapter under its run id
 
-Reads   results/<run_id>/args.json and adapter/ (from train_pref.py), and
-        data/mt_bench/question.jsonl (from prep_data.py --mt_bench) or the file of --questions.
-Writes  results/<run_id>/<mt_bench, or the stem of the questions' file>/answers.jsonl in FastChat's
+Reads   results/<run_id>/args.json and adapter/ (from train_pref.py), and the questions in
+        data/<bench>/ (from prep_data.py; --bench mt_bench by default) or the file of --questions.
+Writes  results/<run_id>/<bench, or the stem of the questions' file>/answers.jsonl in FastChat's
         schema, plus what reproduces each answer; until all is answered, turns.<rank>.jsonl.
 
 Turn 2 sees the model's own answer to turn 1. Temperatures are MT-Bench's, by category; nothing else
@@ -39,35 +42,28 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from pref.answering import local, served, summary, twins, work
+from pref.answering import local, questions, served, summary, twins, work
 from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Run, Sampling
-from pref.files import console, disk, mt_bench, run_folders
+from pref.files import benchmarks, console, disk, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading, server, template
-
-MT_BENCH = Path("data/mt_bench")  # where prep_data.py --mt_bench puts it
-# By category: temperature_config in FastChat's llm_judge/common.py.
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-}
-
 
 # ---- arguments -----------------------------------------------------------------------------------
 
 # Too long for a line of the declaration.
 HELP = {
     "quant": "quantisation of the base model; auto: as in training",
+    "bench": "mt_bench, alpaca_eval, arena_hard_v0.1, arena_hard_v2.0, or another with a folder in "
+    "data/ (default: %(default)s)",
+    "bench_data": "its data folder (default: data/<bench>)",
+    "mt_bench": "data folder of mt_bench (default: %(default)s)",
     "questions": "other questions: JSONL or a JSON list of objects with question_id, turns and "
     "optionally category, or with instruction (AlpacaEval)",
-    "temperature": "for all questions; 0 is greedy (default: MT-Bench's, by category)",
+    "temperature": "for all questions; 0 is greedy (default: the benchmark's; MT-Bench's is by "
+    "category, alpaca_eval 0.7, arena_hard 0)",
+    "max_new_tokens": "most tokens per turn (default: the benchmark's; mt_bench 1024, alpaca_eval "
+    "2048, arena_hard 4096)",
     "batch_size": f"answers in flight (0: {local.ROWS_ON_CPU} on CPU, on a GPU what fits)",
     "kl": "then compute log-probabilities of each answer under its adapter and under the base, for "
     "the KL divergence on the policy's own answers",
@@ -93,12 +89,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="auto", help="auto: bf16 if the hardware computes it")
 
     add = parser.add_argument_group("questions").add_argument
-    add("--mt_bench", type=Path, default=MT_BENCH, help="folder that holds question.jsonl")
+    add("--bench", default=benchmarks.MT_BENCH, metavar="NAME", help=HELP["bench"])
+    add("--bench_data", type=Path, metavar="DIR", help=HELP["bench_data"])
+    usual = questions.MT_BENCH_FOLDER
+    add("--mt_bench", type=Path, default=usual, metavar="DIR", help=HELP["mt_bench"])
     add("--questions", type=Path, metavar="FILE", help=HELP["questions"])
     add("--num_questions", type=int, help="this many, spread over the file (default: all)")
     add("--num_choices", type=int, default=1, help="answers per question, each with its own seed")
     add("--temperature", type=float, help=HELP["temperature"])
-    add("--max_new_tokens", type=int, default=1024, help="most tokens per turn (MT-Bench: 1024)")
+    add("--max_new_tokens", type=int, help=HELP["max_new_tokens"])
     add("--seed", type=int, default=42, help="seed for sampling")
 
     add = parser.add_argument_group("how they are answered").add_argument
@@ -115,14 +114,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Raise UserError for a value out of range."""
     for name in ("max_new_tokens", "num_choices", "concurrency", "timeout_s"):
-        if not getattr(args, name) >= 1:  # nor NaN
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+        value = getattr(args, name)
+        if value is not None and not value >= 1:  # nor NaN
+            raise UserError(f"--{name} {value}: must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.batch_size < 0:
         raise UserError(f"--batch_size {args.batch_size}: must be 0 (automatic) or more")
     if args.temperature is not None and not 0 <= args.temperature < 10:
         raise UserError(f"--temperature {args.temperature}: must be from 0 (greedy) to below 10")
+    is_mt_bench = benchmarks.name_of(args.bench) == benchmarks.MT_BENCH
+    if args.questions and (args.bench_data or not is_mt_bench):
+        raise UserError("--questions: the file takes the place of --bench and --bench_data")
+    if args.mt_bench != questions.MT_BENCH_FOLDER and (args.bench_data or not is_mt_bench):
+        raise UserError(
+            f"--mt_bench {args.mt_bench}: the data folder of mt_bench; give --bench_data alone"
+        )
     if args.base_url and "RANK" in os.environ:
         raise UserError(
             "--base_url: the server has the GPUs; start gen_mtbench.py without torchrun"
@@ -246,30 +253,32 @@ def base_run(folder: Path, base: Base) -> Run:
 
 
 def load_bench(args: argparse.Namespace) -> Bench:
-    """The questions, each with its temperature.
-
-    Raises UserError with file and line for a malformed question, and for one without temperature.
-    """
-    path = args.questions or args.mt_bench / "question.jsonl"
-    name = run_folders.check_run_id(path.stem) if args.questions else "mt_bench"
-    questions = mt_bench.read_questions(path, mt_bench=args.questions is None)
-    for question in questions:
-        temperature = args.temperature
-        if temperature is None:
-            temperature = TEMPERATURES.get(question.get("category"))
-        if temperature is None:
-            raise UserError(
-                f"{path}: question {question['question_id']} has category "
-                f"{question.get('category')!r}, for which MT-Bench defines no temperature; "
-                "give --temperature"
-            )
-        question["temperature"] = temperature
-    if args.export and any(len(question["turns"]) > 1 for question in questions):
+    """The questions that the arguments name. Raises UserError for those that cannot be asked."""
+    is_mt_bench = benchmarks.name_of(args.bench) == benchmarks.MT_BENCH
+    folder = args.bench_data or (args.mt_bench if is_mt_bench else None)
+    bench = questions.load_bench(
+        args.bench, folder, args.questions, args.temperature, args.num_questions
+    )
+    if args.export and any(len(question["turns"]) > 1 for question in bench.questions):
         raise UserError(
-            f"--export {args.export}: its format holds one turn per question, but {path} has "
+            f"--export {args.export}: its format holds one turn per question, but {bench.name} has "
             "questions with several; leave the option out"
         )
-    return Bench(name, mt_bench.pick_questions(questions, args.num_questions))
+    return bench
+
+
+def print_asked(bench: Bench, sampling: Sampling) -> None:
+    """How a benchmark is answered that does not fix it: every such number is a choice."""
+    if not bench.free:
+        return
+    temperatures = sorted({question["temperature"] for question in bench.questions})
+    shown = ", ".join(f"{temperature:g}" for temperature in temperatures)
+    print(
+        f"{bench.name}: {len(bench.questions)} questions, temperature {shown}, up to "
+        f"{sampling.max_new_tokens} tokens. The benchmark fixes neither (--temperature, "
+        "--max_new_tokens); report both",
+        flush=True,
+    )
 
 
 def export_alpaca_eval(store: Store, table: dict[str, list[dict]]) -> None:
@@ -296,14 +305,16 @@ EXPORTS = {"alpaca_eval": export_alpaca_eval}
 # ---- the stage -----------------------------------------------------------------------------------
 
 
-def settings_of(args: argparse.Namespace, base: Base, dtype: str, client) -> dict:
+def settings_of(
+    args: argparse.Namespace, base: Base, dtype: str, sampling: Sampling, client
+) -> dict:
     """What an answer depends on besides question and adapter; written to each row."""
     settings = {
         "model": base.model,
         "quant": base.quant if client is None else None,
         "dtype": dtype if client is None else None,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
+        "max_new_tokens": sampling.max_new_tokens,
+        "seed": sampling.seed,
     }
     if client is None:
         # Without the model, answers that are complete can still be summed up; load_author says what
@@ -326,11 +337,17 @@ def show_prompt(author: local.Author, bench: Bench) -> None:
 def print_next(args: argparse.Namespace, bench: Bench) -> None:
     """Where the answers are, and the command that judges them."""
     print(f"\nanswers: {args.results[0]}/<run_id>/{bench.name}/answers.jsonl")
-    if bench.name == "mt_bench":
-        results = " ".join(map(str, args.results))
-        questions = "" if args.mt_bench == MT_BENCH else f" --mt_bench {args.mt_bench}"
-        command = f"python judge.py {results}{questions} --judge MODEL"
-        print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
+    results = " ".join(map(str, args.results))
+    if bench.folder is None:  # questions of the user's own, which no judge here knows
+        return
+    if bench.name == benchmarks.MT_BENCH:
+        usual = bench.folder == questions.MT_BENCH_FOLDER
+        data = "" if usual else f" --mt_bench {bench.folder}"
+    else:
+        usual = bench.folder == benchmarks.DATA / bench.name
+        data = f" --bench {bench.name}" + ("" if usual else f" --bench_data {bench.folder}")
+    command = f"python judge.py {results}{data} --judge MODEL"
+    print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
 
 
 def share_answers(store: Store, workers: work.Workers) -> None:
@@ -362,11 +379,12 @@ def main(argv: list[str] | None = None) -> int:
     # 2) What an earlier start has answered already, and what is missing.
     workers = work.init_workers()
     dtype = loading.pick_dtype(args.dtype, workers.device)
-    sampling = Sampling(args.seed, args.max_new_tokens)
-    settings = settings_of(args, base, local.dtype_name(dtype), client)
+    sampling = Sampling(args.seed, args.max_new_tokens or bench.max_new_tokens)
+    settings = settings_of(args, base, local.dtype_name(dtype), sampling, client)
     store = Store(runs, bench, settings, args.batch_size or args.concurrency, workers.rank)
     items = work.all_items(runs, bench, args.num_choices)
     if workers.is_main:
+        print_asked(bench, sampling)
         twins.adopt(store)
     numbers = twins.first_of_each(store, items, store.unanswered(items))
     missing = [items[number] for number in work.from_main(numbers)]
@@ -402,6 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         EXPORTS[args.export](store, table)
     summary.print_summary(store, table)
     summary.print_notes(store, table)
+    summary.print_cut(store, table, sampling)
     summary.print_unlike(store, table)
     summary.print_failures(store)
     print_next(args, bench)

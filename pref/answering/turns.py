@@ -34,6 +34,8 @@ TURN_FIELDS = (
 LISTS = TURN_FIELDS[1:]
 # How a turn was computed: answers decoded together, and where.
 ORIGIN = ("batch_size", "device")
+# What a benchmark says of a question and its answers keep, where it does.
+ABOUT_QUESTION = ("uid", "dataset", "subcategory", "cluster")
 
 
 class Failure(NamedTuple):
@@ -271,6 +273,7 @@ class Store:
             "choices": choices,
             "tstamp": max(stamps),
             "category": question.get("category"),
+            **{key: question[key] for key in ABOUT_QUESTION if question.get(key) is not None},
             "temperature": question["temperature"],
             "adapter_sha256": run.sha256,
             "question_sha256": mt_bench.question_sha256(question["turns"], question["temperature"]),

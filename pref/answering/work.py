@@ -62,6 +62,9 @@ class Bench(NamedTuple):
 
     name: str
     questions: list[dict]
+    max_new_tokens: int = 1024  # of an answer, where the user gives no other; MT-Bench's
+    folder: Path | None = None  # of a benchmark's data; None: a file of one's own
+    free: bool = False  # a published benchmark that does not fix how its questions are answered
 
 
 class Sampling(NamedTuple):

@@ -2,7 +2,7 @@
 
 Every file that a stage leaves for the next one goes through here:
 
-- writing: `write_text`, `write_json`, `write_jsonl` replace a file in one step
+- writing: `write_text`, `write_bytes`, `write_json`, `write_jsonl` replace a file in one step
 - reading: `read_jsonl`, `read_json` name the file and line of what they cannot read
 - hashes: `sha256_file`, `sha256_json`
 - locks: `locked` keeps two processes off the same work, `lock_holder` names the process at work
@@ -38,18 +38,25 @@ os.umask(UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to a temporary file, flush it to disk and rename it to `path`.
+    """Write `text` in one step (see `write_bytes`). Line ends stay as given.
 
-    A reader, or a crash, finds the old file or the new one, never a part. Line ends stay as given.
     A lone surrogate, which UTF-8 has no bytes for, is written as \\ud800: in JSON that is its
     escape, so that it is read as it was.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to a temporary file, flush it to disk and rename it to `path`.
+
+    A reader, or a crash, finds the old file or the new one, never a part.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

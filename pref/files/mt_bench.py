@@ -21,6 +21,10 @@ OFFICIAL_SHA256 = {
     ),
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
 }
+# FastChat's later reference answers to the same 30 questions, by gpt-4-0125-preview, which correct
+# wrong ones among GPT-4's: --refs corrected.
+IMPROVED_REFERENCES = "reference_answer/gpt-4-0125-preview.jsonl"
+IMPROVED_SHA256 = "e484037da5cc14007dde1d821ef76046fccbd0b2f095237fad9ead2c4fc66800"
 CATEGORIES = (
     "writing",
     "roleplay",
@@ -48,14 +52,15 @@ def read_questions(path: Path, mt_bench: bool = True) -> list[dict]:
 
     Each has `question_id` (int), `category` (one of CATEGORIES) and `turns` (two strings). With
     mt_bench False any category, or none, and any number of turns will do, and AlpacaEval's
-    `instruction` in place of `turns`. Raises UserError with file and line.
+    `instruction` in place of `turns`; other keys of a row (`uid`, `dataset` ...) are kept. Raises
+    UserError with file and line.
     """
     if mt_bench and not path.is_file():
         raise UserError(
             f"{path}: no such file; run python prep_data.py --mt_bench, "
             "or give the folder that holds it with --mt_bench"
         )
-    questions, ids = [], set()
+    questions, ids, uids = [], set(), set()
     for place, row in question_rows(path):
         if not mt_bench:
             row = as_turns(row, number=len(questions) + 1)
@@ -63,6 +68,8 @@ def read_questions(path: Path, mt_bench: bool = True) -> list[dict]:
         if row["question_id"] in ids:
             raise UserError(f"{place}: question_id {row['question_id']} appears twice")
         ids.add(row["question_id"])
+        if "uid" in row:
+            check_uid(row["uid"], uids, place)
         questions.append(row)
     if not questions:
         remedy = "; run python prep_data.py --mt_bench" if mt_bench else ""
@@ -131,6 +138,15 @@ def check_question(row: dict, place: str, mt_bench: bool) -> None:
             ) from None
 
 
+def check_uid(uid, known: set[str], place: str) -> None:
+    """Add a question's published id to `known`. Raises UserError if it is no text, or known."""
+    if not isinstance(uid, str) or not uid:
+        raise UserError(f"{place}: 'uid' must be non-empty text, not {uid!r}")
+    if uid in known:
+        raise UserError(f"{place}: uid {uid} appears twice")
+    known.add(uid)
+
+
 def pick_questions(questions: list[dict], count: int | None) -> list[dict]:
     """`count` questions at equal distances in the file, hence from all categories; None: all."""
     if count is None or count >= len(questions):
@@ -154,11 +170,12 @@ def question_sha256(turns: list[str], temperature: float) -> str:
     return disk.sha256_json([turns, temperature])
 
 
-def read_answers(path: Path, turns: int = 2) -> dict[AnswerKey, dict]:
+def read_answers(path: Path, turns: int | None = 2) -> dict[AnswerKey, dict]:
     """Answers by question and choice: the row of the file with `choice` (int) and the choice's
-    `turns` (a list of as many strings) added.
+    `turns` (strings) added.
 
-    Raises UserError with file and line for a row of another form or an answer that appears twice.
+    turns: how many each answer has; None for one or more. Raises UserError with file and line for a
+    row of another form or an answer that appears twice.
     """
     answers: dict[AnswerKey, dict] = {}
     for number, row in disk.read_jsonl(path):
@@ -168,8 +185,8 @@ def read_answers(path: Path, turns: int = 2) -> dict[AnswerKey, dict]:
                 key = AnswerKey(whole(row["question_id"]), choice=whole(choice["index"]))
                 texts = choice["turns"]
                 is_text = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-                if not is_text or len(texts) != turns:
-                    count = {1: "one turn", 2: "two turns"}.get(turns, f"{turns} turns")
+                if not is_text or not texts or len(texts) != (turns or len(texts)):
+                    count = {1: "one turn", 2: "two turns"}.get(turns, "turns")
                     raise UserError(f"{place}: a choice needs {count} of text")
                 for name in ("adapter_sha256", "question_sha256"):
                     if not isinstance(row.get(name), str | None):

@@ -1,0 +1,176 @@
+"""A benchmark's data folder as the stages read it: data/<bench>/, whose manifest.json names it.
+
+    manifest.json        bench, label, licence, questions, generation, files
+    <questions>          the questions, in a form that mt_bench.read_questions takes
+    baseline/*.jsonl     answers of other models, as in results/<run>/<bench>/answers.jsonl
+
+prep_data.py writes these folders. One written by hand works as well: a manifest with `bench` and
+`questions` is enough for gen_mtbench.py to answer its questions.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pref.files import disk, mt_bench, run_folders
+from pref.files.console import UserError
+from pref.files.mt_bench import AnswerKey
+
+DATA = Path("data")  # prep_data.py puts each folder there, under the benchmark's name
+MT_BENCH = "mt_bench"
+# The options of prep_data.py that make a folder.
+PREPARED_BY = {
+    MT_BENCH: "--mt_bench",
+    "alpaca_eval": "--alpaca_eval",
+    "arena_hard_v0.1": "--arena_hard v0.1",
+    "arena_hard_v2.0": "--arena_hard v2.0",
+    "mt_bench_human": "--mt_bench_human",
+    "llmbar": "--llmbar",
+}
+HAVE_ANSWERS = ("mt_bench_human", "llmbar")  # for judge.py --validate; no run answers them
+SPELLINGS = {"arena_hard_v2": "arena_hard_v2.0", "alpaca_eval_2": "alpaca_eval"}
+
+
+class BenchFolder(NamedTuple):
+    """A benchmark's data folder."""
+
+    name: str
+    folder: Path
+    manifest: dict  # {} of an MT-Bench folder without one
+
+    @property
+    def questions_file(self) -> Path:
+        return self.folder / self.manifest.get("questions", "question.jsonl")
+
+    @property
+    def generation(self) -> dict:
+        """How its questions are answered unless the user says otherwise: `temperature` and
+        `max_new_tokens`, either of which may be missing.
+        """
+        return self.manifest.get("generation") or {}
+
+
+# ---- finding a folder ----------------------------------------------------------------------------
+
+
+def name_of(text: str) -> str:
+    """The name of a benchmark as it may be spelled: ARENA-HARD-v2.0 -> arena_hard_v2.0. Raises
+    UserError for what cannot name a folder.
+    """
+    name = text.strip().lower().replace("-", "_")
+    return run_folders.check_run_id(SPELLINGS.get(name, name))
+
+
+def open_folder(name: str, folder: Path | None = None) -> BenchFolder:
+    """The data folder of the benchmark `name`. folder: instead of data/<name>.
+
+    Raises UserError if there is none, if it is not complete, or if it is another benchmark's.
+    """
+    name = name_of(name)
+    folder = folder or DATA / name
+    path = folder / "manifest.json"
+    options = PREPARED_BY.get(name)
+    how = f"run python prep_data.py {options}" if options else "give --bench_data DIR"
+    if not folder.is_dir():
+        known = "" if options else f" (known to prep_data.py: {', '.join(PREPARED_BY)})"
+        raise UserError(f"{folder}: no such folder, so no data of benchmark {name}{known}; {how}")
+    if not path.is_file():
+        if name == MT_BENCH:
+            return BenchFolder(name, folder, {})
+        raise UserError(f"{path}: no such file: the folder is not complete; {how}")
+    manifest = disk.read_json(path)
+    found = manifest.get("bench", MT_BENCH if "prompts" in manifest else None)
+    if found != name:
+        raise UserError(f"{folder}: holds the data of benchmark {found}, not of {name}; {how}")
+    return BenchFolder(name, folder, check_manifest(manifest, path))
+
+
+def check_manifest(manifest: dict, path: Path) -> dict:
+    """`manifest`, if what the stages read of it can be used. Raises UserError."""
+    questions, how = manifest.get("questions"), manifest.get("generation")
+    if questions is not None and not (
+        isinstance(questions, str) and Path(questions).name == questions
+    ):
+        raise UserError(f"{path}: 'questions' must name a file in the folder, not {questions!r}")
+    if how is None:
+        return manifest
+    temperature, tokens = (
+        disk.as_object(how, path).get(key) for key in ("temperature", "max_new_tokens")
+    )
+    if temperature is not None and not (disk.is_number(temperature) and 0 <= temperature < 10):
+        raise UserError(f"{path}: 'temperature' must be from 0 to below 10, not {temperature!r}")
+    if tokens is not None and not (type(tokens) is int and tokens >= 1):
+        raise UserError(f"{path}: 'max_new_tokens' must be a whole number above 0, not {tokens!r}")
+    return manifest
+
+
+def folder_of_questions(path: Path) -> BenchFolder | None:
+    """The data folder whose questions `path` holds, if its manifest says so."""
+    manifest = path.parent / "manifest.json"
+    if not manifest.is_file():
+        return None
+    content = disk.read_json(manifest)
+    name = content.get("bench")
+    if not isinstance(name, str) or path.name != content.get("questions"):
+        return None
+    return BenchFolder(name_of(name), path.parent, check_manifest(content, manifest))
+
+
+# ---- reading one ---------------------------------------------------------------------------------
+
+
+def read_questions(bench: BenchFolder) -> list[dict]:
+    """The questions: question_id, category, turns, and what else a row has. Raises UserError."""
+    if bench.name == MT_BENCH:
+        return mt_bench.read_questions(bench.questions_file)
+    return mt_bench.read_questions(bench.questions_file, mt_bench=False)
+
+
+def label_of(bench: BenchFolder) -> str:
+    """The benchmark's name if all its files are the official ones, as the manifest says and their
+    hashes show now; else "own": such scores are not comparable with published ones.
+    """
+    official = bench.manifest.get("label") == bench.name and all(
+        entry.get("official") is not False
+        and (bench.folder / name).is_file()
+        and disk.sha256_file(bench.folder / name) == entry.get("sha256")
+        for name, entry in bench.manifest.get("files", {}).items()
+    )
+    return bench.name if official else "own"
+
+
+def baselines(bench: BenchFolder) -> dict[str, Path]:
+    """The models whose answers the folder brings, each with its file."""
+    found = {}
+    for path in sorted((bench.folder / "baseline").glob("*.jsonl")):
+        _, first = next(disk.read_jsonl(path), (0, {}))
+        found[str(first.get("model_id", path.stem))] = path
+    return found
+
+
+def read_baseline(bench: BenchFolder, model: str) -> dict[AnswerKey, dict]:
+    """The answers of `model` that the folder brings. Raises UserError if it has none."""
+    found = baselines(bench)
+    if model not in found:
+        have = ", ".join(found) or "none"
+        raise UserError(f"{bench.folder}: no answers of {model}; there are those of: {have}")
+    answers = mt_bench.read_answers(found[model], turns=None)
+    for row in answers.values():
+        if row.get("model_id", model) != model:
+            raise UserError(f"{found[model]}: has answers of {model} and of {row['model_id']}")
+    return answers
+
+
+def read_model_answers(folder: Path) -> dict[str, dict[AnswerKey, dict]]:
+    """Answers by model, from FastChat's files model_answer/<model>.jsonl in `folder`.
+
+    Raises UserError if there are none, or a file names another model than its rows.
+    """
+    answers = {}
+    for path in sorted((folder / "model_answer").glob("*.jsonl")):
+        answers[path.stem] = mt_bench.read_answers(path)
+        for row in answers[path.stem].values():
+            if row.get("model_id", path.stem) != path.stem:
+                raise UserError(f"{path}: has an answer of {row['model_id']}")
+    if not answers:
+        raise UserError(f"{folder / 'model_answer'}: no *.jsonl with answers; run prep_data.py")
+    return answers
