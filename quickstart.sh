@@ -16,7 +16,7 @@ started=$SECONDS
 # 1) A model folder, preference pairs and MT-Bench's questions, all from installed packages.
 python examples/embedded_model.py quickstart/SmolLM2-135M-Instruct
 python prep_data.py --dataset examples/preferences.jsonl --out quickstart/data/preferences
-python prep_data.py --mt_bench flexeval --out quickstart/data/mt_bench
+python prep_data.py --mt_bench nvidia --out quickstart/data/mt_bench
 
 # 2) Training, answers, judgements and analysis: the grid in grids/quick.
 bash sweep.sh quick --yes

@@ -74,7 +74,7 @@ def make_runs(folder: Path, calls: int) -> None:
     import prep_data
     from pref.files.mt_bench import read_questions
 
-    prep_data.main(["--mt_bench", "flexeval", "--out", str(folder / "mt")])
+    prep_data.main(["--mt_bench", "nvidia", "--out", str(folder / "mt")])
     questions = read_questions(folder / "mt" / "question.jsonl")
     for number in range(-(-calls // 160)):
         run = folder / "results" / f"run{number:02}"

@@ -62,7 +62,7 @@ def make_inputs(out: Path) -> None:
         "--out",
         pairs,
     )
-    call(ROOT / "prep_data.py", "--mt_bench", "flexeval", "--out", out / "mt_bench")
+    call(ROOT / "prep_data.py", "--mt_bench", "nvidia", "--out", out / "mt_bench")
     shape = ("--vocabulary", 600, "--layers", 2, "--hidden", 64, "--heads", 4, "--intermediate", 96)
     call(
         ROOT / "bench" / "random_llama.py", "--pairs", pairs / "train.jsonl", *shape, out / "model"

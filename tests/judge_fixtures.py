@@ -9,7 +9,7 @@ from judge_workplace import (
     QUESTIONS,
     REFERENCES,
     make_run,
-    own_prompts,
+    official_prompts,
     write_answers,
     write_lines,
 )
@@ -30,6 +30,6 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def pairs(workplace):
     """A second run, and prompts for pairs."""
-    write_lines(workplace / "mt/judge_prompts.jsonl", list(own_prompts().values()))
+    write_lines(workplace / "mt/judge_prompts.jsonl", list(official_prompts().values()))
     make_run(workplace, "dpo", OTHER)
     return workplace

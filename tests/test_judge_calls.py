@@ -429,7 +429,7 @@ def test_a_better_answer_wins_in_both_orders(pairs, server, capsys):
         text = body["messages"][-1]["content"]
         if body["messages"] == server_judge.PROBE:
             return completion("OK")
-        b = text[text.index("## B") :] if "## B" in text else text[text.rindex("B") :]
+        b = text[text.rindex("The Start of Assistant B") :]
         return completion("[[B]]" if "(other)" in b else "[[A]]")
 
     server.answer = answer
@@ -456,6 +456,12 @@ def test_corrected_references_are_other_judgements(workplace, server):
     )
     refs = Counter((row["refs"].split(":")[0], row["question_id"]) for row in rows_of(workplace))
     assert refs["corrected", 111] == refs["original", 111] == 2
+    # FastChat's improved references are in the data folder, and are another file.
+    with pytest.raises(UserError, match="--refs corrected: no .*gpt-4-0125-preview.jsonl; run"):
+        run_judge(workplace, server, "--refs", "corrected")
+    write_answers(workplace / "mt/reference_answer/gpt-4-0125-preview.jsonl", {111: ["5", "10"]})
+    assert run_judge(workplace, server, "--refs", "corrected") == 0
+    assert len(server.paid(server_judge.PROBE)) == 6 + 2 + 2
     write_answers(workplace / "wrong.jsonl", {999: ["5", "9"]})
     with pytest.raises(UserError, match="question 999 is not in the question file"):
         run_judge(workplace, server, "--refs", f"corrected:{workplace / 'wrong.jsonl'}")

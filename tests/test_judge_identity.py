@@ -17,7 +17,7 @@ from judge_workplace import (
     QUESTIONS,
     REFERENCES,
     make_run,
-    own_prompts,
+    official_prompts,
     prompt_name,
     rows_of,
     run_judge,
@@ -341,7 +341,7 @@ def test_a_higher_limit_asks_only_what_was_cut_off(workplace, server, old):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_judgements_of_fastchat_are_imported(pairs, server, monkeypatch, capsys):
     """FastChat's own code makes the files, for single grading and for pairs."""
-    fastchat, prompts = load_fastchat(monkeypatch), own_prompts()
+    fastchat, prompts = load_fastchat(monkeypatch), official_prompts()
     fastchat.chat_completion_openai = lambda model, conv, **_: next(texts)
     runs = {"base": ANSWERS, "dpo": OTHER}
     single, pair = pairs / "single.jsonl", pairs / "pair.jsonl"

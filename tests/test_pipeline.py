@@ -49,7 +49,7 @@ def study(tiny_model, tmp_path_factory):
     )
     examples = ROOT / "examples" / "preferences.jsonl"
     assert call(prep_data, "--dataset", examples, "--limit", 24, "--out", pairs) == 0
-    assert call(prep_data, "--mt_bench", "flexeval", "--out", bench) == 0
+    assert call(prep_data, "--mt_bench", "nvidia", "--out", bench) == 0
     for loss in ("dpo", "td_dpo"):
         folders = ("--model", tiny_model, "--data", pairs, "--results_dir", results)
         assert call(train_pref, *folders, "--loss", loss, *SMALL_RUN.split()) == 0
@@ -70,7 +70,7 @@ def test_every_run_is_judged_and_stands_in_the_table(study):
         assert len(rows) == 16
         assert {row["status"] for row in rows} <= {"ok", "context"} and {
             row["prompts"] for row in rows
-        } == {"own"}
+        } == {"mt_bench"}
         assert all(1 <= float(row["score"]) <= 10 for row in rows if row["status"] == "ok")
         assert json.loads((results / run / "metrics.json").read_text())
     comparison = results / "comparison"

@@ -369,7 +369,7 @@ def test_command_missing_file(tmp_path):
 
 
 def test_help_is_fast_because_it_imports_no_heavy_library():
-    heavy = "{'datasets', 'pyarrow', 'torch', 'transformers', 'pandas', 'flexeval'}"
+    heavy = "{'datasets', 'pyarrow', 'torch', 'transformers', 'pandas', 'mtbench_evaluator'}"
     program = (
         f"import sys, prep_data; prep_data.describe(); print(sorted({heavy} & set(sys.modules)))"
     )

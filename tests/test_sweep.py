@@ -520,7 +520,7 @@ def ready(tmp_path, monkeypatch, tiny_model, pairs_folder, server):
         sys.executable,
         str(ROOT / "prep_data.py"),
         "--mt_bench",
-        "flexeval",
+        "nvidia",
         "--out",
         str(tmp_path / "mt_bench"),
     ]

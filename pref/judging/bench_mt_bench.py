@@ -66,8 +66,9 @@ ARGUMENTS = {
     },
     "refs": {
         "default": "original",
-        "metavar": "original|corrected:FILE",
-        "help": "reference answers: GPT-4's as published, or with those in FILE replacing them",
+        "metavar": "original|corrected[:FILE]",
+        "help": "reference answers: GPT-4's as published; FastChat's improved ones, by "
+        "gpt-4-0125-preview; or with those in FILE replacing the published ones (default original)",
     },
     "verdict": {
         "choices": (FIRST, LAST),
@@ -90,8 +91,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError for arguments of which one is missing or has no meaning."""
     if (args.grading == PAIR) != (args.baseline is not None):
         raise UserError("--grading pair needs --baseline RUN, and --baseline needs --grading pair")
-    if args.refs != "original" and not re.fullmatch(r"corrected:.+", args.refs):
-        raise UserError(f"--refs {args.refs}: must be original or corrected:FILE")
+    if args.refs != "original" and not re.fullmatch(r"corrected(:.+)?", args.refs):
+        raise UserError(f"--refs {args.refs}: must be original, corrected or corrected:FILE")
     if args.import_results and args.import_fastchat:
         raise UserError("--import_results and --import_fastchat: give one of them")
 
@@ -102,8 +103,9 @@ def check(args: argparse.Namespace) -> None:
 def read(folder: Path, args: argparse.Namespace) -> Bench:
     """Questions, references and the judge prompts of --grading.
 
-    --refs corrected:FILE replaces the reference answers that FILE contains. Raises UserError, with
-    file, line and remedy, for anything that would spoil a judgement.
+    --refs corrected takes the improved references in `folder`, corrected:FILE replaces those that
+    FILE contains. Raises UserError, with file, line and remedy, for anything that would spoil a
+    judgement.
     """
     if not folder.is_dir():
         raise UserError(f"--mt_bench {folder}: no such folder; run python prep_data.py --mt_bench")
@@ -111,7 +113,7 @@ def read(folder: Path, args: argparse.Namespace) -> Bench:
     references = read_references(folder / "reference_answer/gpt-4.jsonl", questions)
     refs = args.refs
     if refs != "original":
-        path = Path(refs.removeprefix("corrected:"))
+        path = corrections_file(folder, refs)
         references |= read_corrections(path, questions)
         refs = f"corrected:{disk.sha256_file(path)[:12]}"
     return Bench(
@@ -144,6 +146,18 @@ def read_references(path: Path, questions: list[dict]) -> dict[int, list[str]]:
     return references
 
 
+def corrections_file(folder: Path, refs: str) -> Path:
+    """The file of "corrected" or "corrected:FILE". Raises UserError if `folder` has none."""
+    _, _, given = refs.partition(":")
+    path = Path(given) if given else folder / mt_bench.IMPROVED_REFERENCES
+    if not given and not path.is_file():
+        raise UserError(
+            f"--refs corrected: no {path}; run python prep_data.py --mt_bench --out {folder}, or "
+            "give your own with --refs corrected:FILE"
+        )
+    return path
+
+
 def read_corrections(path: Path, questions: list[dict]) -> dict[int, list[str]]:
     """Reference turns by question_id from the file of --refs corrected:FILE.
 
@@ -155,7 +169,7 @@ def read_corrections(path: Path, questions: list[dict]) -> dict[int, list[str]]:
     for question_id, _ in answers:
         if question_id not in known:
             raise UserError(
-                f"--refs corrected:{path}: question {question_id} is not in the question file"
+                f"--refs corrected: {path}: question {question_id} is not in the question file"
             )
     return first_choices(answers)
 
