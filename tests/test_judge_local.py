@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from judge_workplace import (
@@ -19,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import judge
 from pref.files.console import UserError
-from pref.judging import local_judge
+from pref.judging import bench_mt_bench, local_judge
+from pref.judging.benchmark import Choices
+from pref.judging.reading import Verdict
 from pref.model import weights
 
 pytest_plugins = ("judge_fixtures",)
@@ -90,16 +91,14 @@ def loaded(tiny):
     return local_judge.load_judge(str(tiny), "float32")
 
 
-PREFIX = {"prefix": "Rating: [["}
+RATED = Choices("Rating: [[", tuple(map(str, range(1, 11))), "]]", bench_mt_bench.mean_rating)
 
 
 def test_the_local_score_equals_the_naive_one(loaded):
     model, tokenizer = loaded
     for question in QUESTIONS:
         messages = our_messages(question, 2)
-        reply = local_judge.ask_local(
-            model, tokenizer, {"messages": messages, "parameters": PREFIX}
-        )
+        reply = local_judge.ask_local(model, tokenizer, RATED, {"messages": messages})
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         probabilities = naive_probabilities(model, tokenizer, text + "Rating: [[")
         mass = sum(probabilities)
@@ -112,16 +111,36 @@ def test_the_local_score_equals_the_naive_one(loaded):
         assert list(given.values()) == pytest.approx(probabilities, rel=1e-4)
 
 
+def test_first_tokens_as_a_benchmark_may_ask_for_them(loaded):
+    """Of choices that need no end the probabilities are those of the next token."""
+    import torch
+
+    model, tokenizer = loaded
+    choices = Choices("", ("m", "M"), "", lambda w: Verdict("ok", preference=2 - w[0]))
+    messages = our_messages(QUESTIONS[0], 1)
+    reply = local_judge.ask_local(model, tokenizer, choices, {"messages": messages})
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        probs = model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+    m, other = (probs[tokenizer.convert_tokens_to_ids(letter)].item() for letter in "mM")
+    assert json.loads(reply["judgement"]) == pytest.approx({"m": m, "M": other}, rel=1e-4)
+    assert reply["preference"] == pytest.approx(2 - m / (m + other), rel=1e-5)
+    assert reply["rating_mass"] == pytest.approx(m + other, rel=1e-4) and reply["score"] is None
+
+
 def test_verdicts_have_different_lengths(loaded):
     _, tokenizer = loaded
-    ids, verdicts = local_judge.encode_verdicts(tokenizer, "Rating: [[", map(str, range(1, 11)))
+    ids, verdicts = local_judge.encode_verdicts(tokenizer, "Rating: [[", RATED)
     assert len(set(map(len, verdicts))) > 1, "or padding is not tested"
     assert tokenizer.decode(ids + verdicts[9]) == "Rating: [[10"
 
 
 def test_a_verdict_that_merges_with_the_prompt_is_split_before_the_merged_token(loaded):
     _, tokenizer = loaded
-    ids, verdicts = local_judge.encode_verdicts(tokenizer, "of the [", ["[5", "[7"])
+    ids, verdicts = local_judge.encode_verdicts(
+        tokenizer, "of the [", RATED._replace(texts=("[5", "[7"))
+    )
     assert tokenizer.decode(ids) == "of the", "before the token that became ' [['"
     assert [tokenizer.decode(verdict) for verdict in verdicts] == [" [[5", " [[7"]
 
@@ -146,12 +165,12 @@ def test_a_template_that_opens_a_thought_has_it_closed(loaded):
     """The rating after the closed thought, not within it."""
     model, tokenizer = loaded
     messages = our_messages(QUESTIONS[0], 1)
-    request = {"messages": messages, "parameters": PREFIX}
+    request = {"messages": messages}
     plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     template = tokenizer.chat_template
     try:
         tokenizer.chat_template = template.replace("<|assistant|>\n", "<|assistant|>\n<think>\n")
-        reply = local_judge.ask_local(model, tokenizer, request)
+        reply = local_judge.ask_local(model, tokenizer, RATED, request)
     finally:
         tokenizer.chat_template = template
     closed = plain + "<think>\n\n</think>\n\nRating: [["
@@ -167,27 +186,25 @@ def test_a_template_that_leaves_system_messages_out_gets_them_in_the_user_s_mess
     replies = []
     try:
         for messages in ([system, user], merged):
-            request = {"messages": messages, "parameters": PREFIX}
+            request = {"messages": messages}
             tokenizer.chat_template = template.replace(
                 "in messages %}", "in messages if m['role'] != 'system' %}"
             )
-            replies.append(local_judge.ask_local(model, tokenizer, request))
+            replies.append(local_judge.ask_local(model, tokenizer, RATED, request))
     finally:
         tokenizer.chat_template = template
     assert replies[0] == replies[1] and replies[0]["status"] == "ok"
 
 
 def test_the_answer_begins_as_in_the_prompts_own_example():
-    def bench(*templates):
-        prompts = {str(i): {"prompt_template": text} for i, text in enumerate(templates)}
-        return SimpleNamespace(prompts=prompts)
+    def prompts(*templates):
+        return {str(i): {"prompt_template": text} for i, text in enumerate(templates)}
 
-    assert local_judge.answer_prefix(bench('e.g. "Mark: [[5]]"', "Mark: [[5]]"), "single") == (
-        "Mark: [["
-    )
-    assert local_judge.answer_prefix(bench("{answer}", "none"), "single") == "Rating: [["
-    assert local_judge.answer_prefix(bench("Mark: [[5]]", "Note: [[3]]"), "single") == "Rating: [["
-    assert local_judge.answer_prefix(bench("Mark: [[5]]"), "pair") == "[["
+    begin = bench_mt_bench.answer_prefix
+    assert begin(prompts('e.g. "Mark: [[5]]"', "Mark: [[5]]"), "single") == "Mark: [["
+    assert begin(prompts("{answer}", "none"), "single") == "Rating: [["
+    assert begin(prompts("Mark: [[5]]", "Note: [[3]]"), "single") == "Rating: [["
+    assert begin(prompts("Mark: [[5]]"), "pair") == "[["
 
 
 def test_a_judge_that_would_answer_something_else_has_no_score(workplace, tiny, capsys):

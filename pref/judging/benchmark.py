@@ -32,8 +32,8 @@ class Choices(NamedTuple):
 
     prefix: str  # the beginning of its answer
     texts: tuple[str, ...]  # what may follow
-    closing: str  # a token that begins with this ends each of them; "": they need no end
-    read: Callable[[list[float]], Verdict]  # from the probabilities, which sum to 1
+    closing: str  # what ends each of them, such as "]]"; "": anything may follow
+    read: Callable[[list[float]], Verdict]  # from the texts' probabilities, which sum to 1
 
 
 class Benchmark(NamedTuple):

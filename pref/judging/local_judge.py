@@ -1,8 +1,9 @@
 """A judge on this machine, which scores without generating text.
 
-The judge's answer is begun for it, up to the double bracket ("Rating: [["), and `ask_local`
-computes the probability of each possible continuation: "1]" ... "10]", or "A]", "B]", "C]". From
-these come the score or the winner. There is nothing to parse, and the judge explains nothing first.
+The judge's answer is begun for it, of MT-Bench up to the double bracket ("Rating: [["), and
+`ask_local` computes the probability of each possible continuation: "1]" ... "10]", or "A]", "B]",
+"C]". What they are, and which verdict they make, is the benchmark's matter (`benchmark.Choices`).
+There is nothing to parse, and the judge explains nothing first.
 
 The probability of all continuations together is the judgement's *mass*. A model that understands
 what is asked puts nearly all of its probability there. A small mass means that it would have
@@ -16,31 +17,38 @@ import argparse
 import functools
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 
 from pref.files.console import UserError
-from pref.judging import bench_mt_bench, judges, reading
-from pref.judging.benchmark import PAIR, Bench
+from pref.judging import judges, reading
+from pref.judging.benchmark import Bench, Choices
 from pref.judging.judges import Judge
 
-PREFIX = "Rating: [["  # as MT-Bench's prompts have it; of a pair "[["
 GIVE_UP_AFTER = 8  # judgements below --min_rating_mass, if no other came before
 
 
 def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
-    """Load a transformers model as a judge. It scores one request at a time."""
+    """Load a transformers model as a judge. It scores one request at a time.
+
+    Raises UserError if the benchmark needs a judge that writes text, or the model cannot be used.
+    """
+    if bench.benchmark.choices is None:
+        raise UserError(
+            f"--judge {args.judge}: {bench.title} needs a judge that writes; serve the model "
+            "behind an OpenAI-compatible server and give --base_url"
+        )
+    choices = bench.benchmark.choices(bench)
     # Imported here because they load torch, which a judge behind a server does not need.
     from pref.model import template, weights
 
     model, tokenizer = load_judge(judges.path_of(args.judge), args.dtype)
-    ask = functools.partial(ask_local, model, tokenizer)
+    ask = functools.partial(ask_local, model, tokenizer, choices)
     return Judge(
         name=args.judge,
         params_b=sum(parameter.numel() for parameter in model.parameters()) / 1e9,
         parameters={
             "method": "rating_after_prefix",  # of version 1.0.0: expected_rating, without a prefix
-            "prefix": answer_prefix(bench, bench.grading),
+            "prefix": choices.prefix,
             "dtype": str(model.dtype).removeprefix("torch."),
             "weights": weights.identity(weights.find_model(judges.path_of(args.judge))),
             "template": template.identity(tokenizer),
@@ -49,18 +57,6 @@ def open_local_judge(args: argparse.Namespace, bench: Bench) -> Judge:
         concurrency=1,
         kind=judges.LOCAL,
     )
-
-
-def answer_prefix(bench: Bench, grading: str) -> str:
-    """How an answer to the judge prompts begins: as in their own example of a rating.
-
-    'for example: "Mark: [[5]]"' -> "Mark: [["
-    """
-    if grading == PAIR:
-        return "[["
-    texts = [prompt["prompt_template"] for prompt in bench.prompts.values()]
-    examples = {match[1] for text in texts for match in re.finditer(r"(\w+: ?\[\[)\d+\]\]", text)}
-    return examples.pop() if len(examples) == 1 else PREFIX
 
 
 def refuse_without_mass(ask: Callable, name: str, least: float) -> Callable[[dict], dict]:
@@ -111,24 +107,22 @@ def answer_start(prompt: str) -> str:
     return "" if closing is None else f"\n{closing}\n\n"
 
 
-def encode_verdicts(
-    tokenizer, prompt: str, verdicts: Iterable[str]
-) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt, and of each verdict ("1" ... "10") as its continuation.
+def encode_verdicts(tokenizer, prompt: str, choices: Choices) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt, and of each of the texts ("1" ... "10") as its continuation.
 
     Prompt, verdict and brackets are tokenised as one text, as a transcript would be: on its own, a
     SentencePiece tokenizer would put a space before the verdict. The closing brackets are left out
-    again, see `closing_ids`. Where a verdict merges with the end of the prompt, the split is before
+    again, see `ids_from`. Where a verdict merges with the end of the prompt, the split is before
     the merged token, for all verdicts alike:
 
         prompt "... [["   -> p q r
         "... [[7]]"       -> p q r s t    continuation: s, as t is a closing bracket
     """
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    closing, whole = closing_ids(tokenizer), []
-    for verdict in verdicts:
-        ids = tokenizer(f"{prompt}{verdict}]]", add_special_tokens=False)["input_ids"]
-        while ids[-1] in closing:
+    closing, whole = ids_from(tokenizer, choices.closing), []
+    for text in choices.texts:
+        ids = tokenizer(f"{prompt}{text}{choices.closing}", add_special_tokens=False)["input_ids"]
+        while choices.closing and ids[-1] in closing:
             ids = ids[:-1]
         whole.append(ids)
     split = min(shared_prefix(prompt_ids, ids) for ids in whole)
@@ -141,12 +135,14 @@ def shared_prefix(first: list[int], second: list[int]) -> int:
     return next((i for i in range(length) if first[i] != second[i]), length)
 
 
-def closing_ids(tokenizer) -> frozenset[int]:
-    """Ids of all tokens that begin with a closing bracket: "]", "]]", "]]." and so on.
+def ids_from(tokenizer, closing: str) -> frozenset[int]:
+    """Ids of all tokens that begin as `closing`, "]]", does: "]", "]]", "]]." and so on.
 
-    A verdict is complete with any of them: which one follows is punctuation.
+    A verdict is complete with any of them: which one follows is punctuation. All tokens if
+    `closing` is "": then anything may follow.
     """
-    return frozenset(i for token, i in tokenizer.get_vocab().items() if token.startswith("]"))
+    first = closing[:1]
+    return frozenset(i for token, i in tokenizer.get_vocab().items() if token.startswith(first))
 
 
 def verdict_logps(model, prompt: list[int], continuations: list[list[int]], closing: Iterable[int]):
@@ -181,25 +177,20 @@ def verdict_logps(model, prompt: list[int], continuations: list[list[int]], clos
         return first[padded[:, 0]] + torch.where(real[:, 1:], tokens, 0.0).sum(1) + closed
 
 
-def ask_local(model, tokenizer, request: dict) -> dict:
+def ask_local(model, tokenizer, choices: Choices, request: dict) -> dict:
     """Make one judgement and return the reply (see `judges.Judge`), without generating text.
 
-    Single grading: the mean of the ratings r = 1 ... 10, weighted by the probabilities of the whole
-    ratings, score = sum_r r p_r / sum_r p_r with p_r = P("r]" | prompt, prefix). Whole ratings,
-    because tokenizers split "10" differently; G-Eval (arXiv:2303.16634) weights single tokens. Pair
-    grading: the most probable of A, B and C. `rating_mass` is sum_r p_r, `judgement` the JSON of
-    the probabilities.
+    The verdict is made of the probabilities p of the whole texts in `choices`, not of their first
+    tokens, because tokenizers split "10" differently; G-Eval (arXiv:2303.16634) weights single
+    tokens. `rating_mass` is the sum of p, `judgement` the JSON of p by text.
     """
     import torch
 
     from pref.model import chat
 
-    is_pair = request.get("grading") == PAIR
-    marks = bench_mt_bench.VERDICTS
-    verdicts = [mark.strip("[]") for mark in marks] if is_pair else bench_mt_bench.RATINGS
     prompt_text = chat.render(tokenizer, request["messages"], generation_prompt=True)
-    prompt_text += answer_start(prompt_text) + request["parameters"]["prefix"]
-    prompt, continuations = encode_verdicts(tokenizer, prompt_text, map(str, verdicts))
+    prompt_text += answer_start(prompt_text) + choices.prefix
+    prompt, continuations = encode_verdicts(tokenizer, prompt_text, choices)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     counts = {"prompt_tokens": len(prompt), "completion_tokens": 0}
 
@@ -208,27 +199,23 @@ def ask_local(model, tokenizer, request: dict) -> dict:
         text = f"prompt of {len(prompt)} tokens, context of {limit}"
         return {"status": "context", "judgement": text, **counts}
     try:
-        logps = verdict_logps(model, prompt, continuations, closing_ids(tokenizer))
+        logps = verdict_logps(model, prompt, continuations, ids_from(tokenizer, choices.closing))
         logps = logps.double()  # (R,)
     except torch.OutOfMemoryError:
         text = f"a prompt of {len(prompt)} tokens needs more GPU memory"
         return {"status": "memory", "judgement": text, **counts}
 
-    # 2) Probabilities relative to the R verdicts. They are finite exactly if their sum is.
+    # 2) Probabilities relative to the R texts. They are finite exactly if their sum is.
     weights = logps.softmax(dim=0).tolist()
     if not math.isfinite(sum(weights)):
         text = "the model's log-probabilities are not finite"
         return {"status": "nonfinite", "judgement": text, **counts}
 
-    # 3) The winner, or the score.
+    # 3) The verdict that they make.
     probabilities = logps.exp().tolist()
-    reply = {
-        "status": "ok",
-        "judgement": json.dumps(dict(zip(verdicts, probabilities))),
+    return {
+        **choices.read(weights)._asdict(),
+        "judgement": json.dumps(dict(zip(choices.texts, probabilities))),
         "rating_mass": min(sum(probabilities), 1.0),
         **counts,
     }
-    if is_pair:
-        return reply | {"winner": list(marks.values())[int(logps.argmax())]}
-    score = sum(rating * weight for rating, weight in zip(verdicts, weights))
-    return reply | {"score": min(max(score, 1.0), 10.0)}  # rounding may overshoot the scale
