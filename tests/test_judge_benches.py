@@ -1,6 +1,7 @@
 """Benchmarks other than MT-Bench, through the code that is the same for all of them."""
 
 import json
+import math
 
 import duel
 import pytest
@@ -10,7 +11,7 @@ from judge_workplace import KEY, write_lines
 import judge
 from pref.files.console import UserError
 from pref.files.judgements import read_judgements
-from pref.judging import benchmarks, server_judge, store
+from pref.judging import benchmarks, judges, server_judge, store
 
 ASKED = {1: "Say hello.", 2: "What is 2 + 2?", 3: "Name a colour."}
 BASELINE = {1: "Hello!", 2: "4", 3: "Red."}
@@ -110,3 +111,63 @@ def test_arguments_of_another_benchmark_are_refused_by_name(arena, server):
         judge.parse_args(["results", "--judge", "x", "--softly"])
     with pytest.raises(UserError, match="--bench_data and --mt_bench"):
         judge.parse_args(["r", "--judge", "x", "--mt_bench", "a", "--bench_data", "b"])
+
+
+# ---- judges that score ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored_by_length(monkeypatch):
+    """--judge rm:length scores an answer by its characters; what it was given is in the list."""
+    seen = []
+
+    def score(messages):
+        seen.append(messages)
+        answer = messages[-1]["content"]
+        if answer == "Four":
+            raise judges.NoScore("context", "too long")
+        return math.nan if answer == "Hey" else len(answer)
+
+    def open_judge(args, db, bench):
+        return judges.score_judge(args.judge, 0.6, {"method": "length"}, score, seen.append)
+
+    monkeypatch.setattr(judge, "open_judge", open_judge)
+    return seen
+
+
+def score_duel(arena, *more):
+    where = ["--bench", "duel", "--bench_data", str(arena / "data")]
+    return judge.main([str(arena / "results"), *where, "--judge", "rm:length", *more])
+
+
+def test_a_score_judge_rates_every_answer_and_compares_it(arena, scored_by_length, capsys):
+    assert score_duel(arena) == 1
+    prepared, *asked = scored_by_length
+    assert len(prepared) == 5, "the two runs' third answer is the same"
+    assert asked[0] == [
+        {"role": "user", "content": "Say hello."},
+        {"role": "assistant", "content": "Hi."},
+    ]
+    assert len(asked) == len({json.dumps(messages) for messages in asked}), "each is scored once"
+    rows = rows_of(arena)
+    assert [(r["score"], r["grading"], r["baseline"], r["order"]) for r in rows] == [
+        (3, "reward", "gpt", None), (1, "reward", "gpt", None), (9, "reward", "gpt", None),
+    ]  # fmt: skip
+    expected = [1 + 1 / (1 + math.exp(-d)) for d in (3 - 6, 0, 9 - 4)]
+    assert [r["preference"] for r in rows] == pytest.approx(expected, abs=1e-12)
+    assert [r["status"] for r in rows_of(arena, "simpo")] == ["nonfinite", "context", "ok"]
+    out = capsys.readouterr().out
+    assert "Duel, scores, compared with gpt, by rm:length" in out and "smoke test" not in out
+
+
+def test_a_run_as_baseline_is_scored_alone(arena, scored_by_length):
+    assert score_duel(arena, "--baseline", "dpo") == 1
+    assert [r["baseline"] for r in rows_of(arena)] == [None] * 3
+    assert [r["preference"] for r in rows_of(arena)] == [None] * 3
+    assert rows_of(arena, "simpo")[2]["preference"] == 1.5
+
+
+def test_a_score_judge_takes_no_arguments_of_asking(arena, scored_by_length):
+    for more in (["--repeats", "2"], ["--softly"], ["--max_tokens", "3"], ["--requests", "x"]):
+        with pytest.raises(UserError, match=more[0]):
+            score_duel(arena, *more)

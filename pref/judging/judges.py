@@ -37,6 +37,8 @@ class Judge:
     server: str = ""  # address or name, see identity.py; "" for a judge on this machine
     prices: tuple[float, float] | None = None  # dollars per million prompt, completion tokens
     kind: str = SERVER
+    # Called once with all pending requests, before the first is asked: for work in batches.
+    prepare: Callable[[list[dict]], None] | None = None
 
     @property
     def is_here(self) -> bool:
@@ -74,12 +76,16 @@ class NoScore(Exception):
 
 
 def score_judge(
-    name: str, params_b: float | None, parameters: dict, score: Callable[[list[dict]], float]
+    name: str,
+    params_b: float | None,
+    parameters: dict,
+    score: Callable[[list[dict]], float],
+    prepare: Callable[[list[dict]], None] | None = None,
 ) -> Judge:
     """A judge that gives each conversation a number, the higher the better.
 
     score: of a conversation, whose last message is the answer; may raise NoScore. parameters:
-    everything that determines a score.
+    everything that determines a score. prepare: see `Judge`.
     """
     scores: dict[str, float] = {}  # a baseline is compared with many runs
 
@@ -90,7 +96,7 @@ def score_judge(
         return scores[key]
 
     ask = functools.partial(ask_for_scores, score_once)
-    return Judge(name, params_b, parameters, ask, concurrency=1, kind=SCORE)
+    return Judge(name, params_b, parameters, ask, concurrency=1, kind=SCORE, prepare=prepare)
 
 
 def ask_for_scores(score: Callable[[list[dict]], float], request: dict) -> dict:

@@ -104,6 +104,8 @@ def fetch_judgements(
         return None
     if not plan.pending:
         return None
+    if plan.judge.prepare is not None:
+        plan.judge.prepare(list(plan.pending.values()))
     tries = 1 + args.max_retries
     return calls.judge_pending(
         plan.judge,

@@ -6,7 +6,7 @@ Kept with each comparison, so that length control and style control need the jud
 import functools
 import re
 
-CODE_BLOCK = re.compile(r"```[^`]*```")
+CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)  # to the end if nothing closes it
 MARKS = {
     "headers": (r"^#{1,6}\s",),
     "lists": (r"^\s*\d+\.\s", r"^\s*[-*+]\s"),

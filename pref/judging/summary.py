@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pref.files import console, judgements, mt_bench
 from pref.judging.benchmark import PAIR, REWARD, SINGLE, Bench, preference_of, winner_of
 from pref.judging.identity import Identity
-from pref.judging.judges import Judge
+from pref.judging.judges import SCORE, Judge
 from pref.judging.reading import FALLBACK, FIRST, LAST, SEVERAL, Reading
 from pref.judging.run_answers import FAILED
 from pref.judging.store import Item, Result
@@ -107,8 +107,12 @@ def reading_note(who: Identity) -> str:
 
 
 def smoke_note(judge: Judge) -> str:
-    """A remark on a judge that is too small for its scores to mean anything, else ""."""
-    if judge.params_b is None or judge.params_b >= judgements.SMOKE_TEST_BELOW_B:
+    """A remark on a judge that is too small for its scores to mean anything, else "".
+
+    A reward model is trained to score, and need not be large.
+    """
+    small = judge.params_b is not None and judge.params_b < judgements.SMOKE_TEST_BELOW_B
+    if not small or judge.kind == SCORE:
         return ""
     return f" ({judge.params_b:.3g}B parameters: a smoke test of the pipeline, not a measurement)"
 
