@@ -479,7 +479,7 @@ def test_missing_judgements_are_counted(tmp_path):
     for key, outcome in (("r1", "ok"), ("r2", "parse")):
         store.save_reply(db, key, {"judge": "j"}, {"status": outcome}, 7.0)
     db.close()
-    assert status.verdicts_of(study) == {"run00": store.Verdicts(asked=3, without=2)}
+    assert status.verdicts_of(study, "mt_bench") == {"run00": store.Verdicts(asked=3, without=2)}
     assert not store.has_unreached(study.results)
     db = store.open_store(study.results / "judgements.sqlite")
     store.save_reply(db, "r3", {"judge": "j"}, {"status": "connection"}, 7.0)
@@ -504,7 +504,7 @@ def test_answers_that_judge_would_refuse_are_left_out(tmp_path):
             "".join(json.dumps(row) + "\n" for row in rows[: 1 + (number != 3)])
         )
     scheduler = Scheduler(study, Stop())
-    assert [path.name for path in scheduler.judgeable_runs()] == ["base", "run00"]
+    assert [path.name for path in scheduler.judgeable_runs("mt_bench")] == ["base", "run00"]
     assert "2 of 2 answers have an empty turn" in scheduler.reasons["run01"]
 
 
@@ -548,9 +548,9 @@ def test_preflight_says_what_it_will_take(ready, capsys, server):
     assert "4 runs, 4 to train" in out and "memory: 1 runs at a time on the CPU, 2.5 of" in out
     assert "disk: 9.0 GiB for adapters and checkpoints" in out
     assert "per run (assumed: 12,000,000 tokens per run at 4 x" in out
-    assert (
-        "j answers; about 800 calls; about 1.44 dollars (assumed: 800 + 250 tokens per call)" in out
-    )
+    # 850 tokens are about what MT-Bench's judge prompts with answers of 1,200 characters have.
+    assert "judge of MT-Bench: j answers; about 800 calls; about 1.48 dollars" in out
+    assert "(assumed: 847 + 250 tokens per call)" in out
     assert len(server.requests) == 1 and "secret-key" not in out
 
 

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import sqlite3
+from typing import NamedTuple
 
 from pref.judging import items, judges, store
 from pref.judging.benchmark import Bench
@@ -163,12 +164,20 @@ def dollars_text(
     return f"{usd:.2f} dollars at {price_in:g} and {price_out:g} per million ({source})"
 
 
-def estimate_ahead(args: argparse.Namespace, bench: Bench) -> str:
-    """What judging --runs runs will take, before there is an answer: as text.
+class Ahead(NamedTuple):
+    """What judging one run takes."""
+
+    calls: int
+    prompt_tokens: float
+    completion_tokens: float
+
+
+def ahead_of_run(bench: Bench, repeats: int) -> Ahead:
+    """What judging one run will take, before there is an answer.
 
     The judge prompts are those that will be sent, around answers of ANSWER_CHARS characters.
     """
-    # 1) One run, judged once. The two answers differ: nobody is asked about equal ones.
+    # The two answers differ: nobody is asked about equal ones.
     answer, other = ([letter * ANSWER_CHARS] * len(bench.turns) for letter in "xy")
     asked = [
         ask.messages
@@ -176,10 +185,14 @@ def estimate_ahead(args: argparse.Namespace, bench: Bench) -> str:
         for ask in items.asks_of(bench, question, turn, answer, other)
     ]
     chars = sum(len(message["content"]) for messages in asked for message in messages)
-    # 2) All of them.
-    times = args.runs * args.repeats * bench.samples
-    calls, prompt = times * len(asked), times * chars / CHARS_PER_TOKEN
-    completion = calls * completion_guess(bench)
+    times = repeats * bench.samples
+    calls = times * len(asked)
+    return Ahead(calls, times * chars / CHARS_PER_TOKEN, calls * completion_guess(bench))
+
+
+def estimate_ahead(args: argparse.Namespace, bench: Bench) -> str:
+    """What judging --runs runs will take, before there is an answer: as text."""
+    calls, prompt, completion = (args.runs * number for number in ahead_of_run(bench, args.repeats))
     text = (
         f"estimate for {args.runs} runs, each with one answer to {len(bench.questions)} questions "
         f"(the untrained model, base, counts as a run): {calls:,} calls, {prompt:,.0f} prompt and "

@@ -21,6 +21,9 @@ Axes       LOSSES BETAS TAUS BETA_MIXES SEEDS LRS LOGP: values separated by spac
            parameters of your own losses included; its environment variable is AXIS_lora_r.
 Settings   MODEL DATA MT_BENCH RESULTS JUDGE BASE_URL STAGES. TRAIN_ARGS, GEN_ARGS, JUDGE_ARGS and
            ANALYZE_ARGS hold further arguments of a stage; TRAIN_ARGS_dlrml is added for that loss.
+Benchmarks BENCHES mt_bench alpaca_eval: what is answered and judged, with the files that
+           prep_data.py wrote to MT_BENCH and to BENCH_DATA/alpaca_eval. GEN_ARGS, JUDGE_ARGS, JUDGE
+           and BASE_URL can be set for one: JUDGE_ARGS_alpaca_eval replaces JUDGE_ARGS there.
 Placement  GPUS_PER_RUN (default 1): GPUs per run. As many runs at a time as there are GPUs for, or
            JOBS of them. Without a GPU: JOBS (default 1) runs of NPROC (default 1) ranks. --nodes N
            spreads a run over N machines (RDZV=host:port, or Slurm's).
@@ -87,11 +90,11 @@ def sweep(study: Study) -> int:
     study.results.mkdir(parents=True, exist_ok=True)
     with Stop() as stop:
         scheduler = Scheduler(study, stop)
-        for stage in study.stages:
-            if stage == "train":
-                scheduler.train()
-            elif not stop.signal:
-                scheduler.run_stage(stage)
+        if "train" in study.stages:
+            scheduler.train()
+        for stage, bench in commands.later_stages(study):
+            if not stop.signal:
+                scheduler.run_stage(stage, bench)
         if stop.signal:
             print(f"stopped; continue with:\n  {study.resume_command()}", flush=True)
             requeue(stop)

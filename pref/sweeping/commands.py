@@ -107,34 +107,64 @@ def train_command(study: Study, point: Point, devices: list[str]) -> list[str]:
     return [*start, str(ROOT / SCRIPTS["train"]), *point.arguments]
 
 
-def stage_command(study: Study, stage: str, runs: list[Path] | None = None) -> list[str]:
-    """The command of a stage after training. runs: run folders, instead of all results."""
+def stage_command(
+    study: Study, stage: str, bench: str | None = None, runs: list[Path] | None = None
+) -> list[str]:
+    """The command of a stage after training. bench: whose questions are answered or judged. runs:
+    run folders, instead of all results.
+    """
     start, devices = [sys.executable], gpus()
-    if stage == "gen" and len(devices) > 1 and "--base_url" not in study.settings["GEN_ARGS"]:
+    answers_here = stage == "gen" and "--base_url" not in study.of_bench("GEN_ARGS", bench)
+    if answers_here and len(devices) > 1:
         one_machine = study._replace(args=argparse.Namespace(nodes=1))
         start = launcher(one_machine, len(devices), "gen")
-    return [*start, str(ROOT / SCRIPTS[stage]), *stage_arguments(study, stage, runs)]
+    return [*start, str(ROOT / SCRIPTS[stage]), *stage_arguments(study, stage, bench, runs)]
 
 
-def stage_arguments(study: Study, stage: str, runs: list[Path] | None = None) -> list[str]:
-    """The arguments of a stage after training."""
+def stage_arguments(
+    study: Study, stage: str, bench: str | None = None, runs: list[Path] | None = None
+) -> list[str]:
+    """The arguments of a stage after training, as `stage_command` has them."""
     settings = study.settings
     arguments = [str(path) for path in runs or [study.results]]
     if stage == "gen":
         arguments += ["--base", "--model", settings["MODEL"]]
     if stage == "judge":
-        arguments += ["--judge", settings["JUDGE"]]
-        arguments += ["--base_url", settings["BASE_URL"]] if settings["BASE_URL"] else []
-    further = shlex.split(settings[f"{stage.upper()}_ARGS"])
-    return [*arguments, "--mt_bench", settings["MT_BENCH"], *further]
+        arguments += ["--judge", study.of_bench("JUDGE", bench)]
+        address = study.of_bench("BASE_URL", bench)
+        arguments += ["--base_url", address] if address else []
+    if bench in (None, "mt_bench"):
+        arguments += ["--mt_bench", settings["MT_BENCH"]]
+    else:
+        arguments += ["--bench", bench, "--bench_data", str(bench_folder(study, bench))]
+    if stage == "analyze" and "alpaca_eval" in study.benches:
+        arguments += ["--alpaca_eval", str(bench_folder(study, "alpaca_eval"))]
+    return [*arguments, *shlex.split(study.of_bench(f"{stage.upper()}_ARGS", bench))]
+
+
+def bench_folder(study: Study, bench: str) -> Path:
+    """The folder of a benchmark's questions."""
+    if bench == "mt_bench":
+        return Path(study.settings["MT_BENCH"])
+    return Path(study.settings["BENCH_DATA"]) / bench
+
+
+def later_stages(study: Study) -> list[tuple[str, str | None]]:
+    """The stages after training, answers and judgements once for each benchmark."""
+    stages = [stage for stage in study.stages if stage != "train"]
+    benches = {"gen": study.benches, "judge": study.benches, "analyze": [None]}
+    return [(stage, bench) for stage in stages for bench in benches[stage]]
+
+
+def stage_name(stage: str, bench: str | None) -> str:
+    """What a stage is called in logs and messages: gen, or gen_alpaca_eval."""
+    return stage if bench in (None, "mt_bench") else f"{stage}_{bench}"
 
 
 def print_commands(study: Study) -> None:
     """Every command of the study, in order."""
     devices = slots_of(study)[0]
-    for stage in study.stages:
-        if stage == "train":
-            for point in study.points:
-                print(f"+ {grid.display(train_command(study, point, devices))}")
-        else:
-            print(f"+ {grid.display(stage_command(study, stage))}")
+    for point in study.points if "train" in study.stages else ():
+        print(f"+ {grid.display(train_command(study, point, devices))}")
+    for stage, bench in later_stages(study):
+        print(f"+ {grid.display(stage_command(study, stage, bench))}")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from losses import LOSSES
 from pref import ROOT
 from pref.files.console import UserError
+from pref.judging.benchmarks import BENCHMARKS
 from pref.training import arguments, loss_options
 from pref.training.run_id import run_id_from
 
@@ -40,7 +41,9 @@ AXIS_DEFAULTS = dict.fromkeys(AXES, "default") | {"SEEDS": "42", "LOSSES": ""}
 SETTING_DEFAULTS = {
     "MODEL": "meta-llama/Llama-2-7b-chat-hf",
     "DATA": "data/dpo-mix-7k",
+    "BENCHES": "mt_bench",
     "MT_BENCH": "data/mt_bench",
+    "BENCH_DATA": "data",
     "RESULTS": "results",
     "STAGES": " ".join(STAGES),
     "JUDGE": "",
@@ -53,6 +56,7 @@ SETTING_DEFAULTS = {
 PLACEMENT_DEFAULTS = dict.fromkeys(("GPUS_PER_RUN", "NPROC", "JOBS"), "")
 DEFAULTS = AXIS_DEFAULTS | SETTING_DEFAULTS | PLACEMENT_DEFAULTS
 PER_LOSS = (*AXES, "TRAIN_ARGS")  # these names may carry the suffix _loss
+PER_BENCH = ("GEN_ARGS", "JUDGE", "BASE_URL", "JUDGE_ARGS")  # and these the suffix _bench
 OWN_AXIS = "AXIS_"  # AXIS_clip: an axis of the argument --clip
 
 
@@ -76,6 +80,15 @@ class Study(NamedTuple):
     @property
     def results(self) -> Path:
         return Path(self.settings["RESULTS"])
+
+    @property
+    def benches(self) -> list[str]:
+        """The benchmarks whose questions are answered and judged, in the order of BENCHES."""
+        return self.settings["BENCHES"].split()
+
+    def of_bench(self, name: str, bench: str | None) -> str:
+        """The value of a setting, which may be one in PER_BENCH, for one benchmark."""
+        return self.settings.get(f"{name}_{bench}", self.settings[name])
 
     def folder(self, point: Point) -> Path:
         return self.results / point.run_id
@@ -124,7 +137,8 @@ def grid_path(name: str) -> Path:
 
 def is_setting(key: str) -> bool:
     prefixes = (OWN_AXIS, *(f"{name}_" for name in PER_LOSS))
-    return key in DEFAULTS or key.startswith(prefixes)
+    of_bench = {f"{name}_{bench}" for name in PER_BENCH for bench in BENCHMARKS}
+    return key in DEFAULTS or key in of_bench or key.startswith(prefixes)
 
 
 def read_grid(path: Path) -> dict[str, str]:
@@ -158,6 +172,9 @@ def settings_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if name in given:  # BETAS in the environment also replaces the file's BETAS_dlrml
             specific = f"{name}_"
             in_file = {k: value for k, value in in_file.items() if not k.startswith(specific)}
+    for name, bench in itertools.product(PER_BENCH, BENCHMARKS):
+        if name in given:  # likewise JUDGE and the file's JUDGE_alpaca_eval, but not JUDGE_ARGS
+            in_file.pop(f"{name}_{bench}", None)
     return DEFAULTS | in_file | given, given
 
 
@@ -167,6 +184,7 @@ def load_study(args: argparse.Namespace) -> Study:
     stages = re.split(r"[\s,]+", (args.stages or settings["STAGES"]).strip())
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise UserError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    check_benches(settings["BENCHES"].split())
     for key in PLACEMENT_DEFAULTS:
         if settings[key] and not re.fullmatch(r"[1-9]\d*", settings[key]):
             raise UserError(f"{key}={settings[key]}: must be a whole number above 0")
@@ -186,8 +204,19 @@ def load_study(args: argparse.Namespace) -> Study:
     return study._replace(points=[points[args.index]], stages=["train"])
 
 
+def check_benches(names: list[str]) -> None:
+    known = ", ".join(BENCHMARKS)
+    if not names:
+        raise UserError(f"BENCHES: names no benchmark; these are known: {known}")
+    for name in names:
+        if name not in BENCHMARKS:
+            raise UserError(f"BENCHES: there is no benchmark {name!r}; these are known: {known}")
+        if names.count(name) > 1:
+            raise UserError(f"BENCHES: {name} is given twice")
+
+
 def check_judge_is_named(study: Study) -> None:
-    if "judge" in study.stages and not study.settings["JUDGE"]:
+    if "judge" in study.stages and not all(study.of_bench("JUDGE", b) for b in study.benches):
         raise UserError(
             "JUDGE is not set; set JUDGE=MODEL (and BASE_URL for your own server) or "
             "JUDGE=hf:FOLDER for a local model, or leave judging out: --stages train,gen,analyze"

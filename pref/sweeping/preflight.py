@@ -18,7 +18,7 @@ from typing import NamedTuple
 import gen_mtbench
 import judge
 from pref import ROOT
-from pref.files import console, disk, mt_bench, run_folders
+from pref.files import console, disk, run_folders
 from pref.files.console import UserError
 from pref.judging import benchmarks, costs, judges, server_judge
 from pref.model import server
@@ -29,7 +29,6 @@ from pref.training.plan import shapes_of
 # Assumed training speeds, until a run of the grid has been measured. Per core: half of the
 # 0.17 TFLOP/s (0.083 of 2.07) that bench/README.md has for two cores.
 GPU_TFLOPS, CORE_TFLOPS = 60.0, 0.08
-PROMPT_TOKENS, COMPLETION_TOKENS = 800, 250  # assumed, per judgement of MT-Bench
 # Disk space of a run in progress, in units of its adapter: three checkpoints (two and the one
 # being written) of weights and two AdamW moments each, and two best adapters.
 CHECKPOINT_ADAPTERS = 3 * 3 + 2
@@ -72,9 +71,9 @@ def preflight(study: Study) -> None:
                     print(check(study, plan, todo), flush=True)
 
     # 3) The judge: does it answer, and what will it cost?
-    if "judge" in study.stages:
+    for bench in study.benches if "judge" in study.stages else []:
         with collecting(problems):
-            print(check_judge(study), flush=True)
+            print(check_judge(study, bench), flush=True)
 
     if problems:
         raise UserError("nothing was started:\n  " + "\n  ".join(problems))
@@ -97,15 +96,16 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 def check_files(study: Study) -> None:
     settings = study.settings
-    data, questions = Path(settings["DATA"]), Path(settings["MT_BENCH"]) / "question.jsonl"
+    data = Path(settings["DATA"])
     for path in [data / "train.jsonl", data / "val.jsonl"] if "train" in study.stages else []:
         if not path.is_file():
             raise UserError(
                 f"DATA={data}: no {path.name} there; make it with prep_data.py --dataset ..."
             )
-    if set(study.stages) & {"gen", "judge"}:
-        mt_bench.read_questions(questions)
-        gen_mtbench.check_args(gen_mtbench.parse_args(commands.stage_arguments(study, "gen")))
+    for bench in study.benches if set(study.stages) & {"gen", "judge"} else []:
+        args = gen_mtbench.parse_args(commands.stage_arguments(study, "gen", bench))
+        gen_mtbench.check_args(args)
+        gen_mtbench.load_bench(args)
     check_model("MODEL", settings["MODEL"])
     study.results.mkdir(parents=True, exist_ok=True)
     if not os.access(study.results, os.W_OK):
@@ -230,41 +230,43 @@ def estimate_hours(study: Study, plan: Plan, todo: list[Point]) -> str:
 # ---- the judge ----------------------------------------------------------------------------------
 
 
-def check_judge(study: Study) -> str:
-    """Ask the judge one small question, unless everything is judged already.
+def check_judge(study: Study, name: str) -> str:
+    """Ask the judge of the benchmark `name` one small question, unless everything is judged
+    already.
 
     Raises UserError if the judge cannot be asked.
     """
-    args = judge.parse_args(commands.stage_arguments(study, "judge"))
+    args = judge.parse_args(commands.stage_arguments(study, "judge", name))
     bench = benchmarks.read_bench(args)
+    text = f"judge of {bench.title}: {args.judge}"
     if judges.kind_of(args.judge) != judges.SERVER:
         check_model("JUDGE", judges.path_of(args.judge))
-        return f"judge: {args.judge}, on this machine, no dollars"
+        return f"{text}, on this machine, no dollars"
 
     # 1) How many calls are left? A run that was not judged yet needs all of them.
-    answers = gen_mtbench.parse_args(commands.stage_arguments(study, "gen"))
-    questions = mt_bench.pick_questions(bench.questions, answers.num_questions)
-    orders = 2 if args.grading == "pair" else 1
-    calls_per_run = len(questions) * 2 * args.repeats * orders  # two turns
-    verdicts = status.verdicts_of(study)
+    asked = {question["question_id"] for question in status.questions_of(study, name)}
+    questions = [one for one in bench.questions if one["question_id"] in asked]
+    of_run = costs.ahead_of_run(bench._replace(questions=questions), args.repeats)
+    verdicts = status.verdicts_of(study, name)
     names = [run_folders.BASE_RUN, *(point.run_id for point in study.points)]
-    calls = sum(verdicts[n].without if n in verdicts else calls_per_run for n in names)
+    calls = sum(verdicts[n].without if n in verdicts else of_run.calls for n in names)
     if not calls:
-        return "judge: everything is judged"
+        return f"{text}; everything is judged"
 
     # 2) Does the judge answer, with these parameters?
-    client = server.open_client(f"JUDGE={study.settings['JUDGE']}", args.base_url, 60.0, 2)
+    client = server.open_client(f"JUDGE={args.judge}", args.base_url, 60.0, 2)
     server_judge.probe_server(client, args.judge, bench, args.parameters or bench.parameters)
 
     # 3) What will they cost?
-    text = f"judge: {args.judge} answers; about {calls:,} calls"
+    text = f"{text} answers; about {calls:,} calls"
     prices = costs.prices_of(args)
     if prices is None:
         return (
             f"{text}; dollars: no price known, give JUDGE_ARGS='--price_in X --price_out Y' "
             "(per million tokens)"
         )
-    usd = calls * (PROMPT_TOKENS * prices[0] + COMPLETION_TOKENS * prices[1]) / 1e6
+    each = (of_run.prompt_tokens / of_run.calls, of_run.completion_tokens / of_run.calls)
+    usd = calls * (each[0] * prices[0] + each[1] * prices[1]) / 1e6
     cap = f", capped at {args.max_usd}" if args.max_usd is not None else ""
-    assumed = f"{PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens per call"
+    assumed = f"{each[0]:.0f} + {each[1]:.0f} tokens per call"
     return f"{text}; about {usd:.2f} dollars (assumed: {assumed}){cap}"

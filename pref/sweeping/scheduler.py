@@ -26,6 +26,7 @@ from typing import NamedTuple
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.judging import run_answers, store
+from pref.judging.benchmarks import BENCHMARKS
 from pref.sweeping import commands, grid, status
 from pref.sweeping.grid import Point, Study
 from pref.training import signals
@@ -341,23 +342,26 @@ class Scheduler:
 
     # ---- the later stages
 
-    def run_stage(self, stage: str) -> None:
-        """Answers, judgements or analysis. Its log is printed when it has ended."""
+    def run_stage(self, stage: str, bench: str | None) -> None:
+        """Answers or judgements of a benchmark, or the analysis. Its log is printed when it has
+        ended.
+        """
+        name = commands.stage_name(stage, bench)
         # 1) A judge of an earlier start may still be saving its replies.
         if stage == "judge":
-            while not self.stop.signal and self.is_locked(self.study.results, stage, ".judge.lock"):
+            while not self.stop.signal and self.is_locked(self.study.results, name, ".judge.lock"):
                 time.sleep(POLL_S)
         if self.stop.signal:
             return
 
         # 2) Run it. The log may hold the output of earlier starts.
-        self.log("start", stage)
-        log, started = self.study.log(stage), time.time()
+        self.log("start", name)
+        log, started = self.study.log(name), time.time()
         earlier_bytes = log.stat().st_size if log.exists() else 0
         try:
-            code = self.wait_for(self.start(stage, self.command_of(stage), []))
+            code = self.wait_for(self.start(name, self.command_of(stage, bench), []))
         except (UserError, OSError) as error:
-            self.fail(stage, str(error))
+            self.fail(name, str(error))
             return
 
         # 3) Show what it printed, without the command line and without progress bars.
@@ -368,37 +372,37 @@ class Scheduler:
         print("\n".join(lines).rstrip(), flush=True)
 
         if self.stop.signal:
-            self.log("stopped", stage, f"exit code {code}")
+            self.log("stopped", name, f"exit code {code}")
         elif code:
-            self.fail(stage, f"exit code {code}: {last_error(log)}")
+            self.fail(name, f"exit code {code}: {last_error(log)}")
         else:
-            self.log("finished", stage, status.hours_text(time.time() - started))
+            self.log("finished", name, status.hours_text(time.time() - started))
 
-    def command_of(self, stage: str) -> list[str]:
+    def command_of(self, stage: str, bench: str | None) -> list[str]:
         if stage != "judge":
-            return commands.stage_command(self.study, stage)
-        command = commands.stage_command(self.study, stage, self.judgeable_runs())
+            return commands.stage_command(self.study, stage, bench)
+        command = commands.stage_command(self.study, stage, bench, self.judgeable_runs(bench))
         if store.has_unreached(self.study.results) and "--retry_failed" not in command:
             command.append("--retry_failed")
         return command
 
-    def judgeable_runs(self) -> list[Path] | None:
+    def judgeable_runs(self, bench: str) -> list[Path] | None:
         """The runs whose answers judge.py accepts, if there are others that would make it refuse
         all; None if there are none. The reasons are noted.
         """
-        if "--allow_incomplete" in self.study.settings["JUDGE_ARGS"]:
+        if "--allow_incomplete" in self.study.of_bench("JUDGE_ARGS", bench):
             return None
         answers = {}
         for run in run_folders.find_runs([self.study.results]):
-            path = run / "mt_bench" / "answers.jsonl"
+            path = run / bench / "answers.jsonl"
             if path.is_file():
-                answers[run] = mt_bench.read_answers(path)
+                answers[run] = mt_bench.read_answers(path, None)
         all_keys = set().union(*answers.values())
-        refused = set()
+        refused, turns = set(), BENCHMARKS[bench].turns
         for run, of_run in answers.items():
             try:
-                run_answers.check_adapter(run, of_run)
-                run_answers.check_complete({run: of_run})
+                run_answers.check_adapter(run, of_run, bench)
+                run_answers.check_complete({run: of_run}, bench, turns)
             except UserError as error:
                 refused.add(run)
                 self.reasons[run.resolve().name] = str(error)

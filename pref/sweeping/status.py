@@ -8,7 +8,7 @@ from typing import NamedTuple
 import gen_mtbench
 from pref.files import console, disk, mt_bench, run_folders
 from pref.judging import store
-from pref.sweeping import commands, grid
+from pref.sweeping import commands
 from pref.sweeping.grid import Point, Study
 from pref.training import checkpoint
 
@@ -146,21 +146,32 @@ def missing_of(study: Study, reasons: dict[str, str]) -> dict[str, str]:
 
     reasons: why something failed in this start, by run id or stage.
     """
-    questions = questions_of(study) if set(study.stages) & {"gen", "judge"} else []
-    verdicts = verdicts_of(study) if "judge" in study.stages else {}
+    benches = []
+    if set(study.stages) & {"gen", "judge"}:
+        benches = [bench_state(study, bench) for bench in study.benches]
     names = [point.run_id for point in study.points]
-    names += [run_folders.BASE_RUN] if questions else []
+    names += [run_folders.BASE_RUN] if any(bench.questions for bench in benches) else []
     missing = {}
     for name in names:
-        of_run = verdicts.get(name, store.Verdicts(asked=0, without=0))
-        if lacks := what_run_lacks(study, name, questions, of_run):
+        if lacks := what_run_lacks(study, name, benches):
             missing[name] = f"{lacks}: {reasons[name]}" if name in reasons else lacks
     return missing | {name: why for name, why in reasons.items() if name not in names}
 
 
-def what_run_lacks(
-    study: Study, name: str, questions: list[dict], verdicts: store.Verdicts
-) -> str | None:
+class BenchState(NamedTuple):
+    """What the study's runs are asked, and how far the judge is."""
+
+    name: str
+    questions: list[dict]
+    verdicts: dict[str, store.Verdicts]  # by run; of this study's judge
+
+
+def bench_state(study: Study, bench: str) -> BenchState:
+    verdicts = verdicts_of(study, bench) if "judge" in study.stages else {}
+    return BenchState(bench, questions_of(study, bench), verdicts)
+
+
+def what_run_lacks(study: Study, name: str, benches: list[BenchState]) -> str | None:
     """The first thing that a run lacks, in the order of the stages; None if it is complete."""
     folder, summary = study.results / name, summary_of(study.results / name)
 
@@ -173,15 +184,22 @@ def what_run_lacks(
         if not (folder / "adapter" / "adapter_model.safetensors").is_file():
             return f"its adapter is missing; restore it, or remove {folder} to train it again"
 
-    # 2) Answers to all questions.
-    path = folder / "mt_bench" / "answers.jsonl"
-    answered = {key[0] for key in mt_bench.read_answers(path)} if path.is_file() else set()
-    if count := sum(question["question_id"] not in answered for question in questions):
-        return f"{count} of {len(questions)} answers are missing"
+    # 2) Answers and verdicts, of one benchmark after another.
+    for bench in benches:
+        if lacks := what_answers_lack(study, folder, bench):
+            return lacks if len(benches) == 1 else f"{bench.name}: {lacks}"
+    return None
 
-    # 3) A verdict on each of them.
+
+def what_answers_lack(study: Study, run: Path, bench: BenchState) -> str | None:
+    """What a run lacks of one benchmark: answers to all questions, then a verdict on each."""
+    path = run / bench.name / "answers.jsonl"
+    answered = {key[0] for key in mt_bench.read_answers(path, None)} if path.is_file() else set()
+    if count := sum(question["question_id"] not in answered for question in bench.questions):
+        return f"{count} of {len(bench.questions)} answers are missing"
     if "judge" not in study.stages:
         return None
+    verdicts = bench.verdicts.get(run.name, store.Verdicts(asked=0, without=0))
     if not verdicts.asked:
         return "not judged"
     if verdicts.without:
@@ -189,24 +207,24 @@ def what_run_lacks(
     return None
 
 
-def verdicts_of(study: Study) -> dict[str, store.Verdicts]:
-    """By run: the judgements that this study's judge was asked for."""
-    return store.judgement_counts(study.results, study.settings["JUDGE"])
+def verdicts_of(study: Study, bench: str) -> dict[str, store.Verdicts]:
+    """By run: the judgements that this study's judge of a benchmark was asked for."""
+    return store.judgement_counts(study.results, study.of_bench("JUDGE", bench), bench)
 
 
-def questions_of(study: Study) -> list[dict]:
-    """The questions that the study's runs answer; none if their file is not there yet."""
-    path = Path(study.settings["MT_BENCH"]) / "question.jsonl"
-    if not path.is_file():
+def questions_of(study: Study, bench: str) -> list[dict]:
+    """The questions that the study's runs answer; none if their folder is not there yet."""
+    if not commands.bench_folder(study, bench).is_dir():
         return []
-    args = gen_mtbench.parse_args(commands.stage_arguments(study, "gen"))
-    return mt_bench.pick_questions(mt_bench.read_questions(path), args.num_questions)
+    args = gen_mtbench.parse_args(commands.stage_arguments(study, "gen", bench))
+    return gen_mtbench.load_bench(args).questions
 
 
 def print_missing(study: Study, missing: dict[str, str]) -> None:
+    stages = {commands.stage_name(*stage) for stage in commands.later_stages(study)}
     print("missing:")
     for name, lacks in missing.items():
         log = study.log(name)
-        explains = log.is_file() and (name in grid.STAGES or lacks.startswith("not trained"))
+        explains = log.is_file() and (name in stages or lacks.startswith("not trained"))
         print(f"  {name}: {lacks}" + (f" (log: {log})" if explains else ""))
     print(f"continue with:\n  {study.resume_command()}", flush=True)
