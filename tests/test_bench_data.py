@@ -49,6 +49,11 @@ def rows_of(path: Path) -> list[dict]:
     return [row for _, row in disk.read_jsonl(path)]
 
 
+def baseline(out: Path, name: str = "answers") -> list[dict]:
+    """The answers of baseline/<name>.jsonl, each of one turn."""
+    return list(mt_bench.read_answers(out / f"baseline/{name}.jsonl", turns=1).values())
+
+
 def real(name: str) -> Path:
     if not (folder := os.environ.get(name)):
         pytest.skip(f"{name}=DIR: a folder with the published files")
@@ -107,15 +112,14 @@ def test_alpaca_eval_from_a_folder(tmp_path, known, capsys):
     assert [q["question_id"] for q in questions] == [1, 2, 3, 4]
     assert [q["turns"] for q in questions] == [[row["instruction"]] for row in rows]
     assert [q["dataset"] for q in questions] == [row["dataset"] for row in rows]
-    answers = benchmarks.read_baseline(bench, "gpt4_1106_preview")
-    assert [row["turns"] for row in answers.values()] == [[row["output"]] for row in rows]
+    answers = baseline(out)
+    assert [row["turns"] for row in answers] == [[row["output"]] for row in rows]
+    assert {row["model_id"] for row in answers} == {"gpt4_1106_preview"}
     assert (out / "judge_prompt.txt").read_bytes() == (source / "alpaca_eval_clf.txt").read_bytes()
     assert benchmarks.label_of(bench) == manifest["label"] == "alpaca_eval"
     # An edited file shows, whatever the manifest says.
     (out / "questions.json").write_text((out / "questions.json").read_text().replace("3", "5"))
     assert benchmarks.label_of(bench) == "own"
-    with pytest.raises(UserError, match="no answers of dpo; there are those of: gpt4_1106_pre"):
-        benchmarks.read_baseline(bench, "dpo")
 
 
 def test_alpaca_eval_download_goes_on_after_an_interruption(tmp_path, known, web, capsys):
@@ -230,10 +234,8 @@ def test_arena_hard_from_a_checkout(tmp_path, capsys):
         for number, row in enumerate(asked, 1)
     ]
     # Answers are told apart by uid: their file has another order.
-    answers = benchmarks.read_baseline(bench, "gpt-4-0314")
-    assert [row["turns"] for row in answers.values()] == [
-        [f"gpt-4-0314: {row['uid']}"] for row in asked
-    ]
+    answers = baseline(out, "gpt-4-0314")
+    assert [row["turns"] for row in answers] == [[f"gpt-4-0314: {row['uid']}"] for row in asked]
     settings = disk.read_json(out / "judge_settings.json")
     assert settings["prompt_template"] == json.loads(f'"{TEMPLATE}"')
     assert settings["settings"]["arena-hard-v0.1"] == {
@@ -246,7 +248,7 @@ def test_arena_hard_v2_can_do_without_one_baseline(tmp_path, capsys):
     """A packed file, and settings as JSON, two folders up."""
     source = arena_hard(tmp_path / "copy", "v2.0", "o3-mini-2025-01-31", "gemini-2.0-flash-001")
     prepare(tmp_path / "out", "--arena_hard", "v2.0", source, more=[MODIFIED])
-    assert len(benchmarks.baselines(benchmarks.open_folder("arena_hard_v2", tmp_path / "out"))) == 2
+    assert len(list((tmp_path / "out/baseline").iterdir())) == 2
     answers = source / "data/arena-hard-v2.0/model_answer"
     (answers / "gemini-2.0-flash-001.jsonl").unlink()
     plain = answers / "o3-mini-2025-01-31.jsonl"
@@ -256,8 +258,8 @@ def test_arena_hard_v2_can_do_without_one_baseline(tmp_path, capsys):
     capsys.readouterr()
     prepare(tmp_path / "out", "--arena_hard", "v2.0", source, more=[MODIFIED])
     assert "creative_writing cannot be judged" in capsys.readouterr().out
-    found = benchmarks.baselines(benchmarks.open_folder("arena_hard_v2.0", tmp_path / "out"))
-    assert list(found) == ["o3-mini-2025-01-31"]
+    names = [path.name for path in (tmp_path / "out/baseline").iterdir()]
+    assert names == ["o3-mini-2025-01-31.jsonl"]
     packed = plain.with_name(f"{plain.name}.gz")
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"jsonl\.gz: damaged"):
@@ -315,9 +317,12 @@ def test_judge_prompts_that_cannot_be_read(tmp_path, name, text, message):
         prepare(tmp_path / "out", "--arena_hard", "v0.1", source, more=[MODIFIED])
 
 
-def test_arena_hard_without_network_names_the_file(tmp_path, web):
-    with pytest.raises(UserError, match=r"v0.1/question.jsonl: <urlopen error no network here>"):
+def test_arena_hard_without_network_names_all_files(tmp_path, web):
+    with pytest.raises(UserError, match=r"v0.1/question.jsonl: <urlopen error no net") as error:
         prepare(tmp_path / "out", "--arena_hard", "v0.1")
+    lines = str(error.value).splitlines()[2:]
+    names = ["question.jsonl", "gpt-4-0314.jsonl", "judge_utils.py", "arena-hard-v0.1.yaml"]
+    assert [line.split()[0] for line in lines] == names
     assert arena_hard_download.COMMIT in web.asked[0]
 
 
@@ -376,6 +381,15 @@ def test_votes_come_from_the_hub_at_a_fixed_revision(tmp_path, monkeypatch):
     assert asked == [(votes_download.DATASET, votes_download.REVISION, None)]
 
 
+def test_votes_without_the_hub(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("lmsys/x: no network; no such file or folder here either\nCheck")
+
+    monkeypatch.setattr(sources, "open_hub", refuse)
+    with pytest.raises(UserError, match="^lmsys/x: no network\n.* give --mt_bench_human DIR.$"):
+        prepare(tmp_path / "out", "--mt_bench_human")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -423,7 +437,9 @@ def test_llmbar(tmp_path):
     with pytest.raises(UserError, match="Natural.json: entry 1: 'label' must be 1 or 2, not 3"):
         prepare(tmp_path / "out", "--llmbar", source, more=[MODIFIED])
     (source / "Natural.json").unlink()
-    with pytest.raises(UserError, match="no Natural.json in it; it is published at http"):
+    with pytest.raises(
+        UserError, match="no Natural.json in it\n.*needs these files(.*\n)+.* https://"
+    ):
         prepare(tmp_path / "other", "--llmbar", source, more=[MODIFIED])
 
 
@@ -440,6 +456,8 @@ def test_a_folder_of_another_benchmark_is_refused(tmp_path):
         benchmarks.open_folder("alpaka", tmp_path / "nowhere")
     with pytest.raises(UserError, match="run id '../x'"):
         benchmarks.open_folder("../x")
+    names = ("Arena-Hard-v2.0", "arena_hard_v2", "My-Bench")
+    assert [benchmarks.name_of(name) for name in names] == ["arena_hard_v2.0"] * 2 + ["My-Bench"]
 
 
 @pytest.mark.parametrize(
@@ -448,11 +466,13 @@ def test_a_folder_of_another_benchmark_is_refused(tmp_path):
         {"questions": "../questions.json"},
         {"generation": {"temperature": "0"}},
         {"generation": {"max_new_tokens": 0.5}},
+        {"generation": 0.7},
+        {"files": {"a": "b"}},
     ],
 )
 def test_a_manifest_written_by_hand_is_checked(tmp_path, wrong):
     write_json(tmp_path / "manifest.json", {"bench": "mine"} | wrong)
-    with pytest.raises(UserError, match=r"manifest.json: '\w+' must"):
+    with pytest.raises(UserError, match=r"manifest.json: '\w+'(: a)?(:| must)"):
         benchmarks.open_folder("mine", tmp_path)
 
 
@@ -479,21 +499,20 @@ def test_real_alpaca_eval(tmp_path):
     assert manifest["label"] == "alpaca_eval"
     bench = benchmarks.open_folder("alpaca_eval", tmp_path / "out")
     questions = benchmarks.read_questions(bench)
-    answers = benchmarks.read_baseline(bench, "gpt4_1106_preview")
-    assert len(questions) == len(answers) == 805
+    assert len(questions) == len(baseline(tmp_path / "out")) == 805
     assert len({question["turns"][0] for question in questions}) == 805
 
 
 @pytest.mark.parametrize(
-    ("version", "count", "baseline"),
+    ("version", "count", "model"),
     [("v0.1", 500, "gpt-4-0314"), ("v2.0", 750, "o3-mini-2025-01-31")],
 )
-def test_real_arena_hard(tmp_path, version, count, baseline):
+def test_real_arena_hard(tmp_path, version, count, model):
     manifest = prepare(tmp_path / "out", "--arena_hard", version, real("ARENA_HARD"))
     assert manifest["label"] == f"arena_hard_{version}"
     bench = benchmarks.open_folder(f"arena_hard_{version}", tmp_path / "out")
     assert len(benchmarks.read_questions(bench)) == count
-    assert len(benchmarks.read_baseline(bench, baseline)) == count
+    assert len(baseline(tmp_path / "out", model)) == count
 
 
 def test_real_votes(tmp_path):
