@@ -20,13 +20,13 @@ import argparse
 import math
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from pref.files import benchmarks, win_rates
+from pref.files import benchmarks
 from pref.files.console import UserError
-from pref.judging import reading
+from pref.judging import annotations, reading
 from pref.judging.benchmark import (
     ORDERS,
     PAIR,
@@ -36,7 +36,6 @@ from pref.judging.benchmark import (
     Bench,
     Benchmark,
     Choices,
-    preference_of,
 )
 from pref.judging.reading import Reply, Verdict
 
@@ -303,6 +302,12 @@ ARGUMENTS = {
         "answers; without, they cut and split the judge's prompt, as in the package alpaca_eval. "
         "Labelled own",
     },
+    "import_annotations": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "store the judgements of an annotations.json of alpaca_eval that belong to these "
+        "answers; --judge names its annotator, or the annotator's model; send nothing",
+    },
 }
 
 
@@ -317,6 +322,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             f"--preference {way} is for a judge behind a server: hf:PATH says the probabilities of "
             "both letters"
+        )
+    if args.import_annotations and (way != WEIGHTED or args.neutralise):
+        raise UserError(
+            "--import_annotations is for AlpacaEval's own way: no --preference, and no --neutralise"
         )
     if parameters is None:
         return
@@ -350,32 +359,6 @@ def remarks(bench: Bench, items: Iterable) -> list[str]:
     ]
 
 
-def summarise(bench: Bench, outcomes: Iterable) -> dict[str, str]:
-    """One run's line of the final table. outcomes: `summary.Outcome`s of one run."""
-    outcomes = list(outcomes)
-    preferences = win_rates.by_question(
-        {
-            "question_id": item.question_id,
-            "choice": item.choice,
-            "order": item.order,
-            "status": result.status,
-            "preference": preference_of(item.order, result.preference),
-        }
-        for item, result in outcomes
-    )
-    found = win_rates.win_rate(preferences.values())
-    missing = Counter(result.status for _, result in outcomes if result.status != "ok")
-    rate = "-" if found.win_rate is None else f"{found.win_rate:.2f}"
-    error = "-" if found.standard_error is None else f"{found.standard_error:.2f}"
-    return {
-        "win rate": rate,
-        "s.e.": error,
-        "draws": str(found.n_draws),
-        "judged": f"{found.n}/{len(bench.questions)}",
-        "without": ", ".join(f"{count} {status}" for status, count in missing.items()) or "-",
-    }
-
-
 BENCHMARK = Benchmark(
     name=NAME,
     title="AlpacaEval 2",
@@ -387,5 +370,7 @@ BENCHMARK = Benchmark(
     check=check,
     check_probe=check_probe,
     choices=choices,
+    remarks=remarks,
+    export=annotations.write_annotations,
     completion_tokens=1,
 )
