@@ -359,5 +359,6 @@ def failures_text(outcomes: list[Outcome]) -> str:
 
 def cost_text(outcomes: list[Outcome]) -> str:
     """Dollars of a run's judgements. One shared with another run is counted in both."""
-    costs = [o.result.cost_usd for o in outcomes if o.result.cost_usd is not None]
+    paid = [o.result for o in outcomes if o.item.known is None]
+    costs = [result.cost_usd for result in paid if result.cost_usd is not None]
     return f"{sum(costs):.4f}" if costs else "-"
