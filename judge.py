@@ -152,8 +152,10 @@ def judge_runs(
     store.note_known(db, todo.items, judge.params_b)
     save = functools.partial(judgements_csv.write_csvs, db, runs, bench.name, baselines.answers)
     with calls.catch_interrupt() as interrupted:
-        stopped_because = plan.fetch_judgements(todo, save, db, args, interrupted)
+        stopped_because = plan.fetch_judgements(todo, bench, save, db, args, interrupted)
         save()
+        if bench.benchmark.export is not None:
+            bench.benchmark.export(bench, runs, baselines.names, baselines.answers, todo.who)
 
     # 5) The table, the cost, and what the user does next.
     results = store.find_results(db, todo.items, todo.who.reading)

@@ -14,6 +14,8 @@ from pref.judging.identity import TOKEN_LIMITS
 from pref.judging.judges import LOCAL, SCORE, SERVER
 from pref.judging.reading import FIRST, MIN_RATING_MASS
 
+IMPORTS = ("import_results", "import_fastchat", "import_annotations")
+
 NO_JUDGE = """--judge is missing, and there is no default: hosted models come and go. Give either
   --judge MODEL [--base_url URL]   a model of an OpenAI-compatible server (key in OPENAI_API_KEY)
   --judge hf:PATH                  a local folder or hub id, scored here without a server
@@ -169,6 +171,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_bench(args)
     if args.requests and not args.dry_run:
         raise UserError("--requests: only with --dry_run")
+    if len(files := imported(args)) > 1:
+        raise UserError(f"{' and '.join(f'--{name}' for name in files)}: give one of them")
     for name, least in {"concurrency": 1, "max_tokens": 1, "repeats": 1, "max_retries": 0}.items():
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
@@ -179,6 +183,11 @@ def check_args(args: argparse.Namespace) -> None:
     if args.parameters is not None:
         check_parameters(args.parameters)
     check_money(args)
+
+
+def imported(args: argparse.Namespace) -> list[str]:
+    """The arguments that name a file of judgements which others have made."""
+    return [name for name in IMPORTS if getattr(args, name) is not None]
 
 
 def check_bench(args: argparse.Namespace) -> None:
@@ -234,8 +243,7 @@ def check_judge(args: argparse.Namespace) -> None:
     if kind != SERVER and args.base_url:
         raise UserError(f"--base_url is for a judge behind a server; --judge {form} is loaded here")
     without = {"verdict": FIRST} | dict.fromkeys(
-        ("max_tokens", "requests", "import_results", "import_fastchat", "judge_seed")
-        + ("server_name", "parameters")
+        ("max_tokens", "requests", *IMPORTS, "judge_seed") + ("server_name", "parameters")
     )
     why = (
         "it is asked for the probabilities of its verdicts" if kind == LOCAL else "it gives scores"

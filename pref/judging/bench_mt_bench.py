@@ -68,8 +68,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--grading pair needs --baseline RUN, and --baseline needs --grading pair")
     if args.refs != "original" and not re.fullmatch(r"corrected(:.+)?", args.refs):
         raise UserError(f"--refs {args.refs}: must be original, corrected or corrected:FILE")
-    if args.import_results and args.import_fastchat:
-        raise UserError("--import_results and --import_fastchat: give one of them")
 
 
 # ---- questions, references, prompts --------------------------------------------------------------

@@ -61,6 +61,11 @@ class Benchmark(NamedTuple):
     # (items with their results) -> one run's line of the table that is printed at the end; None:
     # as the summary does it for the grading.
     summarise: Callable[[list], dict[str, str]] | None = None
+    # (bench, items) -> what a reader must know of them before they are judged.
+    remarks: Callable[["Bench", list], list[str]] | None = None
+    # (bench, answers by run folder, baseline by question_id, answers by baseline, Identity): writes
+    # further files beside judgements.csv, which is there.
+    export: Callable | None = None
     completion_tokens: int = 250  # of a judgement, for an estimate before there are any
 
 

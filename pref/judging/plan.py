@@ -8,7 +8,18 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pref.judging import batch, calls, costs, fastchat, identity, reuse, server_judge, store
+from pref.judging import (
+    annotations_import,
+    arguments,
+    batch,
+    calls,
+    costs,
+    fastchat,
+    identity,
+    reuse,
+    server_judge,
+    store,
+)
 from pref.judging.benchmark import Bench
 from pref.judging.identity import Identity
 from pref.judging.judges import LOCAL, SERVER, Judge
@@ -38,7 +49,7 @@ def make_plan(
     They are part of every request, so the plan is made again if the probe changes them.
     """
     plan = plan_with(judge, bench, items_for, db, args)
-    sends = not (args.dry_run or args.import_results or args.import_fastchat) or args.requests
+    sends = not (args.dry_run or arguments.imported(args)) or args.requests
     affordable = args.max_usd is None or store.spent_usd(db) < args.max_usd
     if judge.probe and plan.pending and sends and affordable:
         try:
@@ -86,6 +97,7 @@ def reading_of(judge: Judge, args: argparse.Namespace) -> Reading:
 
 def fetch_judgements(
     plan: Plan,
+    bench: Bench,
     save: Callable[[], None],
     db: sqlite3.Connection,
     args: argparse.Namespace,
@@ -101,6 +113,10 @@ def fetch_judgements(
         return None
     if args.import_fastchat:
         fastchat.import_judgements(args.import_fastchat, db, plan.items, plan.judge)
+        return None
+    if args.import_annotations:
+        path = args.import_annotations
+        annotations_import.import_annotations(path, db, plan.items, plan.judge, bench)
         return None
     if not plan.pending:
         return None

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from pref.files import disk, judgements
 from pref.files.console import UserError
-from pref.judging import benchmarks, costs, reading, store
+from pref.judging import arguments, benchmarks, costs, reading, store
 from pref.judging.benchmark import Bench
 from pref.judging.identity import TOKEN_LIMITS, server_address
 from pref.judging.judges import Judge
@@ -48,7 +48,7 @@ def open_server_judge(args: argparse.Namespace, db: sqlite3.Connection, bench: B
     """A judge behind a server. Sends nothing yet."""
     address = args.server_name or server_address(args.base_url)
     client = None
-    if not (args.dry_run or args.import_results or args.import_fastchat):  # these send nothing
+    if not (args.dry_run or arguments.imported(args)):  # these send nothing
         client = server.open_client(
             "a judge behind a server", args.base_url, args.timeout_s, args.max_retries
         )

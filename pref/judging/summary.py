@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import console, judgements, mt_bench
+from pref.files import console, judgements, mt_bench, win_rates
 from pref.judging.benchmark import PAIR, REWARD, SINGLE, Bench, preference_of, winner_of
 from pref.judging.identity import Identity
 from pref.judging.judges import SCORE, Judge
@@ -19,6 +19,9 @@ MOST_CHARS_PER_TOKEN, LONG_PROMPT, LEAST_CONTEXT = 8, 4000, 512
 
 # What to do about a status, where the status alone does not tell.
 REMEDIES = {
+    "no_token": "neither m nor M is what the judge would answer; a model that reasons first needs "
+    "--max_tokens, and a --preference that reads letters",
+    "no_logprobs": "no log-probabilities in the reply; see --preference",
     "length": "cut off; a higher --max_tokens asks only these again",
     "thoughts": "thoughts without an answer; does the server's --reasoning-parser fit the model?",
     "mass": "the verdicts have less of the judge's probability than --min_rating_mass; it would "
@@ -64,6 +67,8 @@ def announce(
     known = {item.request_sha256 for item in items if item.known is not None}
     if known:
         print(f"answers that equal the baseline's: {len(known)}; half a win each, not asked about")
+    if bench.benchmark.remarks is not None and bench.grading != REWARD:
+        print("".join(f"{remark}\n" for remark in bench.benchmark.remarks(bench, items)), end="")
     done = len({item.request_sha256 for item in items}) - len(pending) - len(known)
     print(
         f"{len(items)} judgements of {len(runs)} runs: {done} requests already made, "
@@ -163,7 +168,9 @@ def how_text(bench: Bench, items: list[Item]) -> str:
     baselines = ", ".join(dict.fromkeys(item.baseline for item in items if item.baseline))
     if bench.grading == SINGLE:
         return "single-answer grading"
-    orders = " in both orders" if len({item.order for item in items}) > 1 else ""
+    asked = {(item.question_id, item.order) for item in items}
+    in_both = len(asked) > len({item.question_id for item in items})
+    orders = " in both orders" if in_both else ""
     if bench.grading == PAIR:
         return f"comparison with {baselines}{orders}"
     return f"scores, compared with {baselines}," if baselines else "scores"
@@ -290,24 +297,28 @@ def summarise_pairs(outcomes: list[Outcome]) -> dict[str, str]:
 def summarise_preferences(outcomes: list[Outcome]) -> dict[str, str]:
     """One run's line by column name: the mean preference for the run, from 0 to 1, as a win rate.
 
-    Of several judgements of one answer (orders, samples) the mean counts.
+    Of several judgements of one question (orders, samples) the mean counts, see win_rates.py.
     """
-    # 1) One value per answer.
-    values_of: dict[tuple, list[float]] = defaultdict(list)
-    for item, result in outcomes:
-        preference = preference_of(item.order, result.preference)
-        if result.status == "ok" and preference is not None:
-            values_of[item.question_id, item.turn, item.choice].append(preference - 1)
-    values = [sum(given) / len(given) for given in values_of.values()]
-    # 2) Their mean.
-    answers = len({(item.question_id, item.turn, item.choice) for item, _ in outcomes})
+    preferences = win_rates.by_question(
+        {
+            "question_id": item.question_id,
+            "choice": item.choice,
+            "order": item.order,
+            "status": result.status,
+            "preference": preference_of(item.order, result.preference),
+        }
+        for item, result in outcomes
+    )
+    found = win_rates.win_rate(preferences.values())
+    asked = len({item.question_id for item, _ in outcomes})
     return {
         "run": outcomes[0].item.model_id,
-        "win rate": f"{100 * sum(values) / len(values):.2f} %" if values else "-",
-        "wins": str(sum(value > 0.5 for value in values)),
-        "ties": str(sum(value == 0.5 for value in values)),
-        "losses": str(sum(value < 0.5 for value in values)),
-        "n": f"{len(values)}/{answers}",
+        "win rate": "-" if found.win_rate is None else f"{found.win_rate:.2f} %",
+        "s.e.": "-" if found.standard_error is None else f"{found.standard_error:.2f}",
+        "wins": str(found.n_wins),
+        "ties": str(found.n_draws),
+        "losses": str(found.n - found.n_wins - found.n_draws),
+        "n": f"{found.n}/{asked}",
         "failures": failures_text(outcomes),
         "usd": cost_text(outcomes),
     }
@@ -348,5 +359,6 @@ def failures_text(outcomes: list[Outcome]) -> str:
 
 def cost_text(outcomes: list[Outcome]) -> str:
     """Dollars of a run's judgements. One shared with another run is counted in both."""
-    costs = [o.result.cost_usd for o in outcomes if o.result.cost_usd is not None]
+    paid = [o.result for o in outcomes if o.item.known is None]
+    costs = [result.cost_usd for result in paid if result.cost_usd is not None]
     return f"{sum(costs):.4f}" if costs else "-"
