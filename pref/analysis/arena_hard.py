@@ -157,7 +157,7 @@ class Fit(NamedTuple):
 
     w: np.ndarray  # (K,) coefficients
     inverse: np.ndarray  # (K, K) of the Hessian; a pseudo-inverse where columns coincide
-    gradients: np.ndarray  # (G, K) of each row's loss; their sum is 0
+    gradients: np.ndarray  # (G, K) of each game's loss; their sum is 0
 
 
 def style_control(
@@ -196,10 +196,11 @@ def style_control(
     if reason:
         return StyleControl({}, {}, reason)
     # 4) Each run's score, with a value for each question.
+    gradients = sum_by_question(rows, fit.gradients)  # (Q, K)
     scores = {}
     for i, name in enumerate(names):
         if i in free:
-            rate, values = controlled(rows, fit, free.index(i), at)
+            rate, values = controlled(rows, fit, gradients, free.index(i), at)
         else:
             (rate,) = only[i]
             values = np.full(len(rows.questions), rate)
@@ -292,12 +293,20 @@ def fit_logistic(design: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Fit |
     return None
 
 
-def controlled(rows: Rows, fit: Fit, run: int, at: str) -> tuple[float, np.ndarray]:
+def sum_by_question(rows: Rows, values: np.ndarray) -> np.ndarray:
+    """(G, K) values of games, summed over each question's: (Q, K)."""
+    n = len(rows.questions)
+    return np.stack([np.bincount(rows.question, column, n) for column in values.T], axis=1)
+
+
+def controlled(
+    rows: Rows, fit: Fit, gradients: np.ndarray, run: int, at: str
+) -> tuple[float, np.ndarray]:
     """The score of the fit's `run`-th run, and the value of each question, (Q,), as shares.
 
-    With v the point (the run's column 1, the style's columns s) and g_i the gradient of question
-    i, of n: score = sigma(v w), and value_i = score - n score' (g_i - mean g) inverse v. At MEAN,
-    s = 0 is itself estimated: question i moves the mean of the features as well.
+    With v the point (the run's column 1, the style's columns s) and g_i row i of `gradients`, that
+    of question i of n: score = sigma(v w), and value_i = score - n score' (g_i - mean g) inverse v.
+    At MEAN, s = 0 is itself estimated: question i moves the mean of the features as well.
     """
     n, n_style = len(rows.questions), rows.style.shape[1]
     n_runs = len(fit.w) - n_style
@@ -305,9 +314,7 @@ def controlled(rows: Rows, fit: Fit, run: int, at: str) -> tuple[float, np.ndarr
     point = np.concatenate([np.arange(n_runs) == run, s])  # (K,)
     rate = float(special.expit(point @ fit.w))
     slope = rate * (1 - rate)
-    by_question = np.zeros((n, len(fit.w)))  # (Q, K)
-    np.add.at(by_question, rows.question, fit.gradients)
-    influence = -(by_question - by_question.mean(0)) @ fit.inverse @ point  # (Q,)
+    influence = -(gradients - gradients.mean(0)) @ (fit.inverse @ point)  # (Q,)
     if at == MEAN:
         moved = rows.weight * (rows.style @ fit.w[n_runs:]) / rows.weight.sum()  # (G,), sum 0
         influence += np.bincount(rows.question, moved, minlength=n)
