@@ -350,16 +350,16 @@ def test_standard_errors_are_those_of_refits(folder):
 
 
 def test_upstreams_counts_of_markdown(folder):
-    from pref.judging import answer_shape
+    from pref.judging.shape import shape
 
     with gzip.open(folder / "v2.0/o3-mini-2025-01-31.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     for row in rows:
-        shape = answer_shape.shape_of(row["messages"][-1]["content"]["answer"])
+        counted = shape(row["messages"][-1]["content"]["answer"])
         expected = {
             "headers": sum(row["metadata"]["header_count"].values()),
             "lists": sum(row["metadata"]["list_count"].values()),
             "bold": sum(row["metadata"]["bold_count"].values()),
         }
-        assert {name: shape[name] for name in expected} == expected
+        assert {name: counted[name] for name in expected} == expected
     assert len(rows) == 750 and any(row["metadata"]["bold_count"]["**"] for row in rows)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pref.judging import bench_mt_bench, judges
+from pref.judging import bench_arena_hard, bench_mt_bench, judges
 from pref.judging.benchmark import REWARD, Bench, Benchmark
 from pref.judging.reading import FIRST, Reply, Verdict
 
@@ -11,6 +11,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         bench_mt_bench.BENCHMARK,
+        *bench_arena_hard.BENCHMARKS.values(),
     )
 }  # fmt: skip
 DEFAULT = bench_mt_bench.BENCHMARK.name
