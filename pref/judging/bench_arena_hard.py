@@ -203,7 +203,7 @@ def choices(bench: Bench) -> Choices:
     def most_probable(probabilities: list[float]) -> Verdict:
         return verdict_of(max(zip(probabilities, LABELS))[1])
 
-    return Choices(prefix=PREFIX, texts=tuple(LABELS), closing="]", read=most_probable)
+    return Choices(prefix=PREFIX, texts=tuple(LABELS), closing="]]", read=most_probable)
 
 
 # ---- the table at the end ------------------------------------------------------------------------
