@@ -101,6 +101,15 @@ def test_pseudo_values_by_hand():
     assert score.n_rows == 6
 
 
+def test_a_judge_that_goes_by_position_is_seen():
+    score = arena_hard.win_rate(
+        games_of({1: ("A>>B", "A>>B"), 2: ("A>B", "A>B"), 3: ("A=B", "A>B")})
+    )
+    assert (score.disagree, score.left_out) == (2, 0)
+    always_a = arena_hard.win_rate(games_of(dict.fromkeys(range(5), ("A>>B", "A>>B"))))
+    assert (always_a.score, always_a.se, always_a.disagree) == (50.0, 0.0, 5)
+
+
 def test_a_game_without_a_verdict_takes_its_question_along_or_not():
     pairs = {1: ("B>A", "A>B"), 2: (None, "B>>A"), 3: ("A>B", "B>A")}
     both = arena_hard.win_rate(games_of(pairs))

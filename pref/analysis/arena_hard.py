@@ -15,6 +15,9 @@ is the score and whose standard deviation over the root of their number is its s
 are pseudo-values of a ratio, or the influence of a question on a fit: every statistic for means of
 questions applies to them, paired differences between runs too.
 
+A judge that goes by position alone gives every run 50 with a standard error of 0: look at
+`ArenaScore.disagree` beside the score.
+
 All functions take games against one baseline. Version 2.0 has two, by category: each is a score of
 its own, since a win against another opponent is another quantity. A run as baseline is one for all
 questions.
@@ -64,6 +67,7 @@ class ArenaScore(NamedTuple):
     values: dict[Hashable, float]  # by question, in percent: their mean is the score
     n_rows: int  # a strong win counts three times
     left_out: int  # questions that were judged and do not count
+    disagree: int  # questions whose two games were won by different answers: by position
 
 
 class StyleControl(NamedTuple):
@@ -111,8 +115,7 @@ def win_rate(games: Iterable[Game], both_games: bool = True) -> ArenaScore | Non
     count = np.bincount(index, rows)  # (Q,)
     rate = total.sum() / count.sum()
     values = rate + len(questions) * (total - rate * count) / count.sum()
-    left_out = len({game.question for game in games}) - len(questions)
-    return as_score(rate, dict(zip(questions, values)), int(count.sum()), left_out)
+    return as_score(rate, dict(zip(questions, values)), games, counted)
 
 
 def counted_games(games: list[Game], both_games: bool) -> list[Game]:
@@ -130,11 +133,22 @@ def counted_games(games: list[Game], both_games: bool) -> list[Game]:
     return [g for g in judged if g.question not in failed and len(orders[g.question]) == 2]
 
 
-def as_score(rate: float, values: dict[Hashable, float], n_rows: int, left_out: int) -> ArenaScore:
-    """Shares as an ArenaScore, in percent."""
+def as_score(
+    rate: float, values: dict[Hashable, float], games: list[Game], counted: list[Game]
+) -> ArenaScore:
+    """The share `rate`, and the share of each question, as an ArenaScore in percent."""
     percent = {question: 100 * float(value) for question, value in values.items()}
-    se = stats.standard_error(list(percent.values()))
-    return ArenaScore(100 * float(rate), se, percent, n_rows, left_out)
+    outcomes = defaultdict(set)
+    for game in counted:
+        outcomes[game.question].add(LABELS[game.label].score)
+    return ArenaScore(
+        score=100 * float(rate),
+        se=stats.standard_error(list(percent.values())),
+        values=percent,
+        n_rows=sum(LABELS[game.label].rows for game in counted),
+        left_out=len({game.question for game in games}) - len(outcomes),
+        disagree=sum({0.0, 1.0} <= scores for scores in outcomes.values()),
+    )
 
 
 # ---- style control -------------------------------------------------------------------------------
@@ -204,9 +218,8 @@ def style_control(
         else:
             (rate,) = only[i]
             values = np.full(len(rows.questions), rate)
-        left_out = len({game.question for game in runs[name]} - {g.question for g in counted[name]})
-        n_rows = int(rows.weight[rows.run == i].sum())
-        scores[name] = as_score(rate, dict(zip(rows.questions, values)), n_rows, left_out)
+        by_question = dict(zip(rows.questions, values))
+        scores[name] = as_score(rate, by_question, runs[name], counted[name])
     return StyleControl(scores, dict(zip(features, fit.w[len(free) :].tolist())))
 
 
