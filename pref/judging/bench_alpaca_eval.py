@@ -341,7 +341,7 @@ def check(args: argparse.Namespace) -> None:
 # ---- what is printed -----------------------------------------------------------------------------
 
 
-def remarks(bench: Bench, items: Iterable) -> list[str]:
+def notes(bench: Bench, items: Iterable) -> list[str]:
     """How many of each run's prompts are not as they should be, because an instruction or an answer
     holds START or END. items: `store.Item`s.
     """
@@ -370,7 +370,7 @@ BENCHMARK = Benchmark(
     check=check,
     check_probe=check_probe,
     choices=choices,
-    remarks=remarks,
+    notes=notes,
     export=annotations.write_annotations,
     completion_tokens=1,
 )

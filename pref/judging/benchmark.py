@@ -58,14 +58,16 @@ class Benchmark(NamedTuple):
     # complaint that stops the command, or None.
     check_probe: Callable[["Bench", dict | None], str | None] | None = None
     choices: Callable[["Bench"], Choices] | None = None  # None: an hf: judge cannot judge it
-    # (items with their results) -> one run's line of the table that is printed at the end; None:
-    # as the summary does it for the grading.
+    # (items with their results) -> one run's columns of the table that is printed at the end,
+    # beside name, failures and cost; None: as the summary does it for the grading.
     summarise: Callable[[list], dict[str, str]] | None = None
     # (bench, items) -> what a reader must know of them before they are judged.
-    remarks: Callable[["Bench", list], list[str]] | None = None
+    notes: Callable[["Bench", list], list[str]] | None = None
     # (bench, answers by run folder, baseline by question_id, answers by baseline, Identity): writes
     # further files beside judgements.csv, which is there.
     export: Callable | None = None
+    # What is printed of judgements with these values of the column `reading`.
+    remarks: dict[str, str] = {}  # noqa: RUF012  never changed
     completion_tokens: int = 250  # of a judgement, for an estimate before there are any
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pref.judging import bench_alpaca_eval, bench_mt_bench, judges
+from pref.judging import bench_alpaca_eval, bench_arena_hard, bench_mt_bench, judges
 from pref.judging.benchmark import REWARD, Bench, Benchmark
 from pref.judging.reading import FIRST, Reply, Verdict
 
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     for benchmark in (
         bench_mt_bench.BENCHMARK,
         bench_alpaca_eval.BENCHMARK,
+        *bench_arena_hard.BENCHMARKS.values(),
     )
 }  # fmt: skip
 DEFAULT = bench_mt_bench.BENCHMARK.name

@@ -1,6 +1,8 @@
 """The shape of an answer: its length and its markdown, which judges are known to reward.
 
-Kept with each comparison, so that length control and style control need the judgements alone.
+Kept with each comparison, so that length control and style control need the judgements alone. The
+patterns are arena-hard-auto's (utils/add_markdown_info.py), except that a ``` block may hold
+backticks, and ends with the text where nothing closes it.
 """
 
 import functools

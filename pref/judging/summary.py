@@ -1,5 +1,6 @@
 """What judge.py prints: the announcement before it asks, and the table of results after."""
 
+import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -67,8 +68,8 @@ def announce(
     known = {item.request_sha256 for item in items if item.known is not None}
     if known:
         print(f"answers that equal the baseline's: {len(known)}; half a win each, not asked about")
-    if bench.benchmark.remarks is not None and bench.grading != REWARD:
-        print("".join(f"{remark}\n" for remark in bench.benchmark.remarks(bench, items)), end="")
+    if bench.benchmark.notes is not None and bench.grading != REWARD:
+        print("".join(f"{note}\n" for note in bench.benchmark.notes(bench, items)), end="")
     done = len({item.request_sha256 for item in items}) - len(pending) - len(known)
     print(
         f"{len(items)} judgements of {len(runs)} runs: {done} requests already made, "
@@ -148,7 +149,7 @@ def print_results(
     print_table([summarise(outcomes) for outcomes in by_run.values()])
     if summarise is summarise_single:
         print_categories(bench, by_run)
-    print_remarks(who, items, results)
+    print_remarks(bench, who, items, results)
 
 
 def pick_summary(bench: Bench, results: dict[str, Result]) -> Callable:
@@ -156,11 +157,21 @@ def pick_summary(bench: Bench, results: dict[str, Result]) -> Callable:
     if bench.grading == REWARD:
         return summarise_scores
     if bench.benchmark.summarise is not None:
-        return bench.benchmark.summarise
+        return functools.partial(with_costs, bench.benchmark.summarise)
     if bench.grading == SINGLE:
         return summarise_single
     has_preferences = any(result.preference is not None for result in results.values())
     return summarise_preferences if has_preferences else summarise_pairs
+
+
+def with_costs(summarise: Callable, outcomes: list[Outcome]) -> dict[str, str]:
+    """One run's line: a benchmark's own columns between those that every table has."""
+    return {
+        "run": outcomes[0].item.model_id,
+        **summarise(outcomes),
+        "failures": failures_text(outcomes),
+        "usd": cost_text(outcomes),
+    }
 
 
 def how_text(bench: Bench, items: list[Item]) -> str:
@@ -189,11 +200,16 @@ def print_categories(bench: Bench, by_run: dict[str, list[Outcome]]) -> None:
         print("own prompts: these scores are not comparable with published MT-Bench scores")
 
 
-def print_remarks(who: Identity, items: list[Item], results: dict[str, Result]) -> None:
+def print_remarks(
+    bench: Bench, who: Identity, items: list[Item], results: dict[str, Result]
+) -> None:
     """Print what a reader of the table must know of how its verdicts came about."""
     judged = {item.request_sha256: item for item in items if item.request_sha256 in results}
     outcomes = [Outcome(item, results[key]) for key, item in judged.items()]
     counts = Counter(o.result.reading for o in outcomes if o.result.status == "ok")
+    for kind, remark in bench.benchmark.remarks.items():
+        if n := counts.pop(kind, 0):
+            print(f"{n} of {len(outcomes)} judgements {remark}")
     if n := counts[FALLBACK]:
         print(
             f"{n} of {len(outcomes)} ratings are a number in single brackets, [7], which FastChat "

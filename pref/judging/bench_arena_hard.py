@@ -1,0 +1,257 @@
+"""Arena-Hard-Auto: each answer against a baseline's, in two games, with five verdicts.
+
+The judge sees the question and two answers, and ends with a label from [[A>>B]] to [[B>>A]]. In
+game 1 the baseline's answer is A, in game 2 the run's. Messages are those of arena-hard-auto
+(gen_judgment.py, utils/judge_utils.py), byte for byte. The two versions differ in their questions
+and baselines (files), and in two points here:
+
+    version   judge's parameters               labels that differ within one judgement
+    v0.1      temperature 0, 4,096 tokens      no verdict (version 0.1's own code)
+    v2.0      temperature 0, 16,000 tokens     the last one counts, column `reading` "several"
+
+A judgement that was cut off has no verdict: its last label may be missing. Version 0.1's own code
+made a second call where the first brought no label; here that is status "parse" (or "length").
+
+How verdicts become a score is pref/analysis/arena_hard.py's matter.
+"""
+
+import argparse
+import functools
+import re
+import string
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from pref.files import benchmarks, disk
+from pref.files.benchmarks import BenchFolder
+from pref.files.console import UserError
+from pref.files.verdict_labels import LABELS, RUN_IS_A, RUN_IS_B, from_run_side, read_label
+from pref.judging import reading
+from pref.judging.benchmark import PAIR, Ask, Bench, Benchmark, Choices
+from pref.judging.reading import FALLBACK, SEVERAL, Reply, Verdict
+
+V01, V20 = "arena_hard_v0.1", "arena_hard_v2.0"
+MAX_TOKENS = {V01: 4096, V20: 16000}  # of a judgement
+COMPLETION_TOKENS = {V01: 600, V20: 1200}  # roughly; the judge writes its own answer first
+GAMES = (RUN_IS_B, RUN_IS_A)  # column `order`, of game 1 and game 2
+
+SETTINGS = "judge_settings.json"
+FIELDS = {"QUESTION", "ANSWER_A", "ANSWER_B"}
+
+# Labels in double brackets, and failing that in single ones: of the first pattern that matches.
+PATTERNS = (re.compile(r"\[\[([AB<>=]+)\]\]"), re.compile(r"\[([AB<>=]+)\]"))
+WINNER = {1.0: "A", 0.5: "tie", 0.0: "B"}
+REMARKS = {
+    FALLBACK: "have their label in single brackets, [A>B], and none in double ones",
+    SEVERAL: "have several labels, which differ; the last one counts",
+}
+# How a judge that is asked for probabilities begins its answer: the prompt's example has
+# 'My final verdict is tie: [[A=B]]'.
+PREFIX = "My final verdict is: [["
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def read(name: str, folder: Path, args: argparse.Namespace) -> Bench:
+    """Questions, judge prompts and baselines of the version `name`.
+
+    Raises UserError, with place and remedy, for anything that would spoil a judgement.
+    """
+    data = benchmarks.open_folder(name, folder)
+    questions = benchmarks.read_questions(data)
+    settings, template = read_settings(folder / SETTINGS)
+    for question in questions:
+        if question["category"] not in settings:
+            raise UserError(
+                f"{data.questions_file}: question {question['question_id']} has category "
+                f"{question['category']!r}; {folder / SETTINGS} has {', '.join(settings)}"
+            )
+    used = dict.fromkeys(question["category"] for question in questions)
+    prompts = {
+        category: {
+            "system_prompt": settings[category]["system_prompt"],
+            "prompt_template": template,
+        }
+        for category in used
+    }
+    names = {q["question_id"]: settings[q["category"]]["baseline"] for q in questions}
+    return Bench(
+        benchmark=BENCHMARKS[name],
+        folder=folder,
+        questions=questions,
+        grading=PAIR,
+        prompts=prompts,
+        label=benchmarks.label_of(data),
+        parameters={"temperature": 0, "max_tokens": MAX_TOKENS[name]},
+        baselines=names if args.baseline else with_answers(data, names),
+    )
+
+
+def read_settings(path: Path) -> tuple[dict[str, dict], str]:
+    """Baseline and system prompt by category, and the template of the user message.
+
+    Raises UserError if one is missing or cannot be filled in.
+    """
+    content = disk.read_json(path)
+    settings, template = content.get("settings"), content.get("prompt_template")
+    keys = ("baseline", "system_prompt")
+    if not isinstance(settings, dict) or not all(
+        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in keys)
+        for one in settings.values()
+    ):
+        raise UserError(f"{path}: 'settings' must have 'baseline' and 'system_prompt' per category")
+    try:
+        pieces = list(string.Formatter().parse(template))
+        fields = {field for _, field, _, _ in pieces if field is not None}
+    except (TypeError, ValueError):
+        fields = set()
+    if fields != FIELDS:
+        listed = ", ".join(f"{{{field}}}" for field in sorted(FIELDS))
+        raise UserError(
+            f"{path}: 'prompt_template' must have exactly the fields {listed}, and literal braces "
+            "written as {{ and }}"
+        )
+    return settings, template
+
+
+def with_answers(data: BenchFolder, names: dict[int, str]) -> dict[int, str]:
+    """`names` (baseline by question_id) without the baselines whose answers the folder lacks.
+
+    Says which questions are not judged therefore. Raises UserError if none would be.
+    """
+    there = benchmarks.baselines(data)
+    kept = {question_id: name for question_id, name in names.items() if name in there}
+    for name in dict.fromkeys(names.values()):
+        if name in there:
+            continue
+        without = sum(one == name for one in names.values())
+        message = (
+            f"{data.folder / 'baseline'}: no answers of {name}, the baseline of {without} of "
+            f"{len(names)} questions; put {name}.jsonl there (python prep_data.py --arena_hard "
+            f"{data.name.removeprefix('arena_hard_')} tells how), or compare with a run: "
+            "--baseline RUN"
+        )
+        if not kept:
+            raise UserError(message)
+        print(f"{message}; these questions are not judged", file=sys.stderr)
+    return kept
+
+
+# ---- what is sent --------------------------------------------------------------------------------
+
+
+def asks(
+    bench: Bench, question: dict, turn: int, answer: list[str], other: list[str] | None
+) -> list[Ask]:
+    """The two games of an answer and the baseline's, `other`."""
+    prompt, text = bench.prompts[question["category"]], question["turns"][0]
+    return [
+        Ask(messages(prompt, text, other[0], answer[0]), GAMES[0]),
+        Ask(messages(prompt, text, answer[0], other[0]), GAMES[1]),
+    ]
+
+
+def messages(prompt: dict[str, str], question: str, answer_a: str, answer_b: str) -> list[dict]:
+    """System and user message. str.format puts texts in as they are, braces included; an empty
+    system prompt sends no system message.
+    """
+    fields = {"QUESTION": question, "ANSWER_A": answer_a, "ANSWER_B": answer_b}
+    sent = [{"role": "user", "content": prompt["prompt_template"].format(**fields)}]
+    if prompt["system_prompt"]:
+        sent.insert(0, {"role": "system", "content": prompt["system_prompt"]})
+    return sent
+
+
+# ---- what comes back -----------------------------------------------------------------------------
+
+
+def read_reply(name: str, reply: Reply, request: dict, which: str) -> Verdict:
+    """The verdict of a judgement, as the version `name` reads it."""
+    find = functools.partial(find_label, one_label=name == V01)
+    return reading.read_text(reply, find, needs_end=True)
+
+
+def find_label(text: str, one_label: bool) -> Verdict | None:
+    """The label of a judgement: the last one, of the first pattern that matches.
+
+    one_label: labels that differ are no verdict.
+
+    "... [[B>A]] ... [[a>>b]]" -> A>>B, several; None with one_label
+    "... [A>B]"                -> A>B, fallback
+    """
+    for pattern, kind in zip(PATTERNS, ("", FALLBACK)):
+        if marks := pattern.findall(text.upper()):
+            label, several = read_label(marks[-1]), len(set(map(read_label, marks))) > 1
+            if label is None or (several and one_label):
+                return None
+            return verdict_of(label, SEVERAL if several else kind)
+    return None
+
+
+def verdict_of(label: str, how: str = "") -> Verdict:
+    return Verdict("ok", winner=WINNER[LABELS[label].score], reading=how, label=label)
+
+
+def choices(bench: Bench) -> Choices:
+    """How a local judge answers: with the most probable of the five labels. It writes no answer of
+    its own first, which the prompt asks for: its verdicts are not those of the same model behind a
+    server.
+    """
+
+    def most_probable(probabilities: list[float]) -> Verdict:
+        return verdict_of(max(zip(probabilities, LABELS))[1])
+
+    return Choices(prefix=PREFIX, texts=tuple(LABELS), closing="]]", read=most_probable)
+
+
+# ---- the table at the end ------------------------------------------------------------------------
+
+
+def summarise(outcomes: list) -> dict[str, str]:
+    """One run's columns: a value for each baseline, in the order in which the title names them."""
+    by_baseline = defaultdict(list)
+    for item, result in outcomes:
+        by_baseline[item.baseline].append((item, result))
+    columns = [against_one(games) for games in by_baseline.values()]
+    return {name: " / ".join(column[name] for column in columns) for name in columns[0]}
+
+
+def against_one(games: list) -> dict[str, str]:
+    """The columns against one baseline. games: (item, result). `orders disagree` counts questions
+    whose two games have different winners.
+    """
+    # 1) The labels of each question from the run's side, None without a verdict.
+    labels_of = defaultdict(list)
+    for item, result in games:
+        label = from_run_side(result.label, item.order) if result.status == "ok" else None
+        labels_of[item.question_id, item.choice, item.repeat].append(label)
+    complete = [labels for labels in labels_of.values() if None not in labels]
+    # 2) Rows, as pref/analysis/arena_hard.py counts them.
+    counted = labels_of.values() if games[0][0].bench == V01 else complete
+    labels = [LABELS[label] for labels in counted for label in labels if label is not None]
+    rows = sum(label.rows for label in labels)
+    score = sum(label.score * label.rows for label in labels)
+    decided = [{LABELS[label].score for label in labels} for labels in complete]
+    return {
+        "win rate": f"{100 * score / rows:.2f} %" if rows else "-",
+        "n": f"{len(complete)}/{len(labels_of)}",
+        "orders disagree": str(sum({0.0, 1.0} <= scores for scores in decided)),
+    }
+
+
+BENCHMARKS = {
+    name: Benchmark(
+        name=name,
+        title=f"Arena-Hard {name.removeprefix('arena_hard_')}",
+        read=functools.partial(read, name),
+        asks=asks,
+        read_reply=functools.partial(read_reply, name),
+        choices=choices,
+        summarise=summarise,
+        remarks=REMARKS,
+        completion_tokens=COMPLETION_TOKENS[name],
+    )
+    for name in (V01, V20)
+}
