@@ -368,7 +368,7 @@ def influences(rows: Rows, fitted: Rows, C: float, weights: np.ndarray) -> np.nd
     """
     p = sigmoid(fitted.x @ weights)
     curvature = C * fitted.weight * p * (1 - p)
-    hessian = (fitted.x * curvature[:, None]).T @ fitted.x  # (k, k)
+    hessian = (fitted.x.T * curvature) @ fitted.x  # (k, k)
 
     predicted = at_equal_length(rows.x, weights)  # (n,)
     slope = (predicted * (1 - predicted))[:, None] * rows.x
@@ -392,7 +392,8 @@ def cross_entropy(z: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(z: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -z))
+    tail = np.exp(-np.abs(z))  # never overflows
+    return np.where(z < 0, tail, 1.0) / (1 + tail)
 
 
 # ---- the solver ----------------------------------------------------------------------------------
@@ -412,9 +413,8 @@ def minimise(rows: Rows, C: float, start: np.ndarray) -> np.ndarray:
     w, current = start, value(start)
     for _ in range(200):
         p = sigmoid(rows.x @ w)
-        gradient = C * (rows.x.T @ (rows.weight * (p - rows.y)))
-        curvature = C * rows.weight * p * (1 - p)
-        hessian = (rows.x * curvature[:, None]).T @ rows.x
+        gradient = C * ((rows.weight * (p - rows.y)) @ rows.x)
+        hessian = C * (rows.x.T * (rows.weight * p * (1 - p))) @ rows.x
         step = quadratic_minimum(w, gradient, hessian) - w
         if np.abs(step).max() <= TOLERANCE * max(1.0, np.abs(w).max()):
             return w + step
@@ -433,19 +433,21 @@ def quadratic_minimum(w: np.ndarray, gradient: np.ndarray, hessian: np.ndarray) 
     With the sign of each weight given, this is a linear system. All 3^k choices of signs are
     solved; of the solutions that have the signs they were solved for, the best is the minimum.
     """
+    k = len(w)
+    hessian = hessian.copy()
     # A direction without curvature gets a little: a step is then long, but finite.
-    hessian = hessian + np.diag(1e-10 * np.diag(hessian) + 1e-12)
+    hessian.flat[:: k + 1] += 1e-10 * hessian.flat[:: k + 1] + 1e-12
     linear = hessian @ w - gradient  # (k,)
-    signs = sign_choices(len(w))  # (3^k, k)
-    free = signs != 0
-    systems = np.where(free[:, :, None] & free[:, None, :], hessian, np.eye(len(w)))
-    v = np.linalg.solve(systems, np.where(free, linear - signs, 0.0)[:, :, None])[:, :, 0]
-    values = np.abs(v).sum(1) + np.einsum("si,ij,sj->s", v, hessian, v) / 2 - v @ linear
-    fits = (v * signs > 0) | ~free
-    return v[np.where(fits.all(1), values, np.inf).argmin()]
+    signs, unused = sign_choices(k)
+    systems = np.where(unused[:, :, None] | unused[:, None, :], np.eye(k), hessian)
+    v = np.linalg.solve(systems, np.where(unused, 0.0, linear - signs)[:, :, None])[:, :, 0]
+    values = np.abs(v).sum(1) + ((v @ hessian / 2 - linear) * v).sum(1)
+    values[~((v * signs > 0) | unused).all(1)] = np.inf
+    return v[values.argmin()]
 
 
 @cache
-def sign_choices(k: int) -> np.ndarray:
-    """(3^k, k) every choice of a sign, -1, 0 or 1, for each of k weights."""
-    return np.array(list(product((0, 1, -1), repeat=k)), dtype=float)
+def sign_choices(k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(3^k, k) every choice of a sign, -1, 0 or 1, for each of k weights; and where it is 0."""
+    signs = np.array(list(product((0, 1, -1), repeat=k)), dtype=float)
+    return signs, signs == 0
