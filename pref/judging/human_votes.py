@@ -24,6 +24,8 @@ MIRRORED = {A: B, TIE: TIE, B: A}
 WINNERS = {"model_a": A, "model_b": B, "tie": TIE, "tie (inconsistent)": TIE}
 EXPERT = "expert"  # voters whose name begins so; the others are authors of the paper
 
+HUMAN, LLMBAR = "mt_bench_human", "llmbar"  # folders in data/
+DATA = (HUMAN, LLMBAR)
 LLMBAR_SUBSETS = (
     "Natural",
     "Adversarial_Neighbor",
@@ -54,7 +56,7 @@ class Vote(NamedTuple):
 class Known(NamedTuple):
     """Comparisons with a known outcome, and the texts that were compared."""
 
-    name: str  # "mt_bench_human" or "llmbar"
+    name: str  # HUMAN or LLMBAR
     questions: dict[int, dict]  # by question_id: question_id, category, turns
     answers: dict[str, dict[int, list[str]]]  # turns by question_id, by model
     votes: dict[Pair, list[Vote]]
@@ -93,7 +95,7 @@ def read_votes(folder: Path, questions: list[dict]) -> Known:
             if row["winner"] == "tie (inconsistent)":
                 inconsistent.add(pair)
     sha256 = disk.sha256_file(path)
-    return Known("mt_bench_human", by_id, answers, dict(votes), published, inconsistent, sha256)
+    return Known(HUMAN, by_id, answers, dict(votes), published, inconsistent, sha256)
 
 
 def read_models(folder: Path) -> dict[str, dict[int, list[str]]]:
@@ -181,7 +183,7 @@ def read_llmbar(folder: Path) -> Known:
         texts[subset] = rows
     if not votes:
         raise UserError(f"{folder}: no pairs; run python prep_data.py --llmbar again")
-    return Known("llmbar", questions, answers, votes, {}, set(), disk.sha256_json(texts))
+    return Known(LLMBAR, questions, answers, votes, {}, set(), disk.sha256_json(texts))
 
 
 def check_llmbar(row: dict, place: str) -> None:

@@ -269,15 +269,16 @@ def share_of_ties(rows: list[Judged]) -> dict[str, Estimate]:
 
 
 def by_group(rows: list[Judged], group: Callable[[Judged], str]) -> dict[str, dict[str, Estimate]]:
-    """`agreement` with the votes, by group, in the order in which groups appear."""
+    """`agreement` with the votes, by group."""
     return {name: agreement(part, vote_counts(part)) for name, part in grouped(rows, group).items()}
 
 
 def grouped(rows: list[Judged], group: Callable[[Judged], str]) -> dict[str, list[Judged]]:
+    """Rows by group, in alphabetical order."""
     parts: dict[str, list[Judged]] = {}
     for row in rows:
         parts.setdefault(group(row), []).append(row)
-    return parts
+    return dict(sorted(parts.items()))
 
 
 # ---- pairs of which one answer is right ----------------------------------------------------------
