@@ -20,7 +20,7 @@ from pref.judging import (
 )
 from pref.judging.server_judge import PROBE
 
-QUESTIONS = {81 + i: ("writing", "math", "stem", "coding")[i % 4] for i in range(8)}
+QUESTIONS = {81 + i: ("writing", "math", "stem", "coding")[i % 4] for i in range(4)}
 # Three models. What they answer says how good it is, and the votes follow that.
 MODELS = {"claude-v1": 3, "gpt-4": 3, "llama-13b": 1}
 QUALITY = re.compile(r"worth (\d)")
@@ -66,7 +66,7 @@ def write_votes(folder: Path) -> None:
     write_lines(folder / "human.jsonl", rows)
 
 
-N_PAIRS = 8 * 2 * 3
+N_PAIRS = len(QUESTIONS) * 2 * 3  # 24, of which 8 of two good models
 
 
 @pytest.fixture
@@ -114,12 +114,12 @@ def test_a_judge_as_good_as_the_votes(place, server, capsys):
     assert validate(start(server, good)) == 0
     report = read_report()
     assert len(server.paid(PROBE)) == 2 * N_PAIRS
-    assert (report["n_pairs"], report["n_judged"], report["n_votes"]) == (48, 48, 96)
-    # 32 pairs with two votes like the verdict, 16 with a tie by the judge and by one of two.
-    assert report["agreement"]["estimate"] == pytest.approx((32 * 2 + 16) / 96)
+    assert (report["n_pairs"], report["n_judged"], report["n_votes"]) == (24, 24, 48)
+    # 16 pairs with two votes like the verdict, 8 with a tie by the judge and by one of two.
+    assert report["agreement"]["estimate"] == pytest.approx((16 * 2 + 8) / 48)
     assert report["agreement_no_ties"]["estimate"] == 1.0
     assert report["flips"]["estimate"] == 0.0 and report["no_verdict"] == {}
-    assert report["ceiling"]["humans"]["estimate"] == pytest.approx(64 / 96)
+    assert report["ceiling"]["humans"]["estimate"] == pytest.approx(32 / 48)
     assert report["own_family"]["models"] == ["gpt-4"]
     assert report["judge_id"] and report["grading"] == "pair" and report["prompts"] == "own"
     # Every question has the same difference, so nothing measures its error.
@@ -134,17 +134,17 @@ def test_a_judge_as_good_as_the_votes(place, server, capsys):
 
 
 def test_a_judge_that_always_chooses_the_first_answer(place, server, capsys):
-    assert validate(start(server, lambda body: completion("[[A]]")), "--pairs", "20") == 0
+    assert validate(start(server, lambda body: completion("[[A]]")), "--pairs", "10") == 0
     report = read_report()
-    assert len(server.paid(PROBE)) == 40 and report["n_pairs"] == 20
+    assert len(server.paid(PROBE)) == 20 and report["n_pairs"] == 10
     assert report["ties"]["judge"]["estimate"] == 1.0
     assert (report["flips"]["estimate"], report["flips"]["to_first"]["estimate"]) == (1.0, 1.0)
     assert report["as_humans"] == "no"
     assert any("100% of its verdicts change" in warning for warning in report["warnings"])
     assert "WARNING: no pair was decided" in capsys.readouterr().out
     # A larger sample holds the smaller one: the rest alone is asked.
-    assert validate(start(server, lambda body: completion("[[A]]")), "--pairs", "30") == 0
-    assert len(server.paid(PROBE)) == 20 and read_report()["n_pairs"] == 30
+    assert validate(start(server, lambda body: completion("[[A]]")), "--pairs", "15") == 0
+    assert len(server.paid(PROBE)) == 10 and read_report()["n_pairs"] == 15
 
 
 def test_ratings_become_verdicts_and_are_shared_with_mt_bench(place, server):
@@ -164,7 +164,7 @@ def test_ratings_become_verdicts_and_are_shared_with_mt_bench(place, server):
     assert validate(server, "--grading", "single") == 0
     assert len(server.paid(PROBE)) == 2 * 2 * len(QUESTIONS)
     report = read_report()
-    assert report["agreement"]["estimate"] == pytest.approx(80 / 96)
+    assert report["agreement"]["estimate"] == pytest.approx(40 / 48)
     assert report["flips"]["estimate"] is None and report["grading"] == "single"
     assert report["ties"]["judge"]["estimate"] == pytest.approx(1 / 3)
     judge.main(["results", "--judge", "gpt-9-70b", "--base_url", server.url])
@@ -219,17 +219,18 @@ def test_repeats_and_failures_are_reported(place, server, capsys):
     assert validate(start(server, moody), "--repeats", "2") == 1
     report = read_report()
     assert report["no_verdict"] == {"parse": 6} and report["n_judged"] == N_PAIRS - 6
-    # Of 42 pairs with two verdicts, the 14 that were a tie before are one again.
-    assert report["retest"]["estimate"] == pytest.approx(1 / 3) and report["retest"]["n"] == 42
-    assert report["agreement"]["estimate"] == pytest.approx(80 / 96)  # of the first verdicts
-    assert any("12% of the pairs have no verdict" in warning for warning in report["warnings"])
-    assert "without a verdict: 6 parse, of 48 pairs" in capsys.readouterr().out
+    # Of 18 pairs with two verdicts, the 6 that were a tie before are one again.
+    assert report["retest"]["estimate"] == pytest.approx(1 / 3) and report["retest"]["n"] == 18
+    assert report["agreement"]["estimate"] == pytest.approx(40 / 48)  # of the first verdicts
+    assert any("25% of the pairs have no verdict" in warning for warning in report["warnings"])
+    assert "without a verdict: 6 parse, of 24 pairs" in capsys.readouterr().out
 
 
 def test_a_reward_model_is_validated_by_its_scores(place, monkeypatch):
     def open_judge(args, db, bench):
         def score(messages):
-            return float(QUALITY.search(messages[-1]["content"])[1]) + len(messages[-1]["content"])
+            answer = messages[-1]["content"]
+            return 100.0 * int(QUALITY.search(answer)[1]) + len(answer)
 
         return judges.score_judge(args.judge, 0.6, {"method": "length"}, score)
 
@@ -239,7 +240,7 @@ def test_a_reward_model_is_validated_by_its_scores(place, monkeypatch):
     assert report["grading"] == "reward" and report["flips"]["estimate"] is None
     # claude-v1 beats gpt-4 by its length, as one of two votes says; the others as the votes do.
     assert report["ties"]["judge"]["estimate"] == 0.0
-    assert report["agreement"]["estimate"] == pytest.approx((64 + 16) / 96)
+    assert report["agreement"]["estimate"] == pytest.approx((32 + 8) / 48)
 
 
 def test_llmbar(place, server, capsys):

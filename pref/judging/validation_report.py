@@ -4,6 +4,7 @@
 that dict.
 """
 
+import re
 from collections.abc import Iterator
 
 from pref.files import console
@@ -160,11 +161,12 @@ def sentence(report: dict) -> str:
 def table(report: dict) -> str:
     """A line for each number: the judge's, how many observations, and GPT-4's of 2023 beside it."""
     of_gpt4 = report.get("gpt4_2023")
-    lines = [["", report["judge"], "n", *([GPT4] if of_gpt4 else [])]]
+    name = re.split("[/:]", report["judge"].rstrip("/"))[-1]
+    lines = [["", name, "n", *([GPT4] if of_gpt4 else [])]]
     for label, path in table_rows(report):
         found = find(report, path)
-        if found is None or found["estimate"] is None:
-            continue
+        if found is None or (found["estimate"] is None and label.startswith("agreement, ")):
+            continue  # it has none
         other = find(of_gpt4, path) if of_gpt4 else None
         cell = "" if other is None or other["estimate"] is None else f"{other['estimate']:.3f}"
         line = [label, interval_text(found, digits=3), str(found["n"])]
@@ -191,11 +193,11 @@ def table_rows(report: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
         for group, prefix in (("by_turn", "turn "), ("by_category", "")):
             for name in report[group]:
                 yield f"agreement, {prefix}{name}", (group, name, "agreement")
-        yield "longer answer chosen, by the judge", ("longer_chosen", "judge")
+        yield "longer answer chosen by the judge", ("longer_chosen", "judge")
         yield "  by the majority of votes", ("longer_chosen", "humans")
         yield "  by the judge against that majority", ("longer_chosen", "judge_against_humans")
         yield "log odds per log length, given the votes", ("length_given_votes",)
-        yield "own family wins, more than in the votes", ("own_family", "difference")
+        yield "own family's wins, less those in the votes", ("own_family", "difference")
         yield "ties among the votes", ("ties", "humans")
     yield "ties among the verdicts", ("ties", "judge")
     yield "verdicts that change with the order", ("flips",)
@@ -211,7 +213,9 @@ def find(report: dict | None, path: tuple[str, ...]) -> dict | None:
 
 
 def interval_text(found: dict, digits: int = 2, sign: bool = False) -> str:
-    """0.66 [0.63, 0.69], or the number alone where its error is not known."""
+    """0.66 [0.63, 0.69]; the number alone where its error is not known, "-" without a number."""
+    if found["estimate"] is None:
+        return "-"
     form = f"{'+' if sign else ''}.{digits}f"
     if found["low"] is None or found["high"] is None:
         return f"{found['estimate']:{form}}"
