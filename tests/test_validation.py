@@ -1,6 +1,8 @@
 """judge.py --validate: what is asked, what is kept, and what is said of the judge."""
 
+import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from doubles import Server, completion
 from judge_workplace import write_answers, write_lines
 
 import judge
+from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.judging import (
     bench_mt_bench,
@@ -26,14 +29,14 @@ MODELS = {"claude-v1": 3, "gpt-4": 3, "llama-13b": 1}
 QUALITY = re.compile(r"worth (\d)")
 
 
-def write_bench(folder: Path) -> None:
-    """MT-Bench's files, in this test's own words."""
+def write_bench(folder: Path, categories: dict[int, str] = QUESTIONS) -> None:
+    """MT-Bench's files, in this test's own words. categories: by question_id."""
     questions = [
         {"question_id": q, "category": category, "turns": [f"Ask {q}.", f"Ask {q} again."]}
-        for q, category in QUESTIONS.items()
+        for q, category in categories.items()
     ]
     write_lines(folder / "question.jsonl", questions)
-    write_answers(folder / "reference_answer/gpt-4.jsonl", {q: ["R1", "R2"] for q in QUESTIONS})
+    write_answers(folder / "reference_answer/gpt-4.jsonl", {q: ["R1", "R2"] for q in categories})
     prompts = []
     for grading, fields in bench_mt_bench.PROMPT_FIELDS.items():
         for name, needed in fields.items():
@@ -320,3 +323,55 @@ def test_judges_do_not_share_a_folder(tmp_path):
     assert len(set(paths)) == len(names)
     assert all(path.parent.parent == tmp_path / "judges" for path in paths)
     assert all(len(path.parent.name) < 80 and path.parent.name[0] != "." for path in paths)
+
+
+# ---- the whole command on the real votes ---------------------------------------------------------
+
+
+@pytest.mark.skipif("MT_BENCH_HUMAN" not in os.environ, reason="set MT_BENCH_HUMAN=DIR")
+def test_gpt4s_published_verdicts_through_the_whole_command(place, monkeypatch):
+    """As replies in a batch file: each verdict in both orders, those that flip for what is shown
+    first.
+    """
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    folder = Path(os.environ["MT_BENCH_HUMAN"]).resolve()
+    categories = [category for category in mt_bench.CATEGORIES for _ in range(10)]
+    write_bench(place / "data/mt_bench", dict(enumerate(categories, 81)))
+    questions = [
+        json.loads(line)
+        for line in (place / "data/mt_bench/question.jsonl").read_text().splitlines()
+    ]
+    known = human_votes.read_votes(folder, questions)
+    more = ("--bench_data", str(folder), "--parameters", '{"temperature": 0, "max_tokens": 9}')
+    validate(None, *more, "--dry_run", "--requests", "batch.jsonl", judge_name="gpt-4")
+    lines = [json.loads(line) for line in Path("batch.jsonl").read_text().splitlines()]
+    # Some models gave the same answer: then one request serves several pairs, with one verdict.
+    needs = {}
+    for pair, order in itertools.product(human_votes.in_sample_order(known), "12"):
+        shown = [known.answers[model][pair.question_id][: pair.turn] for model in pair[2:]]
+        texts = shown if order == "1" else shown[::-1]
+        needs.setdefault((pair.question_id, pair.turn, str(texts)), (pair, order))
+    results = []
+    for line, (pair, order) in zip(lines, needs.values(), strict=True):
+        verdict = known.published[pair]
+        if order == "2":
+            verdict = human_votes.MIRRORED[verdict]
+        letter = "A" if pair in known.inconsistent else {"a": "A", "b": "B", "tie": "C"}[verdict]
+        response = {"status_code": 200, "body": completion(f"[[{letter}]]")[1]}
+        results.append({"custom_id": line["custom_id"], "response": response})
+    write_lines(Path("output.jsonl"), results)
+    assert validate(None, *more, "--import_results", "output.jsonl", judge_name="gpt-4") == 0
+    report = read_report()
+    assert (report["n_pairs"], report["n_votes"], report["n_repeated_votes"]) == (1814, 3355, 1)
+    assert report["as_humans"] == "yes" and report["warnings"] == []
+    assert report["ceiling"]["difference"]["p_equivalent"] < 0.01
+    assert report["flips"]["to_first"]["estimate"] == 1.0
+    assert report["own_family"]["models"] == ["gpt-3.5-turbo", "gpt-4"]
+    published = report["gpt4_2023"]
+    assert published["agreement"]["estimate"] == pytest.approx(0.6617, abs=5e-5)
+    assert published["flips"]["estimate"] == pytest.approx(290 / 1814)
+    for name in ("agreement", "agreement_no_ties", "kappa", "kappa_no_ties", "flips"):
+        value = published[name]["estimate"]
+        assert report[name]["estimate"] == pytest.approx(value, abs=0.02)
+        assert report[name]["n"] == pytest.approx(published[name]["n"], abs=30)
