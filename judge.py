@@ -3,7 +3,7 @@
 Reads   results/<run_id>/<bench>/answers.jsonl; questions, references and judge prompts in
         data/<bench>, where <bench> is mt_bench or the name given with --bench.
 Writes  results/judgements.sqlite, as each judgement arrives, and from it
-        results/<run_id>/<bench>/judgements.csv.
+        results/<run_id>/<bench>/judgements.csv. With --validate results/judges/*/validation.json.
 
 The judge is a model behind an OpenAI-compatible server, or a local model without a server:
 
@@ -20,6 +20,11 @@ Estimate the cost, set a cap, or use the provider's batch endpoint, which is che
     python judge.py results/ --judge MODEL --dry_run --requests batch.jsonl
     python judge.py results/ --judge MODEL --max_usd 20
     python judge.py results/ --judge MODEL --import_results batch_output.jsonl
+
+Measure the judge itself, against MT-Bench's human votes or on LLMBar (no runs are needed):
+
+    python judge.py results/ --validate --judge MODEL --pairs 400
+    python judge.py results/ --validate llmbar --judge MODEL
 
 Of MT-Bench both turns are judged, with FastChat's messages and FastChat's reading of the verdict
 (llm_judge/common.py), which pref/judging/README.md says more exactly. A judgement is stored under a
@@ -207,7 +212,7 @@ def write_batch(args: argparse.Namespace, todo: plan.Plan, db: sqlite3.Connectio
 def validate_judge(args: argparse.Namespace) -> int:
     """Have the judge compare answers whose comparison is known. Returns the exit code."""
     # Imported here because it loads NumPy and SciPy, which judging does not need.
-    from pref.judging import validation
+    from pref.judging import validation, validation_report
 
     task = validation.read_task(args)
     results_dir = args.results[0] if args.results else Path("results")
@@ -233,9 +238,10 @@ def validate_judge(args: argparse.Namespace) -> int:
         # 3) The judge against the votes.
         results = store.find_results(db, todo.items, todo.who.reading)
         report = validation.make_report(task, todo, results, args.repeats)
-        path = validation.report_path(results_dir, report)
-        disk.write_json(path, report)
-        validation.print_report(report, path)
+        validation.print_report(report)
+        summary.print_remarks(todo.who, todo.items, results)
+        validation.write_report(validation.report_path(results_dir, report), report)
+        print(validation_report.sentence(report))
     if stopped_because:
         raise UserError(stopped_because)
     if interrupted.is_set():

@@ -148,6 +148,10 @@ def test_a_judge_that_always_chooses_the_first_answer(place, server, capsys):
     # A larger sample holds the smaller one: the rest alone is asked.
     assert validate(start(server, lambda body: completion("[[A]]")), "--pairs", "15") == 0
     assert len(server.paid(PROBE)) == 10 and read_report()["n_pairs"] == 15
+    # A smaller one is read from the store, and does not take its place.
+    assert validate(start(server, good), "--pairs", "5") == 0
+    assert server.requests == [] and read_report()["n_pairs"] == 15
+    assert "has verdicts on 15 pairs" in capsys.readouterr().out
 
 
 def test_ratings_become_verdicts_and_are_shared_with_mt_bench(place, server):

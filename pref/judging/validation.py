@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref.files import disk, mt_bench
-from pref.judging import benchmarks, human_votes, items, validation_report
+from pref.files.console import UserError
+from pref.judging import benchmarks, human_votes, items, summary, validation_report
 from pref.judging.benchmark import ORDERS, PAIR, RUN_IS_A, Bench
 from pref.judging.human_votes import LLMBAR, MIRRORED, TIE, A, B, Known, Pair
 from pref.judging.identity import Identity
@@ -227,11 +228,25 @@ def reasons(task: Task, made: list[Item], results: dict[str, Result]) -> dict[st
     return {status: n for status, n in statuses.most_common() if status != "ok"}
 
 
-def report_path(results_dir: Path, report: dict) -> Path:
-    """Where a validation is kept: a folder for each judge as it was asked, by its name and a hash.
-
-    A larger sample takes the place of a smaller one.
+def write_report(path: Path, report: dict) -> None:
+    """Write validation.json, unless it is there already for more pairs of the same data: a small
+    sample does not take the place of a larger one. Prints which.
     """
+    try:
+        earlier = disk.read_json(path)
+    except UserError:
+        earlier = {}
+    n = earlier.get("n_judged")
+    same = earlier.get("data_sha256") == report["data_sha256"]
+    if same and isinstance(n, int) and n > report["n_judged"]:
+        print(f"not written: {path} has verdicts on {n} pairs, this is a part of them")
+        return
+    disk.write_json(path, report)
+    print(f"written: {path}")
+
+
+def report_path(results_dir: Path, report: dict) -> Path:
+    """Where a validation is kept: a folder for each judge as it was asked, its name and a hash."""
     name = re.split(r"[/:]", report["judge"].rstrip("/"))[-1]
     slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:LONGEST_SLUG]
     asked = disk.sha256_json([report[key] for key in ("judge_id", "data", "grading")])
@@ -243,9 +258,8 @@ def report_path(results_dir: Path, report: dict) -> Path:
 
 def announce(task: Task, made: Plan) -> None:
     """Print who judges, on what, and how much of it is still to be asked."""
-    known, who = task.known, made.who
-    where = f" at {who.server}" if who.server else ""
-    print(f"validation of judge {who.judge}{where} (judge_id {who.id}), {task.bench.grading}")
+    known = task.known
+    print(f"{summary.judge_line(made.who, made.judge, task.bench)}, grading {task.bench.grading}")
     votes = sum(len(known.votes[pair]) for pair in task.pairs)
     what = "labels" if known.name == LLMBAR else "human votes"
     part = "" if len(task.pairs) == len(known.votes) else f" of {len(known.votes)} (a sample)"
@@ -258,13 +272,11 @@ def announce(task: Task, made: Plan) -> None:
     )
 
 
-def print_report(report: dict, path: Path) -> None:
-    """Print the table, what speaks against the judge, and the verdict as the last sentence."""
+def print_report(report: dict) -> None:
+    """Print the table and what speaks against the judge."""
     print(f"\n{validation_report.table(report)}")
     if report["no_verdict"]:
         listed = ", ".join(f"{n} {status}" for status, n in report["no_verdict"].items())
         print(f"without a verdict: {listed}, of {report['n_pairs']} pairs")
     for warning in report["warnings"]:
         print(f"WARNING: {warning}")
-    print(f"written: {path}")
-    print(validation_report.sentence(report))
