@@ -3,7 +3,7 @@
 Reads   results/<run_id>/<bench>/answers.jsonl; questions, references and judge prompts in
         data/<bench>, where <bench> is mt_bench or the name given with --bench.
 Writes  results/judgements.sqlite, as each judgement arrives, and from it
-        results/<run_id>/<bench>/judgements.csv.
+        results/<run_id>/<bench>/judgements.csv. With --validate results/judges/*/validation.json.
 
 The judge is a model behind an OpenAI-compatible server, or a local model without a server:
 
@@ -21,6 +21,11 @@ Estimate the cost, set a cap, or use the provider's batch endpoint, which is che
     python judge.py results/ --judge MODEL --max_usd 20
     python judge.py results/ --judge MODEL --import_results batch_output.jsonl
 
+Measure the judge itself, against MT-Bench's human votes or on LLMBar (no runs are needed):
+
+    python judge.py results/ --validate --judge MODEL --pairs 400
+    python judge.py results/ --validate llmbar --judge MODEL
+
 Of MT-Bench both turns are judged, with FastChat's messages and FastChat's reading of the verdict
 (llm_judge/common.py), which pref/judging/README.md says more exactly. A judgement is stored under a
 hash of everything that determines it. It is therefore paid for once, however often the command is
@@ -33,7 +38,8 @@ import pref.files.interrupts  # noqa: F401  isort: skip
 import argparse
 import functools
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pref.files import console, disk
@@ -76,6 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_judge_arguments(parser.add_argument_group("who judges").add_argument)
     arguments.add_task_arguments(parser.add_argument_group("what is judged").add_argument)
+    arguments.add_validation_arguments(
+        parser.add_argument_group("whether the judge is any good").add_argument
+    )
     arguments.add_own_arguments(parser)
     arguments.add_cost_arguments(parser.add_argument_group("what it may cost").add_argument)
     arguments.add_call_arguments(parser.add_argument_group("how calls are made").add_argument)
@@ -89,6 +98,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.validate:
+        return validate_judge(args)
 
     # 1) Questions, references, prompts and answers: checked before anything is paid for.
     bench = benchmarks.read_bench(args)
@@ -100,13 +111,20 @@ def main(argv: list[str] | None = None) -> int:
     results_dir = next(iter(runs)).resolve().parent
 
     # 2) The lock and the store. Two processes at once would pay twice for the same judgements.
+    with locked_store(results_dir) as db:
+        return judge_runs(args, bench, runs, baselines, results_dir, db)
+
+
+@contextmanager
+def locked_store(results_dir: Path) -> Iterator[sqlite3.Connection]:
+    """The judgements of a results folder, which no other process may add to meanwhile."""
     path = results_dir / "judgements.sqlite"
     with (
         disk.locked(results_dir, ".judge.lock", "is being judged"),
         closing(store.open_store(path)) as db,
     ):
         try:
-            return judge_runs(args, bench, runs, baselines, results_dir, db)
+            yield db
         except sqlite3.Error as error:
             raise store.unusable(path, error) from None
 
@@ -135,14 +153,9 @@ def judge_runs(
     needed = functools.partial(items.make_items, runs, bench, baselines, repeats=args.repeats)
     todo = plan.make_plan(judge, bench, needed, db, args)
     summary.announce(todo.who, judge, bench, runs, todo.items, todo.pending)
-    if todo.pending and not judge.is_here:
-        summary.announce_other_servers(todo.who, reuse.other_servers(db, todo.who))
-        print(costs.estimate(db, todo.judge, bench, todo.pending))
+    announce_cost(todo, bench, db)
     if args.dry_run:
-        if args.requests:
-            store.note_judge(db, todo.who)  # so that the batch's results are found again
-            batch.write_requests(args.requests, todo.items, todo.pending)
-            print(f"written: {args.requests}, {len(todo.pending)} requests")
+        write_batch(args, todo, db)
         return 0
 
     # 4) The paid part. Each reply is in the store before its worker makes another request; the
@@ -178,6 +191,70 @@ def judge_runs(
         )
         return 130
     return print_next_step(todo.items, results, args.results)
+
+
+def announce_cost(todo: plan.Plan, bench: Bench, db: sqlite3.Connection) -> None:
+    """Print what the pending requests will cost, of a judge that may cost something."""
+    if todo.pending and not todo.judge.is_here:
+        summary.announce_other_servers(todo.who, reuse.other_servers(db, todo.who))
+        print(costs.estimate(db, todo.judge, bench, todo.pending))
+
+
+def write_batch(args: argparse.Namespace, todo: plan.Plan, db: sqlite3.Connection) -> None:
+    """Write the file of --requests, if it is asked for."""
+    if args.requests:
+        store.note_judge(db, todo.who)  # so that the batch's results are found again
+        batch.write_requests(args.requests, todo.items, todo.pending)
+        print(f"written: {args.requests}, {len(todo.pending)} requests")
+
+
+# ---- --validate ----------------------------------------------------------------------------------
+
+
+def validate_judge(args: argparse.Namespace) -> int:
+    """Have the judge compare answers whose comparison is known. Returns the exit code."""
+    # Imported here because it loads NumPy and SciPy, which judging does not need.
+    from pref.judging import validation, validation_report
+
+    task = validation.read_task(args)
+    results_dir = args.results[0] if args.results else Path("results")
+    if results_dir.exists() and not results_dir.is_dir():
+        raise UserError(f"{results_dir}: is a file, expected a results folder")
+    results_dir.mkdir(parents=True, exist_ok=True)
+    with locked_store(results_dir) as db:
+        # 1) What is asked, and what that will cost: as for the answers of runs.
+        judge = open_judge(args, db, task.bench)
+        needed = functools.partial(validation.make_items, task, args.repeats)
+        todo = plan.make_plan(judge, task.bench, needed, db, args)
+        validation.announce(task, todo)
+        announce_cost(todo, task.bench, db)
+        if args.dry_run:
+            write_batch(args, todo, db)
+            return 0
+
+        # 2) The paid part. The judgements stay in the store: no run has a judgements.csv with them.
+        store.note_judge(db, todo.who)
+        with calls.catch_interrupt() as interrupted:
+            stopped_because = plan.fetch_judgements(todo, lambda: None, db, args, interrupted)
+
+        # 3) The judge against the votes.
+        results = store.find_results(db, todo.items, todo.who.reading)
+        report = validation.make_report(task, todo, results, args.repeats)
+        validation.print_report(report)
+        summary.print_remarks(todo.who, todo.items, results)
+        validation.write_report(validation.report_path(results_dir, report), report)
+        print(validation_report.sentence(report))
+    if stopped_because:
+        raise UserError(stopped_because)
+    if interrupted.is_set():
+        print("interrupted: run the same command again to continue; nothing is asked twice")
+        return 130
+    if report["no_verdict"]:
+        print(
+            "run the same command again to ask for what is not judged yet; add --retry_failed to "
+            "repeat what failed as well"
+        )
+    return 1 if report["no_verdict"] else 0
 
 
 def print_next_step(items: list[Item], results: dict[str, Result], paths: list[Path]) -> int:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pref.files.console import UserError
-from pref.judging import benchmarks, costs, judges
+from pref.judging import benchmarks, costs, human_votes, judges
+from pref.judging.benchmark import Benchmark
 from pref.judging.identity import TOKEN_LIMITS
 from pref.judging.judges import LOCAL, SCORE, SERVER
 from pref.judging.reading import FIRST, MIN_RATING_MASS
@@ -98,6 +99,25 @@ def add_task_arguments(add: Callable) -> None:
     )
 
 
+def add_validation_arguments(add: Callable) -> None:
+    add(
+        "--validate",
+        nargs="?",
+        const=human_votes.HUMAN,
+        metavar="DATA",
+        help="measure the judge instead: against MT-Bench's human votes (mt_bench_human, the "
+        "default DATA), or on the pairs of LLMBar (llmbar), of which one answer is right; the data "
+        "are in data/DATA or in --bench_data, and the result in results/judges/",
+    )
+    add(
+        "--pairs",
+        type=int,
+        metavar="N",
+        help="validate on a sample of N pairs of answers, stratified by category, turn and outcome "
+        "(default: all, 1814 or 419); a smaller sample is a part of a larger one",
+    )
+
+
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that only some benchmarks have, a group for each set of them."""
     benches_of: dict[str, list[str]] = defaultdict(list)
@@ -165,10 +185,15 @@ def check_args(args: argparse.Namespace) -> None:
         check_runs(args)
     elif not (args.judge or "").strip():
         raise UserError(NO_JUDGE)
-    elif not args.results:
+    elif not args.results and not args.validate:
         raise UserError("no results folder is given; python judge.py results/ --judge MODEL")
     check_judge(args)
-    check_bench(args)
+    if args.validate is not None:
+        check_validation(args)
+    elif args.pairs is not None:
+        raise UserError("--pairs N: only with --validate")
+    else:
+        check_bench(args)
     if args.requests and not args.dry_run:
         raise UserError("--requests: only with --dry_run")
     if len(files := imported(args)) > 1:
@@ -194,18 +219,42 @@ def check_bench(args: argparse.Namespace) -> None:
     """Raise UserError for arguments of another benchmark, or that do not fit together."""
     args.bench = benchmarks.ALIASES.get(args.bench, args.bench)
     chosen = benchmarks.BENCHMARKS[args.bench]
-    for other in benchmarks.BENCHMARKS.values():
-        for name in other.arguments.keys() - chosen.arguments.keys():
-            if getattr(args, name) != other.arguments[name].get("default"):
-                raise UserError(
-                    f"--{name} is for --bench {other.name}; {chosen.name} does not have it"
-                )
+    check_own_arguments(args, chosen)
     if args.bench_data and args.mt_bench:
         raise UserError("--bench_data and --mt_bench are the same folder: give one of them")
     if judges.kind_of(args.judge) == SCORE:
         check_score_judge(args, chosen.arguments)
     elif chosen.check is not None:
         chosen.check(args)
+
+
+def check_own_arguments(args: argparse.Namespace, chosen: Benchmark) -> None:
+    """Raise UserError for an argument that only other benchmarks have."""
+    for other in benchmarks.BENCHMARKS.values():
+        for name in other.arguments.keys() - chosen.arguments.keys():
+            if getattr(args, name) != other.arguments[name].get("default"):
+                raise UserError(
+                    f"--{name} is for --bench {other.name}; {chosen.name} does not have it"
+                )
+
+
+def check_validation(args: argparse.Namespace) -> None:
+    """Raise UserError for arguments that --validate does not have, or has otherwise."""
+    if args.validate not in human_votes.DATA:
+        raise UserError(
+            f"--validate {args.validate}: must be {' or '.join(human_votes.DATA)}, or nothing; put "
+            "the results folder first: python judge.py results/ --validate --judge MODEL"
+        )
+    if args.bench != benchmarks.DEFAULT or args.baseline is not None or args.runs is not None:
+        raise UserError("--validate judges answers of its own: without --bench, --baseline, --runs")
+    if len(args.results) > 1 or any((path / "args.json").is_file() for path in args.results):
+        raise UserError("--validate: give one results folder, not runs; it validates a judge")
+    if args.pairs is not None and args.pairs < 1:
+        raise UserError(f"--pairs {args.pairs}: must be at least 1")
+    own = benchmarks.BENCHMARKS[benchmarks.DEFAULT].arguments
+    check_own_arguments(args, benchmarks.BENCHMARKS[benchmarks.DEFAULT])
+    if judges.kind_of(args.judge) == SCORE:
+        check_score_judge(args, own)
 
 
 def check_score_judge(args: argparse.Namespace, own: dict[str, dict]) -> None:

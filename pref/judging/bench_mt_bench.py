@@ -36,8 +36,8 @@ VERDICTS = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 ARGUMENTS = {
     "grading": {
         "choices": (SINGLE, PAIR),
-        "default": SINGLE,
-        "help": "rate each answer, or compare it with --baseline's in both orders (default single)",
+        "help": "rate each answer, or compare it with --baseline's in both orders (default single; "
+        "with --validate pair)",
     },
     "refs": {
         "default": "original",
@@ -84,7 +84,7 @@ def read(folder: Path, args: argparse.Namespace) -> Bench:
         raise UserError(f"--mt_bench {folder}: no such folder; run python prep_data.py --mt_bench")
     questions = mt_bench.read_questions(folder / BENCHMARK.question_file)
     references = mt_bench_files.read_references(folder / "reference_answer/gpt-4.jsonl", questions)
-    refs = args.refs
+    refs, grading = args.refs, args.grading or SINGLE
     if refs != "original":
         path = mt_bench_files.corrections_file(folder, refs)
         references |= mt_bench_files.read_corrections(path, questions)
@@ -93,10 +93,10 @@ def read(folder: Path, args: argparse.Namespace) -> Bench:
         benchmark=BENCHMARK,
         folder=folder,
         questions=questions,
-        grading=args.grading,
+        grading=grading,
         references=references,
         refs=refs,
-        prompts=mt_bench_files.read_prompts(folder / "judge_prompts.jsonl", args.grading),
+        prompts=mt_bench_files.read_prompts(folder / "judge_prompts.jsonl", grading),
         label=mt_bench_files.label_prompts(folder),
         parameters={"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS},
     )

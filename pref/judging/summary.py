@@ -49,12 +49,7 @@ def announce(
 
     runs: answers by run folder. pending: requests by hash.
     """
-    where = f" at {who.server}" if who.server else ""
-    asked_with = "" if judge.is_here else f", asked with {json.dumps(who.parameters)}"
-    print(
-        f"judge {who.judge}{where} (judge_id {who.id}), prompts {bench.label}{asked_with}"
-        f"{reading_note(who)}{smoke_note(judge)}"
-    )
+    print(f"{judge_line(who, judge, bench)}{smoke_note(judge)}")
     announce_incomplete(runs, total=len(bench.questions))
     for run, answers in runs.items():
         name = run.resolve().name
@@ -74,6 +69,16 @@ def announce(
     print(
         f"{len(items)} judgements of {len(runs)} runs: {done} requests already made, "
         f"{len(pending)} to make"
+    )
+
+
+def judge_line(who: Identity, judge: Judge, bench: Bench) -> str:
+    """Who judges, and how it is asked."""
+    where = f" at {who.server}" if who.server else ""
+    asked_with = "" if judge.is_here else f", asked with {json.dumps(who.parameters)}"
+    return (
+        f"judge {who.judge}{where} (judge_id {who.id}), prompts {bench.label}{asked_with}"
+        f"{reading_note(who)}"
     )
 
 
