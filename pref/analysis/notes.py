@@ -121,15 +121,23 @@ def cell_seeds(cell: Cell) -> set[int]:
     return {run.seed for run in cell.runs if run.seed is not None}
 
 
-def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQuestions) -> list[str]:
+def note_judge(
+    judge: dict,
+    judged: dict[str, list[dict]],
+    questions: CommonQuestions,
+    name: str | None = None,
+) -> list[str]:
     """What limits the scores of one judge: its size, questions left out, failed judgements.
 
     judge: of judge_identity.describe_judge. judged: run id -> all of its judgements by this judge.
+    name: of the measure and the judge; None: the judge's title.
     """
-    name, notes = judge["title"], []
+    name, notes = name or judge["title"], []
+    if judge["validation"]:
+        notes.append(f"{name}: {judge['agreement_text']}")
     if mark := judge_identity.smoke_mark(judge):
         notes.append(f"{name}: {mark}")
-    elif judge["judge_params_b"] is None:
+    elif judge["judge_params_b"] is None and judge["validation"] is None:
         notes.append(
             f"{name}: its size is not known; taken as {judgements.SMOKE_TEST_BELOW_B:g}B or more"
         )

@@ -4,21 +4,19 @@ from collections import Counter
 from pathlib import Path
 
 from pref.analysis import (
+    browser_page,
     figures,
     judge_identity,
+    measures,
     notes,
     paper_tables,
-    provenance,
     run_metrics,
     texts,
 )
+from pref.analysis.bench_data import AllData
 from pref.analysis.runs import ACCURACIES, Run
 
 RUN_NUMBERS = (*ACCURACIES, "best_step", "nonfinite_steps", "wall_s", "peak_gib")
-JUDGEMENT_FIELDS = (
-    *("question_id", "turn", "choice", "repeat", "judge", "grading", "score", "winner"),
-    *("baseline", "order", "status", "judgement"),
-)
 
 
 def make_page(
@@ -26,11 +24,11 @@ def make_page(
     comparison: dict,
     tables: list[paper_tables.Table],
     folder: Path,
-    questions: dict[int, list[str]],
+    data: AllData,
 ) -> dict:
     """The `page` of report.write_report.
 
-    folder: results/comparison, with the figures. questions: question -> its turns; may be empty.
+    folder: results/comparison, with the figures. data: by benchmark; may be empty.
     """
     shown, folded = notes.fold_claims(comparison["claims"])
     paths = sorted((folder / "figures").glob("comparison_*.png"), key=figures.figure_order)
@@ -52,23 +50,24 @@ def make_page(
             for path in paths
         ],
         "runs": [page_run(run) for run in runs],
-        "questions": page_questions(runs, questions),
-        "answers": page_answers(runs),
-        "judgements": page_judgements(runs),
+        **browser_page.browser_parts(runs, data),
     }
 
 
 def page_facts(runs: list[Run], comparison: dict) -> list[list]:
     """[label, value] pairs for the head of the report."""
     statuses = Counter(run.status for run in runs)
-    judges = [
-        f"{judge['title']} {judge_identity.smoke_mark(judge)}".strip()
-        for judge in comparison["mt_bench"]
-    ]
+    judges: dict[str, str] = {}  # title -> what else is said of it
+    for measure, part in measures.parts_of(comparison):
+        if measure.judged:
+            mark = judge_identity.smoke_mark(part)
+            judges[f"{part['title']} {mark}".strip()] = part["agreement_text"]
+    agreement = list(dict.fromkeys(judges.values()))
     return [
         ["model", comparison["model"]],
         ["runs", ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))],
         ["judges", "; ".join(judges) or "none"],
+        *([["judges and human votes", "; ".join(agreement)]] if agreement else []),
         ["baseline", comparison["baseline"]],
         ["intervals", "95 %, over questions and seeds; with one seed, over questions alone"],
     ]
@@ -88,48 +87,3 @@ def page_run(run: Run) -> dict:
         "arguments": run.args,
         "numbers": numbers,
     }
-
-
-def page_questions(runs: list[Run], questions: dict[int, list[str]]) -> dict[int, dict]:
-    """question -> category and texts of its turns; None for texts that question.jsonl does not
-    have, or has in another wording than was answered.
-    """
-    other = provenance.edited_questions(runs, questions)
-    turns_of = {number: turns for number, turns in questions.items() if number not in other}
-    categories = {
-        question: row.get("category") for run in runs for (question, _), row in run.answers.items()
-    }
-    for run in runs:
-        for rows in run.judged.values():
-            categories |= {row["question_id"]: row["category"] for row in rows}
-    return {
-        question: {"category": category, "turns": turns_of.get(question)}
-        for question, category in sorted(categories.items())
-    }
-
-
-def page_answers(runs: list[Run]) -> list[dict]:
-    return [
-        {
-            "run_id": run.run_id,
-            "question_id": question,
-            "choice": choice,
-            "turns": row["turns"],
-        }
-        for run in runs
-        for (question, choice), row in run.answers.items()
-    ]
-
-
-def page_judgements(runs: list[Run]) -> list[dict]:
-    """The page's judgements: of each run, the single-answer ones judge by judge, then the pairwise
-    ones.
-    """
-    rows = []
-    for run in runs:
-        single = [row for rows in run.judged.values() for row in rows]
-        for row in [*single, *run.judged_pairs]:
-            fields = {key: row[key] for key in JUDGEMENT_FIELDS}
-            judge = row["title"].removeprefix("judge ")
-            rows.append({"run_id": run.run_id, **fields, "judge": judge})
-    return rows
