@@ -53,6 +53,7 @@ from pref.analysis import (
     notes,
     pairwise,
     paper_tables,
+    parts,
     report,
     report_page,
     results_folder,
@@ -244,11 +245,10 @@ def measure_runs(
     for measure in measures.MEASURES:
         for part in measure.find(runs, sources):
             scores.append(compare_part(measure, part, cells, args))
-            source = [part.facts.get(name) for name in ("title", "bench", "category")]
-            title = measure.heading(part.facts) if measure is not measures.MT else None
-            if part.judged and str(source) not in noted:
-                noted.add(str(source))
-                all_notes += notes.note_judge(part.facts, part.judged, part.questions, title)
+            name = parts.source_name(part.facts)
+            if part.judged and name not in noted:
+                noted.add(name)
+                all_notes += notes.note_judge(part.facts, part.judged, part.questions, name)
             all_notes += [f"{measure.heading(part.facts)}: {note}" for note in part.notes]
     return scores, all_notes
 

@@ -56,7 +56,7 @@ def read_baselines(folder: Path) -> dict[str, dict]:
     """Answers of the models that runs are compared with, by model_id, else by the file's name."""
     baselines: dict[str, dict] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for key, row in mt_bench.read_answers(path, n_turns=None).items():
+        for key, row in mt_bench.read_answers(path, turns=None).items():
             name = row.get("model_id") or path.stem
             if not isinstance(name, str):
                 raise UserError(f"{path}: 'model_id' must be text, found {name!r}")

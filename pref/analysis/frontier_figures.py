@@ -5,6 +5,8 @@ from pathlib import Path
 from pref.analysis.figure_parts import Look, add_legend_below, distinct, series_style
 from pref.files import drawing
 
+FAR = 20
+
 
 def draw_frontier(stem: Path, rows: list[dict], look: Look) -> None:
     """A curve per loss, its cells in order of KL, with the SD over seeds as a band.
@@ -25,14 +27,22 @@ def draw_frontier(stem: Path, rows: list[dict], look: Look) -> None:
         if row["untrained"]:
             style = {"color": drawing.GREY, "marker": "*", "markersize": 11, "linestyle": ""}
             axis.plot(row["kl"], row["score"], label="untrained model", **style)
-    axis.set_xscale("symlog", linthresh=0.1)
-    axis.set_xlim(left=0)
+    scale_axis(axis, [row["kl"] for row in trained(rows)])
     answers = rows[0]["kl_answers"]
     axis.set_xlabel(f"on-policy KL to the base model, nats an answer (answers to {answers})")
     axis.set_ylabel(look.label)
     axis.grid(alpha=0.25)
     add_legend_below(figure, [axis], ncols=3)
     drawing.save_figure(figure, stem)
+
+
+def scale_axis(axis, distances: list[float]) -> None:
+    """Linear, or logarithmic from 0.1 on where the KL differs by more than a factor of FAR."""
+    if max(distances) > FAR * max(0.1, min(distances)):
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    room = 0.03 * max(0.1, *distances)
+    axis.set_xlim(left=min(-room, *distances) if axis.get_xscale() == "linear" else -0.01)
 
 
 def trained(rows: list[dict]) -> list[dict]:

@@ -152,11 +152,15 @@ PLACES = ("bench", "category", "task", "baseline")  # what a part is about, besi
 def file_suffix(part: dict, parts: list[dict]) -> str:
     """What the files of one part of a measure carry in their names: nothing if there is one part.
 
-    Else those of PLACES in which the parts differ, and the judge's name where several judged there.
+    Else as many of PLACES as tell it from the others, and the judge's name where several judged
+    there.
     """
-    differing = [name for name in PLACES if len({other.get(name) for other in parts}) > 1]
-    pieces = [unique_slug(part[name], {other[name] for other in parts}) for name in differing]
-    beside = [other for other in parts if all(other[name] == part[name] for name in differing)]
+    pieces, beside = [], parts
+    for place in PLACES:
+        names = {other.get(place) for other in beside}
+        if len(names) > 1:
+            pieces.append(unique_slug(part[place], names))
+            beside = [other for other in beside if other[place] == part[place]]
     return "".join(f"_{piece}" for piece in pieces if piece) + judge_suffix(part, beside)
 
 
@@ -166,9 +170,10 @@ def unique_slug(name: str | None, names: set[str | None]) -> str:
     """
     if not name:
         return ""
-    slug = slug_of(name)
-    same = [other for other in names if other and slug_of(other).lower() == slug.lower()]
-    return slug if slug == name and len(same) == 1 else f"{slug}-{disk.sha256_json(name)[:8]}"
+    same = [other for other in names if other and other.lower() == name.lower()]
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,40}", name) and len(same) == 1:
+        return name
+    return f"{slug_of(name)}-{disk.sha256_json(name)[:8]}"
 
 
 def judge_suffix(judge: dict, all_judges: list[dict]) -> str:

@@ -43,6 +43,10 @@ class Measure(NamedTuple):
         """The field of a cell's row that is compared."""
         return next(iter(self.columns))
 
+    def digits_of(self, column: str) -> int:
+        """Digits after the decimal point in a column of a cell's row."""
+        return 0 if column == "length" else self.digits
+
     @property
     def judged(self) -> bool:
         """Whether a judge gave it."""

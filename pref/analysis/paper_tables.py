@@ -115,12 +115,12 @@ INTERVAL_NOTE = (
 )
 
 
-def score_columns(names: dict[str, str], digits: int, counts: Iterable[Column] = ()) -> list:
-    """A cell, its first score with interval and SD, and its other scores.
-
-    names: field -> header. counts: further columns.
-    """
-    first, *rest = (Column(header, field, digits) for field, header in names.items())
+def score_columns(measure: Measure, counts: Iterable[Column] = ()) -> list:
+    """A cell, its first score with interval and SD, and its other scores. counts: more columns."""
+    digits = measure.digits
+    first, *rest = (
+        Column(header, field, measure.digits_of(field)) for field, header in measure.columns.items()
+    )
     return [
         Column(CELL_HEADER, "label"),
         Column("seeds", "n_seeds"),
@@ -144,7 +144,7 @@ def scores_of(measure: Measure) -> Layout:
             f" Scored, judged: {measure.units}, summed over the seeds, of all that the benchmark "
             "has; failures: judgements without a score, by reason."
         )
-    columns = score_columns(measure.columns, measure.digits, counts)
+    columns = score_columns(measure, counts)
     paper = (CELL_HEADER, "seeds", measure.columns[measure.value], "95 % interval", "SD over seeds")
     return Layout("mean over seeds", columns, note, paper=paper)
 

@@ -306,6 +306,8 @@ def length_controlled_part(
             row |= {"score": fitted.lc, "se_over_questions": se, "C": fitted.C}
             values[run_id] = by_question
         numbers[run_id] = row
+    if sources.gamed and sources.gamed.note:
+        notes.append(sources.gamed.note)
     facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
     facts["definition"] = ", ".join(sorted(labels)) or None
     facts["heading"] = LC_HEADINGS.get(facts["definition"], f"AlpacaEval 2, {facts['definition']}")

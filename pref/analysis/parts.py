@@ -63,6 +63,14 @@ def bench_title(bench: str) -> str:
     return BENCH_TITLES.get(bench, bench)
 
 
+def source_name(facts: dict) -> str:
+    """What a note on a part's judgements begins with; of MT-Bench, the judge's title."""
+    if "bench" not in facts:
+        return str(facts.get("title"))
+    category = f", {facts['category']}" if facts["category"] else ""
+    return f"{bench_title(facts['bench'])}{category}, {facts['title']}"
+
+
 def describe_source(source: Source, rows: list[dict]) -> dict:
     """The facts of a part: those of its judge, the benchmark and the baseline."""
     facts = judge_identity.describe_judge(source.judge, rows)

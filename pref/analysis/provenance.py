@@ -310,17 +310,22 @@ def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: Be
         else:
             judged[key] = rows
 
+    def sides_of(baseline: str | None) -> list[dict]:
+        other = None
+        if baseline:
+            other = baseline_answers(run.path.parent, baseline, bench, answers_of, data)
+        return [files.answers] if other is None else [files.answers, other]
+
     rewards = []
-    for judge, rows in grouped(files.rewards, "judge").items():
-        if why := why_not_its_judgements(run, bench, rows, [files.answers]):
+    for (judge, baseline), rows in grouped(files.rewards, "judge", "baseline").items():
+        if why := why_not_its_judgements(run, bench, rows, sides_of(baseline)):
             stale.append(Stale(f"rewards by {judge}{of_bench(bench)}", why, again))
         else:
             rewards += rows
 
     pairs = []
-    for baseline, rows in grouped(files.pairs, "baseline").items():
-        other = baseline_answers(run.path.parent, baseline, bench, answers_of, data)
-        sides = [files.answers] if other is None else [files.answers, other]
+    for (baseline,), rows in grouped(files.pairs, "baseline").items():
+        sides = sides_of(baseline)
         if why := why_not_its_judgements(run, bench, rows, sides):
             pairwise = " --grading pair" if bench == MT_BENCH else ""
             next_step = f"{again}{pairwise} --baseline {baseline}"
@@ -334,10 +339,10 @@ def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: Be
     return run.with_bench(bench, left, *stale)
 
 
-def grouped(rows: list[dict], column: str) -> dict[str, list[dict]]:
-    groups: dict[str, list[dict]] = defaultdict(list)
+def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        groups[row[column]].append(row)
+        groups[tuple(row[column] for column in columns)].append(row)
     return groups
 
 
@@ -368,7 +373,7 @@ def is_of(row: dict, sides: list[dict]) -> bool:
     key = mt_bench.AnswerKey(row["question_id"], row["choice"])
     if key not in sides[0] or any(answer_of(side, key) is None for side in sides[1:]):
         return False
-    if row["answer_sha256"] is None or (row["grading"] == "pair" and len(sides) < 2):
+    if row["answer_sha256"] is None or (row["baseline"] and len(sides) < 2):
         return True
     shown = [answer_of(side, key)["turns"] for side in sides]
     return row["answer_sha256"] == mt_bench.answer_sha256(row["turn"], *shown)
@@ -393,6 +398,6 @@ def baseline_answers(
     if not path.is_file():
         return data.baselines.get(baseline)
     if baseline not in answers_of:
-        n_turns = 2 if bench == MT_BENCH else None
-        answers_of[baseline] = mt_bench.read_answers(path, n_turns)
+        turns = 2 if bench == MT_BENCH else None
+        answers_of[baseline] = mt_bench.read_answers(path, turns)
     return answers_of[baseline]

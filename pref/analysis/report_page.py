@@ -57,12 +57,16 @@ def make_page(
 def page_facts(runs: list[Run], comparison: dict) -> list[list]:
     """[label, value] pairs for the head of the report."""
     statuses = Counter(run.status for run in runs)
-    judges: dict[str, str] = {}  # title -> what else is said of it
+    judges, agreement = {}, {}  # in order of appearance
     for measure, part in measures.parts_of(comparison):
         if measure.judged:
-            mark = judge_identity.smoke_mark(part)
-            judges[f"{part['title']} {mark}".strip()] = part["agreement_text"]
-    agreement = list(dict.fromkeys(judges.values()))
+            name = part["title"] if measure is measures.MT else f"judge {part['judge']}"
+            judges[f"{name} {judge_identity.smoke_mark(part)}".strip()] = part["judge"]
+            agreement[part["agreement_text"]] = None
+    named = list(judges.values())
+    judges = [
+        name for name, judge in judges.items() if name != f"judge {judge}" or named.count(judge) < 2
+    ]
     return [
         ["model", comparison["model"]],
         ["runs", ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))],

@@ -301,9 +301,9 @@ def load_bench(folder: Path, run_id: str) -> BenchFiles:
     return replace(files, answers=answers, kl=run_metrics.run_kl(answers))
 
 
-def read_answers(path: Path, n_turns: int | None) -> dict[mt_bench.AnswerKey, dict]:
+def read_answers(path: Path, turns: int | None) -> dict[mt_bench.AnswerKey, dict]:
     """Answers by question and choice; empty if there is no such file. Their hashes are text."""
-    answers = mt_bench.read_answers(path, n_turns) if path.exists() else {}
+    answers = mt_bench.read_answers(path, turns) if path.exists() else {}
     for key, row in answers.items():
         for name in ("adapter_sha256", "question_sha256"):
             if not isinstance(row.get(name), str | None):

@@ -59,7 +59,7 @@ def accuracy_table(rows: list[dict]) -> str:
 
 
 def score_table(measure: Measure, part: dict) -> str:
-    names, digits = measure.columns, measure.digits
+    names = measure.columns
     counts = [name for name in ("n_scored", "n_judged", "n_bench") if name in part["cells"][0]]
     fields = ("scored", "judged", "of")
     headers = [paper_tables.CELL_HEADER, "seeds", *names.values()]
@@ -70,7 +70,7 @@ def score_table(measure: Measure, part: dict) -> str:
         [
             row["label"],
             str(row["n_seeds"]),
-            *(show_mean(row, name, digits) for name in names),
+            *(show_mean(row, name, measure.digits_of(name)) for name in names),
             "/".join(str(row.get(name, "-")) for name in counts),
             show_diverged(row),
             *([row.get("failures") or ""] if failed else []),
