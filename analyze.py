@@ -43,12 +43,14 @@ from typing import NamedTuple
 from pref.analysis import (
     answer,
     bench_data,
+    bench_gaps,
     cell_rows,
     claims,
     estimates,
     figures,
     frontier,
     judge_identity,
+    length_control,
     measures,
     notes,
     pairwise,
@@ -233,9 +235,9 @@ def cell_order(cell: Cell) -> tuple:
 
 def measure_runs(
     cells: list[Cell], runs: list[Run], args: argparse.Namespace, sources: Sources
-) -> tuple[list[Scores], list[str]]:
-    """Every measure of every judge, and notes on them."""
-    scores, all_notes = [], []
+) -> tuple[list[Scores], list[str], list[dict]]:
+    """Every measure of every judge, notes on them, and what they lack besides MT-Bench."""
+    scores, all_notes, gaps = [], [], bench_gaps.unjudged(runs)
     judges = {key for run in runs for key in run.judged}
     if len(judges) > 1:
         all_notes.append(
@@ -249,8 +251,11 @@ def measure_runs(
             if part.judged and name not in noted:
                 noted.add(name)
                 all_notes += notes.note_judge(part.facts, part.judged, part.questions, name)
+                gaps += bench_gaps.part_gaps(part, name, runs) if "bench" in part.facts else []
             all_notes += [f"{measure.heading(part.facts)}: {note}" for note in part.notes]
-    return scores, all_notes
+    if any(one.results.get("definition") == length_control.UNREGULARISED for one in scores):
+        gaps.append(bench_gaps.NO_DIFFICULTY)
+    return scores, all_notes, gaps
 
 
 def compare_part(
@@ -475,10 +480,9 @@ def seeds_not_compared(compared: estimates.Comparison, ours: int, theirs: int) -
 
 
 def compare(
-    runs: list[Run], args: argparse.Namespace, load_notes: list[str], data: AllData
+    runs: list[Run], args: argparse.Namespace, load_notes: list[str], sources: Sources
 ) -> dict:
-    """Compare the runs: the contents of aggregated_metrics.json. data: by benchmark."""
-    sources = Sources(data, read_gamed(args.alpaca_eval))
+    """Compare the runs: the contents of aggregated_metrics.json."""
     # 1) Cells. An unfinished run has no result yet: it is named in the notes and left out.
     used = [run for run in runs if run.status != "unfinished"]
     cells = make_cells(used)
@@ -487,7 +491,7 @@ def compare(
     # 2) Scores: validation accuracy, and every measure by each judge on its own.
     (part,) = measures.ACCURACY.find(used, sources)
     accuracy = compare_part(measures.ACCURACY, part, cells, args)
-    scored, score_notes = measure_runs(cells, used, args, sources)
+    scored, score_notes, gaps = measure_runs(cells, used, args, sources)
     all_notes += score_notes
 
     # 3) Claims, on whatever was measured.
@@ -523,7 +527,7 @@ def compare(
             used, [one for one in scored if one.metric == measures.MT.name]
         ),
         "notes": all_notes,
-        "missing": notes.find_missing(runs, parts_of["mt_bench"], args),
+        "missing": [*notes.find_missing(runs, parts_of["mt_bench"], args), *gaps],
     }
     return {"answer": answer.find_answers(comparison)} | comparison
 
@@ -554,7 +558,8 @@ def main(argv: list[str] | None = None) -> None:
         print(note)
 
     # 2) Compare before anything is written: an error must not leave half of the results new.
-    comparison = compare(runs, args, load_notes, data)
+    sources = Sources(data, read_gamed(args.alpaca_eval))
+    comparison = compare(runs, args, load_notes, sources)
     print(
         f"{args.results_dir}: {len(runs)} runs; writing metrics, figures, tables and the report",
         flush=True,
@@ -564,7 +569,8 @@ def main(argv: list[str] | None = None) -> None:
     #    embeds them, and if they fail, everything else is still that of the last analysis.
     figures.draw_all(runs, comparison, folder / "figures")
     for run in runs:
-        disk.write_json(run.path / "metrics.json", run_metrics.run_metrics(run))
+        numbers = run_metrics.run_metrics(run) | {"scores": measures.run_scores(run, sources)}
+        disk.write_json(run.path / "metrics.json", numbers)
     tables = paper_tables.list_tables(comparison)
     table_files.write_tables(folder / "tables", tables)
     disk.write_json(folder / "aggregated_metrics.json", comparison)

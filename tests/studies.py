@@ -6,6 +6,7 @@ from pathlib import Path
 import analyze
 from pref.analysis import results_folder
 from pref.analysis.bench_data import BenchData
+from pref.analysis.parts import Sources
 from pref.analysis.runs import Cell, Run
 from pref.files.disk import write_json, write_jsonl
 from pref.files.judgements import write_judgements
@@ -185,7 +186,7 @@ def compared(results, *flags, questions=None):
     args = analyze.parse_args([str(results), *DRAWS, *flags])
     data = data_of(questions)
     runs, notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad, data)
-    return analyze.compare(runs, args, notes, data)
+    return analyze.compare(runs, args, notes, Sources(data))
 
 
 def row_of(rows, label):

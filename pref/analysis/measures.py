@@ -206,13 +206,13 @@ TASKS = Measure(
     key="tasks",
     title="Imported task",
     short="Imported task",
-    label="score",
-    unit="of score",
-    claim_unit="of score",
+    label="score (%)",
+    unit="points",
+    claim_unit="points",
     units="questions",
-    digits=3,
-    columns={"score": "score"},
-    limits=None,
+    digits=2,
+    columns={"score": "score %"},
+    limits=PERCENT,
     missing="No imported results of this task (results/<run>/lm_eval/).",
     find=part_sources.find_tasks,
 )
@@ -235,6 +235,18 @@ def of_metric(metric: str) -> Measure | None:
 def metric_names() -> list[str]:
     """What a claim's metric may be."""
     return [f"{TASK}NAME" if name == TASK else name for name in BY_NAME]
+
+
+def run_scores(run: Run, sources: Sources) -> list[dict]:
+    """What metrics.json of one run holds besides accuracy and MT-Bench: its numbers by every
+    measure, over all questions that it was judged on. Style control needs all runs.
+    """
+    own = (one for one in MEASURES if one not in (MT, ARENA_HARD_STYLE))
+    return [
+        {"metric": measure.metric(part.facts), **part.facts, **part.numbers[run.run_id]}
+        for measure in own
+        for part in measure.find([run], sources)
+    ]
 
 
 def parts_of(comparison: dict) -> Iterable[tuple[Measure, dict]]:

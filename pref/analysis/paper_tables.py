@@ -320,6 +320,25 @@ JUDGE = Layout(
     paper=("answers judged again", "ICC(1,1)", "SD of one rating")
     + ("share rated identically", "Spearman correlation with length"),
 )
+TAX = Layout(
+    "Alignment tax: imported tasks against the untrained model",
+    [
+        Column("task", "task"),
+        Column(CELL_HEADER, "proposed"),
+        Column("score %", "proposed_score", 2),
+        Column("untrained %", "baseline_score", 2),
+        Column("difference", "estimate", 2),
+        interval_column("difference, 95 % interval", 2),
+        p_column("p (BH)", "p_adjusted"),
+        Column("detectable difference", "detectable", 2),
+        Column("seeds", "seeds_compared"),
+        Column("questions", "n_units"),
+        Column("selected by", "selected_by"),
+    ],
+    "Best cell of each loss, selected by validation accuracy where that is known. Paired by "
+    "question; p: primary test, over questions and seeds, Benjamini-Hochberg over the losses.",
+    paper=("task", CELL_HEADER, "difference", "difference, 95 % interval", "p (BH)"),
+)
 STABILITY = Layout(
     "Divergence and non-finite steps by loss and beta",
     [
@@ -445,6 +464,7 @@ def list_tables(comparison: dict) -> list[Table]:
     for measure, part in measures.parts_of(comparison):
         tables += measure_tables(measure, part, comparison)
     tables += [
+        plain_table("alignment_tax", TAX, tax_rows(comparison.get("tasks", []))),
         plain_table("stability", STABILITY, comparison["stability"]),
         plain_table("pairs", PAIRS, comparison["pairs"]),
         plain_table("movement", movement(comparison["movement"]), comparison["movement"]),
@@ -488,6 +508,15 @@ def comparison_tables(measure: Measure, part: dict, comparison: dict) -> list[Ta
         table("sensitivity", SENSITIVITY, tests),
         table("selection", selection(digits), part["selection"]),
         table("over_beta", SPREAD, part["spread"]),
+    ]
+
+
+def tax_rows(tasks: list[dict]) -> list[dict]:
+    return [
+        {"task": part["task"], **row}
+        for part in tasks
+        for row in part["improvement"]
+        if row["comparison"] == "untrained model"
     ]
 
 

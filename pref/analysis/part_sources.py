@@ -23,6 +23,7 @@ from typing import NamedTuple
 from pref.analysis import (
     arena_hard,
     cell_rows,
+    imported,
     judge_identity,
     length_control,
     parts,
@@ -33,6 +34,7 @@ from pref.analysis.parts import Common, Part, Source, Sources
 from pref.analysis.runs import MT_BENCH, Run
 
 ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
 EQUAL = "equal"  # column `reading` of two answers that are the same text
 GAMES = {"arena_hard_v0.1": False}  # whether a question counts only if both games have a verdict
 BY_CATEGORY = ("arena_hard_v2.0",)  # each category has a baseline of its own
@@ -251,7 +253,25 @@ def preference_parts(runs: list[Run], bench: str, sources: Sources) -> list[Part
         part = mean_part(source, facts, judged, common, scores, runs, sources)
         for run_id, numbers in part.numbers.items():
             numbers |= win_counts(scores[run_id])
+        if bench == ALPACA_EVAL:
+            part.notes.extend(note_control_tokens(runs, common))
         found.append(part)
+    return found
+
+
+def note_control_tokens(runs: list[Run], common: Common) -> list[str]:
+    """Runs whose answers hold what separates the messages of AlpacaEval's judge prompt: such an
+    answer cuts the prompt off, the instructions to the judge included.
+    """
+    found = []
+    for run in runs:
+        answers = run.bench(ALPACA_EVAL).answers.values() if run.run_id in common.rows else ()
+        texts = [text for row in answers for text in row["turns"]]
+        if n := sum(any(token in text for token in CONTROL_TOKENS) for text in texts):
+            found.append(
+                f"{run.run_id}: {n} of {len(texts)} answers hold {' or '.join(CONTROL_TOKENS)}, "
+                "which cut or split the judge's prompt unless judge.py was given --neutralise"
+            )
     return found
 
 
@@ -445,26 +465,34 @@ def arena_part(
 
 
 def find_tasks(runs: list[Run], sources: Sources) -> list[Part]:
-    """Imported tasks, each over the questions that all of its runs have."""
-    found = []
-    for task in sorted({task for run in runs for task in run.tasks}):
-        values = {run.run_id: run.tasks[task] for run in runs if task in run.tasks}
-        shared = set.intersection(*(set(of_run) for of_run in values.values()))
-        values = {
-            run_id: {question: of_run[question] for question in sorted(shared)}
-            for run_id, of_run in values.items()
+    """Results of lm-evaluation-harness, each task over the questions that all of its runs have."""
+    found = {run.run_id: run.imported for run in runs if run.imported and run.imported.tasks}
+    tasks, notes = imported.compare(found)
+    notes = notes[sum(len(one.notes) for one in found.values()) :]  # those are in note_runs
+    return [task_part(task, notes if task is tasks[0] else []) for task in tasks]
+
+
+def task_part(task: imported.ImportedTask, notes: list[str]) -> Part:
+    shared = set.intersection(*(set(of_run) for of_run in task.values.values()))
+    numbers, values = {}, {}
+    for run_id, of_run in task.values.items():
+        values[run_id] = {question: of_run[question] for question in sorted(shared)}
+        scores = [value for (value,) in map(dict.values, values[run_id].values())]
+        numbers[run_id] = {
+            "score": stats.mean(scores),
+            "se_over_questions": stats.standard_error(scores),
+            "n_scored": len(scores),
+            "n_judged": len(of_run),
+            "n_bench": len(of_run),
+            "failures": {},
         }
-        numbers = {}
-        for run_id, of_run in values.items():
-            scores = [fmean(parts_of.values()) for parts_of in of_run.values()]
-            numbers[run_id] = {
-                "score": stats.mean(scores),
-                "se_over_questions": stats.standard_error(scores),
-                "n_scored": len(scores),
-                "n_judged": len(scores),
-                "n_bench": max(len(run.tasks[task]) for run in runs if task in run.tasks),
-                "failures": {},
-            }
-        facts = {"task": task, "heading": f"Imported task {task}", "title": None}
-        found.append(Part(facts, numbers, values))
-    return found
+    partial = f", {task.partial}" if task.partial else ""
+    facts = {"task": task.name, "heading": f"Imported task {task.title}{partial}", "title": None}
+    others = {
+        title: {
+            run_id: stats.mean(value for parts_of in of_run.values() for value in parts_of.values())
+            for run_id, of_run in of_runs.items()
+        }
+        for title, of_runs in task.others.items()
+    }
+    return Part(facts, numbers, values, notes=notes, extra={"others": others})

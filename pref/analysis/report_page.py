@@ -49,7 +49,7 @@ def make_page(
             {"title": figures.figure_title(path), "png": path, "alt": figures.figure_title(path)}
             for path in paths
         ],
-        "runs": [page_run(run) for run in runs],
+        "runs": [page_run(run, comparison) for run in runs],
         **browser_page.browser_parts(runs, data),
     }
 
@@ -77,14 +77,21 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
     ]
 
 
-def page_run(run: Run) -> dict:
-    """One run with its arguments and numbers; scores are over all questions it was judged on."""
+def page_run(run: Run, comparison: dict) -> dict:
+    """One run with its arguments and numbers. MT-Bench scores are over all questions that it was
+    judged on, others over those that are compared.
+    """
     numbers = {key: (run.summary or {}).get(key) for key in RUN_NUMBERS}
     for key, rows in run.judged.items():
         judge = judge_identity.describe_judge(key, rows)
         mark = " (smoke test)" if judge["smoke_test"] else ""
         score = run_metrics.score_ratings(rows)["score"]
         numbers[f"score, {judge['title']}{mark}"] = score
+    for measure, part in measures.parts_of(comparison):
+        if measure is not measures.MT:
+            mark = " (smoke test)" if part.get("smoke_test") else ""
+            of_run = {row["run_id"]: row["value"] for row in part["runs"]}
+            numbers[measure.heading(part) + mark] = of_run.get(run.run_id)
     return {
         "run_id": run.run_id,
         "status": run.status,

@@ -18,7 +18,14 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from pref.analysis import judge_identity, judge_validation, provenance, row_checks, run_metrics
+from pref.analysis import (
+    judge_identity,
+    judge_validation,
+    lm_eval_files,
+    provenance,
+    row_checks,
+    run_metrics,
+)
 from pref.analysis.bench_data import AllData
 from pref.analysis.runs import ACCURACIES, MT_BENCH, SUMMARY_KEYS, BenchFiles, Margins, Run
 from pref.files import disk, judgements, mt_bench, run_folders
@@ -136,6 +143,7 @@ def load_run(path: Path, args: dict) -> Run:
         evals=evals,
         val=val,
         benches={name: load_bench(path / name, path.name) for name in find_benches(path)},
+        imported=lm_eval_files.read_run(path, path.name, args),
     )
     run = provenance.check_training(run)
     return replace(run, length_bias=run_metrics.length_bias(run.best_val, length_differences))

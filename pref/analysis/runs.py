@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from pref.analysis.lm_eval_files import Imported
 from pref.files.mt_bench import AnswerKey
 
 MT_BENCH = "mt_bench"
@@ -78,7 +79,7 @@ class Run:
     val: dict[float, dict[str, Margins | None]] = field(default_factory=dict)
     length_bias: list[dict] = field(default_factory=list)  # accuracy by length difference
     benches: dict[str, BenchFiles] = field(default_factory=dict)  # by name; see `bench`
-    tasks: dict[str, dict] = field(default_factory=dict)  # imported: task -> question -> 0 -> score
+    imported: Imported | None = None  # results of lm-evaluation-harness
     stale: list[Stale] = field(default_factory=list)
 
     def bench(self, name: str) -> BenchFiles:
