@@ -6,9 +6,12 @@
 
 Reads   results/<run_id>/args.json                      without it, a folder is not a run
             summary.json, metrics.jsonl, val_pairs.jsonl            by train_pref.py
-            mt_bench/answers.jsonl, mt_bench/judgements.csv         by gen_mtbench.py, judge.py
+            <bench>/answers.jsonl, <bench>/judgements.csv           by gen_mtbench.py, judge.py
+            lm_eval/                                                by lm-evaluation-harness
+        results/judges/<judge>/validation.json          by judge.py --validate
         results/claims.json                             your own claims, added to the study's
-        question.jsonl in --mt_bench                    questions, as the report shows them
+        data/<bench>/                                   questions, as the report shows them;
+                                                        AlpacaEval's df_gamed.csv
 Writes  results/comparison/report.html                  start here; one file, opens from disk; or
                                                         another folder than comparison/ with --out
         results/comparison/aggregated_metrics.json      every number of the report
@@ -20,7 +23,8 @@ the command that would supply it, and can be rerun at any time.
 
 Runs that share loss, beta, tau and every other setting are one cell of the grid; a cell's number is
 the mean over its seeds. Some things are never averaged together: trial runs with full ones, one
-judge with another, different questions. Runs of different models or data are refused.
+judge or baseline with another, different questions. Runs of different models or data are refused.
+What is measured, and in which unit, is in pref/analysis/measures.py.
 
 Differences come with an error over questions and over seeds (pref/analysis/stats.py). How claims
 are stated is in pref/analysis/claims.py, how they are judged in pref/analysis/verdicts.py.
@@ -38,14 +42,20 @@ from typing import NamedTuple
 
 from pref.analysis import (
     answer,
+    bench_data,
+    bench_gaps,
     cell_rows,
     claims,
     estimates,
     figures,
+    frontier,
     judge_identity,
+    length_control,
+    measures,
     notes,
     pairwise,
     paper_tables,
+    parts,
     report,
     report_page,
     results_folder,
@@ -56,8 +66,11 @@ from pref.analysis import (
     texts,
     verdicts,
 )
-from pref.analysis.runs import Cell, JudgeKey, Run, ScoredCell, Scores, Values
-from pref.files import console, disk, run_folders
+from pref.analysis.bench_data import AllData
+from pref.analysis.measures import Measure
+from pref.analysis.parts import Part, Sources
+from pref.analysis.runs import Cell, Run, ScoredCell, Scores, Values
+from pref.files import alpaca_eval, console, disk, run_folders
 from pref.files.console import UserError
 
 COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model")
@@ -85,6 +98,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=Path("data/mt_bench"),
         metavar="DIR",
         help="folder with question.jsonl for the report's texts (default: data/mt_bench, if any)",
+    )
+    add(
+        "--alpaca_eval",
+        type=Path,
+        default=Path("data/alpaca_eval"),
+        metavar="DIR",
+        help="folder with AlpacaEval's instructions, its baseline's answers, and df_gamed.csv, "
+        "which the length-controlled win rate needs (default: data/alpaca_eval, if any)",
+    )
+    add(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="folder with the folders of other benchmarks, for the report's texts (default: data)",
     )
     add(
         "--draws",
@@ -205,19 +233,58 @@ def cell_order(cell: Cell) -> tuple:
 # ---- scores: what each cell reached -------------------------------------------------------------
 
 
-def compare_accuracy(cells: list[Cell], args: argparse.Namespace) -> Scores:
-    """Validation accuracy of the cells, and what differs between them."""
-    runs = [run for cell in cells for run in cell.runs]
-    numbers = {run.run_id: cell_rows.accuracy_numbers(run) for run in runs if run.summary}
-    values = {run.run_id: run_metrics.accuracy_values(run) for run in runs}
-    rows = [
-        cell_rows.cell_row(cell, numbers, cell_rows.ACCURACY_COLUMNS, "se_over_pairs")
-        for cell in cells
-    ]
+def measure_runs(
+    cells: list[Cell], runs: list[Run], args: argparse.Namespace, sources: Sources
+) -> tuple[list[Scores], list[str], list[dict]]:
+    """Every measure of every judge, notes on them, and what they lack besides MT-Bench."""
+    scores, all_notes, gaps = [], [], bench_gaps.unjudged(runs)
+    judges = {key for run in runs for key in run.judged}
+    if len(judges) > 1:
+        all_notes.append(
+            f"{len(judges)} judges or judge settings: each has tables of its own, never averaged"
+        )
+    noted = set()  # sources whose judgements were described already
+    for measure in measures.MEASURES:
+        for part in measure.find(runs, sources):
+            scores.append(compare_part(measure, part, cells, args))
+            name = parts.source_name(part.facts)
+            if part.judged and name not in noted:
+                noted.add(name)
+                all_notes += notes.note_judge(part.facts, part.judged, part.questions, name)
+                gaps += bench_gaps.part_gaps(part, name, runs) if "bench" in part.facts else []
+            all_notes += [f"{measure.heading(part.facts)}: {note}" for note in part.notes]
+    if any(one.results.get("definition") == length_control.UNREGULARISED for one in scores):
+        gaps.append(bench_gaps.NO_DIFFICULTY)
+    return scores, all_notes, gaps
+
+
+def compare_part(
+    measure: Measure, part: Part, cells: list[Cell], args: argparse.Namespace
+) -> Scores:
+    """What the cells reached in one part of a measure, and what differs between them."""
+    numbers, values = part.numbers, part.values
+    rows = [cell_rows.part_row(cell, numbers, tuple(measure.columns), measure.se) for cell in cells]
     scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
-    results = compare_scores(cells, scored, "best_acc_ref", numbers, values, args)
-    smoke = texts.TRIAL if are_trial(runs) else ""
-    return Scores(metric="acc_ref", judge=None, smoke=smoke, values=values, results=results)
+    results = dict(part.facts)
+    if part.questions:
+        results |= {
+            "questions": sorted(part.questions.common),
+            "questions_left_out": sorted(part.questions.left_out),
+        }
+    if measure is measures.MT:
+        by_category = [row for cell in cells for row in cell_rows.category_rows(cell, numbers)]
+        results["categories"] = by_category
+    results |= compare_scores(measure, cells, scored, numbers, values, args)
+    results |= part.extra
+    smoke = ""
+    if measure is not measures.ACCURACY:
+        results["variance"] = estimates.variance_rows(cells, values, part.extra.get("retest"))
+        results["frontier"] = frontier.rows(scored, measure.value, part.facts.get("bench"))
+        smoke = judge_identity.smoke_mark(part.facts)
+    if are_trial([run for cell in cells for run in cell.runs]):
+        smoke = texts.TRIAL
+    judge = results.get("title")
+    return Scores(measure.metric(part.facts), judge, smoke, values, results)
 
 
 def are_trial(runs: list[Run]) -> bool:
@@ -225,63 +292,23 @@ def are_trial(runs: list[Run]) -> bool:
     return any(run.args["mode"] == "trial" for run in runs)
 
 
-def compare_mt_bench(
-    key: JudgeKey, cells: list[Cell], args: argparse.Namespace
-) -> tuple[Scores, list[str]]:
-    """MT-Bench by one judge, and notes on it.
-
-    Only over the questions that every run was judged on, so that no run has an easier exam.
-    """
-    runs = [run for cell in cells for run in cell.runs if key in run.judged]
-    judged = {run.run_id: run.judged[key] for run in runs}
-    judge = judge_identity.describe_judge(key, [row for rows in judged.values() for row in rows])
-    questions = cell_rows.common_questions(judged)
-    common = {
-        run_id: [row for row in rows if row["question_id"] in questions.common]
-        for run_id, rows in judged.items()
-    }
-    numbers = {run_id: run_metrics.score_ratings(rows) for run_id, rows in common.items()}
-    values = {
-        run_id: run_metrics.rating_values(run_metrics.turn_means(rows))
-        for run_id, rows in common.items()
-    }
-    rows = [cell_rows.mt_bench_row(cell, numbers) for cell in cells]
-    scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
-    reliability = run_metrics.judge_reliability(common, {run.run_id: run.answers for run in runs})
-    results = judge | {
-        "questions": sorted(questions.common),
-        "questions_left_out": sorted(questions.left_out),
-        "categories": [row for cell in cells for row in cell_rows.category_rows(cell, numbers)],
-        **compare_scores(cells, scored, "score", numbers, values, args),
-        **reliability,
-        "variance": estimates.variance_rows(cells, values, reliability["retest"]),
-    }
-    title, smoke = judge["title"], judge_identity.smoke_mark(judge)
-    if are_trial(runs):
-        smoke = texts.TRIAL
-    return (
-        Scores(metric="mt_bench", judge=title, smoke=smoke, values=values, results=results),
-        notes.note_judge(judge, judged, questions),
-    )
-
-
 def compare_scores(
+    measure: Measure,
     cells: list[Cell],
     scored: list[ScoredCell],
-    metric: str,
     numbers: dict[str, dict],
     values: Values,
     args: argparse.Namespace,
 ) -> dict:
-    """What accuracy and MT-Bench have in common: cells with intervals, differences, selection,
-    spread over beta.
+    """Cells with intervals, differences, selection, spread over beta.
 
-    scored: the cells that have a row. metric: the column that is compared. numbers: run id -> name
-    -> number of the whole run. values: the same scores by question or pair, for estimates.
+    scored: the cells that have a row. numbers: run id -> name -> number of the whole run. values:
+    the same scores by question or pair, for estimates.
     """
+    metric = measure.value
     for cell, row in scored:
         row["low"], row["high"] = estimates.cell_interval(
-            cell, row["runs"], values, proportion=metric == "best_acc_ref"
+            cell, row["runs"], values, measure.proportion
         )
     known = [
         run
@@ -295,7 +322,7 @@ def compare_scores(
             {"run_id": run.run_id, "loss": run.loss, "value": numbers[run.run_id][metric]}
             for run in known
         ],
-        "improvement": improvement_rows(scored, metric, values, args),
+        "improvement": improvement_rows(measure, scored, values, args),
         "selection": estimates.selection_rows(scored, metric, args.baseline),
         "spread": estimates.spread_rows(cells, values, args.baseline, args.draws),
     }
@@ -373,20 +400,21 @@ def same_beta(one: ScoredCell, grid: list[ScoredCell]) -> list[ScoredCell]:
 
 
 def improvement_rows(
-    scored: list[ScoredCell], metric: str, values: Values, args: argparse.Namespace
+    measure: Measure, scored: list[ScoredCell], values: Values, args: argparse.Namespace
 ) -> list[dict]:
     """Every pair of `list_pairs`, with difference, interval and tests.
 
     p_adjusted: Holm over the headline (best of grid); Benjamini and Hochberg over the pairs of each
     other comparison.
     """
+    metric = measure.value
     scored = [one for one in scored if one.row[metric] is not None]
     pairs = list_pairs(scored, metric, args.baseline)
     n_cells = Counter(one.cell.loss for one in scored)
     what = "comparing accuracy" if metric == "best_acc_ref" else "comparing scores"
     rows = []
     for pair in console.progress(pairs, what, "pairs of cells"):
-        row = difference_row(pair, metric, values)
+        row = difference_row(pair, metric, values, measure.has_rate)
         row["proposed_cells"] = n_cells[pair.proposed.cell.loss]
         row["baseline_cells"] = n_cells[pair.baseline.cell.loss]
         rows.append(row)
@@ -404,8 +432,10 @@ def improvement_rows(
     return rows
 
 
-def difference_row(pair: CellPair, metric: str, values: Values) -> dict:
-    """One row of a table of differences, before p-values are adjusted."""
+def difference_row(pair: CellPair, metric: str, values: Values, has_rate: bool) -> dict:
+    """One row of a table of differences, before p-values are adjusted. has_rate: whether a
+    difference relative to the baseline means something.
+    """
     (our_cell, ours), (their_cell, theirs) = pair.proposed, pair.baseline
     value, base = ours[metric], theirs[metric]
     row = {
@@ -423,9 +453,11 @@ def difference_row(pair: CellPair, metric: str, values: Values) -> dict:
         "differs_in": estimates.differences_text(our_cell, their_cell),
     }
     compared = estimates.compare_cells(our_cell, their_cell, values)
-    row |= estimates.comparison_columns(compared)
+    row |= estimates.comparison_columns(compared, has_rate)
     # The difference is that of the runs and units that interval and test are of: one of the two
     # cells may lack seeds or ratings that the other has.
+    if not has_rate:
+        row["improvement_rate"] = None
     if compared:
         row |= {"difference": row["estimate"], "improvement_rate": row["rate"]}
         row["seeds_compared"] += seeds_not_compared(compared, ours["n_seeds"], theirs["n_seeds"])
@@ -447,30 +479,24 @@ def seeds_not_compared(compared: estimates.Comparison, ours: int, theirs: int) -
 # ---- the story ----------------------------------------------------------------------------------
 
 
-def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) -> dict:
+def compare(
+    runs: list[Run], args: argparse.Namespace, load_notes: list[str], sources: Sources
+) -> dict:
     """Compare the runs: the contents of aggregated_metrics.json."""
     # 1) Cells. An unfinished run has no result yet: it is named in the notes and left out.
     used = [run for run in runs if run.status != "unfinished"]
     cells = make_cells(used)
     all_notes = [*load_notes, *notes.note_runs(runs, cells)]
 
-    # 2) Scores: validation accuracy, and MT-Bench by each judge on its own.
-    accuracy = compare_accuracy(cells, args)
-    judge_keys = sorted({key for run in used for key in run.judged}, key=str)
-    if len(judge_keys) > 1:
-        all_notes.append(
-            f"{len(judge_keys)} judges or judge settings: each has tables of its own, "
-            "never averaged"
-        )
-    judges = []
-    for key in judge_keys:
-        scores, judge_notes = compare_mt_bench(key, cells, args)
-        judges.append(scores)
-        all_notes += judge_notes
+    # 2) Scores: validation accuracy, and every measure by each judge on its own.
+    (part,) = measures.ACCURACY.find(used, sources)
+    accuracy = compare_part(measures.ACCURACY, part, cells, args)
+    scored, score_notes, gaps = measure_runs(cells, used, args, sources)
+    all_notes += score_notes
 
     # 3) Claims, on whatever was measured.
     model = runs[0].args["model"]
-    measured = [*judges, *([accuracy] if any(accuracy.values.values()) else [])]
+    measured = [*scored, *([accuracy] if any(accuracy.values.values()) else [])]
     study = claims.load_claims(args.results_dir, args.claims)
     judged = verdicts.judge_claims(study, cells, measured, model, args.draws)
     if are_trial(runs):
@@ -478,12 +504,14 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
         all_notes.insert(0, texts.TRIAL)
 
     # 4) Everything under the keys of the file; what it comes to is derived from the rest.
-    mt_bench = [scores.results for scores in judges]
-    data = [run.args["data_sha256"] for run in runs if run.args.get("data_sha256")]
+    parts_of = {measure.key: [] for measure in measures.MEASURES}
+    for scores in scored:
+        parts_of[measures.of_metric(scores.metric).key].append(scores.results)
+    trained_on = [run.args["data_sha256"] for run in runs if run.args.get("data_sha256")]
     comparison = {
         "model": model,
         "trial": are_trial(runs),
-        "data_sha256": data[0] if data else None,
+        "data_sha256": trained_on[0] if trained_on else None,
         "baseline": args.baseline,
         "proposed": args.proposed,
         "draws": args.draws,
@@ -492,14 +520,30 @@ def compare(runs: list[Run], args: argparse.Namespace, load_notes: list[str]) ->
         "diverged": [run.run_id for run in runs if run.status == "diverged"],
         "claims": judged,
         "accuracy": accuracy.results,
-        "mt_bench": mt_bench,
+        **parts_of,
         "pairs": pairwise.win_rows(cells),
         "stability": estimates.stability_rows(cells),
-        "movement": cell_rows.movement_rows(used, judges),
+        "movement": cell_rows.movement_rows(
+            used, [one for one in scored if one.metric == measures.MT.name]
+        ),
         "notes": all_notes,
-        "missing": notes.find_missing(runs, mt_bench, args),
+        "missing": [*notes.find_missing(runs, parts_of["mt_bench"], args), *gaps],
     }
     return {"answer": answer.find_answers(comparison)} | comparison
+
+
+def read_data(args: argparse.Namespace) -> AllData:
+    """The data folders of the benchmarks that the runs have files of."""
+    folders = {"mt_bench": args.mt_bench, "alpaca_eval": args.alpaca_eval}
+    paths = run_folders.find_runs([args.results_dir], check=False)
+    found = {name for path in paths for name in results_folder.find_benches(path)}
+    return bench_data.read_data(sorted({*found, "mt_bench"}), folders, args.data)
+
+
+def read_gamed(folder: Path) -> alpaca_eval.GamedFile | None:
+    """What AlpacaEval's length control needs besides judgements; None if the file is not there."""
+    path = folder / "df_gamed.csv"
+    return alpaca_eval.read_gamed(path) if path.is_file() else None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -507,16 +551,15 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(args)
 
     # 1) Read and check every run.
-    questions = results_folder.read_question_texts(args.mt_bench)
-    runs, load_notes = results_folder.load_runs(
-        args.results_dir, args.run_ids, args.skip_bad, questions
-    )
+    data = read_data(args)
+    runs, load_notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad, data)
 
     if args.run_ids and args.out is None and (note := notes.note_replaced(folder, len(runs))):
         print(note)
 
     # 2) Compare before anything is written: an error must not leave half of the results new.
-    comparison = compare(runs, args, load_notes)
+    sources = Sources(data, read_gamed(args.alpaca_eval))
+    comparison = compare(runs, args, load_notes, sources)
     print(
         f"{args.results_dir}: {len(runs)} runs; writing metrics, figures, tables and the report",
         flush=True,
@@ -526,11 +569,12 @@ def main(argv: list[str] | None = None) -> None:
     #    embeds them, and if they fail, everything else is still that of the last analysis.
     figures.draw_all(runs, comparison, folder / "figures")
     for run in runs:
-        disk.write_json(run.path / "metrics.json", run_metrics.run_metrics(run))
+        numbers = run_metrics.run_metrics(run) | {"scores": measures.run_scores(run, sources)}
+        disk.write_json(run.path / "metrics.json", numbers)
     tables = paper_tables.list_tables(comparison)
     table_files.write_tables(folder / "tables", tables)
     disk.write_json(folder / "aggregated_metrics.json", comparison)
-    page = report_page.make_page(runs, comparison, tables, folder, questions)
+    page = report_page.make_page(runs, comparison, tables, folder, data)
     report.write_report(folder / "report.html", page)
 
     # 4) The same in short on the terminal.

@@ -32,9 +32,16 @@ def tiny_png(width: int = 3, height: int = 2) -> bytes:
 
 def judgement(run: str, question: int, turn: int, score: float | None, **fields) -> dict:
     """A row of judgements.csv by judge-1; a score of None is a judgement without a rating."""
-    row = {"run_id": run, "question_id": question, "turn": turn, "choice": 0, "repeat": 0}
+    row = {
+        "bench": "mt_bench",
+        "run_id": run,
+        "question_id": question,
+        "turn": turn,
+        "choice": 0,
+        "repeat": 0,
+    }
     row |= {"judge": "judge-1", "grading": "single", "score": score}
-    row |= {"winner": None, "baseline": None, "order": None}
+    row |= dict.fromkeys(("winner", "baseline", "order", "preference", "label"))
     row |= {"status": "ok" if score is not None else "no rating"}
     return row | {"judgement": f"Reasons for {run} {question}.{turn}"} | fields
 
@@ -62,6 +69,7 @@ def example_page(folder: Path) -> dict:
     judged.append(judgement("dpo", 1, 1, 4.0, judge="judge-2", repeat=1))
     answers = [
         {
+            "bench": "mt_bench",
             "run_id": run,
             "question_id": q,
             "choice": choice,
@@ -130,9 +138,15 @@ def example_page(folder: Path) -> dict:
             }
             for i, run in enumerate(runs)
         ],
+        "benches": [{"name": "mt_bench", "title": "MT-Bench", "left_out": 0}],
         "questions": {
-            q: {"category": "math" if q < 4 else "writing", "turns": [f"Ask {q}.1", f"Ask {q}.2"]}
-            for q in scores
+            "mt_bench": {
+                q: {
+                    "category": "math" if q < 4 else "writing",
+                    "turns": [f"Ask {q}.1", f"Ask {q}.2"],
+                }
+                for q in scores
+            }
         },
         "answers": answers,
         "judgements": judged,
@@ -153,6 +167,7 @@ def hostile_page(folder: Path) -> dict:
     spoiled = spoil(page)
     for row in spoiled["judgements"]:
         row["grading"] = row["grading"].split()[0]
+    spoiled["questions"] = {spoil(bench): rows for bench, rows in spoiled["questions"].items()}
     spoiled["runs"][0]["arguments"] |= {
         EVERYTHING: EVERYTHING,
         "__proto__": EVERYTHING,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import analyze
 from pref.analysis import results_folder
+from pref.analysis.bench_data import BenchData
+from pref.analysis.parts import Sources
 from pref.analysis.runs import Cell, Run
 from pref.files.disk import write_json, write_jsonl
 from pref.files.judgements import write_judgements
@@ -168,17 +170,23 @@ def write_answers(folder, effect):
 # ---- what the analysis makes of a folder --------------------------------------------------------
 
 
+def data_of(questions):
+    """MT-Bench's data folder, with these questions."""
+    return {"mt_bench": BenchData(questions=questions or {})}
+
+
 def load(results, questions=None):
     """The runs of a results folder, without the notes."""
-    runs, _ = results_folder.load_runs(results, questions=questions)
+    runs, _ = results_folder.load_runs(results, data=data_of(questions))
     return runs
 
 
 def compared(results, *flags, questions=None):
     """aggregated_metrics.json without drawing anything."""
     args = analyze.parse_args([str(results), *DRAWS, *flags])
-    runs, notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad, questions)
-    return analyze.compare(runs, args, notes)
+    data = data_of(questions)
+    runs, notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad, data)
+    return analyze.compare(runs, args, notes, Sources(data))
 
 
 def row_of(rows, label):

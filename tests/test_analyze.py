@@ -373,7 +373,7 @@ def test_nonfinite_validation_pairs_are_wrong_and_said(tmp_path):
 def test_two_settings_of_one_judge_stand_apart_in_the_report(tmp_path):
     make_run(tmp_path, "a", ratings=flat_ratings(8) + flat_ratings(2, prompts="own"))
     (run,) = load(tmp_path)
-    numbers = report_page.page_run(run)["numbers"]
+    numbers = report_page.page_run(run, {})["numbers"]
     assert sorted(value for key, value in numbers.items() if key.startswith("score")) == [2, 8]
 
 

@@ -12,7 +12,7 @@ from studies import (
     write_pairs,
 )
 
-from pref.analysis import answer, figures, notes, paper_tables, terminal
+from pref.analysis import answer, figures, measures, notes, paper_tables, terminal
 from pref.analysis.report import answers_html
 
 
@@ -141,7 +141,7 @@ def test_a_loss_without_a_score_is_not_passed_over():
 
 def test_judged_on_other_questions_is_not_called_unjudged():
     part = {"cells": [a_cell_row("dpo", None)], "questions_left_out": [81, 82]}
-    lead = answer.lead_without_comparison(part, "score", 2, "dpo", True)
+    lead = answer.lead_without_comparison(part, measures.MT, "dpo", True)
     assert lead.startswith("Nothing is compared: no question was judged in all runs (2 questions")
 
 
@@ -236,7 +236,7 @@ def test_the_answer_of_a_study(tmp_path):
     printed = terminal.verdict_table(comparison["claims"])
     assert "dLRML" not in printed and "more claims, of the published study" in printed
     rows = comparison["mt_bench"][0]["improvement"]
-    text = terminal.improvement_table("Scores", rows, "td_dpo", 2, "questions")
+    text = terminal.improvement_table("Scores", measures.MT, {"improvement": rows}, "td_dpo")
     assert "; 12 questions, seeds: 3 paired" in text and "units" not in text
     page = answers_html(comparison["answer"])
     assert "td_dpo β=" in page and page.count('class="badge') == len(texts) + len(accuracy["rows"])

@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 from studies import a_cell, a_run, rating
 
 from pref.analysis import estimates, pairwise, usual_tests, variation
-from pref.analysis.runs import ScoredCell
+from pref.analysis.runs import BenchFiles, ScoredCell
 
 
 def make_cell(loss, run_ids, beta=0.1, tau=None, accuracy=None, settings=None, label=None):
@@ -202,7 +202,7 @@ def pair(question, order, winner, **fields):
 def cell_with_pairs(**judged):
     """run id -> its pairwise judgements; the seeds are 42, 43, ..."""
     runs = [
-        a_run(run_id, seed=seed, judged_pairs=rows)
+        a_run(run_id, seed=seed, benches={"mt_bench": BenchFiles(pairs=rows)})
         for seed, (run_id, rows) in enumerate(judged.items(), 42)
     ]
     return a_cell(runs)

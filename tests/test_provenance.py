@@ -7,6 +7,7 @@ import pytest
 from studies import (
     SUMMARY,
     compared,
+    data_of,
     find_gap,
     has_note,
     load,
@@ -18,7 +19,7 @@ from studies import (
     write_pairs,
 )
 
-from pref.analysis import notes, report_page
+from pref.analysis import browser_page, notes
 from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.files.disk import write_json, write_jsonl
@@ -104,7 +105,7 @@ def test_a_run_answered_again_after_judging_has_no_score(tmp_path):
     assert has_note(comparison, "of b", "4 of its 4 judgements are of answers that have been rep")
     gap = find_gap(comparison, "scores by judge gpt-5-mini")
     assert (gap["runs"], gap["next"]) == (["b"], "judge.py")
-    shown = report_page.page_judgements(load(tmp_path))
+    shown = browser_page.page_judgements(load(tmp_path))
     assert {row["run_id"] for row in shown} == {"a"}
     assert sum(map(notes.is_caveat, comparison["notes"])) == 1  # stands under the answer
 
@@ -217,9 +218,9 @@ def test_questions_of_another_benchmark_are_not_shown_beside_the_answers(tmp_pat
     comparison = compared(tmp_path, questions=other)
     assert scores(comparison) == [4] and has_note(comparison, "texts of the questions", "of a:")
     assert find_gap(comparison, "texts of the questions")["next"].startswith("--mt_bench with")
-    shown = report_page.page_questions(load(tmp_path, other), other)
+    shown = browser_page.page_questions(load(tmp_path, other), data_of(other))
     assert [question["turns"] for question in shown.values()] == [None, None]
-    shown = report_page.page_questions(load(tmp_path, ASKED), ASKED)
+    shown = browser_page.page_questions(load(tmp_path, ASKED), data_of(ASKED))
     assert shown[81]["turns"] == ASKED[81]
 
 

@@ -1,6 +1,6 @@
 """The user's own answer, in short: which loss won, by how much, and what is not decided.
 
-`find_answers` says it for each score, MT-Bench by each judge before validation accuracy, from the
+`find_answers` says it for each score, those of judges before validation accuracy, from the
 differences in aggregated_metrics.json. A difference is decided as a claim is: by the adjusted test
 and the interval together, never by one seed, never by a judge that is too small, never in trial
 runs; and the best of more cells must win by more than chance may give it. The report opens with
@@ -9,7 +9,8 @@ the answers, and the terminal prints them last.
 
 from typing import NamedTuple
 
-from pref.analysis import judge_identity, stats, texts, variation
+from pref.analysis import judge_identity, measures, stats, texts, variation
+from pref.analysis.measures import Measure
 from pref.analysis.texts import TRIAL
 
 MOST_NAMED = 5  # cells that a sentence names
@@ -20,22 +21,32 @@ def find_answers(comparison: dict) -> list[dict]:
     """One answer for each score that was measured.
 
     Each has `score` (what was measured), `lead` (one sentence), and `rows`. A row is a comparison:
-    `verdict` ("better", "worse", "not decided" or "not measured"), `text` and `detail`.
+    `verdict` ("better", "worse", "not decided" or "not measured"), `text` and `detail`. Of what a
+    judge gave, `judge` says how well the judge agrees with human votes.
 
     comparison: aggregated_metrics.json.
     """
     trial = TRIAL if comparison["trial"] else ""
     answers = []
-    for judge in comparison["mt_bench"]:
-        if judge["cells"]:
-            name = f"MT-Bench by {judge['title'].removeprefix('judge ')}"
-            mark = trial or judge_identity.smoke_mark(judge)
-            answers.append(answer(name, "MT-Bench points", 2, "questions", judge, mark, comparison))
+    for measure, part in measures.parts_of(comparison):
+        if part["cells"]:
+            mark = trial or (judge_identity.smoke_mark(part) if measure.judged else "")
+            found = answer(score_name(measure, part), measure, part, mark, comparison)
+            answers.append(found | {"judge": part.get("agreement_text")})
     accuracy = comparison["accuracy"]
     if any(row["best_acc_ref"] is not None for row in accuracy["cells"]):
-        name, unit = "validation accuracy (share of pairs)", "of pairs"
-        answers.append(answer(name, unit, 3, "validation pairs", accuracy, trial, comparison))
+        name = "validation accuracy (share of pairs)"
+        found = answer(name, measures.ACCURACY, accuracy, trial, comparison)
+        answers.append(found | {"judge": None})
     return answers or [no_answer(comparison)]
+
+
+def score_name(measure: Measure, part: dict) -> str:
+    """E.g. "MT-Bench by gpt-5-mini, prompts mt_bench"."""
+    if not part.get("title"):
+        return measure.heading(part)
+    heading = measure.heading(part | {"title": None})
+    return f"{heading} by {part['title'].removeprefix('judge ')}"
 
 
 def no_answer(comparison: dict) -> dict:
@@ -44,22 +55,18 @@ def no_answer(comparison: dict) -> dict:
     lead = "No run has a score or a validation accuracy yet: see what is missing below."
     if n_diverged:
         lead = f"{n_diverged} of {texts.count_text(n_runs, 'runs')} diverged. {lead}"
-    return {"score": "Nothing is measured", "lead": lead, "rows": []}
+    return {"score": "Nothing is measured", "lead": lead, "rows": [], "judge": None}
 
 
-def answer(
-    name: str, unit: str, digits: int, units: str, part: dict, mark: str, comparison: dict
-) -> dict:
-    """The answer for one score.
+def answer(name: str, measure: Measure, part: dict, mark: str, comparison: dict) -> dict:
+    """The answer for one score, whose name is `name`.
 
-    name, unit, units: of the score, of a difference, and of what it is measured on. part:
-    comparison["accuracy"] or one of comparison["mt_bench"]. mark: why the scores measure nothing,
-    or "".
+    part: of the measure, in `comparison`. mark: why the scores measure nothing, or "".
     """
     baseline, cells = comparison["baseline"], part["cells"]
-    metric = "best_acc_ref" if part is comparison["accuracy"] else "score"
+    metric, unit, digits, units = measure.value, measure.unit, measure.digits, measure.units
     moved = movement_of(cells, comparison["movement"])
-    if part is comparison["accuracy"]:  # which is not of the answers
+    if measure is measures.ACCURACY:  # which is not of the answers
         moved = dict.fromkeys(moved, Moved(None, None, None))
     lost = lost_runs(cells, comparison["diverged"])
     differences = [row for row in part["improvement"] if row["estimate"] is not None]
@@ -74,7 +81,7 @@ def answer(
         lead = lead_of(headline, verdicts[: len(headline)], unit, digits)
     else:
         has_baseline = any(cell["loss"] == baseline for cell in comparison["accuracy"]["cells"])
-        lead = lead_without_comparison(part, metric, digits, baseline, has_baseline)
+        lead = lead_without_comparison(part, measure, baseline, has_baseline)
     lead = " ".join(filter(None, [lead, unmeasured_text(part, metric, comparison)]))
     rows = [
         {
@@ -264,13 +271,12 @@ def size(row: dict, unit: str, digits: int) -> str:
     return f"{row['estimate']:+.{digits}f} {unit}, 95 % interval [{low}, {high}]"
 
 
-def lead_without_comparison(
-    part: dict, metric: str, digits: int, baseline: str, has_baseline: bool
-) -> str:
+def lead_without_comparison(part: dict, measure: Measure, baseline: str, has_baseline: bool) -> str:
     """What can be said where no loss could be set against the baseline.
 
     has_baseline: whether the baseline has runs at all, measured or not.
     """
+    metric, digits = measure.value, measure.digits
     scored = [row for row in part["cells"] if row[metric] is not None]
     if not scored:
         if left_out := part.get("questions_left_out"):
@@ -293,7 +299,9 @@ def lead_without_comparison(
         )
     if len(losses) < 2:
         return f"Only {losses[0]} was measured, so that no losses are compared ({highest})."
-    unit = "question that was rated in all runs" if metric == "score" else "pair in val_pairs.jsonl"
+    unit = "question that was rated in all runs"
+    if measure is measures.ACCURACY:
+        unit = "pair in val_pairs.jsonl"
     return f"Nothing is tested: the losses share no {unit} ({highest})."
 
 
@@ -307,6 +315,7 @@ def text_lines(answers: list[dict]) -> list[str]:
     lines = []
     for one in answers:
         lines.append(f"{one['score']}: {one['lead']}")
+        lines += [f"  {one['judge']}"] if one["judge"] else []
         for row in one["rows"]:
             lines += [f"  {row['verdict']}: {row['text']}", f"      {row['detail']}"]
     return lines

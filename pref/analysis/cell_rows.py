@@ -2,15 +2,14 @@
 run has moved.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from pref.analysis import run_metrics, stats, texts
-from pref.analysis.runs import ACCURACIES, Cell, Run, Scores
+from pref.analysis.runs import Cell, Run, Scores
 
-ACCURACY_COLUMNS = (*ACCURACIES, "margin_rho_first", "margin_rho_best")
-SCORE_COLUMNS = ("score", "turn_1", "turn_2", "score_without_wrong_references")
+COUNTS = ("n_scored", "n_judged", "n_bench")
 
 
 def cell_label(loss: str, beta: float | None, tau: float | None, settings: dict) -> str:
@@ -90,12 +89,25 @@ def accuracy_numbers(run: Run) -> dict:
     return run_metrics.run_accuracy(run) | rho
 
 
-def mt_bench_row(cell: Cell, run_scores: dict[str, dict]) -> dict | None:
-    """One row of the MT-Bench table; run_scores: run id -> run_metrics.score_ratings."""
-    row = cell_row(cell, run_scores, SCORE_COLUMNS, "se_over_questions")
+def part_row(
+    cell: Cell, numbers: dict[str, dict], names: tuple[str, ...], se_name: str
+) -> dict | None:
+    """`cell_row`, and what was judged: counts summed over the seeds, and failures by reason.
+
+    numbers: those of a Part.
+    """
+    row = cell_row(cell, numbers, names, se_name)
     if row is None:
         return None
-    return row | sum_counts(run_scores[run.run_id] for run in cell.runs if run.run_id in run_scores)
+    of_runs = [numbers[run.run_id] for run in cell.runs if run.run_id in numbers]
+    counts = [name for name in COUNTS if all(name in one for one in of_runs) and of_runs]
+    row |= {name: sum(one[name] for one in of_runs) for name in counts}
+    if "n_bench" in counts:  # MT-Bench's failures are in the notes alone
+        failures = Counter()
+        for one in of_runs:
+            failures.update(one["failures"])
+        row["failures"] = ", ".join(f"{why} {n}" for why, n in sorted(failures.items())) or None
+    return row
 
 
 def category_rows(cell: Cell, run_scores: dict[str, dict]) -> list[dict]:
@@ -152,7 +164,8 @@ def common_questions(judged: dict[str, list[dict]]) -> CommonQuestions:
 def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
     """How far each run moved from the reference, and what it gained: KL of its own answers where
     they carry log-probs, their length and the share that was cut off, the anchor 0.5 (a^2 + b^2)
-    over the last tenth of the training steps, accuracy, and score by judge.
+    over the last tenth of the training steps, accuracy, and MT-Bench score by judge. What other
+    measures gained is in their frontier.
     """
     rows = []
     for run in runs:

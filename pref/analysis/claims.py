@@ -18,8 +18,11 @@ and, depending on its kind,
     rarely               a, event, bound            the rate of such runs is below bound
     often                a, event, at_least         the rate of such runs is above at_least
 
-metric is mt_bench (in points), acc_ref (validation accuracy, as a share of pairs) or alpaca_eval.
-event is diverged, or nonfinite (diverged, or a step with a non-finite loss or gradient).
+metric is one of measures.py: mt_bench, rating (in points), acc_ref (validation accuracy, as a share
+of pairs), alpaca_eval, alpaca_eval_lc, arena_hard, arena_hard_style, win_rate (in percent of
+comparisons), reward (in the reward model's unit), or task:NAME, an imported task. A claim gets a
+verdict by each judge, baseline and version that it was measured with. event is diverged, or
+nonfinite (diverged, or a step with a non-finite loss or gradient).
 
 a and b select cells by the arguments of their runs:
 
@@ -36,13 +39,12 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import estimates
+from pref.analysis import estimates, measures
 from pref.analysis.runs import Cell, Values
 from pref.files import disk
 from pref.files.console import UserError
 
 STUDY_CLAIMS = Path(__file__).with_name("claims.json")
-METRICS = ("mt_bench", "acc_ref", "alpaca_eval")
 EVENTS = ("diverged", "nonfinite")
 FIELDS = {
     "difference": ("a", "b", "metric", "at_least"),
@@ -108,12 +110,16 @@ def find_problem(claim: dict) -> str | None:
         return f"a rate of {rate_limit(claim):g} must lie between 0 and 1"
     if claim.get("margin", 1) <= 0:
         return "'margin' must be above 0"
-    if claim.get("metric", METRICS[0]) not in METRICS:
-        return f"metric {claim['metric']!r} is none of {', '.join(METRICS)}"
+    if "metric" in claim and not is_metric(claim["metric"]):
+        return f"metric {claim['metric']!r} is none of {', '.join(measures.metric_names())}"
     if claim.get("event", EVENTS[0]) not in EVENTS:
         return f"event {claim['event']!r} is none of {', '.join(EVENTS)}"
     problems = [find_selector_problem(side, claim[side]) for side in ("a", "b") if side in claim]
     return next(filter(None, problems), None)
+
+
+def is_metric(name) -> bool:
+    return isinstance(name, str) and measures.of_metric(name) is not None
 
 
 def find_selector_problem(side: str, selector) -> str | None:

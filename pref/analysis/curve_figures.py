@@ -301,6 +301,7 @@ def draw_movement(stem: Path, rows: list[dict], panels: list[MovementPanel]) -> 
             gains = [row[panel.gain] for row in shown]
             axis.plot(distances, gains, linestyle="", alpha=0.8, label=loss, **series_style(i))
         axis.set_xscale("symlog", linthresh=0.1)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")  # text is drawn as it is, without TeX
         axis.set_xlabel(MOVEMENT_LABELS[panel.distance], fontsize=8)
         gain = MOVEMENT_LABELS.get(panel.gain, panel.gain)
         axis.set_ylabel(textwrap.fill(gain, 40), fontsize=8)

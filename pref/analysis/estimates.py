@@ -152,16 +152,18 @@ def compare_cells(a: Cell, b: Cell, values: Values) -> Comparison | None:
     return Comparison(stats.difference(table_a, table_b, paired), table_a, table_b)
 
 
-def comparison_columns(compared: Comparison | None) -> dict:
+def comparison_columns(compared: Comparison | None, has_rate: bool = True) -> dict:
     """Columns of a table of differences; every key is present, with None where there is no
-    comparison.
+    comparison. has_rate: whether a difference relative to the baseline means something.
     """
     if compared is None:
         others = ("rate", "rate_low", "rate_high")
         others += ("p", "detectable", "n_units", "paired", "seeds_compared", "calibrated", "caveat")
         return dict.fromkeys((*DIFFERENCE_NUMBERS, *others))
     difference, table_a, table_b = compared
-    rate = stats.improvement_rate(table_a, table_b, difference.seeds != "unpaired")
+    rate = (math.nan,) * 3
+    if has_rate:
+        rate = stats.improvement_rate(table_a, table_b, difference.seeds != "unpaired")
     seeds_compared = {
         "paired": f"{len(table_a)} paired",
         "unpaired": f"{len(table_a)} against {len(table_b)}, unpaired",

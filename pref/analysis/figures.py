@@ -9,11 +9,13 @@ comparison_*
   mt_bench_categories      What is it good at?                                   score_figures
   win_matrix               Which answers does a judge prefer side by side?       pair_figures
   movement                 What was gained for moving away from the reference?   curve_figures
+  <score>_frontier         What does it gain for its distance to the base?       frontier_figures
   <score>_boxes            How much do runs of one loss differ?                  score_figures
   learning_curves          How did training go, by loss?                         curve_figures
 <run_id>_learning_curve    How did this run go?                                  run_figures
 
-<score> is accuracy or mt_bench. With several judges, a suffix names the judge.
+<score> is a key of measures.py: accuracy, mt_bench, alpaca_eval_lc, ... With several judges,
+baselines or versions, a suffix names them.
 """
 
 import multiprocessing
@@ -25,39 +27,63 @@ from tempfile import TemporaryDirectory
 
 from pref.analysis import (
     curve_figures,
+    frontier_figures,
     judge_identity,
+    measures,
     pair_figures,
     run_figures,
     score_figures,
     texts,
 )
 from pref.analysis.figure_parts import Look
+from pref.analysis.measures import Measure
 from pref.analysis.runs import Run
 from pref.files import console, drawing
 
 WORTH_PROCESSES = 40  # figures: a process takes seconds to import what it draws with
-FIGURE_TITLES = {  # comparison_<key>: the order and the captions of the report
-    "accuracy_bars": "Validation accuracy by cell",
-    "mt_bench_bars": "MT-Bench by cell",
-    "accuracy_differences": "Differences in accuracy",
-    "mt_bench_differences": "Differences in MT-Bench score",
-    "accuracy_over_beta": "Accuracy over beta",
-    "mt_bench_over_beta": "MT-Bench over beta",
-    "accuracy_heatmap": "Accuracy over beta and tau",
-    "mt_bench_heatmap": "MT-Bench over beta and tau",
-    "mt_bench_categories": "MT-Bench by category",
-    "win_matrix": "Win rates",
-    "movement": "Gain against distance from the reference",
-    "accuracy_boxes": "Accuracy of every run",
-    "mt_bench_boxes": "MT-Bench of every run",
-    "learning_curves": "Learning curves by loss",
+KINDS = {  # of a score's figures, in the order of the report: caption
+    "bars": "{} by cell",
+    "differences": "Differences in {}",
+    "over_beta": "{} over beta",
+    "heatmap": "{} over beta and tau",
+    "frontier": "{} against KL to the base model",
 }
+LAST_KINDS = {"boxes": "{} of every run"}
+
+
+def list_titles() -> dict[str, str]:
+    """comparison_<key> -> caption, in the order of the report."""
+    scores = {measures.ACCURACY.key: "Accuracy"}
+    scores |= {measure.key: measure.short for measure in measures.MEASURES}
+
+    def titles(kinds: dict[str, str]) -> dict[str, str]:
+        return {
+            f"{key}_{kind}": caption.format(short)
+            for kind, caption in kinds.items()
+            for key, short in scores.items()
+        }
+
+    return {
+        **titles(KINDS),
+        "mt_bench_categories": "MT-Bench by category",
+        "win_matrix": "Win rates",
+        "movement": "Gain against distance from the reference",
+        **titles(LAST_KINDS),
+        "learning_curves": "Learning curves by loss",
+    } | {
+        "accuracy_bars": "Validation accuracy by cell",
+        "accuracy_differences": "Differences in accuracy",
+        "mt_bench_differences": "Differences in MT-Bench score",
+    }
+
+
+FIGURE_TITLES = list_titles()
 
 
 def figure_kind(path: Path) -> str | None:
     """The key of FIGURE_TITLES that a file's name begins with."""
-    kinds = (kind for kind in FIGURE_TITLES if path.stem.startswith(f"comparison_{kind}"))
-    return next(kinds, None)
+    kinds = [kind for kind in FIGURE_TITLES if path.stem.startswith(f"comparison_{kind}")]
+    return max(kinds, key=len, default=None)
 
 
 def figure_order(path: Path) -> tuple[int, str]:
@@ -125,21 +151,15 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
         stem = folder / "comparison_learning_curves"
         jobs.append(partial(curve_figures.draw_learning_curves, stem, with_curve))
 
-    # 2) Each score: validation accuracy, and MT-Bench by each judge.
+    # 2) Each score: validation accuracy, and what judges and tasks have measured.
     accuracy = comparison["accuracy"]
     if accuracy["cells"]:
-        look = Look(
-            title="Validation accuracy" + trial_mark(comparison),
-            label="validation accuracy (best acc_ref)",
-            limits=(0, 1),
-            digits=3,
-            se_over="pairs",
-            metric="best_acc_ref",
-        )
-        jobs += score_jobs(folder, "accuracy", "", accuracy, look, comparison)
-    for judge in comparison["mt_bench"]:
-        if judge["cells"]:
-            jobs += mt_bench_jobs(folder, judge, comparison)
+        title = "Validation accuracy" + trial_mark(comparison)
+        look = look_of(measures.ACCURACY, accuracy, title)
+        jobs += score_jobs(folder, measures.ACCURACY, "", accuracy, look, comparison)
+    for measure, part in measures.parts_of(comparison):
+        if part["cells"]:
+            jobs += part_jobs(folder, measure, part, comparison)
 
     # 3) Everything besides the scores.
     movement = comparison["movement"]
@@ -151,26 +171,41 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
     return jobs
 
 
-def mt_bench_jobs(folder: Path, judge: dict, comparison: dict) -> list[Callable[[], None]]:
-    """The figures of MT-Bench by one judge."""
-    suffix = judge_identity.file_suffix(judge, comparison["mt_bench"])
-    title = f"MT-Bench, {len(judge['questions'])} questions, {judge['title']}"
-    if judge["smoke_test"]:
-        title += f"\n{judge_identity.smoke_mark(judge)}"
+def part_jobs(
+    folder: Path, measure: Measure, part: dict, comparison: dict
+) -> list[Callable[[], None]]:
+    """The figures of one part of a measure."""
+    suffix = judge_identity.file_suffix(part, comparison[measure.key])
+    title = measure.heading(part)
+    if measure is measures.MT:
+        title = f"MT-Bench, {len(part['questions'])} questions, {part['title']}"
+    if mark := judge_identity.smoke_mark(part) if measure.judged else "":
+        title += f"\n{mark}"
     title += trial_mark(comparison)
-    look = Look(
-        title=title,
-        label="MT-Bench score (1-10, mean of both turns)",
-        limits=(0, 10),
-        digits=2,
-        se_over="questions",
-        metric="score",
-    )
-    jobs = score_jobs(folder, "mt_bench", suffix, judge, look, comparison)
-    if judge["categories"]:
+    look = look_of(measure, part, title)
+    jobs = score_jobs(folder, measure, suffix, part, look, comparison)
+    if part.get("categories"):
         stem = folder / f"comparison_mt_bench_categories{suffix}"
-        jobs.append(partial(score_figures.draw_categories, stem, judge, title))
+        jobs.append(partial(score_figures.draw_categories, stem, part, title))
+    if len(part["frontier"]) > 1:
+        stem = folder / f"comparison_{measure.key}_frontier{suffix}"
+        jobs.append(partial(frontier_figures.draw_frontier, stem, part["frontier"], look))
     return jobs
+
+
+def look_of(measure: Measure, part: dict, title: str) -> Look:
+    limits = measure.limits
+    if limits is None:
+        values = [row[measure.value] for row in part["cells"] if row[measure.value] is not None]
+        limits = score_figures.limits_of(values)
+    return Look(
+        title=title,
+        label=measure.label,
+        limits=limits,
+        digits=measure.digits,
+        se_over=measure.se.removeprefix("se_over_"),
+        metric=measure.value,
+    )
 
 
 def trial_mark(comparison: dict) -> str:
@@ -178,15 +213,12 @@ def trial_mark(comparison: dict) -> str:
 
 
 def score_jobs(
-    folder: Path, name: str, suffix: str, part: dict, look: Look, comparison: dict
+    folder: Path, measure: Measure, suffix: str, part: dict, look: Look, comparison: dict
 ) -> list[Callable[[], None]]:
-    """The figures that accuracy and MT-Bench both have.
-
-    part: comparison["accuracy"] or one of comparison["mt_bench"].
-    """
+    """The figures that all measures have."""
 
     def stem(kind: str) -> Path:
-        return folder / f"comparison_{name}_{kind}{suffix}"
+        return folder / f"comparison_{measure.key}_{kind}{suffix}"
 
     cells = part["cells"]
     lines = reference_lines(part, comparison["baseline"], look.metric)
@@ -198,7 +230,7 @@ def score_jobs(
     if grids := curve_figures.find_grids(cells, look.metric):
         jobs.append(partial(curve_figures.draw_heatmaps, stem("heatmap"), grids, look))
     else:
-        what = "accuracy" if name == "accuracy" else f"MT-Bench, {part['title']}"
+        what = "accuracy" if measure is measures.ACCURACY else measure.heading(part)
         note = f"no heat map of {what}: no loss has two cells of beta x tau"
         comparison["notes"].append(note)
     if series := curve_figures.find_series(cells, look.metric):

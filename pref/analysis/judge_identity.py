@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from pref.analysis import judge_validation
 from pref.analysis.runs import JudgeKey
 from pref.files import disk, judgements
 
@@ -35,23 +36,25 @@ def describe_judge(key: JudgeKey, rows: list[dict]) -> dict:
 
     rows: judgements by this judge, at least one.
     """
-    params_b, smoke_test = judge_size(key.judge, rows)
+    params_b, too_small = judge_size(key.judge, rows)
+    facts = judge_validation.judge_facts(key.judge, rows[0].get("validation"), too_small)
     return {
         "judge": key.judge,
         "judge_params_b": params_b,
-        "smoke_test": smoke_test,
+        "smoke_test": facts.pop("smoke_test"),
         "prompts": key.prompts,
         "refs": key.refs,
         "grading": "single",
         "judge_id": key.judge_id,
         **{name: rows[0].get(name) for name in ("judge_address", "judge_settings")},
         "title": rows[0].get("title") or plain_title(key),
+        **facts,
     }
 
 
 def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
-    """Billions of parameters of a judge, None if unknown; and whether that is too few for its
-    judgements to measure anything.
+    """Billions of parameters of a judge, None if unknown; and whether that is too few for the
+    judgements of a judge that was not validated to measure anything.
     """
     sizes = [row.get("judge_params_b") for row in rows if row["judge"] == judge]
     sizes = [size for size in sizes if size is not None and 0 < size < math.inf]
@@ -129,9 +132,11 @@ def describe_settings(row: dict) -> dict[str, str]:
 
 
 def smoke_mark(judge: dict) -> str:
-    """The label of scores by a judge that is too small, or ""."""
+    """The label of scores by a judge that is too small, or whose validation warns; or ""."""
     if not judge["smoke_test"]:
         return ""
+    if warnings := judge.get("judge_warnings"):
+        return f"WARNING on the judge: {'; '.join(warnings)}: these scores measure nothing"
     return (
         f"SMOKE TEST: judge of {judge['judge_params_b']:.3g}B parameters, "
         "these scores measure nothing"
@@ -141,7 +146,37 @@ def smoke_mark(judge: dict) -> str:
 # ---- names of files -----------------------------------------------------------------------------
 
 
-def file_suffix(judge: dict, all_judges: list[dict]) -> str:
+PLACES = ("bench", "category", "task", "baseline")  # what a part is about, besides its judge
+
+
+def file_suffix(part: dict, parts: list[dict]) -> str:
+    """What the files of one part of a measure carry in their names: nothing if there is one part.
+
+    Else as many of PLACES as tell it from the others, and the judge's name where several judged
+    there.
+    """
+    pieces, beside = [], parts
+    for place in PLACES:
+        names = {other.get(place) for other in beside}
+        if len(names) > 1:
+            pieces.append(unique_slug(part[place], names))
+            beside = [other for other in beside if other[place] == part[place]]
+    return "".join(f"_{piece}" for piece in pieces if piece) + judge_suffix(part, beside)
+
+
+def unique_slug(name: str | None, names: set[str | None]) -> str:
+    """A name as far as a file can have it, with a hash where it had to be changed, or where it is
+    another's in other letters.
+    """
+    if not name:
+        return ""
+    same = [other for other in names if other and other.lower() == name.lower()]
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,40}", name) and len(same) == 1:
+        return name
+    return f"{slug_of(name)}-{disk.sha256_json(name)[:8]}"
+
+
+def judge_suffix(judge: dict, all_judges: list[dict]) -> str:
     """What a judge's files carry in their names: nothing if there is one judge.
 
     Else the judge's name, as far as a file can have it. A name that had to be changed, or that

@@ -39,6 +39,7 @@ def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
                 f"{run.run_id}: {run.kl['n_nonfinite']} turns have no finite log-probability; its "
                 "KL is over the others, and too small where the model broke down"
             )
+    notes += [note for run in runs if run.imported for note in run.imported.notes]
     notes += note_answer_settings(runs)
     trained = [cell for cell in cells if not cell.untrained]
     notes += [note for cell in trained if (note := note_token_ids(cell))]
@@ -121,15 +122,23 @@ def cell_seeds(cell: Cell) -> set[int]:
     return {run.seed for run in cell.runs if run.seed is not None}
 
 
-def note_judge(judge: dict, judged: dict[str, list[dict]], questions: CommonQuestions) -> list[str]:
+def note_judge(
+    judge: dict,
+    judged: dict[str, list[dict]],
+    questions: CommonQuestions,
+    name: str | None = None,
+) -> list[str]:
     """What limits the scores of one judge: its size, questions left out, failed judgements.
 
     judge: of judge_identity.describe_judge. judged: run id -> all of its judgements by this judge.
+    name: of the measure and the judge; None: the judge's title.
     """
-    name, notes = judge["title"], []
+    name, notes = name or judge["title"], []
+    if judge["validation"]:
+        notes.append(f"{name}: {judge['agreement_text']}")
     if mark := judge_identity.smoke_mark(judge):
         notes.append(f"{name}: {mark}")
-    elif judge["judge_params_b"] is None:
+    elif judge["judge_params_b"] is None and judge["validation"] is None:
         notes.append(
             f"{name}: its size is not known; taken as {judgements.SMOKE_TEST_BELOW_B:g}B or more"
         )
@@ -315,9 +324,9 @@ def study_gaps(runs: list[Run], args: argparse.Namespace) -> list[dict]:
     def add(what: str, next_step: str) -> None:
         gaps.append({"what": what, "runs": [], "next": next_step})
 
-    if not any(run.judged_pairs for run in runs):
+    if not any(files.pairs for run in runs for files in run.benches.values()):
         add("win rates (no pairwise judgements)", "judge.py --grading pair")
-    if not any(run.kl for run in usable_runs(runs)):
+    if not any(files.kl for run in usable_runs(runs) for files in run.benches.values()):
         add("score against KL (no log-probs in answers)", "gen_mtbench.py --kl")
     if not any(run.untrained for run in runs):
         add("the untrained model (run base)", "gen_mtbench.py and judge.py")

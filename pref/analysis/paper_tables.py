@@ -10,23 +10,10 @@ A `Layout` is what a table looks like: title, note, and columns with a header, t
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.analysis import judge_identity, texts
+from pref.analysis import judge_identity, measures, texts
+from pref.analysis.measures import Measure
 
 CELL_HEADER = "loss β τ"
-ACCURACY_NAMES = {  # field -> header, in tables and on the terminal
-    "best_acc_ref": "best acc_ref",
-    "final_acc_ref": "final acc_ref",
-    "final_acc_sum": "final acc_sum",
-    "final_acc_mean": "final acc_mean",
-    "margin_rho_first": "rho, first",
-    "margin_rho_best": "rho, best",
-}
-SCORE_NAMES = {
-    "score": "score",
-    "turn_1": "turn 1",
-    "turn_2": "turn 2",
-    "score_without_wrong_references": "without wrong refs",
-}
 
 
 class Column(NamedTuple):
@@ -128,12 +115,12 @@ INTERVAL_NOTE = (
 )
 
 
-def score_columns(names: dict[str, str], digits: int, counts: Iterable[Column] = ()) -> list:
-    """A cell, its first score with interval and SD, and its other scores.
-
-    names: field -> header. counts: further columns.
-    """
-    first, *rest = (Column(header, field, digits) for field, header in names.items())
+def score_columns(measure: Measure, counts: Iterable[Column] = ()) -> list:
+    """A cell, its first score with interval and SD, and its other scores. counts: more columns."""
+    digits = measure.digits
+    first, *rest = (
+        Column(header, field, measure.digits_of(field)) for field, header in measure.columns.items()
+    )
     return [
         Column(CELL_HEADER, "label"),
         Column("seeds", "n_seeds"),
@@ -146,17 +133,24 @@ def score_columns(names: dict[str, str], digits: int, counts: Iterable[Column] =
     ]
 
 
-SCORE_PAPER = (CELL_HEADER, "seeds", "best acc_ref", "score", "95 % interval", "SD over seeds")
+def scores_of(measure: Measure) -> Layout:
+    """Cells with their scores; counts of judgements are summed over the seeds."""
+    counts, note = (), INTERVAL_NOTE
+    if measure is measures.MT:
+        counts = JUDGED
+    elif measure is not measures.ACCURACY:
+        counts = BENCH_JUDGED
+        note += (
+            f" Scored, judged: {measure.units}, summed over the seeds, of all that the benchmark "
+            "has; failures: judgements without a score, by reason."
+        )
+    columns = score_columns(measure, counts)
+    paper = (CELL_HEADER, "seeds", measure.columns[measure.value], "95 % interval", "SD over seeds")
+    return Layout("mean over seeds", columns, note, paper=paper)
+
+
 JUDGED = (Column("scored", "n_scored"), Column("judged", "n_judged"))
-ACCURACY = Layout(
-    "Validation accuracy: mean over seeds",
-    score_columns(ACCURACY_NAMES, 3),
-    INTERVAL_NOTE,
-    paper=SCORE_PAPER,
-)
-BY_TURN = Layout(
-    "mean over seeds", score_columns(SCORE_NAMES, 2, JUDGED), INTERVAL_NOTE, paper=SCORE_PAPER
-)
+BENCH_JUDGED = (*JUDGED, Column("of", "n_bench"), Column("failures", "failures"))
 BY_CATEGORY = Layout(
     "by category",
     [
@@ -187,7 +181,7 @@ def difference_columns(digits: int, units: str, adjusted: str) -> list[Column]:
         Column("improvement", lambda row: texts.percent(row["improvement_rate"])),
         Column("improvement, 95 % interval", rate_interval),
         Column("seeds", "seeds_compared"),
-        Column(units, "n_units"),
+        Column(units.removeprefix("validation "), "n_units"),
         Column("selected by", "selected_by"),
         Column("differs in", "differs_in"),
     ]
@@ -206,7 +200,7 @@ def headline(digits: int, units: str) -> Layout:
         "against the untrained model). Detectable difference: the true difference that a study of "
         "this size finds with 80 % power."
     )
-    if units == "pairs":
+    if units == measures.ACCURACY.units:
         note += (
             " The best cell is selected on the same pairs it is tested on, which makes p and "
             "interval flatter the larger grid."
@@ -326,6 +320,25 @@ JUDGE = Layout(
     paper=("answers judged again", "ICC(1,1)", "SD of one rating")
     + ("share rated identically", "Spearman correlation with length"),
 )
+TAX = Layout(
+    "Alignment tax: imported tasks against the untrained model",
+    [
+        Column("task", "task"),
+        Column(CELL_HEADER, "proposed"),
+        Column("score %", "proposed_score", 2),
+        Column("untrained %", "baseline_score", 2),
+        Column("difference", "estimate", 2),
+        interval_column("difference, 95 % interval", 2),
+        p_column("p (BH)", "p_adjusted"),
+        Column("detectable difference", "detectable", 2),
+        Column("seeds", "seeds_compared"),
+        Column("questions", "n_units"),
+        Column("selected by", "selected_by"),
+    ],
+    "Best cell of each loss, selected by validation accuracy where that is known. Paired by "
+    "question; p: primary test, over questions and seeds, Benjamini-Hochberg over the losses.",
+    paper=("task", CELL_HEADER, "difference", "difference, 95 % interval", "p (BH)"),
+)
 STABILITY = Layout(
     "Divergence and non-finite steps by loss and beta",
     [
@@ -388,31 +401,49 @@ def movement(rows: list[dict]) -> Layout:
     )
 
 
+def frontier(measure: Measure) -> Layout:
+    return Layout(
+        "score against distance from the base model",
+        [
+            Column(CELL_HEADER, "label"),
+            Column("KL", "kl", 3),
+            Column("SD of KL over seeds", "kl_sd", 3),
+            Column(measure.columns[measure.value], "score", measure.digits),
+            Column("SD over seeds", "score_sd", measure.digits),
+            Column("seeds", "n_seeds"),
+            Column("KL of answers to", "kl_answers"),
+        ],
+        "KL: of a run's own answers to the base model, in nats an answer (k1 estimator), mean over "
+        "seeds; 0 of the untrained model.",
+        paper=(CELL_HEADER, "KL", measure.columns[measure.value], "seeds"),
+    )
+
+
 # ---- the list -----------------------------------------------------------------------------------
 
 
-class Score(NamedTuple):
-    """A score that has tables of its own: validation accuracy, or MT-Bench by one judge."""
-
-    mark: str  # why the scores measure nothing, or ""
-    name: str  # begins the names of its tables
-    heading: str  # begins their titles
-    digits: int
-    units: str  # what cells are compared on
-    judge: dict | None = None
-    suffix: str = ""  # ends the names of its tables
-
-    def table(self, kind: str, layout: Layout, rows: list[dict]) -> Table:
-        mark = self.mark or (judge_identity.smoke_mark(self.judge) if self.judge else "")
-        return Table(
-            id=f"{self.name}_{kind}{self.suffix}",
-            title=f"{self.heading}: {layout.title}",
-            note=" ".join(filter(None, (mark and f"{mark}.", layout.note))) or None,
-            columns=layout.columns,
-            rows=rows,
-            judge=self.judge,
-            paper=layout.paper,
-        )
+def score_table(
+    measure: Measure, part: dict, kind: str, layout: Layout, rows: list[dict], comparison: dict
+) -> Table:
+    """A table of one part of a measure: its name, its title, and what limits its scores."""
+    mark = texts.TRIAL if comparison["trial"] else ""
+    suffix, judge = "", None
+    if measure is not measures.ACCURACY:
+        suffix = judge_identity.file_suffix(part, comparison[measure.key])
+        if measure.judged:
+            judge = part
+            mark = mark or judge_identity.smoke_mark(part)
+    sentence = part.get("agreement_text")
+    notes = (mark and f"{mark}.", layout.note, sentence and f"The {sentence}.")
+    return Table(
+        id=f"{measure.key}_{kind}{suffix}",
+        title=f"{measure.heading(part)}: {layout.title}",
+        note=" ".join(filter(None, notes)) or None,
+        columns=layout.columns,
+        rows=rows,
+        judge=judge,
+        paper=layout.paper,
+    )
 
 
 def plain_table(id: str, layout: Layout, rows: list[dict]) -> Table:
@@ -422,18 +453,18 @@ def plain_table(id: str, layout: Layout, rows: list[dict]) -> Table:
 def list_tables(comparison: dict) -> list[Table]:
     """Every table that has rows, verdicts first. comparison: aggregated_metrics.json."""
     accuracy = comparison["accuracy"]
-    mark = texts.TRIAL if comparison["trial"] else ""
-    score = Score(mark, "accuracy", "Validation accuracy", digits=3, units="pairs")
+    cells = scores_of(measures.ACCURACY)
+    title = "Validation accuracy: mean over seeds"
     tables = [
         plain_table("verdicts", VERDICTS, comparison["claims"]),
-        plain_table("accuracy", ACCURACY, accuracy["cells"]),
-        *comparison_tables(score, accuracy),
+        plain_table("accuracy", cells._replace(title=title), accuracy["cells"]),
+        *comparison_tables(measures.ACCURACY, accuracy, comparison),
         plain_table("accuracy_mcnemar", MCNEMAR, mcnemar_rows(accuracy["improvement"])),
     ]
-    for judge in comparison["mt_bench"]:
-        suffix = judge_identity.file_suffix(judge, comparison["mt_bench"])
-        tables += mt_bench_tables(judge, suffix, mark)
+    for measure, part in measures.parts_of(comparison):
+        tables += measure_tables(measure, part, comparison)
     tables += [
+        plain_table("alignment_tax", TAX, tax_rows(comparison.get("tasks", []))),
         plain_table("stability", STABILITY, comparison["stability"]),
         plain_table("pairs", PAIRS, comparison["pairs"]),
         plain_table("movement", movement(comparison["movement"]), comparison["movement"]),
@@ -441,36 +472,51 @@ def list_tables(comparison: dict) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def mt_bench_tables(judge: dict, suffix: str, mark: str) -> list[Table]:
-    heading = f"MT-Bench, {judge['title']}"
-    score = Score(mark, "mt_bench", heading, 2, "questions", judge=judge, suffix=suffix)
-    lengths = {f"length_{key}": value for key, value in (judge["length"] or {}).items()}
-    reliability = {**(judge["retest"] or {}), **lengths}
+def measure_tables(measure: Measure, part: dict, comparison: dict) -> list[Table]:
+    """The tables of what a judge or a task has measured."""
+
+    def table(kind: str, layout: Layout, rows: list[dict]) -> Table:
+        return score_table(measure, part, kind, layout, rows, comparison)
+
+    lengths = {f"length_{key}": value for key, value in (part.get("length") or {}).items()}
+    reliability = {**(part.get("retest") or {}), **lengths}
+    kind = "by_turn" if measure is measures.MT else "cells"
     return [
-        score.table("by_turn", BY_TURN, judge["cells"]),
-        score.table("by_category", BY_CATEGORY, judge["categories"]),
-        *comparison_tables(score, judge),
-        score.table("variance", VARIANCE, judge["variance"]),
-        score.table("judge", JUDGE, [reliability] if reliability else []),
+        table(kind, scores_of(measure), part["cells"]),
+        table("by_category", BY_CATEGORY, part.get("categories", [])),
+        *comparison_tables(measure, part, comparison),
+        table("frontier", frontier(measure), part["frontier"]),
+        table("variance", VARIANCE, part["variance"]),
+        table("judge", JUDGE, [reliability] if reliability else []),
     ]
 
 
-def comparison_tables(score: Score, part: dict) -> list[Table]:
-    """The tables that accuracy and MT-Bench both have.
-
-    part: comparison["accuracy"] or one of comparison["mt_bench"].
-    """
+def comparison_tables(measure: Measure, part: dict, comparison: dict) -> list[Table]:
+    """The tables that all measures have."""
     kinds = ("best of grid", "untrained model")
     best = [row for row in part["improvement"] if row["comparison"] in kinds]
     cells = [row for row in part["improvement"] if row["comparison"] not in kinds]
     tests = [test for row in best for test in row["sensitivity"]]
-    digits, units = score.digits, score.units
+    digits, units = measure.digits, measure.units
+
+    def table(kind: str, layout: Layout, rows: list[dict]) -> Table:
+        return score_table(measure, part, kind, layout, rows, comparison)
+
     return [
-        score.table("headline", headline(digits, units), best),
-        score.table("improvement", cell_by_cell(digits, units), cells),
-        score.table("sensitivity", SENSITIVITY, tests),
-        score.table("selection", selection(digits), part["selection"]),
-        score.table("over_beta", SPREAD, part["spread"]),
+        table("headline", headline(digits, units), best),
+        table("improvement", cell_by_cell(digits, units), cells),
+        table("sensitivity", SENSITIVITY, tests),
+        table("selection", selection(digits), part["selection"]),
+        table("over_beta", SPREAD, part["spread"]),
+    ]
+
+
+def tax_rows(tasks: list[dict]) -> list[dict]:
+    return [
+        {"task": part["task"], **row}
+        for part in tasks
+        for row in part["improvement"]
+        if row["comparison"] == "untrained model"
     ]
 
 

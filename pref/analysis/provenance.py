@@ -7,10 +7,10 @@ left, takes out what does not belong to the rest, and keeps a `Stale` for it in 
 taken out, why, and which command supplies it.
 
     val_pairs.jsonl, metrics.jsonl    must show the accuracy that summary.json has
-    answers.jsonl                     must be of the adapter in the folder, and in all runs of the
+    <bench>/answers.jsonl             must be of the adapter in the folder, and in all runs of the
                                       same questions
-    judgements.csv                    must be of the answers that the run, and the baseline of a
-                                      pairwise judgement, have now
+    <bench>/judgements.csv            must be of the answers that the run, and the baseline of a
+                                      comparison, have now
 
 What cannot be checked, because a file is not there or was written without a hash, is kept.
 """
@@ -20,8 +20,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from pref.analysis import run_metrics, stats
-from pref.analysis.runs import Run, Stale
+from pref.analysis import bench_data, run_metrics, stats
+from pref.analysis.bench_data import AllData, BenchData
+from pref.analysis.runs import MT_BENCH, BenchFiles, Run, Stale
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 
@@ -34,22 +35,45 @@ OTHER_REFERENCE = 0.5
 SAME = 1e-6  # accuracies are equal if they differ by less: a pair counts more
 
 
-def keep_what_belongs(runs: list[Run], questions: dict[int, list[str]]) -> list[Run]:
+def keep_what_belongs(runs: list[Run], data: AllData) -> list[Run]:
     """The runs without answers and judgements that do not belong to the rest, which `Run.stale`
     names. `check_training` has seen to the other files.
 
-    questions: question -> its turns, as question.jsonl has them now; may be empty.
+    data: by benchmark, with the questions as they are asked now; may be empty.
     """
     runs = [check_adapter(run) for run in console.progress(runs, "checking", "runs")]
-    runs = check_questions(runs, questions)
-    answers_of = {run.run_id: run.answers for run in runs}
-    return [check_judgements(run, answers_of) for run in runs]
+    for bench in bench_names(runs):
+        of_bench = bench_data.of(data, bench)
+        runs = check_questions(runs, bench, of_bench.questions)
+        answers_of = {run.run_id: run.bench(bench).answers for run in runs}
+        runs = [check_judgements(run, bench, answers_of, of_bench) for run in runs]
+    return runs
 
 
-def without_answers(run: Run, stale: Stale) -> Run:
-    """The run without its answers, and what was made from them."""
-    run = replace(run, answers={}, judged={}, judged_pairs=[], kl=None)
-    return replace(run, stale=[*run.stale, stale])
+def bench_names(runs: list[Run]) -> list[str]:
+    """The benchmarks of which any run has files, MT-Bench first."""
+    names = {name for run in runs for name in run.benches}
+    return sorted(names, key=lambda name: (name != MT_BENCH, name))
+
+
+def of_bench(bench: str) -> str:
+    """What a message adds where it is not about MT-Bench."""
+    return "" if bench == MT_BENCH else f" of {bench}"
+
+
+def judge_command(bench: str) -> str:
+    return "judge.py" if bench == MT_BENCH else f"judge.py --bench {bench}"
+
+
+def gen_command(bench: str) -> str:
+    return "gen_mtbench.py" if bench == MT_BENCH else f"gen_mtbench.py --bench {bench}"
+
+
+def without_answers(run: Run, bench: str, why: str, then: str = ", then ") -> Run:
+    """The run without its answers to a benchmark, and what was made from them."""
+    what = f"answers and scores{of_bench(bench)}"
+    again = f"{gen_command(bench)}{then}{judge_command(bench)}"
+    return run.with_bench(bench, BenchFiles(), Stale(what, why, again))
 
 
 # ---- training: summary.json, val_pairs.jsonl, metrics.jsonl --------------------------------------
@@ -128,22 +152,27 @@ def why_other_curve(run: Run) -> str | None:
 
 def check_adapter(run: Run) -> Run:
     """Take out answers that are not by the adapter in the folder."""
-    answered_by = {row.get("adapter_sha256") for row in run.answers.values()} - {None}
-    if not answered_by:
-        return run
     weights = run.path / ADAPTER
-    if run.untrained:
-        why = "its answers are by an adapter, and the untrained model has none"
-    elif run.status == "unfinished":
-        why = "it is being trained again, and its answers are by the adapter of before"
-    elif weights.is_file() and answered_by != {disk.sha256_file(weights)}:
-        why = "its adapter was trained again, or replaced, after its answers were made"
-    else:
-        return run
-    return without_answers(run, Stale("answers and scores", why, "gen_mtbench.py, then judge.py"))
+    in_folder = None  # hash of the adapter, once it is needed
+    for bench, files in run.benches.items():
+        answered_by = {row.get("adapter_sha256") for row in files.answers.values()} - {None}
+        if not answered_by:
+            continue
+        if run.untrained:
+            why = "its answers are by an adapter, and the untrained model has none"
+        elif run.status == "unfinished":
+            why = "it is being trained again, and its answers are by the adapter of before"
+        else:
+            if in_folder is None and weights.is_file():
+                in_folder = disk.sha256_file(weights)
+            if in_folder is None or answered_by == {in_folder}:
+                continue
+            why = "its adapter was trained again, or replaced, after its answers were made"
+        run = without_answers(run, bench, why)
+    return run
 
 
-def check_questions(runs: list[Run], questions: dict[int, list[str]]) -> list[Run]:
+def check_questions(runs: list[Run], bench: str, questions: dict[int, list[str]]) -> list[Run]:
     """Take out answers to a question in another wording, or at another temperature, than in the
     other runs; and, in all runs, the questions that were edited since.
     """
@@ -152,7 +181,7 @@ def check_questions(runs: list[Run], questions: dict[int, list[str]]) -> list[Ru
     counts: dict[int, Counter] = defaultdict(Counter)
     current = set()
     for run in runs:
-        for question, asked, is_current in asked_questions(run, questions):
+        for question, asked, is_current in asked_questions(run, bench, questions):
             counts[question][asked] += 1
             if is_current:
                 current.add((question, asked))
@@ -164,77 +193,88 @@ def check_questions(runs: list[Run], questions: dict[int, list[str]]) -> list[Ru
     # 2) Runs that answered another version of any question.
     kept = []
     for run in runs:
-        other = {q for q, asked, _ in asked_questions(run, questions) if asked != version[q]}
+        asked_now = asked_questions(run, bench, questions)
+        other = {q for q, asked, _ in asked_now if asked != version[q]}
         if other:
             why = (
                 "it answered questions in another wording, or at another temperature, than other "
                 f"runs ({shorten(other)})"
             )
-            run = without_answers(run, Stale("answers and scores", why, "gen_mtbench.py, judge.py"))
+            run = without_answers(run, bench, why, then=", ")
         kept.append(run)
 
     # 3) Questions whose version is not the current one. If none is, the file has other questions
     #    altogether, and the report only has to leave its texts out.
-    edited = edited_questions(kept, questions)
+    edited = edited_questions(kept, bench, questions)
     if edited == {question for question in version if question in questions}:
-        return [without_texts(run, edited) for run in kept]
-    return [without_questions(run, edited) for run in kept]
+        return [without_texts(run, bench, edited) for run in kept]
+    return [without_questions(run, bench, edited) for run in kept]
 
 
-def asked_questions(run: Run, questions: dict[int, list[str]]) -> Iterable[tuple[int, str, bool]]:
-    """(question, hash of what was asked, whether question.jsonl still asks the same), of each of
-    the run's answers that has that hash.
+def asked_questions(
+    run: Run, bench: str, questions: dict[int, list[str]]
+) -> Iterable[tuple[int, str, bool]]:
+    """(question, hash of what was asked, whether the question's file still asks the same), of each
+    of the run's answers that has that hash.
     """
-    for (question, _), row in run.answers.items():
+    for (question, _), row in run.bench(bench).answers.items():
         if asked := row.get("question_sha256"):
             turns, temperature = questions.get(question), row.get("temperature")
             yield question, asked, mt_bench.question_sha256(turns, temperature) == asked
 
 
-def edited_questions(runs: list[Run], questions: dict[int, list[str]]) -> set[int]:
-    """Questions that question.jsonl has in another wording than was answered."""
+def edited_questions(runs: list[Run], bench: str, questions: dict[int, list[str]]) -> set[int]:
+    """Questions that their file has in another wording than was answered."""
     return {
         question
         for run in runs
-        for question, _, is_current in asked_questions(run, questions)
+        for question, _, is_current in asked_questions(run, bench, questions)
         if question in questions and not is_current
     }
 
 
-def without_texts(run: Run, edited: set[int]) -> Run:
+def folder_flag(bench: str) -> str:
+    """The argument of analyze.py that names the folder of a benchmark's questions."""
+    return f"--{bench}" if bench in (MT_BENCH, "alpaca_eval") else "--data"
+
+
+def without_texts(run: Run, bench: str, edited: set[int]) -> Run:
     """The run with a note that its answers are shown without the texts of the questions."""
-    if not any(key.question_id in edited for key in run.answers):
+    if not any(key.question_id in edited for key in run.bench(bench).answers):
         return run
     stale = Stale(
-        "texts of the questions beside the answers",
+        f"texts of the questions{of_bench(bench)} beside the answers",
         "question.jsonl has other questions than were answered",
-        "--mt_bench with the folder of the questions that were answered",
+        f"{folder_flag(bench)} with the folder of the questions that were answered",
     )
     return replace(run, stale=[*run.stale, stale])
 
 
-def without_questions(run: Run, edited: set[int]) -> Run:
+def without_questions(run: Run, bench: str, edited: set[int]) -> Run:
     """The run without its answers to `edited` questions, and what was made from them."""
-    answers = {key: row for key, row in run.answers.items() if key.question_id not in edited}
-    if len(answers) == len(run.answers):
+
+    def kept(rows: list[dict]) -> list[dict]:
+        return [row for row in rows if row["question_id"] not in edited]
+
+    files = run.bench(bench)
+    answers = {key: row for key, row in files.answers.items() if key.question_id not in edited}
+    if len(answers) == len(files.answers):
         return run
-    judged = {
-        key: [row for row in rows if row["question_id"] not in edited]
-        for key, rows in run.judged.items()
-    }
     stale = Stale(
-        f"answers to {shorten(edited)}, and their scores,",
+        f"answers to {shorten(edited)}{of_bench(bench)}, and their scores,",
         "question.jsonl asks something else now than was answered",
-        "the old question.jsonl with --mt_bench, or gen_mtbench.py and judge.py for the new one",
+        f"the old question.jsonl with {folder_flag(bench)}, or {gen_command(bench)} and "
+        f"{judge_command(bench)} for the new one",
     )
-    return replace(
-        run,
+    judged = {key: kept(rows) for key, rows in files.judged.items()}
+    left = BenchFiles(
         answers=answers,
         judged={key: rows for key, rows in judged.items() if rows},
-        judged_pairs=[row for row in run.judged_pairs if row["question_id"] not in edited],
+        pairs=kept(files.pairs),
+        rewards=kept(files.rewards),
         kl=run_metrics.run_kl(answers),
-        stale=[*run.stale, stale],
     )
+    return run.with_bench(bench, left, stale)
 
 
 def shorten(questions: Iterable[int]) -> str:
@@ -250,47 +290,72 @@ def shorten(questions: Iterable[int]) -> str:
 # ---- judgements: of these answers ---------------------------------------------------------------
 
 
-def check_judgements(run: Run, answers_of: dict[str, dict]) -> Run:
-    """Take out, judge by judge, ratings that are not all of the run's answers, and pairwise
-    judgements that are not all of its answers and the baseline's.
+def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: BenchData) -> Run:
+    """Take out, judge by judge, ratings that are not all of the run's answers, and comparisons that
+    are not all of its answers and the baseline's.
 
     All of a judge's, not just those: a run with few questions left would take the others from every
     run that it is compared with.
 
     answers_of: run id -> answers of the runs that were read; of other baselines they are read here.
     """
-    stale = []
+    files, stale = run.bench(bench), []
+    again = judge_command(bench)
+
     judged = {}
-    for key, rows in run.judged.items():
-        if why := why_not_its_judgements(run, rows, [run.answers]):
-            stale.append(Stale(f"scores by {rows[0].get('title') or key.judge}", why, "judge.py"))
+    for key, rows in files.judged.items():
+        if why := why_not_its_judgements(run, bench, rows, [files.answers]):
+            name = rows[0].get("title") or key.judge
+            stale.append(Stale(f"scores by {name}{of_bench(bench)}", why, again))
         else:
             judged[key] = rows
-    by_baseline = defaultdict(list)
-    for row in run.judged_pairs:
-        by_baseline[row["baseline"]].append(row)
+
+    def sides_of(baseline: str | None) -> list[dict]:
+        other = None
+        if baseline:
+            other = baseline_answers(run.path.parent, baseline, bench, answers_of, data)
+        return [files.answers] if other is None else [files.answers, other]
+
+    rewards = []
+    for (judge, baseline), rows in grouped(files.rewards, "judge", "baseline").items():
+        if why := why_not_its_judgements(run, bench, rows, sides_of(baseline)):
+            stale.append(Stale(f"rewards by {judge}{of_bench(bench)}", why, again))
+        else:
+            rewards += rows
+
     pairs = []
-    for baseline, rows in by_baseline.items():
-        other = baseline_answers(run.path.parent, baseline, answers_of)
-        sides = [run.answers] if other is None else [run.answers, other]
-        if why := why_not_its_judgements(run, rows, sides):
-            again = f"judge.py --grading pair --baseline {baseline}"
-            stale.append(Stale(f"pairwise judgements against {baseline}", why, again))
+    for (baseline,), rows in grouped(files.pairs, "baseline").items():
+        sides = sides_of(baseline)
+        if why := why_not_its_judgements(run, bench, rows, sides):
+            pairwise = " --grading pair" if bench == MT_BENCH else ""
+            next_step = f"{again}{pairwise} --baseline {baseline}"
+            what = f"pairwise judgements{of_bench(bench)} against {baseline}"
+            stale.append(Stale(what, why, next_step))
         else:
             pairs += rows
-    return replace(run, judged=judged, judged_pairs=pairs, stale=[*run.stale, *stale])
+    if not stale:
+        return run
+    left = replace(files, judged=judged, pairs=pairs, rewards=rewards)
+    return run.with_bench(bench, left, *stale)
 
 
-def why_not_its_judgements(run: Run, rows: list[dict], sides: list[dict]) -> str | None:
+def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[column] for column in columns)].append(row)
+    return groups
+
+
+def why_not_its_judgements(run: Run, bench: str, rows: list[dict], sides: list[dict]) -> str | None:
     """Why judgements are not of the answers that are there; None if they are, or may be.
 
-    sides: the run's answers, and the baseline's for pairwise judgements.
+    sides: the run's answers, and the baseline's for comparisons.
     """
     names = {run.run_id, run.args.get("run_id"), None}
     if others := {row["model_id"] for row in rows} - names:
         return f"judgements.csv is of another run ({', '.join(sorted(others))})"
-    if not run.answers:
-        folder = run.path / "mt_bench"
+    if not run.bench(bench).answers:
+        folder = run.path / bench
         if (folder / "answers.old.jsonl").exists() or any(folder.glob("turns.*.jsonl")):
             return "its judgements are of answers that are being made again"
         return None
@@ -306,22 +371,33 @@ def why_not_its_judgements(run: Run, rows: list[dict], sides: list[dict]) -> str
 def is_of(row: dict, sides: list[dict]) -> bool:
     """Whether a judgement is of the answers in `sides`, as far as its hash tells."""
     key = mt_bench.AnswerKey(row["question_id"], row["choice"])
-    if any(key not in side for side in sides):
+    if key not in sides[0] or any(answer_of(side, key) is None for side in sides[1:]):
         return False
-    if row["answer_sha256"] is None or (row["grading"] == "pair" and len(sides) < 2):
+    if row["answer_sha256"] is None or (row["baseline"] and len(sides) < 2):
         return True
-    shown = [side[key]["turns"] for side in sides]
+    shown = [answer_of(side, key)["turns"] for side in sides]
     return row["answer_sha256"] == mt_bench.answer_sha256(row["turn"], *shown)
 
 
-def baseline_answers(results_dir: Path, baseline: str, answers_of: dict[str, dict]) -> dict | None:
-    """The answers of a baseline run; None if they are not there, so that nothing can be checked.
+def answer_of(answers: dict, key: mt_bench.AnswerKey) -> dict | None:
+    """The answer that a run's answer `key` is compared with: a baseline may have a single one to
+    each question.
+    """
+    return answers.get(key) or answers.get(mt_bench.AnswerKey(key.question_id, 0))
+
+
+def baseline_answers(
+    results_dir: Path, baseline: str, bench: str, answers_of: dict[str, dict], data: BenchData
+) -> dict | None:
+    """The answers of a baseline, a run or an official one; None if they are not there, so that
+    nothing can be checked.
 
     A baseline whose answers were taken out has none that its old judgements could be of.
     """
-    path = results_dir / run_folders.check_run_id(baseline) / "mt_bench" / "answers.jsonl"
+    path = results_dir / run_folders.check_run_id(baseline) / bench / "answers.jsonl"
     if not path.is_file():
-        return None
+        return data.baselines.get(baseline)
     if baseline not in answers_of:
-        answers_of[baseline] = mt_bench.read_answers(path)
+        turns = 2 if bench == MT_BENCH else None
+        answers_of[baseline] = mt_bench.read_answers(path, turns)
     return answers_of[baseline]

@@ -56,10 +56,10 @@ BADGES = {
 UNKNOWN_VERDICT = Badge("unmeasured", "?")
 FIRST_FOLDED = 10_001  # folded claims are numbered from here, behind all others
 VERDICT_NUMBERS = ("estimate", "interval", "test", "judge")
-ANSWER_FIELDS = ("run_id", "question_id", "choice", "turns")
+ANSWER_FIELDS = ("bench", "run_id", "question_id", "choice", "turns")
 JUDGEMENT_FIELDS = (
-    *("run_id", "question_id", "turn", "choice", "repeat", "judge", "grading", "score"),
-    *("winner", "baseline", "order", "status", "judgement"),
+    *("bench", "run_id", "question_id", "turn", "choice", "repeat", "judge", "grading", "score"),
+    *("winner", "baseline", "order", "status", "judgement", "preference", "label"),
 )
 # In the table of runs, longer arguments are cut; where two runs are compared, they are complete.
 MAX_CELL_CHARACTERS = 40
@@ -72,8 +72,8 @@ def write_report(path: Path, page: dict) -> None:
     page:
       title       str
       facts       [[label, value]]
-      answer      [{score, lead, rows [{verdict, text, detail}]}], all str; verdict is better,
-                  worse, not decided or not measured
+      answer      [{score, lead, judge, rows [{verdict, text, detail}]}], all str (judge: or
+                  None); verdict is better, worse, not decided or not measured
       verdicts    [{id, claim, judge, verdict, estimate, interval, test, why}], all str or None;
                   verdict is supported, contradicted, undecided or not measured
       caveats     [str], what the answer is without; also among the notes
@@ -83,10 +83,12 @@ def write_report(path: Path, page: dict) -> None:
       tables      [{id, title, note, headers, rows}]; a cell is str, int, float or None
       figures     [{title, png (a path), alt}]
       runs        [{run_id, status, arguments {name: JSON value}, numbers {name: float or None}}]
-      questions   {question id: {category, turns}}; turns is None if the text is not available
-      answers     [{run_id, question_id, choice, turns}]
-      judgements  [{run_id, question_id, turn, choice, repeat, judge, grading, score, winner,
-                  baseline, order, status, judgement}], as in judgements.csv
+      benches     [{name, title, left_out}]; left_out: questions that are not shown
+      questions   {bench: {question id: {category, turns}}}; turns is None if the text is not
+                  available
+      answers     [{bench, run_id, question_id, choice, turns}]
+      judgements  [{bench, run_id, question_id, turn, choice, repeat, judge, grading, score, winner,
+                  baseline, order, status, judgement, preference, label}], as in judgements.csv
 
     Raises UserError if a figure is missing or not a PNG.
     """
@@ -171,6 +173,7 @@ def answer_html(answer: dict) -> str:
     return (
         f'<div class="answer">\n<h3>{escape(answer.get("score") or "")}</h3>\n'
         f'<p class="lead">{escape(answer.get("lead") or "")}</p>\n'
+        f"{note_html(answer.get('judge'))}"
         f'<div class="verdicts">\n{cards}</div>\n</div>'
     )
 
@@ -473,7 +476,11 @@ def pack_texts(page: dict) -> str:
     ]
     data = {
         "runs": runs,
-        "questions": {str(question): value for question, value in sorted(questions.items())},
+        "benches": page.get("benches") or [],
+        "questions": {
+            bench: {str(question): value for question, value in sorted(of_bench.items())}
+            for bench, of_bench in questions.items()
+        },
         "answers": pick_fields(page.get("answers") or [], ANSWER_FIELDS),
         "judgements": pick_fields(page.get("judgements") or [], JUDGEMENT_FIELDS),
     }

@@ -101,7 +101,8 @@ const UNABLE =
   "This browser is too old to unpack and show the answers. " +
   "Chrome and Edge can from version 86, Firefox from 113, Safari from 16.4.";
 
-let report; // {runs, questions, answers, judgements}, as report.py packed them
+let report; // {runs, benches, questions, answers, judgements}, as report.py packed them
+let bench; // name of the benchmark whose answers are read
 let answersOf, judgementsOf; // keyOf(run, question) -> rows
 let answered; // run -> its choice indices
 let questionIds; // ascending
@@ -129,16 +130,22 @@ function groupRows(rows) {
   return groups;
 }
 
-function indexReport() {
-  answersOf = groupRows(report.answers);
-  judgementsOf = groupRows(report.judgements);
-  const rows = [...report.answers, ...report.judgements];
+function indexBench() {
+  const ownRows = (rows) => rows.filter((row) => row.bench === bench);
+  const [answers, judgements] = [ownRows(report.answers), ownRows(report.judgements)];
+  answersOf = groupRows(answers);
+  judgementsOf = groupRows(judgements);
+  const rows = [...answers, ...judgements];
   const runIds = new Set(rows.map((row) => String(row.run_id)));
   const listed = report.runs.map((run) => String(run.run_id)).filter((id) => runIds.has(id));
   answered = new Map([...listed, ...runIds].map((id) => [id, new Set()]));
   for (const row of rows) answered.get(String(row.run_id)).add(Number(row.choice ?? 0));
   questionIds = [...new Set(rows.map((row) => Number(row.question_id)))].sort((a, b) => a - b);
-  severalRepeats = report.judgements.some((row) => row.repeat);
+  severalRepeats = judgements.some((row) => row.repeat);
+}
+
+function questionOf(question) {
+  return report.questions[bench]?.[question];
 }
 
 // ---- two runs compared ----------------------------------------------------------------------
@@ -198,8 +205,23 @@ function judgementsFor(side, question) {
   return rows.filter((row) => Number(row.choice ?? 0) === side.choice);
 }
 
+// Arena-Hard's labels, where A is this answer; in order 2 it was shown as B.
+const LABELS = { "A>>B": 1, "A>B": 0.75, "A=B": 0.5, "B>A": 0.25, "B>>A": 0 };
+
+// What two runs are compared by: a rating, a reward, a preference, or a label. Null for MT-Bench's pairwise verdicts.
+function valueOf(row) {
+  if (row.grading !== "pair") return row.score;
+  if (row.preference !== null) return row.preference;
+  const value = LABELS[row.label] ?? null;
+  return value !== null && String(row.order) === "2" ? 1 - value : value;
+}
+
 function isUnscored(row) {
-  return row.grading === "pair" ? row.winner === null : row.score === null;
+  return row.grading === "pair" ? row.winner === null && valueOf(row) === null : row.score === null;
+}
+
+function judgeOf(row) {
+  return row.grading === "pair" ? `${row.judge}, baseline ${row.baseline}` : row.judge;
 }
 
 function mean(numbers) {
@@ -210,8 +232,9 @@ function scoresByTurn(side, question) {
   const judge = find("view-judge").value;
   const scores = new Map();
   for (const row of judgementsFor(side, question)) {
-    if (row.judge !== judge || row.score === null || row.grading === "pair") continue;
-    scores.set(row.turn, [...(scores.get(row.turn) ?? []), row.score]);
+    const value = valueOf(row);
+    if (judgeOf(row) !== judge || value === null) continue;
+    scores.set(row.turn, [...(scores.get(row.turn) ?? []), value]);
   }
   return scores;
 }
@@ -228,7 +251,7 @@ function compareScores(question) {
 // ---- filters --------------------------------------------------------------------------------
 
 function categoryOf(question) {
-  return report.questions[question]?.category || "no category";
+  return questionOf(question)?.category || "no category";
 }
 
 function passesDifference(question) {
@@ -281,7 +304,10 @@ function describeScores(question) {
 
 function describeResult(row) {
   const why = row.status && row.status !== "ok" ? ` (${row.status})` : "";
+  if (row.grading === "reward") return row.score === null ? `no reward${why}` : `reward ${roundScore(row.score)}`;
   if (row.grading !== "pair") return row.score === null ? `no score${why}` : `score ${roundScore(row.score)}`;
+  if (row.preference !== null) return `preference ${roundScore(row.preference)} (1: ${row.baseline}, 2: this answer)`;
+  if (row.label !== null) return `label ${row.label} against ${row.baseline}`;
   if (row.winner === null) return `no verdict against ${row.baseline}${why}`;
   if (row.winner === "tie") return `tie with ${row.baseline}`;
   return `${row.winner === row.run_id ? "wins" : "loses"} against ${row.baseline}`;
@@ -326,7 +352,7 @@ function makeSide(side, question, turn) {
 }
 
 function makeTurn(question, turn) {
-  const asked = report.questions[question]?.turns?.[turn - 1];
+  const asked = questionOf(question)?.turns?.[turn - 1];
   return make(
     "section",
     "turn",
@@ -337,7 +363,7 @@ function makeTurn(question, turn) {
 }
 
 function turnsOf(question) {
-  const texts = [report.questions[question]?.turns, ...bothSides().map((side) => answerOf(side, question)?.turns)];
+  const texts = [questionOf(question)?.turns, ...bothSides().map((side) => answerOf(side, question)?.turns)];
   const turns = new Set(texts.flatMap((list) => (list ?? []).map((_, i) => i + 1)));
   for (const side of bothSides()) judgementsFor(side, question).forEach((row) => turns.add(row.turn ?? 1));
   return [...turns].sort((x, y) => x - y);
@@ -367,17 +393,41 @@ function openAnswers() {
     find("answers-state").textContent = "There are no answers to read.";
     return;
   }
-  const runs = [...answered.keys()].map((id) => [id, id]);
-  fillSelect(find("view-a"), runs);
-  fillSelect(find("view-b"), runs);
-  find("view-b").selectedIndex = Math.min(1, runs.length - 1);
-  const categories = [...new Set(questionIds.map(categoryOf))];
-  fillSelect(find("view-category"), [["", "all"], ...categories.map((name) => [name, name])]);
-  const judges = [...new Set(report.judgements.filter((row) => row.grading !== "pair").map((row) => row.judge))];
-  fillSelect(find("view-judge"), judges.length ? judges.map((name) => [name, name]) : [["", "none"]]);
+  fillSelect(find("view-bench"), report.benches.map(({ name, title }) => [name, title]));
+  find("view-bench").parentElement.hidden = report.benches.length < 2;
+  fillBench();
   find("answers-state").hidden = true;
   find("browser").hidden = false;
   if (!recallView()) updateView();
+}
+
+function openBench() {
+  bench = find("view-bench").value;
+  indexBench();
+  fillBench();
+  current = undefined;
+}
+
+function changeBench() {
+  openBench();
+  changeView();
+}
+
+// The runs, categories and judges of a benchmark. What was chosen stays chosen where it is offered.
+function fillBench() {
+  const runs = [...answered.keys()].map((id) => [id, id]);
+  fillSelect(find("view-a"), runs);
+  fillSelect(find("view-b"), runs);
+  if (find("view-a").value === find("view-b").value) find("view-b").selectedIndex = Math.min(1, runs.length - 1);
+  const categories = [...new Set(questionIds.map(categoryOf))];
+  fillSelect(find("view-category"), [["", "all"], ...categories.map((name) => [name, name])]);
+  const judged = report.judgements.filter((row) => row.bench === bench);
+  const scored = judged.filter((row) => row.grading !== "pair" || valueOf(row) !== null);
+  const judges = [...new Set(scored.map(judgeOf))];
+  fillSelect(find("view-judge"), judges.length ? judges.map((name) => [name, name]) : [["", "none"]]);
+  const leftOut = report.benches.find(({ name }) => name === bench)?.left_out;
+  find("left-out").hidden = !leftOut;
+  find("left-out").textContent = `${leftOut} more questions are left out here: the file would be too large.`;
 }
 
 function updateView() {
@@ -433,6 +483,7 @@ function saveViewSoon() {
 
 function saveView() {
   const state = new URLSearchParams({ q: current ?? "" });
+  state.set("bench", bench);
   for (const name of CONTROLS) state.set(name, find(`view-${name}`).value);
   if (!find("view-judgements").checked) state.set("judgements", "no");
   history.replaceState(null, "", `#answers?${state}`);
@@ -447,6 +498,8 @@ function recallView() {
     if (control.options) choose(control, state.get(name));
     else if (Number(state.get(name)) >= 0) control.value = state.get(name);
   };
+  set("bench");
+  openBench();
   CONTROLS.forEach(set);
   find("view-judgements").checked = state.get("judgements") !== "no";
   current = Number(state.get("q"));
@@ -479,6 +532,7 @@ function listen() {
   }
   find("enlarged").addEventListener("click", () => find("enlarged").close());
   for (const name of CONTROLS) find(`view-${name}`).addEventListener("change", changeView);
+  find("view-bench").addEventListener("change", changeBench);
   find("view-judgements").addEventListener("change", changeView);
   find("view-question").addEventListener("change", goToQuestion);
   find("previous").addEventListener("click", () => step(-1));
@@ -498,7 +552,8 @@ async function openReport() {
     find("answers-state").textContent = `The answers in this file are damaged (${error.message}). Rerun analyze.py.`;
     return;
   }
-  indexReport();
+  bench = report.benches[0]?.name;
+  indexBench();
   openDiff();
   openAnswers();
   document.addEventListener("keydown", handleKey);

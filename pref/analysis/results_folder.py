@@ -4,7 +4,9 @@
                      summary.json         status, accuracies, cost of training
                      metrics.jsonl        learning curves
                      val_pairs.jsonl      log-probabilities of the validation pairs
-                     mt_bench/answers.jsonl, mt_bench/judgements.csv
+                     <bench>/answers.jsonl, <bench>/judgements.csv
+                     lm_eval/             results of lm-evaluation-harness
+    results/judges/<judge>/validation.json    how well a judge agrees with human votes
 
 Whatever else is missing leaves a field of `Run` empty. Whatever is there but unreadable raises a
 UserError that names file and line: a number that is silently dropped would change a mean.
@@ -16,8 +18,16 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from pref.analysis import judge_identity, provenance, run_metrics
-from pref.analysis.runs import ACCURACIES, SUMMARY_KEYS, JudgeKey, Margins, Run
+from pref.analysis import (
+    judge_identity,
+    judge_validation,
+    lm_eval_files,
+    provenance,
+    row_checks,
+    run_metrics,
+)
+from pref.analysis.bench_data import AllData
+from pref.analysis.runs import ACCURACIES, MT_BENCH, SUMMARY_KEYS, BenchFiles, Margins, Run
 from pref.files import disk, judgements, mt_bench, run_folders
 from pref.files.console import UserError
 
@@ -51,15 +61,15 @@ def load_runs(
     results_dir: Path,
     run_ids: list[str] | None = None,
     skip_bad: bool = False,
-    questions: dict[int, list[str]] | None = None,
+    data: AllData | None = None,
 ) -> tuple[list[Run], list[str]]:
     """Read the full runs of `results_dir`, or those in `run_ids`; trial runs if all of them are.
 
     Returns (runs, notes). The notes name what was left out: trial runs and, with `skip_bad`, runs
     whose files cannot be read. What does not belong together is taken out of the runs, which name
-    it themselves (`Run.stale`). questions: question -> its turns as they are asked now. Raises
-    UserError, one line per run, for unreadable files without `skip_bad`, for an unknown run id, and
-    for runs of different models or data.
+    it themselves (`Run.stale`). data: by benchmark, with the questions as they are asked now.
+    Raises UserError, one line per run, for unreadable files without `skip_bad`, for an unknown run
+    id, and for runs of different models or data.
     """
     # 1) Which runs: the full ones, or trial runs where there is nothing else.
     found: dict[str, list[tuple[Path, dict]]] = {"full": [], "trial": []}
@@ -92,10 +102,12 @@ def load_runs(
 
     # 3) What of them belongs together.
     check_same_model_and_data(runs)
-    judge_identity.add_titles(
-        row for run in runs for rows in (*run.judged.values(), run.judged_pairs) for row in rows
-    )
-    return provenance.keep_what_belongs(runs, questions or {}), notes
+    validations = judge_validation.read_validations(results_dir)
+    for bench in provenance.bench_names(runs):
+        rows = [row for run in runs for row in run.bench(bench).judgements()]
+        judge_identity.add_titles(rows)
+        judge_validation.add_validations(rows, validations)
+    return provenance.keep_what_belongs(runs, data or {}), notes
 
 
 def choose_folders(results_dir: Path, run_ids: list[str] | None) -> list[Path]:
@@ -117,7 +129,6 @@ def load_run(path: Path, args: dict) -> Run:
     summary = read_summary(path / "summary.json")
     steps, evals = read_metrics(path / "metrics.jsonl", is_growing=summary is None)
     val, length_differences = read_val_pairs(path / "val_pairs.jsonl")
-    judged, judged_pairs = load_judgements(path / "mt_bench" / "judgements.csv", path.name)
     run = Run(
         run_id=path.name,
         path=path,
@@ -131,16 +142,11 @@ def load_run(path: Path, args: dict) -> Run:
         steps=steps,
         evals=evals,
         val=val,
-        judged=judged,
-        judged_pairs=judged_pairs,
-        answers=read_answers(path / "mt_bench" / "answers.jsonl"),
+        benches={name: load_bench(path / name, path.name) for name in find_benches(path)},
+        imported=lm_eval_files.read_run(path, path.name, args),
     )
     run = provenance.check_training(run)
-    return replace(
-        run,
-        length_bias=run_metrics.length_bias(run.best_val, length_differences),
-        kl=run_metrics.run_kl(run.answers),
-    )
+    return replace(run, length_bias=run_metrics.length_bias(run.best_val, length_differences))
 
 
 def read_args(path: Path) -> dict:
@@ -290,9 +296,22 @@ def pair_margins(
     )
 
 
-def read_answers(path: Path) -> dict[mt_bench.AnswerKey, dict]:
+def find_benches(run: Path) -> list[str]:
+    """The benchmarks of which a run folder has answers or judgements."""
+    files = [*run.glob("*/answers.jsonl"), *run.glob("*/judgements.csv")]
+    return sorted({file.parent.name for file in files})
+
+
+def load_bench(folder: Path, run_id: str) -> BenchFiles:
+    """Answers and judgements of one benchmark; each may be missing."""
+    answers = read_answers(folder / "answers.jsonl", 2 if folder.name == MT_BENCH else None)
+    files = load_judgements(folder / "judgements.csv", run_id)
+    return replace(files, answers=answers, kl=run_metrics.run_kl(answers))
+
+
+def read_answers(path: Path, turns: int | None) -> dict[mt_bench.AnswerKey, dict]:
     """Answers by question and choice; empty if there is no such file. Their hashes are text."""
-    answers = mt_bench.read_answers(path) if path.exists() else {}
+    answers = mt_bench.read_answers(path, turns) if path.exists() else {}
     for key, row in answers.items():
         for name in ("adapter_sha256", "question_sha256"):
             if not isinstance(row.get(name), str | None):
@@ -303,17 +322,16 @@ def read_answers(path: Path) -> dict[mt_bench.AnswerKey, dict]:
     return answers
 
 
-def load_judgements(path: Path, run_id: str) -> tuple[dict[JudgeKey, list[dict]], list[dict]]:
-    """Single-answer judgements by judge, and pairwise judgements, of judgements.csv.
+def load_judgements(path: Path, run_id: str) -> BenchFiles:
+    """judgements.csv: ratings by judge, comparisons, and rewards; empty if there is no such file.
 
-    Empty if there is no such file. Raises UserError for a judgement that appears twice, and for one
-    that is none.
+    Raises UserError for a judgement that appears twice, and for one that is none.
     """
     if not path.exists():
-        return {}, []
-    judged, pairs, seen = defaultdict(list), [], set()
+        return BenchFiles()
+    judged, pairs, rewards, seen = defaultdict(list), [], [], set()
     for row in judgements.read_judgements(path):
-        check_judgement(row, path, run_id)
+        row_checks.check_judgement(row, path, run_id)
         judge = judge_identity.key_of(row)
         key = (judge, *(row[name] for name in JUDGED_ONCE))
         if key in seen:
@@ -326,42 +344,8 @@ def load_judgements(path: Path, run_id: str) -> tuple[dict[JudgeKey, list[dict]]
         if row["grading"] == "single":
             judged[judge].append(row)
         else:
-            pairs.append(row)
-    return dict(judged), pairs
-
-
-def check_judgement(row: dict, path: Path, run_id: str) -> None:
-    known = row["question_id"] is not None and row["turn"] in (1, 2)
-    known = known and row["grading"] in ("single", "pair")
-    if not (known and row["judge"] and row["category"]):
-        fields = {key: row[key] for key in ("question_id", "turn", "category", "judge", "grading")}
-        raise UserError(
-            f"{path}: a row without question, turn 1 or 2, category, judge, or grading: {fields}; "
-            "rerun judge.py"
-        )
-    if row["grading"] == "pair":
-        winners = (run_id, row["model_id"], row["baseline"], "tie")
-        is_known = row["winner"] is not None and row["winner"] in winners
-        if not row["baseline"] or row["order"] not in ("1", "2"):
-            raise UserError(
-                f"{path}: a comparison without baseline, or of order {row['order']!r}, which must "
-                "be 1 or 2; rerun judge.py"
-            )
-        if row["status"] == "ok" and not is_known:
-            raise UserError(
-                f"{path}: question {row['question_id']}: the winner {row['winner']!r} is neither "
-                f"{run_id}, nor {row['baseline']}, nor tie; rerun judge.py"
-            )
-
-
-def read_question_texts(folder: Path) -> dict[int, list[str]]:
-    """question -> its turns, of question.jsonl in `folder`; empty if there is no such file."""
-    path = folder / "question.jsonl"
-    if not path.is_file():
-        return {}
-    return {
-        row["question_id"]: row["turns"] for row in mt_bench.read_questions(path, mt_bench=False)
-    }
+            (pairs if row["grading"] == "pair" else rewards).append(row)
+    return BenchFiles(judged=dict(judged), pairs=pairs, rewards=rewards)
 
 
 def check_same_model_and_data(runs: list[Run]) -> None:

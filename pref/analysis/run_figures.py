@@ -16,7 +16,7 @@ def without_texts(run: Run) -> Run:
     """The run without answers and judgements, which no figure needs: light enough to send to a
     drawing process.
     """
-    return replace(run, judged={}, judged_pairs=[], answers={})
+    return replace(run, benches={}, imported=None)
 
 
 def draw_run(run: Run) -> None:

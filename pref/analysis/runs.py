@@ -5,18 +5,21 @@ comparison is between cells. Rows of tables are plain dicts instead, because the
 format of aggregated_metrics.json and of the CSV files.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from pref.analysis.lm_eval_files import Imported
 from pref.files.mt_bench import AnswerKey
 
+MT_BENCH = "mt_bench"
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
 SUMMARY_KEYS = (*ACCURACIES, "best_step", *TRAINING_NUMBERS)  # what is read of summary.json
 
 # run id -> unit -> part -> score. MT-Bench: question -> turn -> mean rating. Validation accuracy:
 # pair id -> 0 -> 0, 0.5 or 1. Pairwise judgements: question -> (turn, choice, repeat) -> 0, 0.5, 1.
+# Other measures: question -> 0 -> a number whose mean over questions is the run's score.
 Values = dict[str, dict]
 
 
@@ -34,6 +37,21 @@ class JudgeKey(NamedTuple):
     prompts: str | None
     refs: str | None  # the reference answers that the judge was shown
     judge_id: str | None = None  # hash of model, parameters, server, prompts and references
+
+
+@dataclass(frozen=True, eq=False)
+class BenchFiles:
+    """What a run folder has of one benchmark: results/<run>/<bench>/, read and checked."""
+
+    answers: dict[AnswerKey, dict] = field(default_factory=dict)  # rows of answers.jsonl
+    judged: dict[JudgeKey, list[dict]] = field(default_factory=dict)  # single-answer ratings
+    pairs: list[dict] = field(default_factory=list)  # comparisons with a baseline's answers
+    rewards: list[dict] = field(default_factory=list)  # scores by reward models
+    kl: dict | None = None  # on-policy KL to the base model, of these answers
+
+    def judgements(self) -> list[dict]:
+        """All rows of judgements.csv."""
+        return [*(row for rows in self.judged.values() for row in rows), *self.pairs, *self.rewards]
 
 
 class Stale(NamedTuple):
@@ -60,11 +78,35 @@ class Run:
     # val_pairs.jsonl: step -> pair id -> margins, None where a log-probability is not finite
     val: dict[float, dict[str, Margins | None]] = field(default_factory=dict)
     length_bias: list[dict] = field(default_factory=list)  # accuracy by length difference
-    judged: dict[JudgeKey, list[dict]] = field(default_factory=dict)  # single-answer judgements
-    judged_pairs: list[dict] = field(default_factory=list)  # pairwise judgements
-    answers: dict[AnswerKey, dict] = field(default_factory=dict)  # rows of answers.jsonl
-    kl: dict | None = None  # on-policy KL to the base model
+    benches: dict[str, BenchFiles] = field(default_factory=dict)  # by name; see `bench`
+    imported: Imported | None = None  # results of lm-evaluation-harness
     stale: list[Stale] = field(default_factory=list)
+
+    def bench(self, name: str) -> BenchFiles:
+        """What the run has of a benchmark; empty files if it has nothing."""
+        return self.benches.get(name) or BenchFiles()
+
+    def with_bench(self, name: str, files: BenchFiles, *stale: Stale) -> "Run":
+        """The run with other files of a benchmark, and what was taken out of them."""
+        benches = self.benches | {name: files}
+        return replace(self, benches=benches, stale=[*self.stale, *stale])
+
+    # MT-Bench's, on whose answers a run's KL, length and settings are measured.
+    @property
+    def judged(self) -> dict[JudgeKey, list[dict]]:
+        return self.bench(MT_BENCH).judged
+
+    @property
+    def judged_pairs(self) -> list[dict]:
+        return self.bench(MT_BENCH).pairs
+
+    @property
+    def answers(self) -> dict[AnswerKey, dict]:
+        return self.bench(MT_BENCH).answers
+
+    @property
+    def kl(self) -> dict | None:
+        return self.bench(MT_BENCH).kl
 
     @property
     def beta(self) -> float | None:
@@ -118,10 +160,10 @@ class ScoredCell(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Everything measured in one way: validation accuracy, or MT-Bench by one judge."""
+    """One measure by one judge: validation accuracy, MT-Bench, a win rate against a baseline."""
 
-    metric: str  # "acc_ref" or "mt_bench"
-    judge: str | None  # the judge's title, None for validation accuracy
+    metric: str  # as claims name it: "acc_ref", "mt_bench", "alpaca_eval_lc", ... (measures.py)
+    judge: str | None  # the judge's title; None for what nobody judges
     smoke: str  # why the scores measure nothing, or ""
     values: Values
     results: dict  # this part of aggregated_metrics.json

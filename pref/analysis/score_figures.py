@@ -53,6 +53,15 @@ def draw_bars(stem: Path, rows: list[dict], look: Look, reference_lines: dict[st
     drawing.save_figure(figure, stem)
 
 
+def limits_of(values: list[float]) -> tuple[float, float]:
+    """The axis of a score without limits of its own: from 0, or from below it, to beyond the
+    largest value.
+    """
+    low, high = min([0.0, *values]), max([0.0, *values])
+    room = 0.1 * (high - low) or 1.0
+    return (low - room if low < 0 else 0.0), (high + room if high > 0 else 0.0)
+
+
 def error_bar(row: dict, look: Look) -> tuple[float | None, dict]:
     """Half the length of a cell's error bar, and its style and label."""
     if row["n_seeds"] > 1:

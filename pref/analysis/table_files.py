@@ -15,7 +15,9 @@ from pref.analysis.paper_tables import Column, Table
 from pref.files import disk
 
 RECORDS = ("sensitivity", "mcnemar")  # lists of records, which have tables of their own
-JUDGE_FIELDS = ("judge", "prompts", "refs", "smoke_test")  # in each row of a table of scores
+# In each row of a table of scores: who judged and, besides MT-Bench, what was compared.
+JUDGE_FIELDS = ("judge", "prompts", "refs", "smoke_test")
+PLACE_FIELDS = ("bench", "category", "baseline", "as_humans")
 
 
 def write_tables(folder: Path, tables: list[Table]) -> None:
@@ -37,6 +39,9 @@ def write_tables(folder: Path, tables: list[Table]) -> None:
 def csv_text(table: Table) -> str:
     """All fields of all rows that are not records themselves; list items are joined by spaces."""
     judge = {key: table.judge[key] for key in JUDGE_FIELDS} if table.judge else {}
+    if table.judge and "bench" in table.judge:
+        # A table of differences has a column "baseline" of its own: the cell's.
+        judge |= {f"judged_{key}": table.judge[key] for key in PLACE_FIELDS}
     nested = {key for row in table.rows for key, value in row.items() if is_nested(value)}
     nested |= set(RECORDS)
     rows = [

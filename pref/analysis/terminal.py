@@ -5,7 +5,8 @@ All of it is in the report too, in more detail. Rows are those of aggregated_met
 
 from collections import defaultdict
 
-from pref.analysis import answer, judge_identity, notes, paper_tables, texts
+from pref.analysis import answer, judge_identity, measures, notes, paper_tables, texts
+from pref.analysis.measures import Measure
 from pref.files import console, mt_bench
 
 
@@ -18,14 +19,14 @@ def print_tables(comparison: dict, proposed: str) -> None:
     tables = [f"*** {texts.TRIAL} ***"] if comparison["trial"] else []
     tables += [accuracy_table(accuracy["cells"])] if accuracy["cells"] else []
     title = "Improvement of best_acc_ref"
-    rows = accuracy["improvement"]
-    tables.append(improvement_table(title, rows, proposed, digits=3, units="validation pairs"))
-    for judge in comparison["mt_bench"]:
-        if judge["cells"]:
-            tables += [score_table(judge), category_table(judge)]
-        title = score_title(judge, "improvement")
-        rows = judge["improvement"]
-        tables.append(improvement_table(title, rows, proposed, digits=2, units="questions"))
+    tables.append(improvement_table(title, measures.ACCURACY, accuracy, proposed))
+    for measure, part in measures.parts_of(comparison):
+        if part["cells"]:
+            tables.append(score_table(measure, part))
+        if part.get("categories"):
+            tables.append(category_table(part))
+        title = score_title(measure, part, "improvement")
+        tables.append(improvement_table(title, measure, part, proposed))
     tables.append(verdict_table(comparison["claims"]))
     tables.append(
         "\n".join(["Answer", *(f"  {x}" for x in answer.text_lines(comparison["answer"]))])
@@ -42,7 +43,7 @@ def format_table(title: str, headers: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy_table(rows: list[dict]) -> str:
-    names = paper_tables.ACCURACY_NAMES
+    names = measures.ACCURACY.columns
     headers = [paper_tables.CELL_HEADER, "seeds", *names.values(), "diverged"]
     lines = [
         [
@@ -57,20 +58,27 @@ def accuracy_table(rows: list[dict]) -> str:
     return format_table(title, headers, lines)
 
 
-def score_table(judge: dict) -> str:
-    names = paper_tables.SCORE_NAMES
-    headers = [paper_tables.CELL_HEADER, "seeds", *names.values(), "scored/judged", "diverged"]
+def score_table(measure: Measure, part: dict) -> str:
+    names = measure.columns
+    counts = [name for name in ("n_scored", "n_judged", "n_bench") if name in part["cells"][0]]
+    fields = ("scored", "judged", "of")
+    headers = [paper_tables.CELL_HEADER, "seeds", *names.values()]
+    headers += ["/".join(fields[: len(counts)]), "diverged"]
+    if failed := any(row.get("failures") for row in part["cells"]):
+        headers.append("failures")
     lines = [
         [
             row["label"],
             str(row["n_seeds"]),
-            *(show_mean(row, name, 2) for name in names),
-            f"{row['n_scored']}/{row['n_judged']}",
+            *(show_mean(row, name, measure.digits_of(name)) for name in names),
+            "/".join(str(row.get(name, "-")) for name in counts),
             show_diverged(row),
+            *([row.get("failures") or ""] if failed else []),
         ]
-        for row in judge["cells"]
+        for row in part["cells"]
     ]
-    return format_table(score_title(judge, "by turn, mean ±SD over seeds"), headers, lines)
+    what = "by turn, mean ±SD over seeds" if measure is measures.MT else "mean ±SD over seeds"
+    return format_table(score_title(measure, part, what), headers, lines)
 
 
 def category_table(judge: dict) -> str:
@@ -84,14 +92,22 @@ def category_table(judge: dict) -> str:
         text = texts.show(row["score"], 2) + (f" (-{unscored})" if unscored else "")
         text_of[row["label"]][row["category"]] = text
     lines = [[label, *(cells.get(name, "-") for name in names)] for label, cells in text_of.items()]
-    title = score_title(judge, "by category, mean over seeds; (-n): n judgements without a score")
+    what = "by category, mean over seeds; (-n): n judgements without a score"
+    title = score_title(measures.MT, judge, what)
     return format_table(title, [paper_tables.CELL_HEADER, *names], lines)
 
 
-def score_title(judge: dict, what: str) -> str:
-    mark = f"*** {judge_identity.smoke_mark(judge)} ***\n" if judge["smoke_test"] else ""
-    score = f"MT-Bench score (1-10, {len(judge['questions'])} questions)"
-    return f"{mark}{score}, {judge['title']}: {what}"
+def score_title(measure: Measure, part: dict, what: str) -> str:
+    """What is measured, by whom, and how well the judge agrees with human votes."""
+    mark = judge_identity.smoke_mark(part) if measure.judged else ""
+    lines = [f"*** {mark} ***"] if mark else []
+    if measure is measures.MT:
+        score = f"MT-Bench score (1-10, {len(part['questions'])} questions), {part['title']}"
+    else:
+        score = measure.heading(part)
+    lines += [part["agreement_text"]] if part.get("agreement_text") else []
+    lines.append(f"{score}: {what}")
+    return "\n".join(lines)
 
 
 def show_mean(row: dict, name: str, digits: int) -> str:
@@ -109,15 +125,14 @@ def show_diverged(row: dict) -> str:
 # ---- improvement --------------------------------------------------------------------------------
 
 
-def improvement_table(
-    title: str, rows: list[dict], proposed: str, digits: int, units: str
-) -> str | None:
+def improvement_table(title: str, measure: Measure, part: dict, proposed: str) -> str | None:
     """Each cell of the proposed loss against the baseline, at its own beta and at the baseline's
     best; below, best cell against best cell with the primary test. None without a comparison.
 
-    rows: of "improvement". units: what they are compared on.
+    part: of the measure, in aggregated_metrics.json.
     """
-    rows = [row for row in rows if row["loss"] == proposed]
+    digits, units = measure.digits, measure.units
+    rows = [row for row in part["improvement"] if row["loss"] == proposed]
     of_kind = {
         kind: [row for row in rows if row["comparison"] == kind]
         for kind in ("best baseline", "matched beta", "best of grid")

@@ -59,8 +59,8 @@ def verdict_texts(row: dict) -> dict:
     elif row["metric"] is None:
         unit, number, ends = " of runs", "{:.2f}".format, low_to_high
     else:
-        units = {"mt_bench": " MT-Bench", "acc_ref": " of pairs"}
-        unit, number, ends = units.get(row["metric"], ""), "{:+.3f}".format, low_to_high
+        unit = f" {row['unit']}" if row.get("unit") else ""
+        number, ends = "{:+.3f}".format, low_to_high
 
     compared = " against ".join(filter(None, (row["a"], row["b"])))
     estimate = interval = test = None

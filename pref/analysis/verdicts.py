@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from scipy.stats import binomtest
 
-from pref.analysis import claims, estimates, power, stats, variation
+from pref.analysis import claims, estimates, measures, power, stats, variation
 from pref.analysis.claims import Candidates, NotMeasurable
 from pref.analysis.runs import Cell, Scores, Values
 
@@ -62,7 +62,7 @@ def judge_claims(
                 rows.append(row)
                 pending += [open_case] if open_case else []
             if not sources:
-                why = why_unmeasured(claim["metric"])
+                why = measures.of_metric(claim["metric"]).missing
                 rows.append(verdict_row(claim, None, "not measured", why))
     decide(pending)
     for row in rows:
@@ -73,23 +73,16 @@ def judge_claims(
 
 def verdict_row(claim: dict, judge: str | None, verdict: str, why: str = "", **numbers) -> dict:
     """A row of the table of verdicts: every key is present, None where there is no number."""
+    measure = measures.of_metric(claim["metric"]) if claim.get("metric") else None
     return {
         **{key: claim.get(key) for key in ("id", "claim", "kind", "metric", "event", "model")},
+        "unit": measure and measure.claim_unit,
         "judge": judge,
         "verdict": verdict,
         **dict.fromkeys(NUMBERS),
         **numbers,
         "why": why,
     }
-
-
-def why_unmeasured(metric: str) -> str:
-    return {
-        "mt_bench": "No judgements.",
-        "acc_ref": "No val_pairs.jsonl.",
-        "alpaca_eval": "AlpacaEval is judged by its own program "
-        "(gen_mtbench.py --export alpaca_eval).",
-    }[metric]
 
 
 def judge_scores(
@@ -252,7 +245,7 @@ def what_would_decide(row: dict, difference: stats.Difference) -> str:
     if gap == 0:
         return "The measured difference is the limit itself."
     seeds, questions = power.required_sizes(difference, gap, equivalence)
-    unit = "questions" if row["metric"] == "mt_bench" else "validation pairs"
+    unit = measures.of_metric(row["metric"]).units
     n_seeds, n_questions = difference.n_seeds, difference.n_questions
     if (seeds and seeds <= n_seeds) or (questions and questions <= n_questions):
         return "It was close: a study of this size decides such a case four times in five."

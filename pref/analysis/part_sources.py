@@ -1,0 +1,498 @@
+"""From the files of runs to the parts of each measure: one `find` for each line of measures.py.
+
+find_accuracy            training: summary.json and val_pairs.jsonl
+find_mt_bench            ratings of results/<run>/mt_bench/judgements.csv, by judge
+find_ratings             the same of other benchmarks
+find_rewards             scores by reward models, by benchmark
+find_alpaca_eval         preferences on AlpacaEval 2, against a baseline
+find_length_controlled   the same at equal length
+find_arena_hard          labels of Arena-Hard, by version (v2.0: by category)
+find_style_controlled    the same at equal style
+find_win_rates           preferences on any other benchmark
+find_tasks               imported results, by task
+
+Every number is over the questions that all runs were judged on. A question whose judgement failed
+counts as judged: it is counted, and is in no mean.
+"""
+
+import math
+from collections import Counter, defaultdict
+from statistics import fmean
+from typing import NamedTuple
+
+from pref.analysis import (
+    arena_hard,
+    cell_rows,
+    imported,
+    judge_identity,
+    length_control,
+    parts,
+    run_metrics,
+    stats,
+)
+from pref.analysis.parts import Common, Part, Source, Sources
+from pref.analysis.runs import MT_BENCH, Run
+
+ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
+EQUAL = "equal"  # column `reading` of two answers that are the same text
+GAMES = {"arena_hard_v0.1": False}  # whether a question counts only if both games have a verdict
+BY_CATEGORY = ("arena_hard_v2.0",)  # each category has a baseline of its own
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def find_accuracy(runs: list[Run], sources: Sources) -> list[Part]:
+    numbers = {run.run_id: cell_rows.accuracy_numbers(run) for run in runs if run.summary}
+    values = {run.run_id: run_metrics.accuracy_values(run) for run in runs}
+    return [Part(facts={}, numbers=numbers, values=values)]
+
+
+# ---- ratings and rewards ------------------------------------------------------------------------
+
+
+def find_mt_bench(runs: list[Run], sources: Sources) -> list[Part]:
+    """MT-Bench by each judge, with both turns, categories, and what is known of the judge."""
+    found = []
+    for key in sorted({key for run in runs for key in run.judged}, key=str):
+        judged = {run.run_id: run.judged[key] for run in runs if key in run.judged}
+        facts = judge_identity.describe_judge(
+            key, [row for rows in judged.values() for row in rows]
+        )
+        common = parts.keep_common(judged)
+        answers = {run.run_id: run.answers for run in runs if key in run.judged}
+        found.append(
+            Part(
+                facts=facts,
+                numbers={
+                    run_id: run_metrics.score_ratings(rows) for run_id, rows in common.rows.items()
+                },
+                values={
+                    run_id: run_metrics.rating_values(run_metrics.turn_means(rows))
+                    for run_id, rows in common.rows.items()
+                },
+                judged=judged,
+                questions=common.questions,
+                extra=run_metrics.judge_reliability(common.rows, answers),
+            )
+        )
+    return found
+
+
+def find_ratings(runs: list[Run], sources: Sources) -> list[Part]:
+    """Ratings from 1 to 10 on other benchmarks than MT-Bench."""
+    return [
+        part
+        for bench in parts.other_benches(runs)
+        for part in scored_parts(runs, bench, sources, "single")
+    ]
+
+
+def find_rewards(runs: list[Run], sources: Sources) -> list[Part]:
+    """Scores by reward models; rewards on different questions are never averaged."""
+    return [
+        part
+        for bench in [MT_BENCH, *parts.other_benches(runs)]
+        for part in scored_parts(runs, bench, sources, "reward")
+    ]
+
+
+def scored_parts(runs: list[Run], bench: str, sources: Sources, grading: str) -> list[Part]:
+    """Parts of answers that were scored one by one, a mean over questions.
+
+    Of a reward model, against whichever baseline it was asked: its score of an answer does not
+    depend on that.
+    """
+
+    def key_of(row: dict) -> Source | None:
+        if row["grading"] != grading:
+            return None
+        return Source(bench, judge_identity.key_of(row), grading)
+
+    found = []
+    for source, judged in parts.group_rows(runs, bench, lambda f: f.judgements(), key_of).items():
+        common = parts.keep_common(judged)
+        scores = {run_id: question_means(rows) for run_id, rows in common.rows.items()}
+        facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
+        facts["heading"] = f"{'Reward' if grading == 'reward' else 'Rating'}, " + parts.bench_title(
+            bench
+        )
+        found.append(mean_part(source, facts, judged, common, scores, runs, sources))
+    return found
+
+
+def question_means(rows: list[dict]) -> dict[int, float]:
+    """question -> mean score: over choices and repeats within a turn, then over turns."""
+    by_turn = run_metrics.turn_means(rows)
+    by_question: dict[int, list[float]] = defaultdict(list)
+    for (question, _), score in by_turn.items():
+        by_question[question].append(score)
+    return {question: fmean(scores) for question, scores in by_question.items()}
+
+
+def mean_part(
+    source: Source,
+    facts: dict,
+    judged: dict[str, list[dict]],
+    common: Common,
+    scores: dict[str, dict[int, float]],
+    runs: list[Run],
+    sources: Sources,
+) -> Part:
+    """A part whose number is the mean of scores by question.
+
+    scores: run id -> question -> score.
+    """
+    answers = {run.run_id: run.bench(source.bench).answers for run in runs}
+    numbers = {}
+    for run_id, rows in common.rows.items():
+        values = list(scores[run_id].values())
+        lengths = parts.answer_lengths(rows, answers.get(run_id, {}), {})
+        numbers[run_id] = {
+            "score": stats.mean(values),
+            "se_over_questions": stats.standard_error(values),
+            "length": parts.mean_length(lengths),
+            **counted(source, rows, scores[run_id], common, sources),
+        }
+    return Part(
+        facts=facts,
+        numbers=numbers,
+        values={run_id: as_values(by_question) for run_id, by_question in scores.items()},
+        judged=judged,
+        questions=common.questions,
+    )
+
+
+def as_values(by_question: dict[int, float]) -> dict:
+    """As `Values` hold one number a question: question -> 0 -> number."""
+    return {question: {0: float(value)} for question, value in by_question.items()}
+
+
+def counted(source: Source, rows: list[dict], scored, common: Common, sources: Sources) -> dict:
+    size = parts.bench_size(
+        source.bench, source.category, common.questions, sources.of(source.bench)
+    )
+    return parts.count_rows(rows, scored, size)
+
+
+# ---- preferences: AlpacaEval 2 and others --------------------------------------------------------
+
+
+def preference_of(row: dict) -> float | None:
+    """The preference for the run's answer, from 0 (the baseline's) to 1; None without a verdict."""
+    if row["status"] != "ok":
+        return None
+    if row["preference"] is not None:
+        return row["preference"] - 1
+    if row["winner"] is None:
+        return None
+    return {"tie": 0.5, row["baseline"]: 0.0}.get(row["winner"], 1.0)
+
+
+def question_preferences(rows: list[dict]) -> dict[int, float]:
+    """question -> mean preference. If answers were shown in both orders, an answer without a
+    verdict in one of them does not count: what is left would favour a position.
+    """
+    places: dict[tuple, dict] = defaultdict(dict)  # which answer, and repeat -> order -> y
+    equal = set()  # places of equal answers, which nobody had to be asked about
+    for row in rows:
+        place = (row["question_id"], row["turn"], row["choice"], row["repeat"])
+        places[place][row["order"]] = preference_of(row)
+        if row.get("reading") == EQUAL:
+            equal.add(place)
+    n_orders = max((len(by_order) for by_order in places.values()), default=0)
+    by_question: dict[int, list[float]] = defaultdict(list)
+    for place, by_order in places.items():
+        is_complete = len(by_order) == n_orders or place in equal
+        if is_complete and None not in by_order.values():
+            question, *_ = place
+            by_question[question].append(fmean(by_order.values()))
+    return {question: fmean(values) for question, values in sorted(by_question.items())}
+
+
+def find_alpaca_eval(runs: list[Run], sources: Sources) -> list[Part]:
+    return preference_parts(runs, ALPACA_EVAL, sources)
+
+
+def find_win_rates(runs: list[Run], sources: Sources) -> list[Part]:
+    """Preferences on benchmarks that have no measure of their own for them. MT-Bench's pairwise
+    verdicts have tables of their own (pairwise.py).
+    """
+    benches = [MT_BENCH, *parts.other_benches(runs)]
+    return [
+        part
+        for bench in benches
+        if bench != ALPACA_EVAL
+        for part in preference_parts(runs, bench, sources)
+    ]
+
+
+def preference_source(row: dict, bench: str) -> Source | None:
+    """None for rows that the benchmark's own measure counts."""
+    if row["preference"] is None and (bench == MT_BENCH or bench.startswith(ARENA_HARD)):
+        return None
+    return Source(bench, judge_identity.key_of(row), row["grading"], row["baseline"])
+
+
+def preference_parts(runs: list[Run], bench: str, sources: Sources) -> list[Part]:
+    """Win rates in percent, by judge and baseline."""
+    found = []
+    groups = parts.group_rows(
+        runs, bench, parts.comparisons, lambda row: preference_source(row, bench)
+    )
+    for source, judged in groups.items():
+        common = parts.keep_common(judged)
+        scores = {
+            run_id: {q: 100 * y for q, y in question_preferences(rows).items()}
+            for run_id, rows in common.rows.items()
+        }
+        facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
+        if bench != ALPACA_EVAL:
+            facts["heading"] = f"Win rate, {parts.bench_title(bench)}"
+        part = mean_part(source, facts, judged, common, scores, runs, sources)
+        for run_id, numbers in part.numbers.items():
+            numbers |= win_counts(scores[run_id])
+        if bench == ALPACA_EVAL:
+            part.notes.extend(note_control_tokens(runs, common))
+        found.append(part)
+    return found
+
+
+def note_control_tokens(runs: list[Run], common: Common) -> list[str]:
+    """Runs whose answers hold what separates the messages of AlpacaEval's judge prompt: such an
+    answer cuts the prompt off, the instructions to the judge included.
+    """
+    found = []
+    for run in runs:
+        answers = run.bench(ALPACA_EVAL).answers.values() if run.run_id in common.rows else ()
+        texts = [text for row in answers for text in row["turns"]]
+        if n := sum(any(token in text for token in CONTROL_TOKENS) for text in texts):
+            found.append(
+                f"{run.run_id}: {n} of {len(texts)} answers hold {' or '.join(CONTROL_TOKENS)}, "
+                "which cut or split the judge's prompt unless judge.py was given --neutralise"
+            )
+    return found
+
+
+def win_counts(scores: dict[int, float]) -> dict:
+    """Wins, draws, and the share of wins and half of the draws, in percent."""
+    wins = sum(score > 50 for score in scores.values())
+    draws = sum(score == 50 for score in scores.values())
+    discrete = 100 * (wins + draws / 2) / len(scores) if scores else None
+    return {"n_wins": wins, "n_draws": draws, "discrete": discrete}
+
+
+# ---- at equal length ----------------------------------------------------------------------------
+
+
+def find_length_controlled(runs: list[Run], sources: Sources) -> list[Part]:
+    """AlpacaEval's length-controlled win rate, by judge and baseline. The values of its questions
+    are their influences on it (length_control.py).
+    """
+    groups = parts.group_rows(
+        runs, ALPACA_EVAL, parts.comparisons, lambda row: preference_source(row, ALPACA_EVAL)
+    )
+    return [
+        length_controlled_part(source, judged, runs, sources) for source, judged in groups.items()
+    ]
+
+
+def length_controlled_part(
+    source: Source, judged: dict[str, list[dict]], runs: list[Run], sources: Sources
+) -> Part:
+    common = parts.keep_common(judged)
+    theirs = parts.baseline_answers(source, runs, sources)
+    ours = {run.run_id: run.bench(source.bench).answers for run in runs}
+    numbers, values, notes, labels = {}, {}, [], set()
+    for run_id, rows in common.rows.items():
+        y = question_preferences(rows)
+        lengths = parts.answer_lengths(rows, ours.get(run_id, {}), theirs)
+        row = {
+            "score": None,
+            "se_over_questions": None,
+            "win_rate": 100 * fmean(y.values()) if y else None,
+            "length": parts.mean_length(lengths),
+            "C": None,
+            **counted(source, rows, y, common, sources),
+        }
+        try:
+            fitted, by_question = control_length(y, lengths, source.baseline, sources)
+        except length_control.CannotControl as reason:
+            notes.append(f"{run_id}: no length-controlled win rate: {reason}")
+        else:
+            labels.add(fitted.label)
+            se = fitted.se if math.isfinite(fitted.se) else None
+            row |= {"score": fitted.lc, "se_over_questions": se, "C": fitted.C}
+            values[run_id] = by_question
+        numbers[run_id] = row
+    if sources.gamed and sources.gamed.note:
+        notes.append(sources.gamed.note)
+    facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
+    facts["definition"] = ", ".join(sorted(labels)) or None
+    facts["heading"] = LC_HEADINGS.get(facts["definition"], f"AlpacaEval 2, {facts['definition']}")
+    return Part(facts, numbers, values, judged, common.questions, notes)
+
+
+LC_HEADINGS = {
+    length_control.OFFICIAL: "AlpacaEval 2 length-controlled win rate",
+    None: "AlpacaEval 2 length-controlled win rate",
+}
+
+
+def control_length(
+    y: dict[int, float], lengths: dict[int, parts.Lengths], baseline: str, sources: Sources
+) -> length_control.QuestionControl:
+    """The length-controlled rate of one run. Raises CannotControl where there is none."""
+    if lacking := [question for question in y if None in lengths[question]]:
+        raise length_control.CannotControl(
+            f"the length of {len(lacking)} of its answers, or of the baseline's, is not known (no "
+            "`shape` in judgements.csv, and not both answers)"
+        )
+    if not y:
+        raise length_control.CannotControl("no judgement has a preference")
+    rows = {
+        question: length_control.Compared(y.get(question), of.baseline, of.run)
+        for question, of in lengths.items()
+    }
+    return length_control.control(rows, baseline, sources.gamed)
+
+
+# ---- Arena-Hard ---------------------------------------------------------------------------------
+
+
+class ArenaPart(NamedTuple):
+    """The games of one part."""
+
+    source: Source
+    judged: dict[str, list[dict]]
+    common: Common
+    games: dict[str, list[arena_hard.Game]]
+    facts: dict
+    both_games: bool
+
+
+def arena_parts(runs: list[Run]) -> list[ArenaPart]:
+    found = []
+    for bench in parts.other_benches(runs):
+        if not bench.startswith(ARENA_HARD):
+            continue
+
+        def key_of(row: dict, bench: str = bench) -> Source | None:
+            if row["grading"] != "pair":
+                return None
+            category = row["category"] if bench in BY_CATEGORY else None
+            judge = judge_identity.key_of(row)
+            return Source(bench, judge, row["grading"], row["baseline"], category)
+
+        groups = parts.group_rows(runs, bench, lambda files: files.pairs, key_of)
+        for source, judged in groups.items():
+            common = parts.keep_common(judged)
+            games = {
+                run_id: [arena_hard.as_game(row) for row in rows]
+                for run_id, rows in common.rows.items()
+            }
+            facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
+            found.append(ArenaPart(source, judged, common, games, facts, GAMES.get(bench, True)))
+    return found
+
+
+def arena_heading(source: Source, what: str) -> str:
+    category = f", {source.category}" if source.category else ""
+    return f"{parts.bench_title(source.bench)}{category}, {what}"
+
+
+def arena_numbers(arena: ArenaPart, score, run_id: str, runs: list[Run], sources: Sources) -> dict:
+    """The numbers of one run. score: an ArenaScore, or None."""
+    rows = arena.common.rows[run_id]
+    answers = next(run.bench(arena.source.bench).answers for run in runs if run.run_id == run_id)
+    lost = Counter(row["question_id"] for row in rows if row["status"] != "ok")
+    scored = {row["question_id"] for row in rows} - (set(lost) if arena.both_games else set())
+    return {
+        "score": score and score.score,
+        "se_over_questions": score and score.se,
+        "length": parts.mean_length(parts.answer_lengths(rows, answers, {})),
+        "n_rows": score and score.n_rows,
+        **counted(arena.source, rows, scored, arena.common, sources),
+    }
+
+
+def find_arena_hard(runs: list[Run], sources: Sources) -> list[Part]:
+    """Win rates, by version, judge and baseline; of v2.0 by category too."""
+    found = []
+    for arena in arena_parts(runs):
+        scores = {
+            run_id: arena_hard.win_rate(games, arena.both_games)
+            for run_id, games in arena.games.items()
+        }
+        found.append(arena_part(arena, "win rate", scores, runs, sources))
+    return found
+
+
+def find_style_controlled(runs: list[Run], sources: Sources) -> list[Part]:
+    """The same with length and markdown held constant: one fit over all runs of a part."""
+    found = []
+    for arena in arena_parts(runs):
+        controlled = arena_hard.style_control(arena.games, arena.both_games)
+        part = arena_part(arena, "style-controlled", controlled.scores, runs, sources)
+        for run_id, games in arena.games.items():
+            plain = arena_hard.win_rate(games, arena.both_games)
+            part.numbers[run_id]["win_rate"] = plain and plain.score
+        part.extra["style_coefficients"] = controlled.coefficients
+        if controlled.reason:
+            part.notes.append(f"no style-controlled scores: {controlled.reason}")
+        found.append(part)
+    return found
+
+
+def arena_part(
+    arena: ArenaPart, what: str, scores: dict, runs: list[Run], sources: Sources
+) -> Part:
+    """scores: run id -> ArenaScore, or None; runs may be missing."""
+    return Part(
+        facts=arena.facts | {"heading": arena_heading(arena.source, what)},
+        numbers={
+            run_id: arena_numbers(arena, scores.get(run_id), run_id, runs, sources)
+            for run_id in arena.common.rows
+        },
+        values={run_id: as_values(score.values) for run_id, score in scores.items() if score},
+        judged=arena.judged,
+        questions=arena.common.questions,
+    )
+
+
+# ---- imported tasks -----------------------------------------------------------------------------
+
+
+def find_tasks(runs: list[Run], sources: Sources) -> list[Part]:
+    """Results of lm-evaluation-harness, each task over the questions that all of its runs have."""
+    found = {run.run_id: run.imported for run in runs if run.imported and run.imported.tasks}
+    tasks, notes = imported.compare(found)
+    notes = notes[sum(len(one.notes) for one in found.values()) :]  # those are in note_runs
+    return [task_part(task, notes if task is tasks[0] else []) for task in tasks]
+
+
+def task_part(task: imported.ImportedTask, notes: list[str]) -> Part:
+    shared = set.intersection(*(set(of_run) for of_run in task.values.values()))
+    numbers, values = {}, {}
+    for run_id, of_run in task.values.items():
+        values[run_id] = {question: of_run[question] for question in sorted(shared)}
+        scores = [value for (value,) in map(dict.values, values[run_id].values())]
+        numbers[run_id] = {
+            "score": stats.mean(scores),
+            "se_over_questions": stats.standard_error(scores),
+            "n_scored": len(scores),
+            "n_judged": len(of_run),
+            "n_bench": len(of_run),
+            "failures": {},
+        }
+    partial = f", {task.partial}" if task.partial else ""
+    facts = {"task": task.name, "heading": f"Imported task {task.title}{partial}", "title": None}
+    others = {
+        title: {
+            run_id: stats.mean(value for parts_of in of_run.values() for value in parts_of.values())
+            for run_id, of_run in of_runs.items()
+        }
+        for title, of_runs in task.others.items()
+    }
+    return Part(facts, numbers, values, notes=notes, extra={"others": others})
