@@ -82,13 +82,7 @@ def load_tokenizer(model: str, argument: str = "--model ") -> PreTrainedTokenize
     be used, or nothing that could end an answer.
     """
     place = f"{argument}{model}"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place}: {why_no_tokenizer(Path(model), error)}") from None
-    plain = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
-    if not plain - set(tokenizer.all_special_tokens):
-        raise UserError(f"{place}: its tokenizer has no vocabulary; {COMPLETE}")
+    tokenizer = load_bare_tokenizer(model, place)
     check_template(tokenizer, Path(model), place)
     end = form_of(tokenizer).end
     if tokenizer.eos_token_id is None and end is None:
@@ -98,6 +92,20 @@ def load_tokenizer(model: str, argument: str = "--model ") -> PreTrainedTokenize
         )
     if tokenizer.pad_token_id is None:  # masked wherever it is used, so that any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
+
+
+def load_bare_tokenizer(model: str, place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder, which may have no chat template. Raises UserError,
+    beginning with `place`, if there is none that can be used.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place}: {why_no_tokenizer(Path(model), error)}") from None
+    plain = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    if not plain - set(tokenizer.all_special_tokens):
+        raise UserError(f"{place}: its tokenizer has no vocabulary; {COMPLETE}")
     return tokenizer
 
 

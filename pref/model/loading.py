@@ -1,9 +1,11 @@
 """Load the frozen base model, completely or not at all."""
 
+import contextlib
 import hashlib
+import logging
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +33,7 @@ DEQUANTISED = {
     "mxfp4": lambda: Mxfp4Config(dequantize=True),
     "compressed-tensors": lambda: CompressedTensorsConfig(run_compressed=False),
 }
+OUT_OF_MEMORY = {"--model ": "--quant nf4", "--judge hf:": "serve it and give --base_url"}
 LINEARITY_TOLERANCE = 0.05  # relative, of a quantised layer's gradient in bf16
 
 
@@ -89,12 +92,17 @@ def load_model(
     device: torch.device,
     quantisation: BitsAndBytesConfig | None = None,
     option: str = "--model ",
+    auto: type = AutoModelForCausalLM,
+    elsewhere: Iterable[str] = (),
+    **settings,
 ) -> PreTrainedModel:
     """All weights of a checkpoint, and nothing but them, on `device`.
 
     quantisation: of weights that are not quantised yet. A checkpoint that is quantised itself is
-    loaded as it is, or in the compute dtype (DEQUANTISED). Raises UserError, beginning with
-    `option`, that names what is missing, left over, of another shape or not finite.
+    loaded as it is, or in the compute dtype (DEQUANTISED). auto: transformers' class for the kind
+    of model. elsewhere: stored tensors that the caller loads. settings: of the configuration, in
+    place of its own. Raises UserError, beginning with `option`, that names what is missing, left
+    over, of another shape or not finite.
     """
     place, own = f"{option}{files.name}", files.quantisation
     if own and quantisation:
@@ -104,17 +112,19 @@ def load_model(
             quantisation = DEQUANTISED[own]()
         # A quantization_config of None would replace the checkpoint's own one.
         options = {"quantization_config": quantisation} if quantisation else {}
-        model, keys = AutoModelForCausalLM.from_pretrained(
-            files.name,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below, with their names
-            **options,
-        )
+        with without_report() if elsewhere else contextlib.nullcontext():
+            model, keys = auto.from_pretrained(
+                files.name,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported below, with their names
+                **options,
+                **settings,
+            )
     except torch.OutOfMemoryError:
-        remedy = "--quant nf4" if option == "--model " else "serve it and give --base_url"
+        remedy = OUT_OF_MEMORY.get(option, "give a smaller one, or --dtype bfloat16")
         raise UserError(f"{place}: does not fit into the memory of {device}; {remedy}") from None
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
         raise UserError(unloadable(files, place, error)) from None
@@ -128,12 +138,27 @@ def load_model(
             f"{place}: a weight file cannot be read ({first_line(error)}); download the model again"
         ) from None
     check_files(files.folder, files.config, place)  # of a hub id they are here only now
+    keys["unexpected_keys"] = set(keys["unexpected_keys"]) - set(elsewhere)
     check_keys(type(model).__name__, keys, place)
     check_tied(model, place)
     check_finite(model.named_parameters(), place)
     if own:
         check_scaled(model, place)
     return model
+
+
+@contextlib.contextmanager
+def without_report() -> Iterator[None]:
+    """Without transformers' table of what a checkpoint lacks and holds besides: where some tensors
+    are loaded elsewhere it would alarm the user, and `check_keys` names the others.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def unloadable(files: ModelFiles, place: str, error: Exception) -> str:

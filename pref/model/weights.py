@@ -21,7 +21,10 @@ import huggingface_hub.constants
 import numpy as np
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
@@ -70,12 +73,15 @@ class ModelFiles(NamedTuple):
 # ---- where a model is, and whether it is one ----------------------------------------------------
 
 
-def find_model(model: str, option: str = "--model ", needs_weights: bool = True) -> ModelFiles:
+def find_model(
+    model: str, option: str = "--model ", needs_weights: bool = True, classifier: bool = False
+) -> ModelFiles:
     """The files of a hub id or folder. Of a hub id only the configuration is fetched.
 
-    needs_weights: False for a plan, which a configuration is enough for. Raises UserError,
-    beginning with `option` and naming the remedy, if it cannot be a causal language model that
-    transformers loads without code of the model's own.
+    needs_weights: False for a plan, which a configuration is enough for. classifier: a sequence
+    classifier is needed (a reward model), no language model. Raises UserError, beginning with
+    `option` and naming the remedy, if it cannot be a model of this kind that transformers loads
+    without code of the model's own.
     """
     place = f"{option}{model}"
     folder = Path(model)
@@ -89,7 +95,7 @@ def find_model(model: str, option: str = "--model ", needs_weights: bool = True)
     else:
         folder = hub_folder(model, place)
         files = ModelFiles(model, folder, read_config(folder, place))
-    check_architecture(files.folder, files.config, place)
+    check_architecture(files.folder, files.config, place, classifier)
     check_quantisation(files.quantisation, place)
     return files
 
@@ -142,10 +148,11 @@ def read_config(folder: Path, place: str) -> dict:
     if adapter.is_file():
         # transformers would load the base that the adapter names, whatever else the folder holds.
         base = disk.read_json(adapter).get("base_model_name_or_path")
-        raise UserError(
-            f"{place}: holds a LoRA adapter (adapter_config.json); give its base as --model "
-            f"({base}), and to train on from the adapter, its folder as --init_adapter"
-        )
+        remedy = f"merge it into its base ({base}), and give the folder of the merged model"
+        if place.startswith("--model "):
+            remedy = f"give its base as --model ({base}), and to train on from the adapter, its "
+            remedy += "folder as --init_adapter"
+        raise UserError(f"{place}: holds a LoRA adapter (adapter_config.json); {remedy}")
     if not path.is_file():
         if any(folder.glob("*.gguf")):
             raise UserError(f"{place}: {about_file(next(folder.glob('*.gguf')))}")
@@ -159,18 +166,22 @@ def read_config(folder: Path, place: str) -> dict:
     return disk.read_json(path)
 
 
-def check_architecture(folder: Path, config: dict, place: str) -> None:
-    """Raise UserError for a model that AutoModelForCausalLM does not know or cannot make."""
+def check_architecture(folder: Path, config: dict, place: str, classifier: bool = False) -> None:
+    """Raise UserError for a model that transformers does not know or cannot make as a causal
+    language model, or as a sequence classifier.
+    """
     kind, version = config.get("model_type"), transformers.__version__
-    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known, needed = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "a causal language model"
+    is_not = "not a language model that generates text from text"
+    if classifier:
+        known, needed = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "a reward model"
+        is_not = "of a kind that transformers has no sequence classifier for"
+    if kind in known:
         check_values(folder, place)
         return
     if kind in transformers.CONFIG_MAPPING:
         name = (config.get("architectures") or [kind])[0]
-        raise UserError(
-            f"{place}: {name} ({kind}) is not a language model that generates text from text; give "
-            "a causal language model"
-        )
+        raise UserError(f"{place}: {name} ({kind}) is {is_not}; give {needed}")
     if config.get("auto_map"):
         raise UserError(
             f"{place}: needs code that comes with the model (auto_map in its config.json), which "
