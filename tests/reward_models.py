@@ -102,7 +102,7 @@ def armo(folder: Path) -> Path:
     sizes = ((inner, hidden), (inner, inner), (inner, inner), (k, inner))
     for n, (rows, columns) in enumerate(sizes):
         shapes |= {f"gating.layers.{n}.weight": (rows, columns), f"gating.layers.{n}.bias": (rows,)}
-    tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors |= {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
     tensors["gating.logit_scale"] = torch.tensor([1.5])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     edit_config(
