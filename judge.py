@@ -5,11 +5,13 @@ Reads   results/<run_id>/<bench>/answers.jsonl; questions, references and judge 
 Writes  results/judgements.sqlite, as each judgement arrives, and from it
         results/<run_id>/<bench>/judgements.csv.
 
-The judge is a model behind an OpenAI-compatible server, or a local model without a server:
+The judge is a model behind an OpenAI-compatible server, a local model without a server, or a reward
+model, which needs no prompt:
 
     OPENAI_API_KEY=... python judge.py results/ --judge MODEL --base_url http://localhost:8000/v1
     python judge.py results/ --judge hf:/path/to/model
     python judge.py results/ --judge MODEL --grading pair --baseline dpo_b0.1_s42
+    python judge.py results/ --judge rm:/path/to/reward_model [--baseline RUN]
 
 A local model writes nothing: its score is the mean of the ratings 1 to 10, weighted by their
 probabilities, and counts only if these ratings hold enough of its probability (--min_rating_mass).
@@ -49,6 +51,7 @@ from pref.judging import (
     local_judge,
     plan,
     reuse,
+    reward_model,
     run_answers,
     server_judge,
     store,
@@ -115,7 +118,7 @@ def open_judge(args: argparse.Namespace, db: sqlite3.Connection, bench: Bench) -
     """The judge that --judge names. One behind a server is not contacted yet."""
     kind = kind_of(args.judge)
     if kind == SCORE:
-        raise UserError(f"--judge {args.judge}: reward models cannot be used yet")
+        return reward_model.open_reward_judge(args)
     if kind == LOCAL:
         return local_judge.open_local_judge(args, bench)
     return server_judge.open_server_judge(args, db, bench)

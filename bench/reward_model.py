@@ -5,9 +5,9 @@
     python judge.py quickstart/results --judge rm:quickstart/reward-model
 
 The model stays as it is and gets a score head: a logistic regression on the difference between its
-hidden states after the better and after the worse response (Bradley-Terry). That takes one pass over
-the pairs, and makes a real checkpoint of a sequence classifier. It is a demonstration, no reward
-model to rely on: the accuracy on the validation pairs says how good it is, beside that of the rule
+hidden states after the better and after the worse response (Bradley-Terry). That takes one pass
+over the pairs, and makes a real checkpoint of a sequence classifier. It is a demonstration, no
+reward model to rely on: its accuracy on the validation pairs is printed, beside that of the rule
 "the longer response is better". Prints one JSON object.
 """
 
@@ -59,7 +59,7 @@ def hidden_states(backbone, rows: list[Row]) -> Tensor:
 
 
 def fit(differences: Tensor, ridge: float) -> Tensor:
-    """w (H,) that minimises the mean of softplus(-d w) + ridge / N |w|^2 / 2, by Newton's method."""
+    """w (H,) that minimises the sum of softplus(-d w), plus ridge |w|^2 / 2, by Newton's method."""
     w = differences.new_zeros(differences.shape[1])
     for _ in range(25):
         p = torch.sigmoid(-(differences @ w))  # of the wrong order

@@ -211,6 +211,8 @@ def check_score_judge(args: argparse.Namespace, own: dict[str, dict]) -> None:
         raise UserError("--min_rating_mass is for hf:PATH, whose verdicts have probabilities")
     if args.repeats != 1:
         raise UserError(f"--repeats {args.repeats}: {args.judge} gives the same score again")
+    if args.min_rating_mass != MIN_RATING_MASS:
+        raise UserError(f"--min_rating_mass is for hf:PATH; {args.judge} gives no ratings")
 
 
 def check_runs(args: argparse.Namespace) -> None:

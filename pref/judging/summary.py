@@ -48,7 +48,7 @@ def announce(
     where = f" at {who.server}" if who.server else ""
     asked_with = "" if judge.is_here else f", asked with {json.dumps(who.parameters)}"
     print(
-        f"judge {who.judge}{where} (judge_id {who.id}), prompts {bench.label}{asked_with}"
+        f"judge {who.judge}{where} (judge_id {who.id}){prompts_note(bench)}{asked_with}"
         f"{reading_note(who)}{smoke_note(judge)}"
     )
     announce_incomplete(runs, total=len(bench.questions))
@@ -95,6 +95,11 @@ def announce_other_servers(who: Identity, servers: list[str]) -> None:
         )
 
 
+def prompts_note(bench: Bench) -> str:
+    """Whose prompts the judge is asked with; a score judge is asked with none."""
+    return "" if bench.grading == REWARD else f", prompts {bench.label}"
+
+
 def reading_note(who: Identity) -> str:
     """A remark on a reading that is not the official one, else ""."""
     official = Reading()
@@ -136,8 +141,8 @@ def print_results(
     served_note = f" (served: {', '.join(served)})" if served else ""
     references = f", references {bench.refs}" if bench.references else ""
     print(
-        f"\n{bench.title}, {how_text(bench, items)} by {judge.name}{served_note}, prompts "
-        f"{bench.label}{references}{reading_note(who)}{smoke_note(judge)}"
+        f"\n{bench.title}, {how_text(bench, items)} by {judge.name}{served_note}"
+        f"{prompts_note(bench)}{references}{reading_note(who)}{smoke_note(judge)}"
     )
     summarise = pick_summary(bench, results)
     print_table([summarise(outcomes) for outcomes in by_run.values()])
