@@ -33,7 +33,7 @@ def scorer(folder):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Copies that fill a batch up cost time."""
-    monkeypatch.setattr(reward_scorer, "BATCH_TOKENS", 256)
+    monkeypatch.setitem(reward_scorer.BATCH_TOKENS, reward_scorer.device_type(), 256)
 
 
 def score_answers(workplace, folder, *more: str) -> int:
@@ -127,7 +127,9 @@ def test_an_answer_beyond_the_model_s_length_has_no_score(workplace, folder, sma
 
 
 def test_a_batch_is_computed_once_and_ahead(scorer, monkeypatch):
-    monkeypatch.setattr(reward_scorer, "BATCH_TOKENS", 256)  # four rows of 64 tokens
+    monkeypatch.setitem(
+        reward_scorer.BATCH_TOKENS, reward_scorer.device_type(), 256
+    )  # four rows of 64 tokens
     batches = []
 
     def compute(rows, width):
