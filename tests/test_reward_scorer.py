@@ -76,7 +76,7 @@ def test_scores_are_those_of_transformers_one_by_one(folders, kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_score_does_not_depend_on_its_batch(folders, dtype):
     """Not even in its last digit: a run that is interrupted and continued has the same scores."""
-        scorer = reward_scorer.load(str(folders["Llama"]), dtype)
+    scorer = reward_scorer.load(str(folders["Llama"]), dtype)
     together = scores_of(scorer, CONVERSATIONS)
     alone = [score for one in CONVERSATIONS for score in scores_of(scorer, [one])]
     reversed_order = scores_of(scorer, CONVERSATIONS[::-1])[::-1]
@@ -85,6 +85,7 @@ def test_a_score_does_not_depend_on_its_batch(folders, dtype):
 
 def test_widths_are_few_and_batches_full(monkeypatch):
     monkeypatch.setattr(reward_scorer, "device_type", lambda: "cpu")
+
     def row(size):
         return reward_scorer.Row([1] * size, [])
 
