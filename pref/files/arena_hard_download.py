@@ -24,7 +24,6 @@ COMMIT = "196f6b826783b3da7310e361a805fa36f0be83f3"
 GITHUB = f"https://raw.githubusercontent.com/lmarena/arena-hard-auto/{COMMIT}"
 LICENCE = "Apache-2.0 (lmarena/arena-hard-auto)"
 QUESTIONS, SETTINGS = "published/question.jsonl", "judge_settings.json"
-PROMPTS, CONFIG = "published/judge_utils.py", "published/config.yaml"
 # Of the settings below, of both versions, as `disk.sha256_json` counts it.
 SETTINGS_SHA256 = "e18c709166415078b99f92481b1ef9b5dd0943dcfa71dbc5c43a80162a566aea"
 # Upstream's setting of its own answers, config/gen_answer_config.yaml.
@@ -94,7 +93,9 @@ def prepare(version: str, where: str, out: Path, allow_modified: bool) -> None:
     `allow_modified`.
     """
     bench = f"arena_hard_{version}"
-    fetched = fetching.fetch(published(version), where, out, "--arena_hard", allow_modified)
+    offline = fetching.listed(prompt_files(version))
+    option = f"--arena_hard {version}"
+    fetched = fetching.fetch(published(version), where, out, option, allow_modified, offline)
     fetched[SETTINGS] = fetch_settings(version, where, out, allow_modified)
     questions = make_questions(fetched[QUESTIONS])
     check_categories(questions, fetched[SETTINGS])
@@ -130,23 +131,26 @@ def fetch_settings(version: str, where: str, out: Path, allow_modified: bool) ->
             return accepted(file._replace(official=is_official(content)), allow_modified)
 
     # 2) Else from upstream's files.
-    config = f"config/arena-hard-{version}.yaml"
-    code, settings = (
-        Published(Path(path).name, f"{GITHUB}/{path}", None, local=(path,))
-        for path in ("utils/judge_utils.py", config)
-    )
+    wanted = prompt_files(version)
     try:
         files = [
             fetching.from_folder(file, folder, out) if folder else fetching.from_web(file, out)
-            for file in (code, settings)
+            for file in wanted
         ]
     except fetching.Missing as missing:
-        raise UserError(f"{missing}{fetching.remedy(code, folder, '--arena_hard')}") from None
+        help_text = fetching.remedy(wanted, folder, f"--arena_hard {version}")
+        raise UserError(f"{missing}{help_text}") from None
     content = {"settings": read_code(files[0]), "prompt_template": read_config(files[1])}
     check_settings(content, files[0].source)
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     made = Fetched(files[0].source, text.encode(), is_official(content))
     return accepted(made, allow_modified)
+
+
+def prompt_files(version: str) -> list[Published]:
+    """Upstream's files that hold the judge's prompts."""
+    paths = ("utils/judge_utils.py", f"config/arena-hard-{version}.yaml")
+    return [Published(Path(path).name, f"{GITHUB}/{path}", None, local=(path,)) for path in paths]
 
 
 def is_official(content: dict) -> bool:

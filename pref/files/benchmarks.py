@@ -53,11 +53,12 @@ class BenchFolder(NamedTuple):
 
 
 def name_of(text: str) -> str:
-    """The name of a benchmark as it may be spelled: ARENA-HARD-v2.0 -> arena_hard_v2.0. Raises
-    UserError for what cannot name a folder.
+    """The name of a benchmark as it may be spelled: Arena-Hard-v2.0 -> arena_hard_v2.0. One's own
+    is spelled as its folder. Raises UserError for what cannot name a folder.
     """
-    name = text.strip().lower().replace("-", "_")
-    return run_folders.check_run_id(SPELLINGS.get(name, name))
+    usual = text.lower().replace("-", "_")
+    usual = SPELLINGS.get(usual, usual)
+    return usual if usual in PREPARED_BY else run_folders.check_run_id(text)
 
 
 def open_folder(name: str, folder: Path | None = None) -> BenchFolder:
@@ -86,6 +87,8 @@ def open_folder(name: str, folder: Path | None = None) -> BenchFolder:
 
 def check_manifest(manifest: dict, path: Path) -> dict:
     """`manifest`, if what the stages read of it can be used. Raises UserError."""
+    for name, entry in disk.as_object(manifest.get("files", {}), f"{path}: 'files'").items():
+        disk.as_object(entry, f"{path}: 'files': {name}")
     questions, how = manifest.get("questions"), manifest.get("generation")
     if questions is not None and not (
         isinstance(questions, str) and Path(questions).name == questions
@@ -93,9 +96,8 @@ def check_manifest(manifest: dict, path: Path) -> dict:
         raise UserError(f"{path}: 'questions' must name a file in the folder, not {questions!r}")
     if how is None:
         return manifest
-    temperature, tokens = (
-        disk.as_object(how, path).get(key) for key in ("temperature", "max_new_tokens")
-    )
+    disk.as_object(how, f"{path}: 'generation'")
+    temperature, tokens = how.get("temperature"), how.get("max_new_tokens")
     if temperature is not None and not (disk.is_number(temperature) and 0 <= temperature < 10):
         raise UserError(f"{path}: 'temperature' must be from 0 to below 10, not {temperature!r}")
     if tokens is not None and not (type(tokens) is int and tokens >= 1):
@@ -106,9 +108,10 @@ def check_manifest(manifest: dict, path: Path) -> dict:
 def folder_of_questions(path: Path) -> BenchFolder | None:
     """The data folder whose questions `path` holds, if its manifest says so."""
     manifest = path.parent / "manifest.json"
-    if not manifest.is_file():
+    try:
+        content = disk.read_json(manifest)
+    except UserError:  # there is none, or it is another program's
         return None
-    content = disk.read_json(manifest)
     name = content.get("bench")
     if not isinstance(name, str) or path.name != content.get("questions"):
         return None

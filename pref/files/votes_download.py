@@ -30,6 +30,11 @@ VOTES_SHA256 = {
 # Of the six models' answers in FastChat's repository: {model: {question: turns}} as
 # `disk.sha256_json` counts it.
 ANSWERS_SHA256 = "1795c282b1f494f63e6bd332244c55c82a955036d7c7b8b48db4a2006cfaaebf"
+NEEDS = (
+    "Run the same command again when the hub can be reached. On a machine without network, copy "
+    f"the dataset's Parquet files (https://huggingface.co/datasets/{DATASET}/tree/{REVISION}) into "
+    f"a folder DIR and give {OPTION} DIR."
+)
 VOTE_KEYS = ("judge", "model_a", "model_b", "question_id", "turn", "winner")
 WINNERS = ("model_a", "model_b", "tie", "tie (inconsistent)")
 
@@ -73,16 +78,17 @@ def prepare_human(where: str, out: Path, allow_modified: bool) -> None:
 def open_votes(folder: Path | None) -> dict[str, list[tuple[str, dict]]]:
     """(place, row) by split, from the hub at REVISION or from the Parquet files in `folder`."""
     if folder is None:
-        loaded, _ = sources.open_hub(DATASET, REVISION, None)
+        try:
+            loaded, _ = sources.open_hub(DATASET, REVISION, None)
+        except UserError as error:
+            reason = str(error).splitlines()[0].partition("; no such file")[0]
+            raise UserError(f"{reason}\n{NEEDS}") from None
         splits = {name: sources.dataset_rows(DATASET, name, rows) for name, rows in loaded.items()}
     else:
         splits, _ = sources.open_folder(folder, None)
     if missing := sorted(VOTES_SHA256.keys() - splits.keys()):
-        raise UserError(
-            f"{folder or DATASET}: no split {', '.join(missing)}; it has {', '.join(splits)}. "
-            f"{OPTION} DIR takes human.jsonl, gpt4_pair.jsonl and model_answer/, or the dataset's "
-            "Parquet files as the hub has them (data/human-*.parquet, data/gpt4_pair-*.parquet)"
-        )
+        has = f"it has {', '.join(splits)}"
+        raise UserError(f"{folder or DATASET}: no split {', '.join(missing)}; {has}\n{NEEDS}")
     return {name: list(splits[name]) for name in VOTES_SHA256}
 
 
