@@ -49,6 +49,11 @@ def rows_of(path: Path) -> list[dict]:
     return [row for _, row in disk.read_jsonl(path)]
 
 
+def baseline(out: Path, name: str = "answers") -> list[dict]:
+    """The answers of baseline/<name>.jsonl, each of one turn."""
+    return list(mt_bench.read_answers(out / f"baseline/{name}.jsonl", turns=1).values())
+
+
 def real(name: str) -> Path:
     if not (folder := os.environ.get(name)):
         pytest.skip(f"{name}=DIR: a folder with the published files")
@@ -107,15 +112,14 @@ def test_alpaca_eval_from_a_folder(tmp_path, known, capsys):
     assert [q["question_id"] for q in questions] == [1, 2, 3, 4]
     assert [q["turns"] for q in questions] == [[row["instruction"]] for row in rows]
     assert [q["dataset"] for q in questions] == [row["dataset"] for row in rows]
-    answers = benchmarks.read_baseline(bench, "gpt4_1106_preview")
-    assert [row["turns"] for row in answers.values()] == [[row["output"]] for row in rows]
+    answers = baseline(out)
+    assert [row["turns"] for row in answers] == [[row["output"]] for row in rows]
+    assert {row["model_id"] for row in answers} == {"gpt4_1106_preview"}
     assert (out / "judge_prompt.txt").read_bytes() == (source / "alpaca_eval_clf.txt").read_bytes()
     assert benchmarks.label_of(bench) == manifest["label"] == "alpaca_eval"
     # An edited file shows, whatever the manifest says.
     (out / "questions.json").write_text((out / "questions.json").read_text().replace("3", "5"))
     assert benchmarks.label_of(bench) == "own"
-    with pytest.raises(UserError, match="no answers of dpo; there are those of: gpt4_1106_pre"):
-        benchmarks.read_baseline(bench, "dpo")
 
 
 def test_alpaca_eval_download_goes_on_after_an_interruption(tmp_path, known, web, capsys):
@@ -230,10 +234,8 @@ def test_arena_hard_from_a_checkout(tmp_path, capsys):
         for number, row in enumerate(asked, 1)
     ]
     # Answers are told apart by uid: their file has another order.
-    answers = benchmarks.read_baseline(bench, "gpt-4-0314")
-    assert [row["turns"] for row in answers.values()] == [
-        [f"gpt-4-0314: {row['uid']}"] for row in asked
-    ]
+    answers = baseline(out, "gpt-4-0314")
+    assert [row["turns"] for row in answers] == [[f"gpt-4-0314: {row['uid']}"] for row in asked]
     settings = disk.read_json(out / "judge_settings.json")
     assert settings["prompt_template"] == json.loads(f'"{TEMPLATE}"')
     assert settings["settings"]["arena-hard-v0.1"] == {
@@ -246,7 +248,7 @@ def test_arena_hard_v2_can_do_without_one_baseline(tmp_path, capsys):
     """A packed file, and settings as JSON, two folders up."""
     source = arena_hard(tmp_path / "copy", "v2.0", "o3-mini-2025-01-31", "gemini-2.0-flash-001")
     prepare(tmp_path / "out", "--arena_hard", "v2.0", source, more=[MODIFIED])
-    assert len(benchmarks.baselines(benchmarks.open_folder("arena_hard_v2", tmp_path / "out"))) == 2
+    assert len(list((tmp_path / "out/baseline").iterdir())) == 2
     answers = source / "data/arena-hard-v2.0/model_answer"
     (answers / "gemini-2.0-flash-001.jsonl").unlink()
     plain = answers / "o3-mini-2025-01-31.jsonl"
@@ -256,8 +258,8 @@ def test_arena_hard_v2_can_do_without_one_baseline(tmp_path, capsys):
     capsys.readouterr()
     prepare(tmp_path / "out", "--arena_hard", "v2.0", source, more=[MODIFIED])
     assert "creative_writing cannot be judged" in capsys.readouterr().out
-    found = benchmarks.baselines(benchmarks.open_folder("arena_hard_v2.0", tmp_path / "out"))
-    assert list(found) == ["o3-mini-2025-01-31"]
+    names = [path.name for path in (tmp_path / "out/baseline").iterdir()]
+    assert names == ["o3-mini-2025-01-31.jsonl"]
     packed = plain.with_name(f"{plain.name}.gz")
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"jsonl\.gz: damaged"):
@@ -497,21 +499,20 @@ def test_real_alpaca_eval(tmp_path):
     assert manifest["label"] == "alpaca_eval"
     bench = benchmarks.open_folder("alpaca_eval", tmp_path / "out")
     questions = benchmarks.read_questions(bench)
-    answers = benchmarks.read_baseline(bench, "gpt4_1106_preview")
-    assert len(questions) == len(answers) == 805
+    assert len(questions) == len(baseline(tmp_path / "out")) == 805
     assert len({question["turns"][0] for question in questions}) == 805
 
 
 @pytest.mark.parametrize(
-    ("version", "count", "baseline"),
+    ("version", "count", "model"),
     [("v0.1", 500, "gpt-4-0314"), ("v2.0", 750, "o3-mini-2025-01-31")],
 )
-def test_real_arena_hard(tmp_path, version, count, baseline):
+def test_real_arena_hard(tmp_path, version, count, model):
     manifest = prepare(tmp_path / "out", "--arena_hard", version, real("ARENA_HARD"))
     assert manifest["label"] == f"arena_hard_{version}"
     bench = benchmarks.open_folder(f"arena_hard_{version}", tmp_path / "out")
     assert len(benchmarks.read_questions(bench)) == count
-    assert len(benchmarks.read_baseline(bench, baseline)) == count
+    assert len(baseline(tmp_path / "out", model)) == count
 
 
 def test_real_votes(tmp_path):

@@ -141,28 +141,6 @@ def label_of(bench: BenchFolder) -> str:
     return bench.name if official else "own"
 
 
-def baselines(bench: BenchFolder) -> dict[str, Path]:
-    """The models whose answers the folder brings, each with its file."""
-    found = {}
-    for path in sorted((bench.folder / "baseline").glob("*.jsonl")):
-        _, first = next(disk.read_jsonl(path), (0, {}))
-        found[str(first.get("model_id", path.stem))] = path
-    return found
-
-
-def read_baseline(bench: BenchFolder, model: str) -> dict[AnswerKey, dict]:
-    """The answers of `model` that the folder brings. Raises UserError if it has none."""
-    found = baselines(bench)
-    if model not in found:
-        have = ", ".join(found) or "none"
-        raise UserError(f"{bench.folder}: no answers of {model}; there are those of: {have}")
-    answers = mt_bench.read_answers(found[model], turns=None)
-    for row in answers.values():
-        if row.get("model_id", model) != model:
-            raise UserError(f"{found[model]}: has answers of {model} and of {row['model_id']}")
-    return answers
-
-
 def read_model_answers(folder: Path) -> dict[str, dict[AnswerKey, dict]]:
     """Answers by model, from FastChat's files model_answer/<model>.jsonl in `folder`.
 
