@@ -27,8 +27,8 @@ VOTES_SHA256 = {
     "human": "7ae1ff9ad4a01c30936342dd5494493da9a7fe6538265df1f4c04d44e76fa5f3",
     "gpt4_pair": "ef1d3c8d0eb9824cd9ecdd50a4d5690f0c05382148a24801128cb5facb121238",
 }
-# The same of the files that `answer_lines` makes of the six models' answers in FastChat's repository,
-# which the dataset's conversations need not equal in every character.
+# The same of the files that `answer_lines` makes of the six models' answers in FastChat's
+# repository, which the dataset's conversations need not equal in every character.
 ANSWERS_SHA256 = {
     "alpaca-13b": "5e356cd0b18081c86924f7f608b458f5dfd724851bc82fc10908c7882119f9b5",
     "claude-v1": "ac44343bb3d202f4498ea48dea5573e4df9bff387589a73b90a8f2f9d2893812",
