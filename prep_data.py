@@ -453,8 +453,7 @@ Examples:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--dataset SOURCE | --mt_bench [DIR] | --alpaca_eval [DIR] | ...] "
-        "[--option VALUE ...]  (--help explains all of them)",
+        usage="%(prog)s [--dataset SOURCE | --mt_bench | --alpaca_eval | ...] [--option VALUE ...]",
         description=describe(),
         formatter_class=console.HelpFormatter,
     )

@@ -13,7 +13,7 @@ install_requirements
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 started=$SECONDS
 
-# 1) A model folder, preference pairs and MT-Bench's questions, all from installed packages.
+# 1) A model folder, preference pairs and MT-Bench's official files, all from installed packages.
 python examples/embedded_model.py quickstart/SmolLM2-135M-Instruct
 python prep_data.py --dataset examples/preferences.jsonl --out quickstart/data/preferences
 python prep_data.py --mt_bench nvidia --out quickstart/data/mt_bench

@@ -332,6 +332,13 @@ def test_versions_of_arena_hard(version):
         prep_data.main(["--arena_hard", *version])
 
 
+@pytest.mark.parametrize("words", [["--alpaca_eval", ""], ["--arena_hard", "v0.1", ""]])
+def test_a_folder_without_a_name_is_no_download(words, web):
+    with pytest.raises(UserError, match="the folder's name is empty"):
+        prep_data.main(words)
+    assert web.asked == []
+
+
 # ---- votes and LLMBar ----------------------------------------------------------------------------
 
 
@@ -348,7 +355,7 @@ def write_parquet(folder: Path, splits: dict[str, list[dict]]) -> Path:
 
 def test_votes_from_the_hubs_parquet_files(tmp_path, monkeypatch):
     source, out = write_parquet(tmp_path / "hub", votes()), tmp_path / "out"
-    with pytest.raises(UserError, match=r"human.jsonl has 2 votes, sha256 \w{64}, official 7ae1ff"):
+    with pytest.raises(UserError, match=r"human.jsonl has 2 rows, sha256 \w{64}, official 7ae1ff"):
         prepare(out, "--mt_bench_human", source)
     assert not out.exists()
     manifest = prepare(out, "--mt_bench_human", source, more=[MODIFIED])
@@ -364,11 +371,21 @@ def test_votes_from_the_hubs_parquet_files(tmp_path, monkeypatch):
     answers = benchmarks.read_model_answers(out)
     assert {model: len(rows) for model, rows in answers.items()} == {"alpaca": 2, "llama": 2}
     assert answers["llama"][82, 0]["turns"] == ["assistant llama 1", "assistant llama 2"]
-    # The folder is a source itself.
+    # The folder is a source itself; a text that was edited there is not.
     prepare(tmp_path / "again", "--mt_bench_human", out, more=[MODIFIED])
     for path in [out / "human.jsonl", *(out / "model_answer").iterdir()]:
         copy = tmp_path / "again" / path.relative_to(out)
         assert copy.read_bytes() == path.read_bytes()
+    monkeypatch.setattr(
+        votes_download,
+        "VOTES_SHA256",
+        {name: disk.sha256_file(out / f"{name}.jsonl") for name in ("human", "gpt4_pair")},
+    )
+    assert prepare(tmp_path / "again", "--mt_bench_human", out)["label"] == "mt_bench_human"
+    path = out / "model_answer/llama.jsonl"
+    path.write_text(path.read_text().replace("llama 2", "llama 3"))
+    with pytest.raises(UserError, match="published votes and answers:\n.*llama.jsonl has 2 rows"):
+        prepare(tmp_path / "again", "--mt_bench_human", out)
 
 
 def test_votes_come_from_the_hub_at_a_fixed_revision(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_mt_bench_refuses_a_modified_file_unless_told(tmp_path, official):
     assert f"{path}: sha256 {sha256_file(path)}, official {official_sha256}" in message
     assert "question.jsonl" not in message and not out.exists()
     manifest = prepare(out, folder, more=["--allow_modified"])
-    assert (manifest["label"], manifest["prompts"]) == ("own", "mt_bench")
+    assert (manifest["label"], manifest["prompts"]) == ("own", "own")
     modified = [name for name, entry in manifest["files"].items() if not entry["official"]]
     assert modified == ["reference_answer/gpt-4.jsonl"]
     path.write_text(path.read_text() + "{torn\n")

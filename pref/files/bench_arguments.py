@@ -46,7 +46,7 @@ def add(add_argument: Callable) -> None:
 
 def read(args: argparse.Namespace) -> Asked | None:
     """What the arguments ask for; None: no benchmark. Raises UserError for a version of Arena-Hard
-    that there is not.
+    that does not exist, and for a folder without a name.
     """
     makers = {
         "mt_bench": mt_bench_download.prepare_mt_bench,
@@ -55,8 +55,8 @@ def read(args: argparse.Namespace) -> Asked | None:
         "llmbar": votes_download.prepare_llmbar,
     }
     for bench, maker in makers.items():
-        if where := getattr(args, bench):
-            return Asked(bench, where, maker)
+        if (where := getattr(args, bench)) is not None:
+            return Asked(bench, check_given(f"--{bench}", where), maker)
     if not args.arena_hard:
         return None
     version, *folder = args.arena_hard
@@ -70,7 +70,15 @@ def read(args: argparse.Namespace) -> Asked | None:
     def maker(where: str, out: Path, allow_modified: bool) -> None:
         arena_hard_download.prepare(version, where, out, allow_modified)
 
-    return Asked(f"arena_hard_{version}", folder[0] if folder else DOWNLOAD, maker)
+    where = check_given(f"--arena_hard {version}", folder[0]) if folder else DOWNLOAD
+    return Asked(f"arena_hard_{version}", where, maker)
+
+
+def check_given(option: str, where: str) -> str:
+    """`where`, unless it is empty, as "$DIR" is where DIR is not set. Raises UserError."""
+    if not where.strip():
+        raise UserError(f"{option}: the folder's name is empty; leave it out to download the files")
+    return where
 
 
 def prepare(asked: Asked, out: Path | None, allow_modified: bool) -> None:

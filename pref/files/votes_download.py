@@ -27,9 +27,16 @@ VOTES_SHA256 = {
     "human": "7ae1ff9ad4a01c30936342dd5494493da9a7fe6538265df1f4c04d44e76fa5f3",
     "gpt4_pair": "ef1d3c8d0eb9824cd9ecdd50a4d5690f0c05382148a24801128cb5facb121238",
 }
-# Of the six models' answers in FastChat's repository: {model: {question: turns}} as
-# `disk.sha256_json` counts it.
-ANSWERS_SHA256 = "1795c282b1f494f63e6bd332244c55c82a955036d7c7b8b48db4a2006cfaaebf"
+# The same of the files that `answer_lines` makes of the six models' answers in FastChat's
+# repository, which the dataset's conversations need not equal in every character.
+ANSWERS_SHA256 = {
+    "alpaca-13b": "5e356cd0b18081c86924f7f608b458f5dfd724851bc82fc10908c7882119f9b5",
+    "claude-v1": "ac44343bb3d202f4498ea48dea5573e4df9bff387589a73b90a8f2f9d2893812",
+    "gpt-3.5-turbo": "2254cdfedcca43dde856047360ca610cdb9fe02f4de02e8f9814d62d850bc8ad",
+    "gpt-4": "a0bdb26688ea9c5335472186004d0e0345cc120821b58a169b2b44282f1ac8f7",
+    "llama-13b": "e2357908fdd1af95c09659289f3112c711b2111173a6fd280d87eff4e9d9b091",
+    "vicuna-13b-v1.2": "fcd7512ce05d895b5b6a639c61e45854de027ba77eaf47ecdb609e490931a6e7",
+}
 NEEDS = (
     "Run the same command again when the hub can be reached. On a machine without network, copy "
     f"the dataset's Parquet files (https://huggingface.co/datasets/{DATASET}/tree/{REVISION}) into "
@@ -52,7 +59,8 @@ def prepare_human(where: str, out: Path, allow_modified: bool) -> None:
     # 1) Votes and answers, from files like those that are written, or from the dataset's rows.
     folder = None if where == fetching.DOWNLOAD else fetching.check_folder(where, OPTION)
     source = str(folder or f"hub: {DATASET} at {REVISION}")
-    if folder and (folder / "human.jsonl").is_file():
+    as_files = folder is not None and (folder / "human.jsonl").is_file()
+    if as_files:
         votes = {name: read_lines(folder / f"{name}.jsonl") for name in VOTES_SHA256}
         answers = read_model_answers(folder)
     else:
@@ -61,14 +69,10 @@ def prepare_human(where: str, out: Path, allow_modified: bool) -> None:
         answers = answers_of(row for placed in rows.values() for _, row in placed)
     check_answered(votes, answers)
 
-    # 2) Whether they are the published ones. The answers' hash is that of FastChat's own files,
-    # which the dataset's conversations need not equal in every character.
+    # 2) Whether they are the published ones.
     files = {f"{name}.jsonl": vote_file(name, rows, source) for name, rows in votes.items()}
+    files |= answer_files(answers, source, folder if as_files else None)
     refuse_modified(files, allow_modified)
-    same = disk.sha256_json(answers) == ANSWERS_SHA256
-    for model, turns in sorted(answers.items()):
-        content = answer_lines(model, turns).encode()
-        files[f"model_answer/{model}.jsonl"] = Fetched(source, content, same or None)
 
     # 3) To disk.
     fetching.write_folder(out, Contents(HUMAN, files, {}, HUMAN_LICENCE, {}))
@@ -125,16 +129,36 @@ def vote_file(name: str, votes: list[dict], source: str) -> Fetched:
     return file._replace(official=file.sha256 == VOTES_SHA256[name])
 
 
+def answer_files(answers: Answers, source: str, folder: Path | None) -> dict[str, Fetched]:
+    """The files of model_answer/. folder: where they were, if they were files.
+
+    Files without the known hash are as good if a manifest says that they were made of the dataset.
+    """
+    files = {}
+    for model, turns in sorted(answers.items()):
+        name, content = f"model_answer/{model}.jsonl", answer_lines(model, turns).encode()
+        file = Fetched(source, content, None)
+        if file.sha256 == ANSWERS_SHA256.get(model):
+            file = file._replace(official=True)
+        elif folder and fetching.recorded_sha256(name, folder) != file.sha256:
+            file = file._replace(official=False)
+        files[name] = file
+    return files
+
+
 def refuse_modified(fetched: dict[str, Fetched], allow_modified: bool) -> None:
-    modified = [
-        f"{file.source}: {name} has {len(file.text.splitlines()):,} votes, sha256 {file.sha256}, "
-        f"official {VOTES_SHA256[Path(name).stem]}"
-        for name, file in fetched.items()
-        if not file.official
-    ]
+    """Raises UserError for votes or answers that are known not to be the published ones."""
+    modified = []
+    for name, file in fetched.items():
+        if file.official is False:
+            count = f"{len(file.text.splitlines()):,} rows"
+            known = (VOTES_SHA256 | ANSWERS_SHA256).get(Path(name).stem, "none")
+            modified.append(
+                f"{file.source}: {name} has {count}, sha256 {file.sha256}, official {known}"
+            )
     if modified and not allow_modified:
         raise UserError(
-            "\n".join(["not the published votes:", *modified])
+            "\n".join(["not the published votes and answers:", *modified])
             + "\nGet them again, or give --allow_modified if they are meant to differ."
         )
 
