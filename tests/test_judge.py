@@ -254,7 +254,7 @@ def test_requests_of_version_1_0_0_are_found(options, parameters, sha256):
     args = judge.parse_args(["results", "--judge", "big-70b", *options])
     bench = benchmark.Bench(
         benchmark=bench_mt_bench.BENCHMARK,
-        grading=args.grading,
+        grading=args.grading or "single",
         parameters={},
         folder=Path("unused"),
         questions=QUESTIONS,
