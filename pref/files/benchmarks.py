@@ -141,6 +141,15 @@ def label_of(bench: BenchFolder) -> str:
     return bench.name if official else "own"
 
 
+def baselines(bench: BenchFolder) -> dict[str, Path]:
+    """The models whose answers the folder brings, each with its file."""
+    found = {}
+    for path in sorted((bench.folder / "baseline").glob("*.jsonl")):
+        _, first = next(disk.read_jsonl(path), (0, {}))
+        found[str(first.get("model_id", path.stem))] = path
+    return found
+
+
 def read_model_answers(folder: Path) -> dict[str, dict[AnswerKey, dict]]:
     """Answers by model, from FastChat's files model_answer/<model>.jsonl in `folder`.
 
