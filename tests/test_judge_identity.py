@@ -442,3 +442,87 @@ def test_the_key_is_no_part_of_an_address(workplace, server):
     assert run_judge(workplace, server, "--base_url", named) == 0
     for path in workplace.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+# ---- stores of version 1.1.0 ---------------------------------------------------------------------
+
+# What version 1.1.0 had more than SCHEMA_1.
+SCHEMA_2 = """
+ALTER TABLE judgements ADD COLUMN finish_reason TEXT;
+ALTER TABLE judgements ADD COLUMN reading TEXT;
+ALTER TABLE judgements ADD COLUMN rating_mass REAL;
+ALTER TABLE judgements ADD COLUMN limitless_sha256 TEXT;
+ALTER TABLE asked RENAME TO asked_1;
+CREATE TABLE asked (
+    model_id TEXT, question_id INTEGER, turn INTEGER, choice INTEGER, category TEXT, grading TEXT,
+    "order" TEXT, baseline TEXT, judge TEXT, prompts TEXT, repeat INTEGER, refs TEXT,
+    answer_sha256 TEXT, request_sha256 TEXT, judge_id TEXT,
+    PRIMARY KEY (model_id, question_id, turn, choice, grading, "order", baseline, judge, prompts,
+    repeat, refs, judge_id));
+INSERT INTO asked SELECT *, '' FROM asked_1;
+DROP TABLE asked_1;
+CREATE TABLE judges (
+    judge_id TEXT PRIMARY KEY, limitless_id TEXT NOT NULL, judge TEXT NOT NULL,
+    server TEXT NOT NULL, parameters TEXT NOT NULL, settings TEXT NOT NULL, verdict TEXT NOT NULL,
+    min_rating_mass REAL NOT NULL);
+PRAGMA user_version = 2;
+"""
+
+
+def write_store_of_1_1_0(folder, server):
+    """What version 1.1.0 left: made by today's code, then without what today's code adds."""
+    assert run_judge(folder, server) == 0
+    path = folder / "results/judgements.sqlite"
+    with sqlite3.connect(path) as db:
+        rows = {}
+        for table in ("judgements", "asked", "judges"):
+            cursor = db.execute(f"SELECT * FROM {table}")
+            names = [column[0] for column in cursor.description]
+            rows[table] = [dict(zip(names, values)) for values in cursor]
+    db.close()
+    for file in path.parent.glob("judgements.sqlite*"):
+        file.unlink()
+    with sqlite3.connect(path) as db:
+        db.executescript(SCHEMA_1 + SCHEMA_2)
+        for table, found in rows.items():
+            names = [column[1] for column in db.execute(f"PRAGMA table_info({table})")]
+            for row in found:
+                marks = ", ".join("?" * len(names))
+                db.execute(f"INSERT INTO {table} VALUES ({marks})", [row[name] for name in names])
+    db.close()
+    return path
+
+
+def test_a_store_of_version_1_1_0_is_opened_and_nothing_is_asked_again(workplace, server):
+    path = write_store_of_1_1_0(workplace, server)
+    csv = workplace / "results/base/mt_bench/judgements.csv"
+    before, calls = csv.read_text(), len(server.requests)
+    counts = store.judgement_counts(workplace / "results", "big-70b")
+    assert counts == {"base": store.Verdicts(6, 0)} and store.schema_of(path.parent) == 2
+    assert store.judgement_counts(workplace / "results", "big-70b", "alpaca_eval") == {}
+    assert run_judge(workplace, server) == 0
+    assert len(server.requests) == calls and csv.read_text() == before
+    assert store.schema_of(path.parent) == schema.SCHEMA_VERSION
+    assert store.judgement_counts(workplace / "results", "big-70b") == counts
+    with sqlite3.connect(path) as db:
+        kept = db.execute("SELECT DISTINCT bench FROM asked").fetchall()
+        of_a_new_store = sqlite3.connect(":memory:", isolation_level=None)
+        schema.bring_up_to_date(of_a_new_store, path, version=0)
+        tables = [
+            [
+                set(map(str, one.execute(f"PRAGMA table_info({table})")))
+                for one in (db, of_a_new_store)
+            ]
+            for table in ("judgements", "asked", "judges")
+        ]
+    assert kept == [("mt_bench",)]
+    assert all(migrated == new for migrated, new in tables), "both ways end in the same tables"
+
+
+def test_a_migration_from_1_1_0_that_fails_leaves_that_store(workplace, server, monkeypatch):
+    path = write_store_of_1_1_0(workplace, server)
+    monkeypatch.setattr(schema, "JUDGES", "CREATE TABLE nonsense")
+    with pytest.raises(UserError, match="cannot be used as a judgement store"):
+        store.open_store(path)
+    assert store.schema_of(path.parent) == 2
+    assert store.judgement_counts(path.parent, "big-70b") == {"base": store.Verdicts(6, 0)}

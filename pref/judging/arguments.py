@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from pref.files.benchmarks import name_of
 from pref.files.console import UserError
 from pref.judging import benchmarks, costs, human_votes, judges
 from pref.judging.benchmark import Benchmark
@@ -59,7 +60,7 @@ def add_judge_arguments(add: Callable) -> None:
 def add_task_arguments(add: Callable) -> None:
     add(
         "--bench",
-        choices=(*benchmarks.BENCHMARKS, *benchmarks.ALIASES),
+        type=name_of,
         default=benchmarks.DEFAULT,
         metavar="NAME",
         help=f"benchmark whose answers, results/<run>/NAME/answers.jsonl, are judged: "
@@ -217,8 +218,12 @@ def imported(args: argparse.Namespace) -> list[str]:
 
 def check_bench(args: argparse.Namespace) -> None:
     """Raise UserError for arguments of another benchmark, or that do not fit together."""
-    args.bench = benchmarks.ALIASES.get(args.bench, args.bench)
-    chosen = benchmarks.BENCHMARKS[args.bench]
+    chosen = benchmarks.BENCHMARKS.get(args.bench)
+    if chosen is None:
+        raise UserError(
+            f"--bench {args.bench}: judge.py does not judge it; it knows "
+            f"{', '.join(benchmarks.BENCHMARKS)}, and CONTRIBUTING.md says how to add one"
+        )
     check_own_arguments(args, chosen)
     if args.bench_data and args.mt_bench:
         raise UserError("--bench_data and --mt_bench are the same folder: give one of them")

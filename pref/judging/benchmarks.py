@@ -1,8 +1,8 @@
 """The benchmarks that judge.py knows: a line for each."""
 
 import argparse
-from pathlib import Path
 
+from pref.files.benchmarks import DATA
 from pref.judging import bench_alpaca_eval, bench_arena_hard, bench_mt_bench, judges
 from pref.judging.benchmark import REWARD, Bench, Benchmark
 from pref.judging.reading import FIRST, Reply, Verdict
@@ -16,13 +16,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     )
 }  # fmt: skip
 DEFAULT = bench_mt_bench.BENCHMARK.name
-ALIASES = {"arena_hard_v2": "arena_hard_v2.0"}
 
 
 def read_bench(args: argparse.Namespace) -> Bench:
     """The benchmark that the arguments name, read from its folder and checked."""
     benchmark = BENCHMARKS[args.bench]
-    folder = args.bench_data or args.mt_bench or Path("data") / benchmark.name
+    folder = args.bench_data or args.mt_bench or DATA / benchmark.name
     bench = benchmark.read(folder, args)
     if args.max_tokens is not None:
         limits = {"max_tokens": args.max_tokens}
