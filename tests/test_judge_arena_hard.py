@@ -13,6 +13,7 @@ from judge_workplace import KEY, PRICED, write_lines
 
 import judge
 from pref.analysis import arena_hard
+from pref.files import verdict_labels
 from pref.files.console import UserError
 from pref.files.judgements import read_judgements
 from pref.judging import bench_arena_hard, server_judge
@@ -259,6 +260,23 @@ def test_settings_that_cannot_be_used(arena, server, change, message):
     with pytest.raises(UserError, match=re.escape(message)):
         run_judge(arena, server, V20)
     assert server.requests == []
+
+
+def test_a_local_judge_takes_the_most_probable_label(arena, tiny_model):
+    """A random model: its labels mean nothing, and are few of what it might have written."""
+    where = ["--bench", V01, "--bench_data", str(arena / "data" / V01)]
+    given = [str(arena / "results"), *where, "--judge", f"hf:{tiny_model}"]
+    assert judge.main([*given, "--min_rating_mass", "0"]) == 0
+    rows = rows_of(arena, V01)
+    assert len(rows) == 6
+    for row in rows:
+        probabilities = json.loads(row["judgement"])
+        assert list(probabilities) == list(verdict_labels.LABELS)
+        assert row["label"] == max(probabilities, key=probabilities.get)
+        assert row["rating_mass"] == pytest.approx(sum(probabilities.values()))
+    assert judge.main(given) == 1, "with too little probability there is no verdict"
+    statuses = [row["status"] for row in rows_of(arena, V01)]
+    assert sorted(statuses) == ["mass"] * 6 + ["ok"] * 6
 
 
 # ---- money and faults ----------------------------------------------------------------------------
