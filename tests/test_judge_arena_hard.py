@@ -305,6 +305,24 @@ def test_a_failed_game_is_asked_again_on_request(arena, server):
     assert {row["winner"] for row in rows_of(arena, V01)} == {"dpo"}
 
 
+def test_a_batch_file(arena, server):
+    """What the provider's batch endpoint returns is read as if the judge had been asked here."""
+    requests, results = arena / "requests.jsonl", arena / "results.jsonl"
+    server.answer = prefers(*OURS)
+    assert run_judge(arena, server, V20, "--dry_run", "--requests", str(requests)) == 0
+    lines = [json.loads(line) for line in requests.read_text().splitlines()]
+    assert len(lines) == 6 and not paid(server)
+    replies = [(line["custom_id"], *prefers(*OURS)(line["body"])) for line in lines]
+    returned = [
+        {"custom_id": key, "response": {"status_code": status, "body": body}}
+        for key, status, body in replies
+    ]
+    write_lines(results, returned)
+    assert run_judge(arena, server, V20, "--import_results", str(results)) == 0
+    assert {row["winner"] for row in rows_of(arena, V20)} == {"dpo"}
+    assert not paid(server)
+
+
 @pytest.mark.slow
 def test_killed_and_continued(arena, server):
     code = "import judge; from pref.files.console import run_main; run_main(judge.main)"

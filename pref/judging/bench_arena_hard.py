@@ -127,10 +127,11 @@ def with_answers(data: BenchFolder, names: dict[int, str]) -> dict[int, str]:
         if name in there:
             continue
         without = sum(one == name for one in names.values())
+        version = data.name.removeprefix("arena_hard_")
         message = (
             f"{data.folder / 'baseline'}: no answers of {name}, the baseline of {without} of "
-            f"{len(names)} questions; put {name}.jsonl there (python prep_data.py --arena_hard "
-            f"{data.name.removeprefix('arena_hard_')} tells how), or compare with a run: "
+            f"{len(names)} questions; fetch them with python prep_data.py --arena_hard {version} "
+            "(with a network, or from a folder that has them), or compare with a run: "
             "--baseline RUN"
         )
         if not kept:
