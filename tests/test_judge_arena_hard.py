@@ -262,6 +262,16 @@ def test_settings_that_cannot_be_used(arena, server, change, message):
     assert server.requests == []
 
 
+def test_files_that_lack_something(arena, server):
+    data = arena / "data" / V20
+    write_lines(data / "question.jsonl", [{"question_id": 1, "turns": ["Which?"]}])
+    with pytest.raises(UserError, match="question 1 has category None"):
+        run_judge(arena, server, V20)
+    (data / "judge_settings.json").unlink()
+    with pytest.raises(UserError, match=r"judge_settings.json: no such file; run python prep_data"):
+        run_judge(arena, server, V20)
+
+
 def test_a_local_judge_takes_the_most_probable_label(arena, tiny_model):
     """A random model: its labels mean nothing, and are few of what it might have written."""
     where = ["--bench", V01, "--bench_data", str(arena / "data" / V01)]

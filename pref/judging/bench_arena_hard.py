@@ -59,14 +59,17 @@ def read(name: str, folder: Path, args: argparse.Namespace) -> Bench:
 
     Raises UserError, with place and remedy, for anything that would spoil a judgement.
     """
-    data = benchmarks.open_folder(name, folder)
+    data, path = benchmarks.open_folder(name, folder), folder / SETTINGS
+    if not path.is_file():
+        version = name.removeprefix("arena_hard_")
+        raise UserError(f"{path}: no such file; run python prep_data.py --arena_hard {version}")
     questions = benchmarks.read_questions(data)
-    settings, template = read_settings(folder / SETTINGS)
+    settings, template = read_settings(path)
     for question in questions:
-        if question["category"] not in settings:
+        if question.get("category") not in settings:
             raise UserError(
                 f"{data.questions_file}: question {question['question_id']} has category "
-                f"{question['category']!r}; {folder / SETTINGS} has {', '.join(settings)}"
+                f"{question.get('category')!r}; {path} has {', '.join(settings)}"
             )
     used = dict.fromkeys(question["category"] for question in questions)
     prompts = {
