@@ -1,15 +1,16 @@
-"""judge.py --bench arena_hard_v0.1 and _v2.0: messages, verdicts, baselines, and faults."""
+"""judge.py --bench arena_hard_v0.1 and _v2.0: messages, verdicts, baselines.
+
+test_judge_benches_faults.py has what protects money and work.
+"""
 
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from doubles import completion
-from judge_workplace import KEY, PRICED, write_lines
+from judge_workplace import KEY, write_lines
 
 import judge
 from pref.analysis import arena_hard
@@ -287,75 +288,6 @@ def test_a_local_judge_takes_the_most_probable_label(arena, tiny_model):
     assert judge.main(given) == 1, "with too little probability there is no verdict"
     statuses = [row["status"] for row in rows_of(arena, V01)]
     assert sorted(statuses) == ["mass"] * 6 + ["ok"] * 6
-
-
-# ---- money and faults ----------------------------------------------------------------------------
-
-
-def test_the_cap_and_what_follows(arena, server):
-    """A call costs 0.017 dollars, and is counted at the most it could before it is made."""
-    server.answer = prefers(*OURS)
-    few = ("--max_tokens", "10", "--concurrency", "1", "--max_retries", "0", *PRICED)
-    with pytest.raises(UserError, match="max_usd"):
-        run_judge(arena, server, V01, *few, "--max_usd", "0.17")
-    assert 0 < len(paid(server)) < 6
-    assert run_judge(arena, server, V01, *few) == 0
-    assert len(paid(server)) == 6, "nothing is asked twice"
-    assert run_judge(arena, server, V01, *few) == 0
-    assert len(paid(server)) == 6
-
-
-def test_a_failed_game_is_asked_again_on_request(arena, server):
-    server.answer = lambda body: completion("Both are fine.")
-    assert run_judge(arena, server, V01) == 1
-    assert {row["status"] for row in rows_of(arena, V01)} == {"parse"}
-    server.answer = prefers(*OURS)
-    assert run_judge(arena, server, V01) == 1
-    assert run_judge(arena, server, V01, "--retry_failed") == 0
-    assert {row["winner"] for row in rows_of(arena, V01)} == {"dpo"}
-
-
-def test_a_batch_file(arena, server):
-    """What the provider's batch endpoint returns is read as if the judge had been asked here."""
-    requests, results = arena / "requests.jsonl", arena / "results.jsonl"
-    server.answer = prefers(*OURS)
-    assert run_judge(arena, server, V20, "--dry_run", "--requests", str(requests)) == 0
-    lines = [json.loads(line) for line in requests.read_text().splitlines()]
-    assert len(lines) == 6 and not paid(server)
-    replies = [(line["custom_id"], *prefers(*OURS)(line["body"])) for line in lines]
-    returned = [
-        {"custom_id": key, "response": {"status_code": status, "body": body}}
-        for key, status, body in replies
-    ]
-    write_lines(results, returned)
-    assert run_judge(arena, server, V20, "--import_results", str(results)) == 0
-    assert {row["winner"] for row in rows_of(arena, V20)} == {"dpo"}
-    assert not paid(server)
-
-
-@pytest.mark.slow
-def test_killed_and_continued(arena, server):
-    code = "import judge; from pref.files.console import run_main; run_main(judge.main)"
-    given = command(arena, server, V20, "--concurrency", "1")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *given],
-        cwd=Path(judge.__file__).parent,
-        stdout=subprocess.PIPE,
-    )
-    verdict = prefers(*OURS)
-
-    def answer(body):
-        if len(paid(server)) == 3:  # the third paid call is in flight
-            process.kill()
-        return verdict(body)
-
-    server.answer = answer
-    process.communicate(timeout=60)
-    assert len(paid(server)) == 3
-    server.answer = verdict
-    assert run_judge(arena, server, V20) == 0
-    assert len(paid(server)) == 3 + 4, "two replies were kept"
-    assert len(rows_of(arena, V20)) == 6
 
 
 # ---- the published files, ARENA_HARD=DIR ---------------------------------------------------------
