@@ -227,6 +227,23 @@ def test_the_parameters_of_version_0_1(arena, server):
     assert arena_hard.win_rate(games, both_games=False)[:2] == (0.0, 0.0)
 
 
+def test_one_game_is_enough_for_version_0_1(arena, server, capsys):
+    """A judge that has a verdict only where the run's answer is A."""
+
+    def answer(body):
+        shown = body["messages"][-1]["content"]
+        return completion("[[A>B]]" if any(f"<A>\n{text}\n" in shown for text in OURS) else "?")
+
+    server.answer = answer
+    for bench, expected in {V01: "100.00 % 3/3 0 3 parse", V20: "- / - 0/2 / 0/1 0 / 0"}.items():
+        assert run_judge(arena, server, bench) == 1
+        out = capsys.readouterr().out
+        assert f"dpo {expected}" in " ".join(out.split())
+    games = [arena_hard.as_game(row) for row in rows_of(arena, V01)]
+    assert arena_hard.win_rate(games, both_games=False).score == 100
+    assert arena_hard.win_rate(games) is None
+
+
 def test_a_baseline_without_answers(arena, server, capsys):
     write_run(arena, V20, "base", THEIRS)
     (arena / "data" / V20 / "baseline/gemini-2.0-flash-001.jsonl").unlink()

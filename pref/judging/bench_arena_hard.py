@@ -233,14 +233,16 @@ def against_one(games: list) -> dict[str, str]:
         labels_of[item.question_id, item.choice, item.repeat].append(label)
     complete = [labels for labels in labels_of.values() if None not in labels]
     # 2) Rows, as pref/analysis/arena_hard.py counts them.
-    counted = labels_of.values() if games[0][0].bench == V01 else complete
+    counted = complete
+    if games[0][0].bench == V01:  # one of the two games is enough
+        counted = [labels for labels in labels_of.values() if any(labels)]
     labels = [LABELS[label] for labels in counted for label in labels if label is not None]
     rows = sum(label.rows for label in labels)
     score = sum(label.score * label.rows for label in labels)
     decided = [{LABELS[label].score for label in labels} for labels in complete]
     return {
         "win rate": f"{100 * score / rows:.2f} %" if rows else "-",
-        "n": f"{len(complete)}/{len(labels_of)}",
+        "n": f"{len(counted)}/{len(labels_of)}",
         "orders disagree": str(sum({0.0, 1.0} <= scores for scores in decided)),
     }
 
