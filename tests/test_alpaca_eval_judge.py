@@ -165,7 +165,9 @@ def test_letters_are_other_judges_and_labelled(place, server, capsys):
     # "Two." and "One." are equally long: m wins, so that both orders make it a draw.
     both = next(found for (_, way), found in by_judge.items() if way == "both")
     assert sorted(row["preference"] for row in both if row["question_id"] == 3) == [1, 2]
-    assert "in both orders" in capsys.readouterr().out
+    assert "in both orders by big-70b (served: served-7b), prompts own, preference both" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_judge_that_reasons_is_read_at_the_end(place, server):

@@ -76,8 +76,8 @@ def test_a_benchmark_of_ones_own_is_judged(arena, server, capsys):
     out = capsys.readouterr().out
     assert "Duel, comparison with gpt in both orders by big-70b" in out
     assert "answers that equal the baseline's: 1;" in out
-    assert [line.split()[:6] for line in out.splitlines() if line.startswith("dpo ")] == [
-        ["dpo", "50.00", "%", "0.00", "0", "3"]
+    assert [line.split()[:7] for line in out.splitlines() if line.startswith("dpo ")] == [
+        ["dpo", "50.00", "%", "0.00", "0", "3", "0"]
     ]
     assert run_duel(arena, server) == 0 and len(server.paid(server_judge.PROBE[1:])) == len(paid)
     counts = store.judgement_counts(arena / "results", "big-70b", "duel")

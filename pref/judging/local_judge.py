@@ -24,6 +24,8 @@ from pref.judging import judges, reading
 from pref.judging.benchmark import Bench, Choices
 from pref.judging.judges import Judge
 
+# Others come from an answer that holds AlpacaEval's control tokens.
+USUAL_ROLES = (["user"], ["system", "user"])
 GIVE_UP_AFTER = 8  # judgements below --min_rating_mass, if no other came before
 
 
@@ -188,7 +190,12 @@ def ask_local(model, tokenizer, choices: Choices, request: dict) -> dict:
 
     from pref.model import chat
 
-    prompt_text = chat.render(tokenizer, request["messages"], generation_prompt=True)
+    try:
+        prompt_text = chat.render(tokenizer, request["messages"], generation_prompt=True)
+    except UserError as error:
+        if [message["role"] for message in request["messages"]] in USUAL_ROLES:
+            raise  # the template takes no prompt at all
+        return {"status": "template", "judgement": str(error)}
     prompt_text += answer_start(prompt_text) + choices.prefix
     prompt, continuations = encode_verdicts(tokenizer, prompt_text, choices)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf

@@ -112,14 +112,17 @@ def prompts_note(bench: Bench) -> str:
 
 
 def reading_note(who: Identity) -> str:
-    """A remark on a reading that is not the official one, else ""."""
+    """A remark on a reading, or a way of asking, that is not the official one, else ""."""
     official = Reading()
+    own = "".join(
+        f", {name}" if value is True else f", {name} {value}" for name, value in who.options.items()
+    )
     notes = [
         f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
         for name, value in who.reading._asdict().items()
         if value != getattr(official, name)
     ]
-    return f", read with {' '.join(notes)}" if notes else ""
+    return f"{own}, read with {' '.join(notes)}" if notes else own
 
 
 def smoke_note(judge: Judge) -> str:
