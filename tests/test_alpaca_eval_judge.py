@@ -21,6 +21,9 @@ ANSWERS = {
     "dpo": ["The Oder.", "4", "Two.", "Blue {x}."],
     "simpo": ["Rhine", "Four", "Two.", "Mint"],
 }
+# dpo's preferences by a judge that gives the longer output 80 %, and the first of two equally long:
+# shorter, equal, as long (dpo's is shown first if order_of says so), longer.
+AT_80_PERCENT = {1: 1.2, 2: 1.5, 3: 1.8 if alpaca.order_of(ASKED[2]) == RUN_IS_A else 1.2, 4: 1.8}
 
 
 def answer_rows(texts: list[str], model: str) -> list[dict]:
@@ -93,16 +96,9 @@ def test_preferences_are_the_runs_whichever_is_shown_first(place, server, capsys
     assert len(sent) == 6  # dpo's "4" is the baseline's, and "Two." is both runs' answer
 
     rows = {row["question_id"]: row for row in rows_of(place)}
-    for number, row in rows.items():
-        run, baseline = ANSWERS["dpo"][number - 1], BASELINE[number - 1]
-        # "Two." and "One." are equally long, and so are "The Oder." and "The Loire." nearly.
-        longer = 1.8 if len(run) > len(baseline) else 1.2
-        shown_first = run if row["order"] == RUN_IS_A else baseline
-        if len(run) == len(baseline) and run != baseline:  # m, the first
-            longer = 1.8 if shown_first == run else 1.2
-        expected = 1.5 if run == baseline else longer
-        assert row["preference"] == pytest.approx(expected)
-        assert row["order"] == alpaca.order_of(ASKED[number - 1])
+    given = {number: row["preference"] for number, row in rows.items()}
+    assert given == pytest.approx(AT_80_PERCENT)
+    assert all(row["order"] == alpaca.order_of(ASKED[n - 1]) for n, row in rows.items())
     assert {row["order"] for row in rows.values()} == {"1", "2"}
     assert (rows[2]["reading"], rows[2]["cost_usd"]) == ("equal", 0)
     assert set(json.loads(rows[1]["token_logprobs"])) == {"m", "M", "The"}
@@ -250,6 +246,26 @@ def test_annotations_are_written_and_read_again(place, server, capsys):
     }
     assert after == pytest.approx(before)
     assert "3 ok" in capsys.readouterr().out
+
+
+def test_a_batch_file_carries_log_probabilities(place, server):
+    server.answer = prefers(0.8)
+    path, output = place / "batch.jsonl", place / "output.jsonl"
+    assert run_judge(place, server, "--dry_run", "--requests", str(path)) == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 6
+    assert all(line["body"].items() >= alpaca.PARAMETERS["weighted"].items() for line in lines)
+    results = [
+        {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}}
+        for line in lines
+        for _, body in [server.answer(line["body"])]
+    ]
+    write_lines(output, results)
+    server.requests.clear()
+    assert run_judge(place, server, "--import_results", str(output)) == 0
+    assert server.requests == []
+    given = {row["question_id"]: row["preference"] for row in rows_of(place)}
+    assert given == pytest.approx(AT_80_PERCENT)
 
 
 def test_annotations_are_not_written_with_a_gap(place, server, capsys):
