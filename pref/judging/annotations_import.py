@@ -14,7 +14,7 @@ from pathlib import Path
 from pref.files import disk, win_rates
 from pref.files.console import UserError
 from pref.judging import bench_alpaca_eval, store
-from pref.judging.annotations import ANNOTATORS
+from pref.judging.annotations import ANNOTATORS, annotator_of
 from pref.judging.benchmark import Bench, preference_of
 from pref.judging.judges import Judge
 from pref.judging.store import Item
@@ -32,7 +32,8 @@ def import_annotations(
     """
     wanted = {key_of(item.request["messages"]): item for item in items if item.repeat == 0}
     template = bench.prompts[bench_alpaca_eval.NAME]["prompt_template"]
-    by = {judge.name, *(name for name, model in ANNOTATORS.items() if model == judge.name)}
+    of_model = {name for name, model in ANNOTATORS.items() if model == judge.name}
+    by = {judge.name, annotator_of(judge.name, bench)} | of_model
     counts: Counter[str] = Counter()
     for number, row in enumerate(read_rows(path), 1):
         place = f"{path}: entry {number}"

@@ -54,6 +54,7 @@ PARAMETERS = {
     BOTH: {"max_tokens": 1, "temperature": 0},
 }
 SAMPLES = 4  # --samples
+REASONED_TOKENS = 500  # of a reply that reasons, for a first estimate
 SEED = "0"  # of the package's annotator
 
 START, END = "<|im_start|>", "<|im_end|>"  # what the prompt's messages begin and end with
@@ -243,9 +244,11 @@ def read(folder: Path, args: argparse.Namespace) -> Bench:
             options["reasons"] = True
     if args.neutralise:
         options["neutralise"] = True
-    system = split(template)[0]
+    system, benchmark = split(template)[0], BENCHMARK
+    if options.get("reasons"):
+        benchmark = benchmark._replace(completion_tokens=REASONED_TOKENS)
     return Bench(
-        benchmark=BENCHMARK,
+        benchmark=benchmark,
         folder=data.folder,
         questions=[q | {"category": q.get("category") or q.get("dataset")} for q in questions],
         grading=PAIR,

@@ -62,7 +62,12 @@ def announce(
             print(f"run {name}: {failed} turns are {FAILED}, a failed answer: they are not judged")
     known = {item.request_sha256 for item in items if item.known is not None}
     if known:
-        print(f"answers that equal the baseline's: {len(known)}; half a win each, not asked about")
+        equal = {
+            (item.model_id, item.question_id, item.choice, item.turn)
+            for item in items
+            if item.known is not None
+        }
+        print(f"answers that equal the baseline's: {len(equal)}; half a win each, not asked about")
     if bench.benchmark.notes is not None and bench.grading != REWARD:
         print("".join(f"{note}\n" for note in bench.benchmark.notes(bench, items)), end="")
     done = len({item.request_sha256 for item in items}) - len(pending) - len(known)
