@@ -14,9 +14,9 @@ import judge
 from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.judging import (
-    bench_mt_bench,
     human_votes,
     judges,
+    mt_bench_files,
     validation,
     validation_report,
     validation_stats,
@@ -38,10 +38,10 @@ def write_bench(folder: Path, categories: dict[int, str] = QUESTIONS) -> None:
     write_lines(folder / "question.jsonl", questions)
     write_answers(folder / "reference_answer/gpt-4.jsonl", {q: ["R1", "R2"] for q in categories})
     prompts = []
-    for grading, fields in bench_mt_bench.PROMPT_FIELDS.items():
+    for grading, fields in mt_bench_files.PROMPT_FIELDS.items():
         for name, needed in fields.items():
             template = "\n".join(f"<{field}> {{{field}}}" for field in sorted(needed))
-            kind = bench_mt_bench.OUTPUT_FORMATS[grading]
+            kind = mt_bench_files.OUTPUT_FORMATS[grading]
             row = {"name": name, "system_prompt": "Judge.", "prompt_template": template}
             prompts.append(row | {"type": grading, "output_format": kind})
     write_lines(folder / "judge_prompts.jsonl", prompts)
