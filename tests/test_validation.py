@@ -127,6 +127,7 @@ def test_a_judge_as_good_as_the_votes(place, server, capsys):
     assert report["judge_id"] and report["grading"] == "pair" and report["prompts"] == "own"
     # Every question has the same difference, so nothing measures its error.
     assert report["as_humans"] == "not measured"
+    assert "alike in all questions" in report["as_humans_because"]
     out = capsys.readouterr().out
     assert "agreement with votes" in out and out.rstrip().endswith(
         validation_report.sentence(report)
@@ -190,7 +191,7 @@ def test_a_cap_stops_it_and_the_rest_is_asked_later(place, server, capsys):
     assert report["no_verdict"] == {"not judged": N_PAIRS - report["n_judged"]}
     assert report["n_judged"] == paid // 2
     # What is judged is the beginning of the sample, and so a sample too.
-    assert any("have no verdict" in warning for warning in report["warnings"])
+    assert not any("have no verdict" in warning for warning in report["warnings"])
     start(server, good)
     assert validate(server, *prices) == 0
     assert len(server.paid(PROBE)) == 2 * N_PAIRS - paid
@@ -229,7 +230,9 @@ def test_repeats_and_failures_are_reported(place, server, capsys):
     # Of 18 pairs with two verdicts, the 6 that were a tie before are one again.
     assert report["retest"]["estimate"] == pytest.approx(1 / 3) and report["retest"]["n"] == 18
     assert report["agreement"]["estimate"] == pytest.approx(40 / 48)  # of the first verdicts
-    assert any("25% of the pairs have no verdict" in warning for warning in report["warnings"])
+    assert any(
+        "25% of the judged pairs have no verdict" in warning for warning in report["warnings"]
+    )
     assert "without a verdict: 6 parse, of 24 pairs" in capsys.readouterr().out
 
 
@@ -294,7 +297,7 @@ def test_what_cannot_be_validated_is_refused_before_it_costs(place, server, more
 def ceiling(low: float | None, high: float | None) -> dict:
     rate = {"estimate": 0.6}
     middle = None if low is None else (low + high) / 2
-    difference = {"estimate": middle, "low": low, "high": high}
+    difference = {"estimate": middle, "low": low, "high": high, "n_questions": 1}
     return {"ceiling": {"judge": rate, "humans": rate, "difference": difference}}
 
 

@@ -27,6 +27,7 @@ from pref.judging.store import Item, Result
 from pref.judging.validation_stats import Judged
 
 LONGEST_SLUG = 60
+NOT_JUDGED = Result().status
 
 
 class Task(NamedTuple):
@@ -183,7 +184,10 @@ def make_report(task: Task, made: Plan, results: dict[str, Result], repeats: int
     """All that validation.json holds."""
     rows = judged_rows(task, made.items, results)
     known, who = task.known, made.who
-    missing = sum(row.verdict is None for row in rows) / len(rows)
+    no_verdict = reasons(task, made.items, results)
+    # Pairs not judged yet make the sample smaller; those that failed may be the hard ones.
+    asked = len(rows) - no_verdict.get(NOT_JUDGED, 0)
+    missing = (asked - sum(row.verdict is not None for row in rows)) / max(1, asked)
     served = {result.served_model for result in results.values() if result.served_model}
     report = {
         "judge": who.judge,
@@ -204,7 +208,7 @@ def make_report(task: Task, made: Plan, results: dict[str, Result], repeats: int
         "n_repeated_votes": human_votes.repeated_votes({row.pair: row.votes for row in rows}),
         "n_questions": len({row.pair.question_id for row in rows}),
         "repeats": repeats,
-        "no_verdict": reasons(task, made.items, results),
+        "no_verdict": no_verdict,
     }
     if known.name == LLMBAR:
         report |= validation_report.measure_accuracy(rows)

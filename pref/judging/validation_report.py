@@ -15,7 +15,7 @@ from pref.judging.validation_stats import MARGIN, Judged, grouped
 YES, NO, NOT_MEASURED = "yes", "no", "not measured"  # as_humans
 LEAST_AGREEMENT = 0.75  # lower end, of verdicts and votes that both decided
 MOST_FLIPS = 0.30
-MOST_MISSING = 0.10  # share of pairs without a verdict
+MOST_MISSING = 0.10  # share of judged pairs without a verdict
 
 GPT4 = "GPT-4 of 2023"
 
@@ -83,20 +83,25 @@ def as_humans(found: dict, missing: float) -> tuple[str, str]:
 
     By the 90 % interval of the difference of the two rates, which is the equivalence test's. YES:
     all of it is above -MARGIN, so that the judge agrees as often, or more often. NO: otherwise, if
-    all of it is below 0. NOT_MEASURED: the pairs are too few to tell. missing: share of pairs
-    without a verdict; those that are left may be the easy ones.
+    all of it is below 0. NOT_MEASURED: the pairs are too few to tell. missing: share of the
+    judged pairs that have no verdict; those that are left may be the easy ones.
     """
     ceiling = found["ceiling"]
     difference, judge, humans = (ceiling[name] for name in ("difference", "judge", "humans"))
     if difference["low"] is None:
-        return NOT_MEASURED, "no two questions have verdicts on pairs with two or more votes"
+        if difference["n_questions"] < 2:
+            return NOT_MEASURED, "no two questions have verdicts on pairs with two or more votes"
+        return NOT_MEASURED, "the rates differ alike in all questions: nothing measures the error"
     rates = (
         f"{judge['estimate']:.2f} of votes against {humans['estimate']:.2f} among humans, "
         f"difference {interval_text(difference, sign=True)}"
     )
     if difference["low"] > -MARGIN:
         if missing > MOST_MISSING:
-            return NOT_MEASURED, f"{missing:.0%} of the pairs have no verdict; the others: {rates}"
+            return (
+                NOT_MEASURED,
+                f"{missing:.0%} of judged pairs have no verdict; the others: {rates}",
+            )
         return YES, rates
     if difference["high"] < 0:
         return NO, rates
@@ -127,7 +132,7 @@ def common_warnings(found: dict, missing: float) -> list[str]:
             f"more than {MOST_FLIPS:.0%}"
         )
     if missing > MOST_MISSING:
-        warnings.append(f"{missing:.0%} of the pairs have no verdict")
+        warnings.append(f"{missing:.0%} of the judged pairs have no verdict")
     return warnings
 
 
