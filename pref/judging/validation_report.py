@@ -100,7 +100,7 @@ def as_humans(found: dict, missing: float) -> tuple[str, str]:
         if missing > MOST_MISSING:
             return (
                 NOT_MEASURED,
-                f"{missing:.0%} of judged pairs have no verdict; the others: {rates}",
+                f"{missing:.0%} of the pairs have no verdict; the others: {rates}",
             )
         return YES, rates
     if difference["high"] < 0:
