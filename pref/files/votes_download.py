@@ -251,7 +251,7 @@ def prepare_llmbar(where: str, out: Path, allow_modified: bool) -> None:
     for file in files.values():
         check_llmbar(file)
     fetching.write_folder(out, Contents(LLMBAR, files, {}, LLMBAR_LICENCE, {}))
-    print("next: python judge.py results/ --validate --judge MODEL")
+    print("next: python judge.py results/ --validate llmbar --judge MODEL")
 
 
 def check_llmbar(file: Fetched) -> None:
