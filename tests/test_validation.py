@@ -180,21 +180,22 @@ def test_ratings_become_verdicts_and_are_shared_with_mt_bench(place, server):
 
 
 def test_a_cap_stops_it_and_the_rest_is_asked_later(place, server, capsys):
-    prices = ("--price_in", "1000", "--price_out", "2000", "--concurrency", "1")
-    capped = ("--max_usd", "4.9", "--max_retries", "0", *prices)
+    more = ("--pairs", "8", "--concurrency", "1", "--price_in", "1000", "--price_out", "2000")
+    # A call costs 0.017 dollars, and is made only if the 4.2 that it could cost are left.
+    capped = ("--max_usd", "4.4", "--max_retries", "0", *more)
     start(server, good)
     with pytest.raises(UserError, match="could pass the cap"):
         validate(server, *capped)
     paid = len(server.paid(PROBE))
     report = read_report()
-    assert 0 < paid < 2 * N_PAIRS
-    assert report["no_verdict"] == {"not judged": N_PAIRS - report["n_judged"]}
+    assert 0 < paid < 16
+    assert report["no_verdict"] == {"not judged": 8 - report["n_judged"]}
     assert report["n_judged"] == paid // 2
     # What is judged is the beginning of the sample, and so a sample too.
     assert not any("have no verdict" in warning for warning in report["warnings"])
     start(server, good)
-    assert validate(server, *prices) == 0
-    assert len(server.paid(PROBE)) == 2 * N_PAIRS - paid
+    assert validate(server, *more) == 0
+    assert len(server.paid(PROBE)) == 16 - paid
     assert read_report()["no_verdict"] == {}
 
 
@@ -267,6 +268,23 @@ def test_llmbar(place, server, capsys):
     assert report["by_category"]["Adversarial_Manual"]["accuracy"]["estimate"] == 0.0
     assert report["as_humans"] == "not measured"
     assert "names the right answer in 0.80 [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "fact"),
+    [
+        ({"label": 3}, "'label' must be 1 or 2, not 3"),
+        ({"label": True}, "'label' must be 1 or 2, not True"),
+        ({"output_1": None}, "'output_1' must be text"),
+    ],
+)
+def test_a_pair_of_llmbar_that_cannot_be_used_is_named(tmp_path, row, fact):
+    good = {"input": "Do.", "output_1": "x", "output_2": "y", "label": 1}
+    for subset in human_votes.LLMBAR_SUBSETS:
+        (tmp_path / f"{subset}.json").write_text(json.dumps([good, good | row]))
+    with pytest.raises(UserError, match="Natural.json: entry 2: ") as raised:
+        human_votes.read_llmbar(tmp_path)
+    assert fact in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,10 @@ def read_comparison(
         raise UserError(f"{place}: no {', '.join(missing)}; a vote has {', '.join(names)}")
     question_id, turn, winner = row["question_id"], row["turn"], row["winner"]
     if type(question_id) is not int or question_id not in questions:
-        raise UserError(f"{place}: question_id {question_id!r} is not among the questions")
+        raise UserError(
+            f"{place}: question_id {question_id!r} is not among the questions; give --mt_bench the "
+            "folder with MT-Bench's own"
+        )
     if type(turn) is not int or turn not in (1, 2):
         raise UserError(f"{place}: turn {turn!r} must be 1 or 2")
     if not isinstance(winner, str) or winner not in WINNERS:
@@ -192,7 +195,7 @@ def check_llmbar(row: dict, place: str) -> None:
     for name in ("input", "output_1", "output_2"):
         if not isinstance(row.get(name), str):
             raise UserError(f"{place}: '{name}' must be text")
-    if row.get("label") not in (1, 2):
+    if type(row.get("label")) is not int or row["label"] not in (1, 2):
         raise UserError(f"{place}: 'label' must be 1 or 2, not {row.get('label')!r}")
 
 
