@@ -94,7 +94,7 @@ def as_humans(found: dict, missing: float) -> tuple[str, str]:
         return NOT_MEASURED, "the rates differ alike in all questions: nothing measures the error"
     rates = (
         f"{judge['estimate']:.2f} of votes against {humans['estimate']:.2f} among humans, "
-        f"difference {interval_text(difference, sign=True)}"
+        f"difference {interval_text(difference, sign=True)}, 90 % interval"
     )
     if difference["low"] > -MARGIN:
         if missing > MOST_MISSING:
@@ -105,7 +105,7 @@ def as_humans(found: dict, missing: float) -> tuple[str, str]:
         return YES, rates
     if difference["high"] < 0:
         return NO, rates
-    return NOT_MEASURED, f"too few pairs to tell: {rates}, a margin of {MARGIN} asked for"
+    return NOT_MEASURED, f"too few pairs to tell with a margin of {MARGIN}: {rates}"
 
 
 def find_warnings(found: dict, missing: float) -> list[str]:
