@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from pref.files import console
 from pref.judging import validation_biases, validation_stats
+from pref.judging.benchmark import PAIR
 from pref.judging.human_votes import LLMBAR
 from pref.judging.validation_stats import MARGIN, Judged, grouped
 
@@ -93,8 +94,8 @@ def as_humans(found: dict, missing: float) -> tuple[str, str]:
             return NOT_MEASURED, "no two questions have verdicts on pairs with two or more votes"
         return NOT_MEASURED, "the rates differ alike in all questions: nothing measures the error"
     rates = (
-        f"{judge['estimate']:.2f} of votes against {humans['estimate']:.2f} among humans, "
-        f"difference {interval_text(difference, sign=True)}, 90 % interval"
+        f"{judge['estimate']:.2f} of votes against {humans['estimate']:.2f} among humans; mean "
+        f"difference over questions {interval_text(difference, sign=True)}, 90 % interval"
     )
     if difference["low"] > -MARGIN:
         if missing > MOST_MISSING:
@@ -205,9 +206,11 @@ def table_rows(report: dict) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "own family's wins, less those in the votes", ("own_family", "difference")
         yield "ties among the votes", ("ties", "humans")
     yield "ties among the verdicts", ("ties", "judge")
-    yield "verdicts that change with the order", ("flips",)
-    yield "  of these, first answer both times", ("flips", "to_first")
-    yield "repeats that agree", ("retest",)
+    if report["grading"] == PAIR:
+        yield "verdicts that change with the order", ("flips",)
+        yield "  of these, first answer both times", ("flips", "to_first")
+    if report["repeats"] > 1:
+        yield "repeats that agree", ("retest",)
 
 
 def find(report: dict | None, path: tuple[str, ...]) -> dict | None:
