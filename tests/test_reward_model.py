@@ -4,17 +4,27 @@ import json
 import math
 import shutil
 
+import duel
 import pytest
 import reward_models
 import torch
 import transformers
-from judge_workplace import ANSWERS, OTHER, QUESTIONS, arguments, make_run, rows_of
+from judge_workplace import (
+    ANSWERS,
+    OTHER,
+    QUESTIONS,
+    arguments,
+    make_run,
+    rows_of,
+    write_lines,
+)
 from reward_models import conversation
 from safetensors.torch import load_file, save_file
 
 import judge
 from pref.files.console import UserError
-from pref.judging import reward_model, reward_scorer
+from pref.files.judgements import read_judgements
+from pref.judging import benchmarks, reward_model, reward_scorer
 from pref.judging.judges import NoScore
 
 pytest_plugins = ("judge_fixtures",)
@@ -88,6 +98,38 @@ def test_a_baseline_gives_a_preference(workplace, folder, small_batches):
         assert row["baseline"] == "base" and 1 < row["preference"] < 2
         assert row["preference"] == pytest.approx(preferred, abs=1e-5)
         assert row["score"] == pytest.approx(run[key], abs=1e-5)
+
+
+def test_answers_of_another_model_are_scored_once(workplace, folder, small_batches, monkeypatch):
+    """As the baseline of a benchmark with one turn."""
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "duel", duel.BENCHMARK)
+    data = workplace / "duel"
+    texts = {"gpt": ["Hello!", "4"], "dpo": ["Hi.", "4"], "simpo": ["Hey", "Four"]}
+    asked = ["Say hello.", "What is 2 + 2?"]
+    rows = [{"question_id": n, "turns": [text]} for n, text in enumerate(asked, 1)]
+    write_lines(data / "question.jsonl", rows)
+    for name, given in texts.items():
+        path = workplace / "duels" / name / "duel" / "answers.jsonl"
+        if name == "gpt":
+            path = data / "baseline/gpt.jsonl"
+        rows = [{"question_id": n, "model_id": name} for n in (1, 2)]
+        choices = [[{"index": 0, "turns": [text]}] for text in given]
+        write_lines(path, [row | {"choices": c} for row, c in zip(rows, choices)])
+    for name in ("dpo", "simpo"):
+        (workplace / "duels" / name / "args.json").write_text("{}")
+    scored = []
+    compute_rows = reward_model.Queue.compute_rows
+    monkeypatch.setattr(
+        reward_model.Queue,
+        "compute_rows",
+        lambda queue, rows, width: scored.extend(rows) or compute_rows(queue, rows, width),
+    )
+    command = [str(workplace / "duels"), "--bench", "duel", "--bench_data", str(data)]
+    assert judge.main([*command, "--judge", f"rm:{folder}", "--dtype", "float32"]) == 0
+    assert len(scored) == 5, "of six answers, two are the same"
+    rows = read_judgements(workplace / "duels/dpo/duel/judgements.csv")
+    assert [(row["baseline"], row["grading"]) for row in rows] == [("gpt", "reward")] * 2
+    assert rows[0]["preference"] != 1.5 and rows[1]["preference"] == 1.5
 
 
 def test_a_second_command_scores_nothing(workplace, folder, small_batches, monkeypatch):
