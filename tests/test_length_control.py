@@ -283,6 +283,10 @@ def test_rows_are_aligned_by_question_in_any_order(tmp_path):
     assert found.result.lc == pytest.approx(expected.lc, abs=1e-9)
     assert [found.values[i + 1][0] for i in range(60)] == pytest.approx(expected.influence)
 
+    plain = length_control.control(by_question, "gpt4_1106_preview", gamed, regularise=False)
+    alone = length_control.fit(**rows | {"gamed": None})
+    assert plain.result.lc == pytest.approx(alone.lc, abs=1e-9) and alone.lc != expected.lc
+
     # A question that is missing takes nothing from the others: difficulty is looked up by question.
     del by_question[11]
     without = length_control.control(by_question, "gpt4_1106_preview", gamed)

@@ -61,7 +61,8 @@ def compare(found: dict[str, Imported]) -> tuple[list[ImportedTask], list[str]]:
         tasks = {run: found[run].tasks[name] for run in found if name in found[run].tasks}
         kept, left_out = keep_alike(tasks)
         notes += [
-            f"{run}: {name} left out of the comparison: {why}" for run, why in left_out.items()
+            f"{run}: {name} is not compared ({why}); evaluate it like the other runs"
+            for run, why in left_out.items()
         ]
         first = next(iter(kept.values()))
         metrics = [m for m in first.values if all(m in task.values for task in kept.values())]
@@ -83,7 +84,7 @@ def compare(found: dict[str, Imported]) -> tuple[list[ImportedTask], list[str]]:
                 partial=partial_text(list(kept.values())),
             )
         )
-    return compared, notes
+    return compared, list(dict.fromkeys(notes))
 
 
 def keep_alike(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, str]]:
@@ -124,7 +125,8 @@ def keep_alike(tasks: dict[str, Task]) -> tuple[dict[str, Task], dict[str, str]]
 
 
 def settings_key(task: Task) -> tuple[str, ...]:
-    return tuple(str(task.settings[key])[:40] for key in SETTINGS)
+    """What must be equal for two runs to be compared; 0, an empty object and null are the same."""
+    return tuple(str(task.settings[key] or "none")[:16] for key in SETTINGS)
 
 
 def most_common(items: list) -> tuple:

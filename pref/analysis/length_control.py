@@ -196,12 +196,29 @@ class QuestionControl(NamedTuple):
 
 
 def control(
-    rows: dict[int, Compared], baseline: str, gamed: GamedFile | None = None
+    rows: dict[int, Compared],
+    baseline: str,
+    gamed: GamedFile | None = None,
+    regularise: bool = True,
 ) -> QuestionControl:
     """The length-controlled win rate of a run's judgements, by question_id and in any order.
 
-    baseline: model or run that the run was compared with. For gpt4_1106_preview the result is
-    that of `fit`, for any other `fit_own`. gamed: df_gamed.csv, or None where it is missing.
+    Parameters
+    ----------
+    rows : dict
+        Of each question that the run was to be judged on, also if there is no preference.
+    baseline : str
+        Model or run that the run was compared with. For gpt4_1106_preview the result is that of
+        `fit`, for any other that of `fit_own`.
+    gamed : GamedFile or None
+        df_gamed.csv; None where it is missing.
+    regularise : bool
+        False leaves the gamed rows out (`lc_unregularised`, with difficulty). They pull the effect
+        of length towards that on the gamed baselines, which is stronger than on most good models:
+        of two equally good runs the one with longer answers gets the lower LC, by 2 points at 1.6
+        times the length (bench/lc_calibration.py). A difference between runs whose answers differ
+        in length should be there without the gamed rows too.
+
     Raises CannotControl.
     """
     questions = sorted(rows)
@@ -218,7 +235,7 @@ def control(
                 f"{unknown[0]}: are these AlpacaEval's instructions?"
             )
         difficulty = [by_question[question] for question in questions]
-        result = fit(*columns, difficulty, gamed.rows)
+        result = fit(*columns, difficulty, gamed.rows if regularise else None)
     values = {question: {0: float(value)} for question, value in zip(questions, result.influence)}
     return QuestionControl(result, values)
 

@@ -92,32 +92,38 @@ def read_run(folder: Path, run_id: str, args: dict) -> Imported:
     """
     newest: dict[str, Source] = {}
     times, notes = Counter(), []
-    for path in sorted((folder / FOLDER).glob("**/results_*.json"), key=lambda path: path.name):
+    paths = sorted((folder / FOLDER).glob("**/results_*.json"), key=lambda path: path.name)
+    if not paths and (folder / FOLDER).is_dir():
+        notes.append(f"{run_id}: no results_<time>.json in {folder / FOLDER}")
+    for path in paths:
         source = Source(path, read_results(path))
         if doubt := check_model(source, run_id, args):
             notes.append(doubt)
         tasks = leaf_tasks(source.results)
         newest |= dict.fromkeys(tasks, source)
         times.update(tasks)
-    for name in (name for name, count in times.items() if count > 1):
-        path = newest[name].path
-        notes.append(f"{run_id}: {name} was evaluated {times[name]} times; {path.name} counts")
+    for path in dict.fromkeys(newest[name].path for name in times if times[name] > 1):
+        names = [name for name in newest if newest[name].path == path and times[name] > 1]
+        notes.append(f"{run_id}: {', '.join(names)}: of several evaluations {path.name} counts")
 
     leaves: dict[str, Task] = {}
+    missing: dict[Path, list[str]] = {}
     for name, source in newest.items():
         samples = source.path.with_name(f"samples_{name}_{source.time}.jsonl")
         if not samples.exists():
-            notes.append(
-                f"{run_id}: {name} has no values by question ({samples} is missing); evaluate it "
-                "again with --log_samples"
-            )
+            missing.setdefault(source.path, []).append(name)
             continue
         task, skipped = read_task(name, source, samples)
         if task:
             leaves[name] = task
         if skipped:
             listed = ", ".join(f"{metric.title} ({why})" for metric, why in skipped.items())
-            notes.append(f"{run_id}: {name}: left out: {listed}")
+            notes.append(f"{name}: left out: {listed}")
+    for path, names in missing.items():
+        notes.append(
+            f"{run_id}: no values by question of {', '.join(names)}: there is no samples_*.jsonl "
+            f"beside {path}; evaluate again with --log_samples"
+        )
     return Imported(*join_groups(leaves, newest, run_id, notes))
 
 
