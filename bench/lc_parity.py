@@ -35,6 +35,7 @@ from pref.analysis import length_control
 from pref.files import alpaca_eval, console
 from pref.files.console import UserError
 
+ROUNDING = 1e-9  # of a preference
 COLUMNS = ("index", "preference", "len_baseline", "len_model")
 
 
@@ -65,7 +66,7 @@ def read_row(fields: dict[str, str], place: str) -> Row:
     if preference == 0:
         preference = 1.5
     judged = not isnan(preference)
-    if judged and not 1 <= preference <= 2:
+    if judged and not 1 - ROUNDING <= preference <= 2 + ROUNDING:
         raise UserError(f"{place}: preference {preference:g} is not from 1 (baseline) to 2 (model)")
     lengths = []
     for name in ("len_baseline", "len_model"):
@@ -73,7 +74,8 @@ def read_row(fields: dict[str, str], place: str) -> Row:
         if length < 0:
             raise UserError(f"{place}: {name} {length:g} is negative")
         lengths.append(length)
-    return Row(preference - 1, *lengths)
+    y = min(max(preference - 1, 0.0), 1.0) if judged else preference
+    return Row(y, *lengths)
 
 
 def check_indices(models: dict, difficulty: dict[int, float], path: Path) -> None:

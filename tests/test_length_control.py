@@ -383,7 +383,7 @@ def test_lc_parity_takes_any_order_and_missing_preferences(capsys, tmp_path):
     # Other orders of rows and columns, another column, empty for NaN, 0 for a draw.
     lines[9][2] = ""
     shuffled = [[x[4], "?", x[2], x[0], float(x[1]), x[3]] for x in reversed(lines)]
-    header = ["LEN_MODEL", "note", "Preference", "model", "index", "len_baseline"]
+    header = ["LEN_MODEL", "note", "Preference", "model", "", "len_baseline"]
     assert run_parity(capsys, tmp_path, header, shuffled, gamed=gamed)[1] == [
         pytest.approx(found, abs=1e-9)
     ]

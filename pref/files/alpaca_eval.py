@@ -99,8 +99,8 @@ def add_difficulty(by_index: dict[int, float], row: dict, place: str) -> None:
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (place, row) of a CSV file that has at least `columns`; values are text.
 
-    Names of columns count without case and blanks around them; a column without a name is "index",
-    as pandas writes it. Commas, semicolons or tabs between fields. Raises UserError with file and
+    Names of columns count without case and blanks around them; without a column "index" the one
+    without a name is that, as pandas writes it. Commas, semicolons or tabs between fields. Raises UserError with file and
     line.
     """
     n_rows = 0
@@ -109,7 +109,9 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[s
             header = file.readline()
             separator = max(",;\t", key=header.count)
             names = next(csv.reader([header], delimiter=separator), [])
-            names = [name.strip().lower() or "index" for name in names]
+            names = [name.strip().lower() for name in names]
+            if names.count("") == 1 and "index" not in names:
+                names[names.index("")] = "index"
             check_columns(names, columns, path)
             reader = csv.reader(file, delimiter=separator)
             for fields in reader:
