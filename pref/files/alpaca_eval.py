@@ -100,8 +100,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[s
     """Yield (place, row) of a CSV file that has at least `columns`; values are text.
 
     Names of columns count without case and blanks around them; without a column "index" the one
-    without a name is that, as pandas writes it. Commas, semicolons or tabs between fields. Raises UserError with file and
-    line.
+    without a name is that, as pandas writes it. Fields are separated by commas, semicolons or
+    tabs. Raises UserError with file and line.
     """
     n_rows = 0
     try:
