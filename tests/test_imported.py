@@ -277,6 +277,7 @@ def test_whether_results_name_their_run(tmp_path, args, run_id, model_args, cert
         ("samples", "{", ":1: not valid JSON"),
         ("samples", '{"filter": "none"}\n', ":1: no doc_id"),
         ("samples", '{"doc_id": 0}\n', ":1: does not say to which of the filters strict-match"),
+        ("samples", '{"doc_id": 0, "filter": ["none"]}\n', ":1: does not say to which"),
         ("samples", '{"doc_id": 0, "filter": "a"}\n' * 2, ":2: doc_id 0 appears twice"),
         ("samples", "", "has 0 questions, but results_2026"),
     ],

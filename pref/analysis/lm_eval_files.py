@@ -262,7 +262,7 @@ def read_samples(path: Path, metrics: dict[Metric, float]) -> tuple[dict[Metric,
         if not isinstance(question, int) or isinstance(question, bool):
             raise UserError(f"{path}:{number}: no doc_id: not a samples file of lm_eval")
         used = row.get("filter", filters[0] if len(filters) == 1 else None)
-        if used is None:
+        if not isinstance(used, str):
             raise UserError(
                 f"{path}:{number}: does not say to which of the filters {', '.join(filters)} it "
                 "belongs; evaluate again with a later lm_eval"
