@@ -22,12 +22,14 @@ from bench_studies import (
     write_texts,
     write_validation,
 )
-from studies import DRAWS, find_gap, has_note, make_run, rating, row_of
+from studies import DRAWS, MODEL, find_gap, has_note, make_base, make_run, rating, row_of
+from test_imported import evaluate, sample
 
 import analyze
 from pref.analysis import (
     figures,
     judge_identity,
+    measures,
     paper_tables,
     results_folder,
     terminal,
@@ -356,9 +358,9 @@ def test_what_is_no_judgement_is_refused_with_its_place(results, bench, row, mes
 
 
 def test_a_study_with_every_measure(results, tmp_path, capsys):
-    make_bench_study(results, n=20, seeds=(42, 43))
+    make_bench_study(results, n=12, seeds=(42, 43))
     write_validation(results)
-    write_alpaca_data(tmp_path / "data/alpaca_eval", n=20)
+    write_alpaca_data(tmp_path / "data/alpaca_eval", n=12)
     comparison = compared(results)
     json.dumps(finite_or_null(comparison), allow_nan=False)
     for key, count in (("alpaca_eval_lc", 1), ("arena_hard_style", 3), ("reward", 1)):
@@ -381,3 +383,53 @@ def test_a_study_with_every_measure(results, tmp_path, capsys):
     assert "AlpacaEval 2 length-controlled win rate" in printed and "19/20/805" not in printed
     figures.draw(next(j for j in jobs if j.args[0].name == "comparison_reward_frontier"))
     assert (tmp_path / "comparison_reward_frontier.png").stat().st_size > 10_000
+
+
+# ---- imported tasks -----------------------------------------------------------------------------
+
+
+def import_task(folder, right):
+    """gsm8k of lm-evaluation-harness: one answer for each entry of `right`."""
+    rows = [sample("gsm8k", i, "strict-match", exact_match=float(x)) for i, x in enumerate(right)]
+    model = {"pretrained": MODEL}
+    if folder.name != "base":
+        model |= {"peft": f"results/{folder.name}/adapter"}
+    evaluate(folder, {"gsm8k": rows}, model_args=model)
+
+
+def test_an_imported_task_is_the_alignment_tax_of_a_loss(results):
+    base, ours = [1] * 30 + [0] * 10, [1] * 18 + [0] * 22
+    import_task(make_base(results), base)
+    for seed in (42, 43):
+        import_task(make_run(results, f"d{seed}", "dpo", seed=seed, summary={}), ours)
+    claim = {"id": "x", "claim": "c", "kind": "equivalence", "metric": "task:gsm8k", "margin": 5}
+    sides = {"a": {"loss": "dpo"}, "b": {"loss": "dpo"}}
+    write_json(results / "claims.json", [claim | sides])
+    comparison = compared(results)
+    (part,) = comparison["tasks"]
+    assert part["task"] == "gsm8k" and row_of(part["cells"], "base")["score"] == 75
+    assert row_of(part["cells"], "base")["se_over_questions"] == pytest.approx(
+        100 * stdev(base) / math.sqrt(40)
+    )
+    (tax,) = (t for t in paper_tables.list_tables(comparison) if t.id == "alignment_tax")
+    (row,) = tax.rows
+    assert (row["task"], row["estimate"], row["n_units"]) == ("gsm8k", -30, 40) and row["high"] < 0
+    verdict = next(row for row in comparison["claims"] if row["id"] == "x")
+    assert verdict["unit"] == "points" and verdict["estimate"] == 0
+    with pytest.raises(UserError, match="task:NAME"):
+        write_json(results / "claims.json", [claim | sides | {"metric": "gsm8k"}])
+        compared(results)
+
+
+def test_every_measure_can_be_claimed_and_says_what_it_lacks(results):
+    make_run(results, "a", "dpo", summary={})
+    metrics = [name.replace("NAME", "x") for name in measures.metric_names()]
+    sides = {"a": {"loss": "dpo"}, "b": {"loss": "dpo"}, "kind": "difference", "at_least": 1}
+    write_json(
+        results / "claims.json", [{"id": m, "claim": m, "metric": m} | sides for m in metrics]
+    )
+    rows = {row["id"]: row for row in compared(results)["claims"]}
+    assert len(metrics) == 10
+    assert all(rows[metric]["verdict"] == "not measured" for metric in metrics)
+    assert "judge.py --bench alpaca_eval" in rows["alpaca_eval_lc"]["why"]
+    assert "lm_eval" in rows["task:x"]["why"]

@@ -133,7 +133,7 @@ def describe_settings(row: dict) -> dict[str, str]:
 
 def smoke_mark(judge: dict) -> str:
     """The label of scores by a judge that is too small, or whose validation warns; or ""."""
-    if not judge["smoke_test"]:
+    if not judge.get("smoke_test"):  # an imported task has no judge
         return ""
     if warnings := judge.get("judge_warnings"):
         return f"WARNING on the judge: {'; '.join(warnings)}: these scores measure nothing"
