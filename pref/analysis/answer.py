@@ -65,9 +65,10 @@ def answer(name: str, measure: Measure, part: dict, mark: str, comparison: dict)
     """
     baseline, cells = comparison["baseline"], part["cells"]
     metric, unit, digits, units = measure.value, measure.unit, measure.digits, measure.units
-    moved = movement_of(cells, comparison["movement"])
-    if measure is measures.ACCURACY:  # which is not of the answers
-        moved = dict.fromkeys(moved, Moved(None, None, None))
+    if measure is measures.MT:
+        moved = movement_of(cells, comparison["movement"])
+    else:
+        moved = movement_of_part(part)
     lost = lost_runs(cells, comparison["diverged"])
     differences = [row for row in part["improvement"] if row["estimate"] is not None]
     headline = [row for row in differences if row["comparison"] == "best of grid"]
@@ -177,6 +178,7 @@ class Moved(NamedTuple):
     kl: float | None  # nats an answer, to the base
     tokens: float | None  # length of an answer
     cut_off: float | None  # share of answers that reached the limit of tokens
+    characters: float | None = None  # length of an answer, where tokens are not counted
 
 
 def movement_of(cells: list[dict], movement: list[dict]) -> dict[str, Moved]:
@@ -191,8 +193,16 @@ def movement_of(cells: list[dict], movement: list[dict]) -> dict[str, Moved]:
         values = [row_of[run_id][name] for run_id in cell["runs"]]
         return stats.mean(value for value in values if value is not None)
 
+    names = ("kl", "tokens", "cut_off")
+    return {cell["label"]: Moved(*(mean_of(cell, name) for name in names)) for cell in cells}
+
+
+def movement_of_part(part: dict) -> dict[str, Moved]:
+    """The same of the answers that this part is of; nothing of validation accuracy and tasks."""
+    distance = {row["label"]: row["kl"] for row in part.get("frontier", ())}
     return {
-        cell["label"]: Moved(*(mean_of(cell, name) for name in Moved._fields)) for cell in cells
+        cell["label"]: Moved(distance.get(cell["label"]), None, None, cell.get("length"))
+        for cell in part["cells"]
     }
 
 
@@ -202,6 +212,9 @@ def moved_texts(ours: Moved, theirs: Moved) -> list[str]:
         texts_of.append(f"KL to the base {ours.kl:.2f} against {theirs.kl:.2f} nats an answer")
     elif ours.kl is not None:
         texts_of.append(f"KL to the base {ours.kl:.2f} nats an answer")
+    if None not in (ours.characters, theirs.characters):
+        lengths = f"{ours.characters:.0f} against {theirs.characters:.0f}"
+        texts_of.append(f"answers of {lengths} characters")
     if None not in (ours.tokens, theirs.tokens):
         text = f"answers of {ours.tokens:.0f} against {theirs.tokens:.0f} tokens"
         if None not in (ours.cut_off, theirs.cut_off) and max(ours.cut_off, theirs.cut_off) > 0:

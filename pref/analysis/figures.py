@@ -229,7 +229,7 @@ def score_jobs(
         jobs.append(partial(score_figures.draw_boxes, stem("boxes"), runs, look))
     if grids := curve_figures.find_grids(cells, look.metric):
         jobs.append(partial(curve_figures.draw_heatmaps, stem("heatmap"), grids, look))
-    else:
+    elif measure in (measures.ACCURACY, measures.MT):  # for others, that would say it again
         what = "accuracy" if measure is measures.ACCURACY else measure.heading(part)
         note = f"no heat map of {what}: no loss has two cells of beta x tau"
         comparison["notes"].append(note)

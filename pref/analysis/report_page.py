@@ -91,7 +91,8 @@ def page_run(run: Run, comparison: dict) -> dict:
         if measure is not measures.MT:
             mark = " (smoke test)" if part.get("smoke_test") else ""
             of_run = {row["run_id"]: row["value"] for row in part["runs"]}
-            numbers[measure.heading(part) + mark] = of_run.get(run.run_id)
+            suffix = judge_identity.file_suffix(part, comparison[measure.key]).replace("_", " ")
+            numbers[measure.short + suffix + mark] = of_run.get(run.run_id)
     return {
         "run_id": run.run_id,
         "status": run.status,
