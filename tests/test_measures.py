@@ -235,6 +235,13 @@ def test_a_reward_against_a_baseline_is_a_win_rate_too(results):
     assert comparison["alpaca_eval"][0]["judge"] == RM["judge"]
 
 
+@pytest.mark.parametrize(("size", "is_smoke"), [(0.6, False), (0.01, True)])
+def test_a_reward_model_may_be_smaller_than_a_judge(results, size, is_smoke):
+    run_with(results, "alpaca_eval", [reward(q, 1.0, judge_params_b=size) for q in (1, 2)])
+    (part,) = compared(results)["reward"]
+    assert part["smoke_test"] is is_smoke and part["judge_params_b"] == size
+
+
 def test_frontier_is_score_against_kl_of_the_same_answers(results):
     for seed, kl in ((42, 1.0), (43, 3.0)):
         folder = run_with(results, "alpaca_eval", [reward(1, kl)], f"r{seed}", seed=seed)

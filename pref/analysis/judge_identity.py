@@ -18,6 +18,9 @@ from pref.analysis.runs import JudgeKey
 from pref.files import disk, judgements
 
 LONGEST_SLUG = 60
+# A reward model is trained for nothing else: those of 0.6 B rank answers well. What is smaller than
+# this (billions) is a model for tests.
+REWARD_SMOKE_BELOW_B = 0.5
 
 
 # ---- identity -----------------------------------------------------------------------------------
@@ -59,7 +62,9 @@ def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
     sizes = [row.get("judge_params_b") for row in rows if row["judge"] == judge]
     sizes = [size for size in sizes if size is not None and 0 < size < math.inf]
     size = min(sizes) if sizes else judgements.params_from_name(judge)
-    return size, size is not None and size < judgements.SMOKE_TEST_BELOW_B
+    trained_for_it = any(row["judge"] == judge and row.get("grading") == "reward" for row in rows)
+    least = REWARD_SMOKE_BELOW_B if trained_for_it else judgements.SMOKE_TEST_BELOW_B
+    return size, size is not None and size < least
 
 
 # ---- titles -------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
     columns = distinct((row["title"], row["baseline"]) for row in rows)
     title = "Win rate in pairwise judgements (a tie is one half; both orders must agree)"
     if any(row["smoke_test"] for row in rows):
-        title += "\nSMOKE TEST: a judge below 7B parameters, these rates measure nothing"
+        title += "\nSMOKE TEST: a judge too small, or with warnings: these rates measure nothing"
     title += f"\nin brackets: {INTERVAL}"
     figure = drawing.new_figure(4.5 + 2.4 * len(columns), 2.2 + 0.5 * len(labels), title)
     axis = figure.subplots()

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import NamedTuple
 
-from pref.analysis import estimates, judge_identity, stats
+from pref.analysis import estimates, judge_identity, judge_validation, stats
 from pref.analysis.runs import Cell, Values
 
 
@@ -79,7 +79,9 @@ def win_rows(cells: list[Cell]) -> list[dict]:
                 for place in places
             ]
             judgements = [row for run in cell.runs for row in run.judged_pairs]
-            _, smoke_test = judge_identity.judge_size(key.judge, judgements)
+            _, too_small = judge_identity.judge_size(key.judge, judgements)
+            found = next((row.get("validation") for row in judgements if is_by(row, key)), None)
+            facts = judge_validation.judge_facts(key.judge, found, too_small)
             rows.append(
                 {
                     "judge": key.judge,
@@ -96,9 +98,16 @@ def win_rows(cells: list[Cell]) -> list[dict]:
                     "losses": outcomes.count(0),
                     "n_questions": table.shape[1],
                     "n_seeds": len(values),
-                    "smoke_test": smoke_test,
+                    "smoke_test": facts["smoke_test"],
                     "judge_id": key.judge_id,
                     "title": key.title,
+                    "as_humans": facts["as_humans"],
+                    "agreement_text": facts["agreement_text"],
                 }
             )
     return rows
+
+
+def is_by(row: dict, key: PairKey) -> bool:
+    judge = judge_identity.key_of(row)
+    return (judge.judge, judge.judge_id) == (key.judge, key.judge_id)

@@ -367,6 +367,7 @@ PAIRS = Layout(
         Column("against", "baseline"),
         Column("win rate", "win_rate", 3),
         Column("smoke test", lambda row: "yes" if row["smoke_test"] else None),
+        Column("judge agrees with human votes as humans do", lambda row: row.get("as_humans")),
         interval_column("95 % interval", 3),
         Column("wins", "wins"),
         Column("ties", "ties"),
