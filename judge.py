@@ -238,7 +238,9 @@ def validate_judge(args: argparse.Namespace) -> int:
         # 2) The paid part. The judgements stay in the store: no run has a judgements.csv with them.
         store.note_judge(db, todo.who)
         with calls.catch_interrupt() as interrupted:
-            stopped_because = plan.fetch_judgements(todo, lambda: None, db, args, interrupted)
+            stopped_because = plan.fetch_judgements(
+                todo, task.bench, lambda: None, db, args, interrupted
+            )
 
         # 3) The judge against the votes.
         results = store.find_results(db, todo.items, todo.who.reading)
