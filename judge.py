@@ -246,7 +246,7 @@ def validate_judge(args: argparse.Namespace) -> int:
         results = store.find_results(db, todo.items, todo.who.reading)
         report = validation.make_report(task, todo, results, args.repeats)
         validation.print_report(report)
-        summary.print_remarks(todo.who, todo.items, results)
+        summary.print_remarks(task.bench, todo.who, todo.items, results)
         validation.write_report(validation.report_path(results_dir, report), report)
         print(validation_report.sentence(report))
     if stopped_because:
