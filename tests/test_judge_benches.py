@@ -12,6 +12,7 @@ import judge
 from pref.files.console import UserError
 from pref.files.judgements import read_judgements
 from pref.judging import benchmarks, judges, server_judge, store
+from pref.judging.benchmark import Bench
 
 ASKED = {1: "Say hello.", 2: "What is 2 + 2?", 3: "Name a colour."}
 BASELINE = {1: "Hello!", 2: "4", 3: "Red."}
@@ -171,3 +172,32 @@ def test_a_score_judge_takes_no_arguments_of_asking(arena, scored_by_length):
     for more in (["--repeats", "2"], ["--softly"], ["--max_tokens", "3"], ["--requests", "x"]):
         with pytest.raises(UserError, match=more[0]):
             score_duel(arena, *more)
+
+
+# ---- parameters that a judge is known to accept --------------------------------------------------
+
+NEWER = {"max_completion_tokens": 2048}  # a judge that refuses temperature and max_tokens
+OLDER = {"temperature": 0, "max_tokens": 2048}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "form"),
+    [
+        ([], None),
+        ([(NEWER, "mt_bench")], {"max_completion_tokens": 16}),
+        ([(NEWER, "")], {"max_completion_tokens": 16}),  # a batch file was written
+        # It takes a temperature, and the request without one was an experiment.
+        ([({"max_tokens": 5}, "mt_bench"), (OLDER, "mt_bench")], None),
+        # Of the benchmark's own requests the last one counts.
+        ([(NEWER, "duel"), ({"temperature": 1, "max_tokens": 9}, "duel")],
+         {"max_completion_tokens": 16}),
+        ([({"temperature": 0.5, "max_tokens": 9}, "duel")], None),
+        ([({"max_tokens": 9, "seed": 3}, "duel")], {"max_tokens": 16}),
+        ([({"max_tokens": 9, "n": 2}, "duel")], None),
+    ],
+)  # fmt: skip
+def test_what_one_benchmark_has_learned_of_a_judge_serves_another(accepted, form):
+    parameters = {"temperature": 1, "max_tokens": 16}
+    bench = Bench(duel.BENCHMARK, None, [], "pair", {}, "duel", parameters)
+    known = [store.Accepted(*one) for one in accepted]
+    assert server_judge.form_of(bench, known) == form

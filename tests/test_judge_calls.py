@@ -459,7 +459,7 @@ def test_corrected_references_are_other_judgements(workplace, server):
     # FastChat's improved references are in the data folder, and are another file.
     with pytest.raises(UserError, match="--refs corrected: no .*gpt-4-0125-preview.jsonl; run"):
         run_judge(workplace, server, "--refs", "corrected")
-    write_answers(workplace / "mt/reference_answer/gpt-4-0125-preview.jsonl", {111: ["5", "10"]})
+    write_answers(workplace / "mt/reference_answer/gpt-4-0125-preview.jsonl", {111: ["6", "10"]})
     assert run_judge(workplace, server, "--refs", "corrected") == 0
     assert len(server.paid(server_judge.PROBE)) == 6 + 2 + 2
     write_answers(workplace / "wrong.jsonl", {999: ["5", "9"]})

@@ -15,7 +15,7 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pref.files import disk, judgements
 from pref.files.console import UserError
@@ -100,20 +100,32 @@ def first_parameters(
             parameters = {
                 NEWER_NAMES.get(k, k): v for k, v in parameters.items() if k not in MAY_GO
             }
-        accepted = store.accepted_parameters(db, args.judge, address)
-        forms = (in_form_of(form, bench.parameters) for form in accepted)
-        parameters = next((form for form in forms if form is not None), parameters)
+        form = form_of(bench, store.accepted_parameters(db, args.judge, address))
+        parameters = parameters if form is None else form
     return parameters if args.judge_seed is None else parameters | {"seed": args.judge_seed}
 
 
-def in_form_of(accepted: dict, parameters: dict) -> dict | None:
-    """`parameters`, named as in `accepted` and without what was refused then; None if `accepted`
+def form_of(bench: Bench, accepted: list[store.Accepted]) -> dict | None:
+    """The benchmark's parameters in the form that a judge accepts; None if that is not known."""
+    # 1) As the benchmark's last successful request had them.
+    own = [one.parameters for one in accepted if one.bench == bench.name]
+    if own and (form := in_form_of(own[0], bench.parameters, may_lack=MAY_GO)) is not None:
+        return form
+    # 2) As in any other. What the judge is known to accept was not refused, but not asked for.
+    known = set().union(*(one.parameters for one in accepted))
+    refused = [name for name in MAY_GO if name not in known]
+    forms = (in_form_of(one.parameters, bench.parameters, refused) for one in accepted)
+    return next((form for form in forms if form is not None), None)
+
+
+def in_form_of(accepted: dict, parameters: dict, may_lack: Iterable[str]) -> dict | None:
+    """`parameters`, named as in `accepted` and without what is missing there; None if `accepted`
     are parameters of something else.
     """
     limit = next((parameters[name] for name in TOKEN_LIMITS if name in parameters), None)
     values = {k: v for k, v in accepted.items() if k not in (*TOKEN_LIMITS, "seed")}
     lacking = parameters.keys() - values.keys() - {*TOKEN_LIMITS}
-    if not values.items() <= parameters.items() or not lacking <= {*MAY_GO}:
+    if not values.items() <= parameters.items() or not lacking <= {*may_lack}:
         return None
     return {k: limit if k in TOKEN_LIMITS else v for k, v in accepted.items() if k != "seed"}
 

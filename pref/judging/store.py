@@ -289,20 +289,29 @@ def learned_lengths(db: sqlite3.Connection, judge: str, bench: str) -> Lengths:
     return Lengths(*db.execute(query, (judge, bench)).fetchone())
 
 
-def accepted_parameters(db: sqlite3.Connection, judge: str, server: str) -> list[dict]:
-    """Parameters that this judge has accepted: those of its successful requests to this server,
-    then those that were recorded for it (a batch file was written), each newest first. Requests of
-    version 1.0.0, which kept no address, count for any server, and come last.
+class Accepted(NamedTuple):
+    """Parameters that a judge has accepted."""
+
+    parameters: dict
+    bench: str  # whose requests had them; "" if they were only recorded (a batch file was written)
+
+
+def accepted_parameters(db: sqlite3.Connection, judge: str, server: str) -> list[Accepted]:
+    """What this judge has accepted: the parameters of its successful requests to this server, then
+    those that were recorded for it, each newest first. Requests of version 1.0.0, which kept no
+    address, count for any server, and come last.
     """
-    asked = """SELECT json_extract(request, '$.parameters') AS parameters FROM judgements
-        WHERE judge = ? AND {server} AND status = 'ok' GROUP BY parameters
+    asked = f"""
+        SELECT json_extract(request, '$.parameters') AS parameters, {BENCH_OF_REQUEST} AS bench
+        FROM judgements WHERE judge = ? AND {{server}} AND status = 'ok' GROUP BY parameters, bench
         ORDER BY MAX(tstamp) DESC"""
     queries = (
         asked.format(server="json_extract(request, '$.server') = ?"),
-        "SELECT parameters FROM judges WHERE judge = ? AND server = ? ORDER BY rowid DESC",
+        "SELECT parameters, '' FROM judges WHERE judge = ? AND server = ? ORDER BY rowid DESC",
         asked.format(server="json_extract(request, '$.server') IS NULL AND ? != ''"),
     )
-    return [json.loads(text) for query in queries for (text,) in db.execute(query, (judge, server))]
+    rows = [row for query in queries for row in db.execute(query, (judge, server))]
+    return [Accepted(json.loads(parameters), bench) for parameters, bench in rows]
 
 
 # ---- questions that a sweep asks, by results folder ----------------------------------------------
