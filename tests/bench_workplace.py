@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import bench_files
-import duel
 from doubles import completion
 from judge_workplace import write_lines
 
@@ -19,19 +18,11 @@ PREPARED = {
     "arena_hard_v0.1": (["--arena_hard", "v0.1"], ("gpt-4-0314",)),
     "arena_hard_v2.0": (["--arena_hard", "v2.0"], ("o3-mini-2025-01-31",)),
 }
-DUELS = {1: "Say hello.", 2: "What is 2 + 2?", 3: "Name a colour."}
-VERDICTS = {"duel": "[[A]]", "alpaca_eval": "m"}  # what a judge writes; of Arena-Hard [[A>>B]]
 
 
 def make_data(folder: Path, name: str) -> Path:
     """The benchmark's data folder, as prep_data.py makes it of a few questions."""
     out = folder / "data" / name
-    if name == duel.BENCHMARK.name:
-        write_lines(
-            out / "question.jsonl", [{"question_id": q, "turns": [t]} for q, t in DUELS.items()]
-        )
-        write_lines(out / "baseline/gpt.jsonl", answer_rows(dict.fromkeys(DUELS, "Fine."), "gpt"))
-        return out
     options, models = PREPARED[name]
     if name == "alpaca_eval":
         source = bench_files.alpaca_eval(folder / "source")
@@ -62,8 +53,8 @@ def make_answers(folder: Path, name: str, questions: Path) -> None:
 
 
 def verdict(name: str) -> tuple[int, dict]:
-    """A reply that has a verdict."""
-    status, reply = completion(VERDICTS.get(name, "[[A>>B]]"))
+    """A reply that has a verdict: AlpacaEval's letter with its log-probability, or a label."""
+    status, reply = completion("m" if name == "alpaca_eval" else "So: [[A>>B]]")
     alternatives = [{"token": "m", "logprob": -0.25}, {"token": "M", "logprob": -1.5}]
     reply["choices"][0]["logprobs"] = {"content": [{"top_logprobs": alternatives}]}
     return status, reply

@@ -4,35 +4,28 @@ import json
 import os
 import signal
 
-import duel
 import pytest
-from bench_workplace import make_answers, make_data, rows_of, run_bench, verdict
+from bench_workplace import PREPARED, make_answers, make_data, rows_of, run_bench, verdict
 from judge_workplace import KEY, refusal
 
 from pref.files.console import UserError
 from pref.judging import benchmarks
 from pref.judging.server_judge import PROBE
 
-NAMES = [
-    name
-    for name in ("duel", "alpaca_eval", "arena_hard_v0.1", "arena_hard_v2.0")
-    if name == "duel" or name in benchmarks.BENCHMARKS
-]
+NAMES = [name for name in PREPARED if name in benchmarks.BENCHMARKS]
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def prepared(request, tmp_path_factory):
     """A benchmark's name and data folder."""
-    folder = tmp_path_factory.mktemp("bench")
-    return request.param, make_data(folder, request.param), folder
+    return request.param, make_data(tmp_path_factory.mktemp("bench"), request.param)
 
 
 @pytest.fixture
 def bench(prepared, tmp_path, monkeypatch, server):
     """The benchmark's name, and a folder with its data and two runs that have answered it."""
-    name, data, _ = prepared
+    name, data = prepared
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "duel", duel.BENCHMARK)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).symlink_to(data)
     questions = data / benchmarks.BENCHMARKS[name].question_file
