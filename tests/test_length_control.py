@@ -24,6 +24,7 @@ from pref.files import alpaca_eval
 from pref.files.console import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import lc_calibration
 import lc_parity
 
 PENALTIES = [10 ** (-4 + 8 * i / 9) for i in range(10)]
@@ -180,6 +181,18 @@ def test_pseudo_values_of_rows_without_a_preference_are_their_predictions():
     predicted = special.expit(found.weights[1] * rows["difficulty"] + found.weights[2])
     assert found.influence[:5] == pytest.approx(100 * predicted[:5])
     assert found.lc == pytest.approx(100 * predicted.mean())
+
+
+def test_simulated_studies_have_the_difference_that_they_state():
+    def world(rng):
+        return lc_calibration.made_up_instructions(lc_calibration.WEIGHTS[0], 805, rng), (
+            lc_calibration.WEIGHTS
+        )
+
+    design = lc_calibration.Design(seeds=2, seed_sd=0.5, ratio=1.6, effect=20)
+    found = lc_calibration.compare(5, design, world)
+    assert found["mean"] == pytest.approx(20, abs=3)  # five standard errors
+    assert found["found"] >= 0.8 and found["covered"] >= 0.6
 
 
 # ---- special cases -------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def unjudged(runs: list[Run]) -> list[dict]:
 def part_gaps(part: Part, name: str, runs: list[Run]) -> list[dict]:
     """What runs lack of one judge's judgements on a benchmark. name: of the source."""
     facts = part.facts
-    baseline = f" --baseline {facts['baseline']}" if facts["baseline"] else ""
+    # A benchmark chooses its own baselines, by category; --baseline would replace all of them.
+    is_run = facts["baseline"] in {run.run_id for run in runs}
+    baseline = f" --baseline {facts['baseline']}" if is_run else ""
     command = f"{notes.judge_command(facts, [])} --bench {facts['bench']}{baseline}"
     answer = f"gen_mtbench.py --bench {facts['bench']}, then {command}"
     lacking = [run.run_id for run in notes.usable_runs(runs) if run.run_id not in part.judged]

@@ -327,8 +327,9 @@ def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: Be
     for (baseline,), rows in grouped(files.pairs, "baseline").items():
         sides = sides_of(baseline)
         if why := why_not_its_judgements(run, bench, rows, sides):
-            pairwise = " --grading pair" if bench == MT_BENCH else ""
-            next_step = f"{again}{pairwise} --baseline {baseline}"
+            next_step = f"{again} --grading pair" if bench == MT_BENCH else again
+            if bench == MT_BENCH or baseline not in data.baselines:
+                next_step += f" --baseline {baseline}"
             what = f"pairwise judgements{of_bench(bench)} against {baseline}"
             stale.append(Stale(what, why, next_step))
         else:
