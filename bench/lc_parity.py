@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pref.analysis import length_control
-from pref.files import alpaca_eval, console
+from pref.files import alpaca_eval, console, win_rates
 from pref.files.console import UserError
 
 ROUNDING = 1e-9  # of a preference
@@ -120,13 +120,9 @@ def rate(model: str, rows: dict[int, Row], difficulty: dict | None, gamed) -> di
     order = sorted(rows)  # the folds of the cross-validation are those of AlpacaEval's order
     y, len_baseline, len_model = zip(*(rows[index] for index in order))
     name = "lc" if gamed else "lc_unregularised"
-    try:
-        won = length_control.win_rate(y)
-    except UserError as error:
-        lacking = dict.fromkeys(("win_rate", "standard_error", name, "lc_se"))
-        return {"model": model, "n": 0} | lacking | {"why": str(error)}
-    line = {"model": model, "n": won.n, "win_rate": won.win_rate}
-    line["standard_error"] = finite(won.standard_error)
+    won = win_rates.win_rate(1 + value for value in y if not isnan(value))
+    line = {name: getattr(won, name) for name in ("n", "win_rate", "standard_error")}
+    line = {"model": model} | line
     try:
         found = length_control.fit(
             y,

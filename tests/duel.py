@@ -3,7 +3,7 @@
 The judge replies with a letter, or with its log-probabilities.
 """
 
-from pref.files import mt_bench
+from pref.files import mt_bench, win_rates
 from pref.judging import reading
 from pref.judging.benchmark import Ask, Bench, Benchmark
 from pref.judging.reading import Verdict
@@ -37,7 +37,7 @@ def asks(bench, question, turn, answer, other):
     ]
 
 
-EQUAL = Verdict("ok", preference=1.5, reading=reading.EQUAL)
+EQUAL = Verdict("ok", preference=1.5, reading=win_rates.EQUAL)
 
 
 def messages(question, a, b):

@@ -212,26 +212,29 @@ def test_win_rate_by_hand():
             win_rates.win_rate([wrong])
 
 
-def row(question_id: int, preference: float | None, order: str = "1", choice: int = 0) -> dict:
+def row(question_id: int, preference: float | None, order: str = "1", **more) -> dict:
     status = "no_token" if preference is None else "ok"
-    return {
-        "question_id": question_id,
-        "choice": choice,
-        "order": order,
-        "status": status,
-        "preference": preference,
-    }
+    fields = {"turn": 1, "choice": 0, "repeat": 0, "reading": "", "winner": None, "baseline": "b"}
+    named = {"question_id": question_id, "order": order, "status": status}
+    return fields | named | {"preference": preference} | more
 
 
 def test_preferences_by_question():
-    rows = [
-        *(row(1, 1.0), row(1, 2.0), row(1, 2.0), row(1, None)),  # replies of one answer
-        *(row(2, 1.0, order="1"), row(2, 2.0, order="2")),
-        *(row(3, 2.0, order="1"), row(3, None, order="2")),  # one order is missing
+    alone = [
+        *(row(1, value, repeat=i) for i, value in enumerate((1.0, 2.0, 2.0, None))),
         *(row(4, 1.5, choice=0), row(4, 1.0, choice=1), row(4, None, choice=2)),
         row(5, None),
+        *(row(6, None, status="ok", winner=name, repeat=i) for i, name in enumerate("br")),
     ]
-    assert win_rates.by_question(rows) == pytest.approx({1: 5 / 3, 2: 1.5, 4: 1.25})
+    assert win_rates.by_question(alone) == pytest.approx({1: 5 / 3, 4: 1.25, 6: 1.5})
+    in_both = [
+        *(row(2, 1.0, order="1"), row(2, 2.0, order="2")),
+        *(row(3, 2.0, order="1"), row(3, None, order="2")),  # one order has failed
+        row(7, 2.0, order="2"),  # the other one is still to be asked
+        row(8, 1.5, order="2", reading="equal"),
+    ]
+    assert win_rates.by_question(in_both) == {2: 1.5, 8: 1.5}
+    assert win_rates.by_question([]) == {}
 
 
 @published

@@ -258,14 +258,6 @@ def test_without_gamed_rows_it_is_called_something_else():
     )
 
 
-def test_win_rate_by_hand():
-    found = length_control.win_rate([1, 0.5, 0, 0.75, np.nan])
-    assert found[:3] == pytest.approx((56.25, 100 * np.sqrt(0.18229166666 / 4), 62.5))
-    assert (found.n_wins, found.n_wins_baseline, found.n_draws, found.n) == (2, 1, 1, 4)
-    with pytest.raises(UserError, match="no preference"):
-        length_control.win_rate([np.nan])
-
-
 # ---- by question ---------------------------------------------------------------------------------
 
 

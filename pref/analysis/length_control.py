@@ -58,18 +58,6 @@ class CannotControl(UserError):
     """There is no length-controlled win rate of these rows; the message says why."""
 
 
-class WinRate(NamedTuple):
-    """AlpacaEval's win rate in percent, over the rows that have a preference."""
-
-    win_rate: float
-    standard_error: float  # NaN for a single row
-    discrete: float  # share of wins and half of the draws
-    n_wins: int
-    n_wins_baseline: int
-    n_draws: int
-    n: int
-
-
 class LengthControl(NamedTuple):
     """A length-controlled win rate. All but C, weights and counts are in percent."""
 
@@ -81,25 +69,6 @@ class LengthControl(NamedTuple):
     n: int  # rows that lc is a mean over
     n_judged: int  # of these, with a preference
     label: str  # OFFICIAL, UNREGULARISED or OWN
-
-
-def win_rate(y: Sequence[float]) -> WinRate:
-    """Win rate of preferences from 0 (baseline) to 1 (run); NaN where there is none."""
-    y = np.asarray(y, dtype=float)
-    y = y[~np.isnan(y)]
-    if not len(y):
-        raise UserError("no preference at all: there is no win rate")
-    check_preferences(y)
-    wins, draws, n = int((y > 0.5).sum()), int((y == 0.5).sum()), len(y)
-    return WinRate(
-        win_rate=100 * float(y.mean()),
-        standard_error=100 * standard_error(y),
-        discrete=100 * (wins + draws / 2) / n,
-        n_wins=wins,
-        n_wins_baseline=n - wins - draws,
-        n_draws=draws,
-        n=n,
-    )
 
 
 def fit(

@@ -32,10 +32,10 @@ from pref.analysis import (
 )
 from pref.analysis.parts import Common, Part, Source, Sources
 from pref.analysis.runs import MT_BENCH, Run
+from pref.files import win_rates
 
 ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
-EQUAL = "equal"  # column `reading` of two answers that are the same text
 GAMES = {"arena_hard_v0.1": False}  # whether a question counts only if both games have a verdict
 BY_CATEGORY = ("arena_hard_v2.0",)  # each category has a baseline of its own
 
@@ -179,36 +179,9 @@ def counted(source: Source, rows: list[dict], scored, common: Common, sources: S
 # ---- preferences: AlpacaEval 2 and others --------------------------------------------------------
 
 
-def preference_of(row: dict) -> float | None:
-    """The preference for the run's answer, from 0 (the baseline's) to 1; None without a verdict."""
-    if row["status"] != "ok":
-        return None
-    if row["preference"] is not None:
-        return row["preference"] - 1
-    if row["winner"] is None:
-        return None
-    return {"tie": 0.5, row["baseline"]: 0.0}.get(row["winner"], 1.0)
-
-
-def question_preferences(rows: list[dict]) -> dict[int, float]:
-    """question -> mean preference. If answers were shown in both orders, an answer without a
-    verdict in one of them does not count: what is left would favour a position.
-    """
-    places: dict[tuple, dict] = defaultdict(dict)  # which answer, and repeat -> order -> y
-    equal = set()  # places of equal answers, which nobody had to be asked about
-    for row in rows:
-        place = (row["question_id"], row["turn"], row["choice"], row["repeat"])
-        places[place][row["order"]] = preference_of(row)
-        if row.get("reading") == EQUAL:
-            equal.add(place)
-    n_orders = max((len(by_order) for by_order in places.values()), default=0)
-    by_question: dict[int, list[float]] = defaultdict(list)
-    for place, by_order in places.items():
-        is_complete = len(by_order) == n_orders or place in equal
-        if is_complete and None not in by_order.values():
-            question, *_ = place
-            by_question[question].append(fmean(by_order.values()))
-    return {question: fmean(values) for question, values in sorted(by_question.items())}
+def question_shares(rows: list[dict]) -> dict[int, float]:
+    """question -> mean preference, from 0 (the baseline's answer) to 1 (the run's)."""
+    return {question: one - 1 for question, one in win_rates.by_question(rows).items()}
 
 
 def find_alpaca_eval(runs: list[Run], sources: Sources) -> list[Part]:
@@ -244,7 +217,7 @@ def preference_parts(runs: list[Run], bench: str, sources: Sources) -> list[Part
     for source, judged in groups.items():
         common = parts.keep_common(judged)
         scores = {
-            run_id: {q: 100 * y for q, y in question_preferences(rows).items()}
+            run_id: {q: 100 * y for q, y in question_shares(rows).items()}
             for run_id, rows in common.rows.items()
         }
         facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
@@ -252,7 +225,7 @@ def preference_parts(runs: list[Run], bench: str, sources: Sources) -> list[Part
             facts["heading"] = f"Win rate, {parts.bench_title(bench)}"
         part = mean_part(source, facts, judged, common, scores, runs, sources)
         for run_id, numbers in part.numbers.items():
-            numbers |= win_counts(scores[run_id])
+            numbers |= win_counts(common.rows[run_id])
         if bench == ALPACA_EVAL:
             part.notes.extend(note_control_tokens(runs, common))
         found.append(part)
@@ -275,12 +248,10 @@ def note_control_tokens(runs: list[Run], common: Common) -> list[str]:
     return found
 
 
-def win_counts(scores: dict[int, float]) -> dict:
+def win_counts(rows: list[dict]) -> dict:
     """Wins, draws, and the share of wins and half of the draws, in percent."""
-    wins = sum(score > 50 for score in scores.values())
-    draws = sum(score == 50 for score in scores.values())
-    discrete = 100 * (wins + draws / 2) / len(scores) if scores else None
-    return {"n_wins": wins, "n_draws": draws, "discrete": discrete}
+    found = win_rates.win_rate(win_rates.by_question(rows).values())
+    return {name: getattr(found, name) for name in ("n_wins", "n_draws", "discrete")}
 
 
 # ---- at equal length ----------------------------------------------------------------------------
@@ -306,7 +277,7 @@ def length_controlled_part(
     ours = {run.run_id: run.bench(source.bench).answers for run in runs}
     numbers, values, notes, labels = {}, {}, [], set()
     for run_id, rows in common.rows.items():
-        y = question_preferences(rows)
+        y = question_shares(rows)
         lengths = parts.answer_lengths(rows, ours.get(run_id, {}), theirs)
         row = {
             "score": None,

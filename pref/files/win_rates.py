@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 DRAW = 1.5
+EQUAL = "equal"  # column `reading` of two answers that are the same text
 
 
 class WinRate(NamedTuple):
@@ -50,24 +51,46 @@ def checked(value: float) -> float:
     return value
 
 
+def preference_of(row: dict) -> float | None:
+    """The preference in a row of judgements.csv; None without a verdict.
+
+    A verdict that names a winner alone counts as 1, 1.5 (a tie) or 2.
+    """
+    if row["status"] != "ok":
+        return None
+    if row["preference"] is not None:
+        return checked(row["preference"])
+    if row.get("winner") is None:
+        return None
+    return {"tie": DRAW, row["baseline"]: 1.0}.get(row["winner"], 2.0)
+
+
+def of_log_odds(x: float) -> float:
+    """The preference for an answer whose log-odds of winning are x: 1 + sigmoid(x)."""
+    return 1 + (1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x)))
+
+
 def by_question(rows: Iterable[dict]) -> dict[int, float]:
     """question_id -> preference, from one run's rows of one judge in judgements.csv.
 
-    Choices and repeats are averaged, and so are the orders of a question that was asked in both
-    (--preference both): there the mean over the answers shown first and second is without position
-    bias only if either has a verdict, so an answer that lacks one of them is left out. Rows without
-    a verdict are needed to see that.
+    The mean over turns, choices and repeats. Where answers were shown in both orders (--preference
+    both), one without a verdict in either order does not count: what is left would favour a
+    position. Two equal answers need no second order: nobody was asked about them.
     """
-    # 1) Preferences of each answer by order, and the orders in which it was asked.
-    found: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    # 1) Preferences of each answer and repeat, by order.
+    judged: dict[tuple, dict[str, float | None]] = defaultdict(dict)
+    equal = set()
     for row in rows:
-        orders = found[row["question_id"], row["choice"]]
-        given = orders[row["order"]]
-        if row["status"] == "ok" and row["preference"] is not None:
-            given.append(checked(row["preference"]))
-    # 2) The mean of each answer, then of each question.
+        one = (row["question_id"], row["turn"], row["choice"], row["repeat"])
+        judged[one][row["order"]] = preference_of(row)
+        if row["reading"] == EQUAL:
+            equal.add(one)
+    n_orders = max(map(len, judged.values()), default=0)
+    # 2) The mean of each over its orders, then of each question.
     of_question: dict[int, list[float]] = defaultdict(list)
-    for (question_id, _), orders in found.items():
-        if all(orders.values()):
-            of_question[question_id].append(fmean(map(fmean, orders.values())))
-    return {question_id: fmean(values) for question_id, values in of_question.items()}
+    for one, orders in judged.items():
+        is_complete = len(orders) == n_orders or one in equal
+        if is_complete and None not in orders.values():
+            question_id, *_ = one
+            of_question[question_id].append(fmean(orders.values()))
+    return {question_id: fmean(values) for question_id, values in sorted(of_question.items())}

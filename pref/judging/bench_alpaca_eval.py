@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from pref.files import benchmarks
+from pref.files import benchmarks, win_rates
 from pref.files.console import UserError
 from pref.judging import annotations, reading
 from pref.judging.benchmark import (
@@ -61,7 +61,6 @@ START, END = "<|im_start|>", "<|im_end|>"  # what the prompt's messages begin an
 JOINER = "\u200d"  # zero width
 FIELDS = ("instruction", "output_1", "output_2")  # in the order in which they are filled
 FIRST, SECOND = "m", "M"  # the two outputs' names in the prompt
-DRAW = 1.5
 MOST_LOGPROB = 1e-3  # rounding; more than this is no log-probability
 # A letter that is a word of its own: "M", "**M**", "'m'", "{M}", but not the m of "I'm".
 ALONE = re.compile(r"(?<!\w)(?<!\w['’])[mM](?!\w)(?!['’]\w)")
@@ -124,7 +123,7 @@ def asks(
     if bench.options.get("neutralise"):
         texts = [neutralise(text) for text in texts]
     orders = ORDERS if bench.options.get("preference") == BOTH else [order_of(question["turns"][0])]
-    draw = Verdict("ok", preference=DRAW, reading=reading.EQUAL) if is_equal else None
+    draw = Verdict("ok", preference=win_rates.DRAW, reading=win_rates.EQUAL) if is_equal else None
     template = bench.prompts[NAME]["prompt_template"]
     return [Ask(messages(template, *texts, order), order, known=draw) for order in orders]
 
@@ -162,11 +161,7 @@ def read_logprobs(top: dict[str, float], most: int = TOP) -> Verdict:
         return Verdict("no_token" if top else "no_logprobs")
     if len(found) == 1:
         return Verdict("ok", preference=1.0 + (SECOND in found))
-    return Verdict("ok", preference=1 + sigmoid(found[SECOND] - found[FIRST]))
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    return Verdict("ok", preference=win_rates.of_log_odds(found[SECOND] - found[FIRST]))
 
 
 def read_letter(reply: Reply, reasons: bool) -> Verdict:

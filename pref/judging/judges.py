@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pref.files import disk
+from pref.files import disk, win_rates
 
 SERVER, LOCAL, SCORE = "server", "local", "score"
 KIND_OF_PREFIX = {"hf": LOCAL, "rm": SCORE}
@@ -111,10 +111,6 @@ def ask_for_scores(score: Callable[[list[dict]], float], request: dict) -> dict:
         return {"status": error.status, "judgement": error.text}
     if not all(map(math.isfinite, (own, own if other is None else other))):
         return {"status": "nonfinite", "judgement": f"scores {own}, {other}"}
-    preference = None if other is None else 1 + sigmoid(own - other)
+    preference = None if other is None else win_rates.of_log_odds(own - other)
     text = "" if other is None else f"baseline: {other!r}"
     return {"status": "ok", "score": own, "preference": preference, "judgement": text}
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

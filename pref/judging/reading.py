@@ -20,8 +20,8 @@ from pref.model.completions import CUT_OFF
 FIRST, LAST = "first", "last"  # --verdict
 MIN_RATING_MASS = 0.5  # --min_rating_mass
 
-# Column `reading`; "" is a plain verdict. EQUAL: two answers that are equal, so nobody was asked.
-FALLBACK, SEVERAL, EQUAL = "fallback", "several", "equal"
+# Column `reading`; "" is a plain verdict.
+FALLBACK, SEVERAL = "fallback", "several"
 
 # A finish_reason, in lower case, of an answer that came to its end. OpenAI's is "stop"; the others
 # are those of servers that translate another API.
@@ -70,7 +70,7 @@ class Verdict(NamedTuple):
     status: str  # "ok", or why there is no verdict
     score: float | None = None  # of a single answer
     winner: str | None = None  # of a pair: A (shown first), B or tie
-    reading: str = ""  # FALLBACK, SEVERAL, EQUAL or ""
+    reading: str = ""  # FALLBACK, SEVERAL, win_rates.EQUAL or ""
     preference: float | None = None  # of a pair: from 1 (A) to 2 (B)
     label: str | None = None  # of a pair: a verdict in the judge's own letters, such as A>>B
 

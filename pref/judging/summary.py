@@ -336,9 +336,12 @@ def summarise_preferences(outcomes: list[Outcome]) -> dict[str, str]:
     preferences = win_rates.by_question(
         {
             "question_id": item.question_id,
+            "turn": item.turn,
             "choice": item.choice,
+            "repeat": item.repeat,
             "order": item.order,
             "status": result.status,
+            "reading": result.reading,
             "preference": preference_of(item.order, result.preference),
         }
         for item, result in outcomes
