@@ -15,8 +15,9 @@ from alpaca_eval_texts import TEMPLATE, TEXTS, case_hash, run_package
 
 from pref.files import win_rates
 from pref.files.console import UserError
+from pref.files.judgements import ORDERS, RUN_IS_A, RUN_IS_B
 from pref.judging import bench_alpaca_eval as alpaca
-from pref.judging.benchmark import ORDERS, RUN_IS_A, RUN_IS_B, preference_of
+from pref.judging.benchmark import preference_of
 from pref.judging.reading import Reply
 
 PUBLISHED = Path(os.environ.get("ALPACA_EVAL") or "/nowhere")

@@ -10,10 +10,9 @@ from judge_workplace import KEY, PRICED, write_lines
 
 import judge
 from pref.files.console import UserError
-from pref.files.judgements import read_judgements
+from pref.files.judgements import RUN_IS_A, read_judgements
 from pref.judging import bench_alpaca_eval as alpaca
 from pref.judging import server_judge
-from pref.judging.benchmark import RUN_IS_A
 
 ASKED = ["Name a river.", "What is 2 + 2?", "Say {output_1}.", "Name a colour."]
 BASELINE = ["The Loire.", "4", "One.", "Red."]

@@ -28,10 +28,11 @@ from judge_workplace import (
 
 import judge
 import prep_data
+from pref.files import judgements
 from pref.files.console import UserError
 from pref.files.disk import locked, sha256_json
 from pref.judging import bench_mt_bench, benchmark, identity, items, judges, run_answers, schema
-from pref.judging.reading import Reading
+from pref.judging.reading import Reading, Reply
 
 pytest_plugins = ("judge_fixtures",)
 
@@ -93,7 +94,7 @@ def test_messages_and_ratings_equal_those_of_fastchats_code(monkeypatch):
             fastchat.Judge("the-judge", prompts["single-v1"]),
             None,
         )[0]
-        assert bench_mt_bench.read_rating(text) == (theirs if 1 <= theirs <= 10 else None), text
+        assert rating_in(text) == (theirs if 1 <= theirs <= 10 else None), text
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,7 +131,7 @@ def test_pairs_equal_those_of_fastchats_code(monkeypatch):
                 turn == 2,
             )
             theirs = fastchat.play_a_match_pair(match, None)
-            for order, key in zip(benchmark.ORDERS, ("g1_winner", "g2_winner")):
+            for order, key in zip(judgements.ORDERS, ("g1_winner", "g2_winner")):
                 messages, parameters = sent.pop(0)
                 sides = [answer["choices"][0]["turns"] for answer in answers]
                 sides = sides if order == "1" else sides[::-1]
@@ -219,13 +220,18 @@ RATINGS = [
 ]
 
 
+def rating_in(text: str) -> float | None:
+    reply = Reply(text, finish_reason="stop")
+    return bench_mt_bench.read_reply(reply, request={"grading": "single"}).score
+
+
 @pytest.mark.parametrize(("text", "rating"), RATINGS)
 def test_rating(text, rating):
-    assert bench_mt_bench.read_rating(text) == rating
+    assert rating_in(text) == rating
 
 
 def test_huge_rating_is_none():
-    assert bench_mt_bench.read_rating(f"[[{'9' * 400}]]") is None  # inf as a float
+    assert rating_in(f"[[{'9' * 400}]]") is None  # inf as a float
 
 
 # ---- what a judgement is stored under ------------------------------------------------------------

@@ -17,7 +17,7 @@ from pref.analysis import arena_hard
 from pref.files import verdict_labels
 from pref.files.console import UserError
 from pref.files.judgements import read_judgements
-from pref.judging import bench_arena_hard, server_judge
+from pref.judging import bench_arena_hard, benchmark, server_judge
 from pref.judging.bench_arena_hard import V01, V20
 from pref.judging.reading import Reply
 from pref.judging.shape import shape
@@ -316,7 +316,8 @@ def test_messages_from_the_published_settings():
     path = Path(os.environ["ARENA_HARD"]) / "judge_settings.json"
     settings, template = bench_arena_hard.read_settings(path)
     prompt = {**settings["hard_prompt"], "prompt_template": template}
-    system, user = bench_arena_hard.messages(prompt, "Q {x}", "a {ANSWER_B}", "b")
+    fields = {"QUESTION": "Q {x}", "ANSWER_A": "a {ANSWER_B}", "ANSWER_B": "b"}
+    system, user = benchmark.fill(prompt, fields)
     assert system == {"role": "system", "content": settings["hard_prompt"]["system_prompt"]}
     assert user["content"] == (
         "<|User Prompt|>\nQ {x}\n\n<|The Start of Assistant A's Answer|>\na {ANSWER_B}\n"

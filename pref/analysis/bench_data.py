@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pref.analysis.runs import MT_BENCH
-from pref.files import mt_bench
-from pref.files.console import UserError
+from pref.files import benchmarks, mt_bench
 
 QUESTION_FILES = ("question.jsonl", "questions.json", "questions.jsonl")
 
@@ -48,20 +47,8 @@ def read_bench(folder: Path) -> BenchData:
     return BenchData(
         folder=folder,
         questions={row["question_id"]: row["turns"] for row in rows},
-        baselines=read_baselines(folder / "baseline"),
+        baselines=benchmarks.read_baselines(folder, turns=None),
     )
-
-
-def read_baselines(folder: Path) -> dict[str, dict]:
-    """Answers of the models that runs are compared with, by model_id, else by the file's name."""
-    baselines: dict[str, dict] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for key, row in mt_bench.read_answers(path, turns=None).items():
-            name = row.get("model_id") or path.stem
-            if not isinstance(name, str):
-                raise UserError(f"{path}: 'model_id' must be text, found {name!r}")
-            baselines.setdefault(name, {})[key] = row
-    return baselines
 
 
 def of(data: AllData | None, bench: str = MT_BENCH) -> BenchData:

@@ -7,11 +7,10 @@ from pathlib import Path
 from pref.analysis.runs import MT_BENCH
 from pref.files import disk
 from pref.files.console import UserError
-from pref.files.verdict_labels import LABELS, RUN_IS_A, RUN_IS_B
+from pref.files.judgements import ORDERS, REWRITE, SHAPE_COUNTS
+from pref.files.verdict_labels import LABELS
 
 GRADINGS = ("single", "pair", "reward")
-SHAPE_COUNTS = ("chars", "headers", "lists", "bold")  # of an answer
-REWRITE = "rerun judge.py to write the file again"
 
 
 def check_judgement(row: dict, path: Path, run_id: str) -> None:
@@ -45,7 +44,7 @@ def check_judgement(row: dict, path: Path, run_id: str) -> None:
 def check_pair(row: dict, path: Path, run_id: str, of_mt_bench: bool) -> None:
     winners = (run_id, row["model_id"], row["baseline"], "tie")
     is_known = row["winner"] is not None and row["winner"] in winners
-    if not row["baseline"] or (of_mt_bench and row["order"] not in ("1", "2")):
+    if not row["baseline"] or (of_mt_bench and row["order"] not in ORDERS):
         raise UserError(
             f"{path}: a comparison without baseline, or of order {row['order']!r}, which must "
             "be 1 or 2; rerun judge.py"
@@ -69,7 +68,7 @@ def check_label(row: dict, place: str) -> None:
         raise UserError(
             f"{place}: label {row['label']!r} is none of {', '.join(LABELS)}; {REWRITE}"
         )
-    if row["order"] not in (RUN_IS_A, RUN_IS_B):
+    if row["order"] not in ORDERS:
         raise UserError(f"{place}: a label of order {row['order']!r}, not 1 or 2; {REWRITE}")
 
 

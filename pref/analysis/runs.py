@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref.analysis.lm_eval_files import Imported
+from pref.files.benchmarks import MT_BENCH
 from pref.files.mt_bench import AnswerKey
 
-MT_BENCH = "mt_bench"
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
 SUMMARY_KEYS = (*ACCURACIES, "best_step", *TRAINING_NUMBERS)  # what is read of summary.json

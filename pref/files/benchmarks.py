@@ -8,6 +8,7 @@ prep_data.py writes these folders. One written by hand works as well: a manifest
 `questions` is enough for gen_mtbench.py to answer its questions.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from pref.files.console import UserError
 from pref.files.mt_bench import AnswerKey
 
 DATA = Path("data")  # prep_data.py puts each folder there, under the benchmark's name
-MT_BENCH = "mt_bench"
+MT_BENCH = "mt_bench"  # the benchmark of a stage that is given none
 # The options of prep_data.py that make a folder.
 PREPARED_BY = {
     MT_BENCH: "--mt_bench",
@@ -141,12 +142,24 @@ def label_of(bench: BenchFolder) -> str:
     return bench.name if official else "own"
 
 
-def baselines(bench: BenchFolder) -> dict[str, Path]:
-    """The models whose answers the folder brings, each with its file."""
-    found = {}
-    for path in sorted((bench.folder / "baseline").glob("*.jsonl")):
-        _, first = next(disk.read_jsonl(path), (0, {}))
-        found[str(first.get("model_id", path.stem))] = path
+def read_baselines(
+    folder: Path, turns: int | None, check: Callable[[Path, dict], None] | None = None
+) -> dict[str, dict[AnswerKey, dict]]:
+    """Answers of the models that runs are compared with, by model_id, else by the file's name.
+
+    folder: the benchmark's. turns, and errors: see `mt_bench.read_answers`. check: called with each
+    file and its answers.
+    """
+    found: dict[str, dict[AnswerKey, dict]] = {}
+    for path in sorted((folder / "baseline").glob("*.jsonl")):
+        answers = mt_bench.read_answers(path, turns)
+        if check is not None:
+            check(path, answers)
+        for key, row in answers.items():
+            name = row.get("model_id") or path.stem
+            if not isinstance(name, str):
+                raise UserError(f"{path}: 'model_id' must be text, found {name!r}")
+            found.setdefault(name, {})[key] = row
     return found
 
 
@@ -162,5 +175,16 @@ def read_model_answers(folder: Path) -> dict[str, dict[AnswerKey, dict]]:
             if row.get("model_id", path.stem) != path.stem:
                 raise UserError(f"{path}: has an answer of {row['model_id']}")
     if not answers:
-        raise UserError(f"{folder / 'model_answer'}: no *.jsonl with answers; run prep_data.py")
+        raise UserError(
+            f"{folder / 'model_answer'}: no *.jsonl with answers; run python prep_data.py "
+            "--mt_bench_human"
+        )
     return answers
+
+
+def first_answers(folder: Path) -> dict[str, dict[int, list[str]]]:
+    """The turns of choice 0 by question_id, by model. See `read_model_answers`."""
+    return {
+        model: {key.question_id: row["turns"] for key, row in rows.items() if key.choice == 0}
+        for model, rows in read_model_answers(folder).items()
+    }

@@ -58,6 +58,10 @@ COLUMN_TYPES = {
     "token_logprobs": str,
     "shape": str,
 }
+# Column `order`: which answer of a comparison was shown first, as A.
+RUN_IS_A, RUN_IS_B = "1", "2"
+ORDERS = (RUN_IS_A, RUN_IS_B)
+SHAPE_COUNTS = ("chars", "headers", "lists", "bold")  # of each answer in the column `shape`
 JUDGEMENT_COLUMNS = tuple(COLUMN_TYPES)
 NEW_COLUMNS = (
     *("judge_id", "judge_address", "judge_settings", "rating_mass", "reading"),

@@ -6,6 +6,8 @@ way (column `label`), with `order` to say which of them was the run's.
 
 from typing import NamedTuple
 
+from pref.files.judgements import RUN_IS_A, RUN_IS_B
+
 
 class Label(NamedTuple):
     """What a label says of A."""
@@ -24,8 +26,6 @@ LABELS = {
 MIRRORED = dict(zip(LABELS, reversed(LABELS)))  # the same verdict, had the answers changed places
 # Other ways to write a label, which judges use as well.
 SPELLINGS = {"A<<B": "B>>A", "A<B": "B>A", "B=A": "A=B", "B<A": "A>B", "B<<A": "A>>B"}
-
-RUN_IS_A, RUN_IS_B = "1", "2"  # column `order`
 
 
 def read_label(text: str) -> str | None:

@@ -62,7 +62,7 @@ def prepare_human(where: str, out: Path, allow_modified: bool) -> None:
     as_files = folder is not None and (folder / "human.jsonl").is_file()
     if as_files:
         votes = {name: read_lines(folder / f"{name}.jsonl") for name in VOTES_SHA256}
-        answers = read_model_answers(folder)
+        answers = benchmarks.first_answers(folder)
     else:
         rows = open_votes(folder)
         votes = {name: votes_of(placed) for name, placed in rows.items()}
@@ -183,14 +183,6 @@ def answers_of(rows: Iterable[dict]) -> Answers:
             if answers.setdefault(model, {}).setdefault(question, turns) != turns:
                 raise UserError(f"{place}: two votes show different answers")
     return answers
-
-
-def read_model_answers(folder: Path) -> Answers:
-    """The same from FastChat's files in model_answer/."""
-    return {
-        model: {key.question_id: row["turns"] for key, row in rows.items() if key.choice == 0}
-        for model, rows in benchmarks.read_model_answers(folder).items()
-    }
 
 
 def check_answered(votes: dict[str, list[dict]], answers: Answers) -> None:

@@ -270,8 +270,6 @@ def check_score_judge(args: argparse.Namespace, own: dict[str, dict]) -> None:
                 f"--{name} says how a judge is asked, or its reply is read; {args.judge} is given "
                 "the answers alone, and its score is a number"
             )
-    if args.min_rating_mass != MIN_RATING_MASS:
-        raise UserError("--min_rating_mass is for hf:PATH, whose verdicts have probabilities")
     if args.repeats != 1:
         raise UserError(f"--repeats {args.repeats}: {args.judge} gives the same score again")
     if args.min_rating_mass != MIN_RATING_MASS:

@@ -26,17 +26,10 @@ from pathlib import Path
 
 from pref.files import benchmarks, win_rates
 from pref.files.console import UserError
+from pref.files.judgements import ORDERS, RUN_IS_A, RUN_IS_B
 from pref.judging import annotations, reading
-from pref.judging.benchmark import (
-    ORDERS,
-    PAIR,
-    RUN_IS_A,
-    RUN_IS_B,
-    Ask,
-    Bench,
-    Benchmark,
-    Choices,
-)
+from pref.judging.benchmark import PAIR, Ask, Bench, Benchmark, Choices
+from pref.judging.identity import TOKEN_LIMITS
 from pref.judging.reading import Reply, Verdict
 
 NAME = "alpaca_eval"
@@ -141,7 +134,7 @@ def read_reply(reply: Reply, request: dict, which: str = reading.FIRST) -> Verdi
 
 def may_reason(parameters: dict) -> bool:
     """Whether a judge may write more than the letter."""
-    limits = [v for k, v in parameters.items() if k in ("max_tokens", "max_completion_tokens")]
+    limits = [v for k, v in parameters.items() if k in TOKEN_LIMITS]
     return max(limits, default=math.inf) > 1
 
 

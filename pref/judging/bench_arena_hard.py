@@ -18,7 +18,6 @@ How verdicts become a score is pref/analysis/arena_hard.py's matter.
 import argparse
 import functools
 import re
-import string
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -26,8 +25,9 @@ from pathlib import Path
 from pref.files import benchmarks, disk
 from pref.files.benchmarks import BenchFolder
 from pref.files.console import UserError
-from pref.files.verdict_labels import LABELS, RUN_IS_A, RUN_IS_B, from_run_side, read_label
-from pref.judging import reading
+from pref.files.judgements import RUN_IS_A, RUN_IS_B
+from pref.files.verdict_labels import LABELS, from_run_side, read_label
+from pref.judging import benchmark, reading
 from pref.judging.benchmark import PAIR, Ask, Bench, Benchmark, Choices
 from pref.judging.reading import FALLBACK, SEVERAL, Reply, Verdict
 
@@ -106,8 +106,7 @@ def read_settings(path: Path) -> tuple[dict[str, dict], str]:
     ):
         raise UserError(f"{path}: 'settings' must have 'baseline' and 'system_prompt' per category")
     try:
-        pieces = list(string.Formatter().parse(template))
-        fields = {field for _, field, _, _ in pieces if field is not None}
+        fields = benchmark.fields_of(template)
     except (TypeError, ValueError):
         fields = set()
     if fields != FIELDS:
@@ -124,7 +123,7 @@ def with_answers(data: BenchFolder, names: dict[int, str]) -> dict[int, str]:
 
     Says which questions are not judged therefore. Raises UserError if none would be.
     """
-    there = benchmarks.baselines(data)
+    there = benchmarks.read_baselines(data.folder, turns=1)
     kept = {question_id: name for question_id, name in names.items() if name in there}
     for name in dict.fromkeys(names.values()):
         if name in there:
@@ -150,22 +149,12 @@ def asks(
     bench: Bench, question: dict, turn: int, answer: list[str], other: list[str] | None
 ) -> list[Ask]:
     """The two games of an answer and the baseline's, `other`."""
-    prompt, text = bench.prompts[question["category"]], question["turns"][0]
-    return [
-        Ask(messages(prompt, text, other[0], answer[0]), GAMES[0]),
-        Ask(messages(prompt, text, answer[0], other[0]), GAMES[1]),
-    ]
-
-
-def messages(prompt: dict[str, str], question: str, answer_a: str, answer_b: str) -> list[dict]:
-    """System and user message. str.format puts texts in as they are, braces included; an empty
-    system prompt sends no system message.
-    """
-    fields = {"QUESTION": question, "ANSWER_A": answer_a, "ANSWER_B": answer_b}
-    sent = [{"role": "user", "content": prompt["prompt_template"].format(**fields)}]
-    if prompt["system_prompt"]:
-        sent.insert(0, {"role": "system", "content": prompt["system_prompt"]})
-    return sent
+    prompt, asked = bench.prompts[question["category"]], []
+    for order in GAMES:
+        first, second = (answer, other) if order == RUN_IS_A else (other, answer)
+        fields = {"QUESTION": question["turns"][0], "ANSWER_A": first[0], "ANSWER_B": second[0]}
+        asked.append(Ask(benchmark.fill(prompt, fields), order))
+    return asked
 
 
 # ---- what comes back -----------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from pref.files import disk, mt_bench
 from pref.files.console import UserError
-from pref.judging import mt_bench_files, reading
-from pref.judging.benchmark import ORDERS, PAIR, RUN_IS_A, SINGLE, Ask, Bench, Benchmark, Choices
+from pref.files.judgements import ORDERS, RUN_IS_A
+from pref.judging import benchmark, mt_bench_files, reading
+from pref.judging.benchmark import PAIR, SINGLE, Ask, Bench, Benchmark, Choices
 from pref.judging.reading import FALLBACK, FIRST, LAST, SEVERAL, Reply, Verdict
 
 TEMPERATURE = 0  # as in FastChat
@@ -171,33 +172,15 @@ def fill_prompt(
     turn: int,
     reference: list[str],
 ) -> list[dict]:
-    """Messages of the judge prompt that fits the question's category and the turn.
-
-    str.format puts each text in as it is, so that braces in an answer need no escaping. An empty
-    system prompt sends no system message, as in FastChat's `to_openai_api_messages`.
-    """
+    """Messages of the judge prompt that fits the question's category and the turn."""
     name = mt_bench_files.PLAIN_PROMPTS[grading]
     if question["category"] in mt_bench_files.NEEDS_REFERENCE:
         name = f"{grading}-math-v1"
         fields = fields | numbered("ref_answer", reference[:turn])
-    prompt = prompts[name if turn == 1 else f"{name}-multi-turn"]
-    messages = [{"role": "user", "content": prompt["prompt_template"].format(**fields)}]
-    if prompt["system_prompt"]:
-        messages.insert(0, {"role": "system", "content": prompt["system_prompt"]})
-    return messages
+    return benchmark.fill(prompts[name if turn == 1 else f"{name}-multi-turn"], fields)
 
 
 # ---- what comes back -----------------------------------------------------------------------------
-
-
-def read_rating(text: str) -> float | None:
-    """The rating that FastChat reads from a judgement: the first [[x]], else the first [x].
-
-    None if there is no such number, or if it is not from 1 to 10.
-    """
-    match = RATING.search(text) or RATING_BACKUP.search(text)
-    rating = float(match[1]) if match else 0.0
-    return rating if 1 <= rating <= 10 else None
 
 
 def read_verdict(text: str) -> str | None:

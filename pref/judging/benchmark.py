@@ -5,24 +5,22 @@ Everything else (the store, the cap, resuming, batch files, judgements.csv) is t
 """
 
 import argparse
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pref.files.judgements import RUN_IS_A
 from pref.judging.reading import Reply, Verdict
 
 SINGLE, PAIR, REWARD = "single", "pair", "reward"  # column `grading`; REWARD: by a score judge
-
-# Which of two answers is shown first. Column `order`; "" where nothing is compared.
-RUN_IS_A, RUN_IS_B = "1", "2"
-ORDERS = (RUN_IS_A, RUN_IS_B)
 
 
 class Ask(NamedTuple):
     """One question to the judge about one answer."""
 
     messages: list[dict]
-    order: str = ""  # of a pair: RUN_IS_A or RUN_IS_B
+    order: str = ""  # of a pair: judgements.RUN_IS_A or RUN_IS_B
     known: Verdict | None = None  # a verdict for which nobody needs to be asked
     extra: dict = {}  # noqa: RUF012  further keys of the request, see identity.Identity.request
 
@@ -103,6 +101,27 @@ class Bench(NamedTuple):
     def turns(self) -> range:
         """The turns that are judged, from 1."""
         return range(1, self.benchmark.turns + 1)
+
+
+def fill(prompt: dict, fields: dict[str, str]) -> list[dict]:
+    """The messages of a judge prompt (`Bench.prompts`).
+
+    str.format puts each text in as it is, so that braces in an answer need no escaping. An empty
+    system prompt sends no system message.
+    """
+    messages = [{"role": "user", "content": prompt["prompt_template"].format(**fields)}]
+    if prompt["system_prompt"]:
+        messages.insert(0, {"role": "system", "content": prompt["system_prompt"]})
+    return messages
+
+
+def fields_of(template: str) -> set[str]:
+    """The fields of a template: "Q: {question} {{literal}}" -> {"question"}.
+
+    Raises ValueError for single braces.
+    """
+    pieces = string.Formatter().parse(template)
+    return {field for _, field, _, _ in pieces if field is not None}
 
 
 def winner_of(order: str, verdict: str | None, run: str, baseline: str) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import disk, mt_bench
+from pref.files import benchmarks, disk
 from pref.files.console import UserError
 
 A, TIE, B = "a", "tie", "b"
@@ -77,7 +77,7 @@ def read_votes(folder: Path, questions: list[dict]) -> Known:
     path = folder / "human.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file; run python prep_data.py --mt_bench_human")
-    answers = read_models(folder / "model_answer")
+    answers = benchmarks.first_answers(folder)
     by_id = {question["question_id"]: question for question in questions}
     votes: dict[Pair, list[Vote]] = defaultdict(list)
     for number, row in disk.read_jsonl(path):
@@ -96,17 +96,6 @@ def read_votes(folder: Path, questions: list[dict]) -> Known:
                 inconsistent.add(pair)
     sha256 = disk.sha256_file(path)
     return Known(HUMAN, by_id, answers, dict(votes), published, inconsistent, sha256)
-
-
-def read_models(folder: Path) -> dict[str, dict[int, list[str]]]:
-    """Turns by question_id of each model that has a file in `folder`."""
-    answers = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        rows = mt_bench.read_answers(path)
-        answers[path.stem] = {key.question_id: rows[key]["turns"] for key in rows if not key.choice}
-    if not answers:
-        raise UserError(f"{folder}: no answers; run python prep_data.py --mt_bench_human again")
-    return answers
 
 
 def read_comparison(

@@ -1,10 +1,10 @@
 """MT-Bench's reference answers and judge prompts, read from their files and checked."""
 
-import string
 from pathlib import Path
 
 from pref.files import disk, mt_bench
 from pref.files.console import UserError
+from pref.judging.benchmark import fields_of
 
 NEEDS_REFERENCE = frozenset(("math", "reasoning", "coding"))  # FastChat's NEED_REF_CATS
 
@@ -111,13 +111,11 @@ def check_prompt(place: str, row: dict, grading: str) -> None:
     if row.get("output_format") != expected_format:
         raise UserError(f"{place}: 'output_format' of {name} must be \"{expected_format}\"")
     try:
-        # "Q: {question} {{literal}}" -> {"question"}; pieces without a field have None
-        pieces = list(string.Formatter().parse(row["prompt_template"]))
+        fields = fields_of(row["prompt_template"])
     except ValueError as error:
         raise UserError(
             f"{place}: prompt_template: {error}; write literal braces as {{{{ and }}}}"
         ) from None
-    fields = {field for _, field, _, _ in pieces if field is not None}
     if fields != (expected := PROMPT_FIELDS[grading][name]):
         listed = ", ".join(f"{{{field}}}" for field in sorted(expected))
         raise UserError(

@@ -3,15 +3,16 @@
 Answers of one run are a dict by (question_id, choice), as `mt_bench.read_answers` returns them.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import disk, mt_bench, run_folders
+from pref.files import benchmarks, disk, mt_bench, run_folders
+from pref.files.benchmarks import MT_BENCH
 from pref.files.console import UserError
 from pref.judging.benchmark import Bench
 
-DEFAULT = "mt_bench"  # the benchmark that gen_mtbench.py answers without --bench
 MOST_EMPTY = 0.1  # share of a run's answers that may have an empty or failed turn
 FAILED = "$ERROR$"  # what FastChat writes in place of an answer that could not be made
 
@@ -45,7 +46,7 @@ def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[P
 
 def answer_command(run: Path | None, bench: str) -> str:
     """The command that answers a benchmark's questions."""
-    more = "" if bench == DEFAULT else f" --bench {bench}"
+    more = "" if bench == MT_BENCH else f" --bench {bench}"
     return f"python gen_mtbench.py {run}{more}" if run else f"gen_mtbench.py{more}"
 
 
@@ -110,7 +111,7 @@ def check_questions(path: Path, answers: dict, bench: Bench) -> None:
         )
 
 
-def check_adapter(run: Path, answers: dict, bench: str = DEFAULT) -> None:
+def check_adapter(run: Path, answers: dict, bench: str = MT_BENCH) -> None:
     """Raise UserError for answers of an adapter that the run no longer has."""
     weights = run / "adapter" / "adapter_model.safetensors"
     answered_by = {row["adapter_sha256"] for row in answers.values() if row.get("adapter_sha256")}
@@ -122,10 +123,10 @@ def check_adapter(run: Path, answers: dict, bench: str = DEFAULT) -> None:
 
 
 def option_of(bench: Bench) -> str:
-    return "--mt_bench" if bench.name == DEFAULT else "--bench_data"
+    return "--mt_bench" if bench.name == MT_BENCH else "--bench_data"
 
 
-def check_complete(runs: dict[Path, dict], bench: str = DEFAULT, turns: int = 2) -> None:
+def check_complete(runs: dict[Path, dict], bench: str = MT_BENCH, turns: int = 2) -> None:
     """Raise UserError for a run that lacks answers another run has, or has many empty ones.
 
     Mean scores over different questions are not comparable. A run with many empty answers is more
@@ -179,7 +180,10 @@ def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Ba
     names = dict(bench.baselines)
     if name is not None:
         names = {question["question_id"]: name for question in bench.questions}
-    outside = read_outside(bench) if names else {}
+    outside = {}
+    if names:
+        check = functools.partial(check_answers, bench=bench)
+        outside = benchmarks.read_baselines(bench.folder, len(bench.turns), check)
     answers = {
         one: read_baseline(runs, one, bench, outside) for one in dict.fromkeys(names.values())
     }
@@ -193,20 +197,6 @@ def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Ba
                 file=sys.stderr,
             )
     return Baselines(names, answers)
-
-
-def read_outside(bench: Bench) -> dict[str, dict]:
-    """Answers of the models in the benchmark's folder baseline/, by model_id."""
-    answers: dict[str, dict] = {}
-    for path in sorted((bench.folder / "baseline").glob("*.jsonl")):
-        found = mt_bench.read_answers(path, turns=len(bench.turns))
-        check_answers(path, found, bench)
-        for key, row in found.items():
-            model = row.get("model_id")
-            if not isinstance(model, str) or not model:
-                raise UserError(f"{path}: the answer to question {key[0]} has no 'model_id'")
-            answers.setdefault(model, {})[key] = row
-    return answers
 
 
 def read_baseline(

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from pref.files import disk, mt_bench
 from pref.files.console import UserError
+from pref.files.judgements import ORDERS, RUN_IS_A
 from pref.judging import benchmarks, human_votes, items, summary, validation_report
-from pref.judging.benchmark import ORDERS, PAIR, RUN_IS_A, Bench
+from pref.judging.benchmark import PAIR, Bench
 from pref.judging.human_votes import LLMBAR, MIRRORED, TIE, A, B, Known, Pair
 from pref.judging.identity import Identity
 from pref.judging.items import Unit
