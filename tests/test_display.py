@@ -23,6 +23,7 @@ def every_table() -> list[paper_tables.Table]:
     test = {"proposed": "a", "baseline": "b", "mcnemar": [{"seed": 1}]}
     part = {"cells": [{}], "improvement": differences, "selection": [{}], "spread": [{}]}
     judge = {"categories": [{}], "variance": [{}], "retest": {"n_items": 2}, "length": {"n": 3}}
+    judge["frontier"] = [{}]
     comparison = {
         "trial": False,
         "claims": [{}],
@@ -43,7 +44,7 @@ def test_every_layout_has_a_table():
     assert TABLES.keys() == {
         *("verdicts", "accuracy", "accuracy_mcnemar", "stability", "pairs", "movement"),
         *(f"{name}_{kind}" for name in ("accuracy", "mt_bench") for kind in shared),
-        *(f"mt_bench_{kind}" for kind in ("by_turn", "by_category", "variance", "judge")),
+        *(f"mt_bench_{kind}" for kind in ("by_turn", "by_category", "frontier", "variance", "judge")),
     }
 
 

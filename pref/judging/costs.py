@@ -1,8 +1,8 @@
 """What judging costs: prices, the estimate before it, and the cap during it.
 
 `prices_of` finds a judge's prices, `estimate` turns pending requests into tokens and dollars (and
-`estimate_ahead` runs that do not exist yet), and
-`Budget` keeps the total within --max_usd while requests are made.
+`estimate_ahead` runs that do not exist yet), and `Budget` keeps the total within --max_usd while
+requests are made.
 """
 
 import argparse
