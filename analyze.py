@@ -275,6 +275,7 @@ def compare_part(
         by_category = [row for cell in cells for row in cell_rows.category_rows(cell, numbers)]
         results["categories"] = by_category
     results |= compare_scores(measure, cells, scored, numbers, values, args)
+    estimates.add_without_gamed(results["improvement"], cells, part.without_gamed)
     results |= part.extra
     smoke = ""
     if measure is not measures.ACCURACY:

@@ -22,11 +22,14 @@ from bench_studies import (
     write_texts,
     write_validation,
 )
+from scipy.optimize import minimize
+from scipy.special import expit
 from studies import DRAWS, MODEL, find_gap, has_note, make_base, make_run, rating, row_of
 from test_imported import evaluate, sample
 
 import analyze
 from pref.analysis import (
+    answer,
     figures,
     judge_identity,
     measures,
@@ -170,6 +173,65 @@ def test_another_length_control_has_another_name(results, baseline, heading):
     assert bool(find_gap(comparison, "no df_gamed.csv")) == (baseline == GPT4)
     titles = [table.title for table in paper_tables.list_tables(comparison)]
     assert any(title.startswith(f"{heading}, judge") for title in titles)
+
+
+def rate_without_gamed_rows(y, chars, difficulty):
+    """Percent at equal length, by SciPy: the penalty is linear in the weights' two halves."""
+    delta = 1500 - np.array(chars)
+    x = np.column_stack([np.tanh(delta / delta.std(ddof=1)), difficulty, np.ones(len(y))])
+
+    def objective(halves):
+        w = halves[:3] - halves[3:]
+        gradient = 21.544346900318843 * x.T @ (expit(x @ w) - y)
+        loss = 21.544346900318843 * (np.logaddexp(0, x @ w) - y * (x @ w)).sum()
+        return loss + halves.sum(), np.r_[1 + gradient, 1 - gradient]
+
+    found = minimize(
+        objective, np.zeros(6), jac=True, bounds=[(0, None)] * 6, options={"ftol": 1e-14}
+    )
+    w = found.x[:3] - found.x[3:]
+    return 100 * expit(x[:, 1:] @ w[1:]).mean()
+
+
+def test_a_length_controlled_difference_is_shown_without_the_gamed_rows(results, tmp_path):
+    write_alpaca_data(tmp_path / "data/alpaca_eval", n=60)
+    lines = (tmp_path / "data/alpaca_eval/df_gamed.csv").read_text().splitlines()[1:61]
+    difficulty = [float(line.split(",")[3]) for line in lines]
+    rng, rates = np.random.default_rng(3), {}
+    for loss, effect in (("dpo", 1.0), ("td_dpo", 1.8)):
+        for seed in (42, 43, 44):
+            chars = rng.integers(500, 3000, 60) * (2 if loss == "td_dpo" else 1)
+            y = expit(effect + (chars - 1500) / 2000 + 0.5 * rng.normal(0, 1, 60))
+            rows = [preference(q + 1, y[q], (int(chars[q]), 1500)) for q in range(60)]
+            run_with(results, "alpaca_eval", rows, f"{loss}{seed}", loss, seed)
+            rates[loss, seed] = rate_without_gamed_rows(y, chars, difficulty)
+    comparison = compared(results)
+    (part,) = comparison["alpaca_eval_lc"]
+    row = next(row for row in part["improvement"] if row["comparison"] == "best of grid")
+    without = fmean(rates["td_dpo", seed] - rates["dpo", seed] for seed in (42, 43, 44))
+    assert row["without_gamed"] == pytest.approx(without, abs=1e-3)
+    assert abs(row["estimate"] - without) > 0.1
+    assert row["without_gamed_low"] < without < row["without_gamed_high"]
+    shown = f"without the gamed rows {without:+.2f} [{row['without_gamed_low']:+.2f}, "
+    detail = next(one for one in comparison["answer"] if "length-controlled" in one["score"])
+    assert shown in detail["rows"][0]["detail"]
+    tables = {table.id: table for table in paper_tables.list_tables(comparison)}
+    assert round(without, 2) in tables["alpaca_eval_lc_headline"].values(row)
+    assert "without gamed rows" not in tables["alpaca_eval_headline"].headers()
+
+
+@pytest.mark.parametrize(
+    ("main", "without", "confirmed"),
+    [((1.0, 3.0), (-0.5, 2.0), False), ((-3.0, -1.0), (-2.0, 0.5), False)]
+    + [((1.0, 3.0), (0.5, 2.0), True), ((-0.5, 2.0), (-1.0, 2.0), True), ((1, 3), (-3, -1), False)],
+)
+def test_a_difference_that_is_gone_without_the_gamed_rows_is_not_confirmed(
+    main, without, confirmed
+):
+    row = dict(zip(("low", "high"), main)) | {"without_gamed": 0.1}
+    row |= dict(zip(("without_gamed_low", "without_gamed_high"), without))
+    (text,) = answer.without_gamed_texts(row, 2)
+    assert ("does not confirm" not in text) == confirmed
 
 
 # ---- Arena-Hard ---------------------------------------------------------------------------------

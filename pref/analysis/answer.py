@@ -9,7 +9,7 @@ the answers, and the terminal prints them last.
 
 from typing import NamedTuple
 
-from pref.analysis import judge_identity, measures, stats, texts, variation
+from pref.analysis import estimates, judge_identity, measures, stats, texts, variation
 from pref.analysis.measures import Measure
 from pref.analysis.texts import TRIAL
 
@@ -251,10 +251,25 @@ def details(
         found.append(f"differs in {row['differs_in']} too")
     sides = (row["proposed"], row["baseline"])
     found += moved_texts(*(moved[label] for label in sides))
+    found += without_gamed_texts(row, digits)
     found += [lost[label] for label in sides if label in lost]
     if verdict == "not decided" and not any(label in lost for label in sides):
         found.append(why_open(row, digits))
     return found
+
+
+def without_gamed_texts(row: dict, digits: int) -> list[str]:
+    """A difference of length-controlled win rates without AlpacaEval's gamed rows; none for other
+    measures.
+    """
+    estimate, low, high = (row.get(key) for key in estimates.WITHOUT_GAMED)
+    if None in (estimate, low, high):
+        return []
+    text = f"without the gamed rows {estimate:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    side = ((row["low"] or 0) > 0) - ((row["high"] or 0) < 0)  # of 0 that the interval lies on
+    if side and side * (low if side > 0 else high) <= 0:
+        text += ", which does not confirm it"
+    return [text]
 
 
 def why_open(row: dict, digits: int) -> str:

@@ -17,6 +17,7 @@ from pref.analysis import power, stats, texts, usual_tests, variation
 from pref.analysis.runs import Cell, Run, ScoredCell, Values
 
 DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "seed_share")
+WITHOUT_GAMED = ("without_gamed", "without_gamed_low", "without_gamed_high")
 FEWEST_QUESTIONS = 10  # with which error rates were simulated
 SPREAD_NUMBERS = ("ratio", "low", "high", "high_open", "reduction_percent", "brown_forsythe_p")
 
@@ -180,6 +181,22 @@ def comparison_columns(compared: Comparison | None, has_rate: bool = True) -> di
         "calibrated": (caveat := find_caveat(compared)) is None,
         "caveat": caveat,
     }
+
+
+def add_without_gamed(rows: list[dict], cells: list[Cell], values: Values) -> None:
+    """Add to rows of differences of length-controlled win rates what they are without the rows of
+    AlpacaEval's gamed baselines (see length_control.control), with the 95 % interval.
+
+    values: those without the gamed rows; {} for any other measure, whose rows stay as they are.
+    """
+    if not values:
+        return
+    by_label = {cell.label: cell for cell in cells}
+    for row in rows:
+        compared = compare_cells(by_label[row["proposed"]], by_label[row["baseline"]], values)
+        numbers = ("estimate", "low", "high")
+        found = [finite(getattr(compared.difference, key)) if compared else None for key in numbers]
+        row |= dict(zip(WITHOUT_GAMED, found))
 
 
 def find_caveat(compared: Comparison) -> str | None:

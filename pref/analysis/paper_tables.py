@@ -218,6 +218,30 @@ def cell_by_cell(digits: int, units: str) -> Layout:
     )
 
 
+def with_unregularised(layout: Layout, digits: int) -> Layout:
+    """A layout of differences of length-controlled win rates, with those without gamed rows."""
+    note = (
+        "Without gamed rows: the same difference if the effect of length is learnt from the run's "
+        "own judgements. The gamed rows of AlpacaEval's definition make it larger, so that longer "
+        "answers look worse: a difference between runs whose answers differ in length should be "
+        "there without them too."
+    )
+    columns = [
+        Column("without gamed rows", "without_gamed", digits),
+        interval_column(
+            "without gamed rows, 95 % interval",
+            digits,
+            "without_gamed_low",
+            "without_gamed_high",
+        ),
+    ]
+    place = [column.header for column in layout.columns].index("p")
+    return layout._replace(
+        columns=[*layout.columns[:place], *columns, *layout.columns[place:]],
+        note=f"{layout.note} {note}",
+    )
+
+
 SENSITIVITY = Layout(
     "other tests of the headline differences",
     [
@@ -499,13 +523,16 @@ def comparison_tables(measure: Measure, part: dict, comparison: dict) -> list[Ta
     cells = [row for row in part["improvement"] if row["comparison"] not in kinds]
     tests = [test for row in best for test in row["sensitivity"]]
     digits, units = measure.digits, measure.units
+    layouts = [headline(digits, units), cell_by_cell(digits, units)]
+    if any("without_gamed" in row for row in part["improvement"]):
+        layouts = [with_unregularised(layout, digits) for layout in layouts]
 
     def table(kind: str, layout: Layout, rows: list[dict]) -> Table:
         return score_table(measure, part, kind, layout, rows, comparison)
 
     return [
-        table("headline", headline(digits, units), best),
-        table("improvement", cell_by_cell(digits, units), cells),
+        table("headline", layouts[0], best),
+        table("improvement", layouts[1], cells),
         table("sensitivity", SENSITIVITY, tests),
         table("selection", selection(digits), part["selection"]),
         table("over_beta", SPREAD, part["spread"]),

@@ -275,7 +275,7 @@ def length_controlled_part(
     common = parts.keep_common(judged)
     theirs = parts.baseline_answers(source, runs, sources)
     ours = {run.run_id: run.bench(source.bench).answers for run in runs}
-    numbers, values, notes, labels = {}, {}, [], set()
+    numbers, values, without_gamed, notes, labels = {}, {}, {}, [], set()
     for run_id, rows in common.rows.items():
         y = question_shares(rows)
         lengths = parts.answer_lengths(rows, ours.get(run_id, {}), theirs)
@@ -288,11 +288,16 @@ def length_controlled_part(
             **counted(source, rows, y, common, sources),
         }
         try:
-            fitted, by_question = control_length(y, lengths, source.baseline, sources)
+            compared = as_compared(y, lengths)
+            fitted, by_question = length_control.control(compared, source.baseline, sources.gamed)
         except length_control.CannotControl as reason:
             notes.append(f"{run_id}: no length-controlled win rate: {reason}")
         else:
             labels.add(fitted.label)
+            if fitted.label == length_control.OFFICIAL:
+                without_gamed[run_id] = length_control.control(
+                    compared, source.baseline, sources.gamed, regularise=False
+                ).values
             se = fitted.se if math.isfinite(fitted.se) else None
             row |= {"score": fitted.lc, "se_over_questions": se, "C": fitted.C}
             values[run_id] = by_question
@@ -302,7 +307,7 @@ def length_controlled_part(
     facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
     facts["definition"] = ", ".join(sorted(labels)) or None
     facts["heading"] = LC_HEADINGS.get(facts["definition"], f"AlpacaEval 2, {facts['definition']}")
-    return Part(facts, numbers, values, judged, common.questions, notes)
+    return Part(facts, numbers, values, judged, common.questions, notes, without_gamed)
 
 
 LC_HEADINGS = {
@@ -311,10 +316,10 @@ LC_HEADINGS = {
 }
 
 
-def control_length(
-    y: dict[int, float], lengths: dict[int, parts.Lengths], baseline: str, sources: Sources
-) -> length_control.QuestionControl:
-    """The length-controlled rate of one run. Raises CannotControl where there is none."""
+def as_compared(
+    y: dict[int, float], lengths: dict[int, parts.Lengths]
+) -> dict[int, length_control.Compared]:
+    """What length control needs of one run. Raises CannotControl where something is missing."""
     if lacking := [question for question in y if None in lengths[question]]:
         raise length_control.CannotControl(
             f"the length of {len(lacking)} of its answers, or of the baseline's, is not known (no "
@@ -322,11 +327,10 @@ def control_length(
         )
     if not y:
         raise length_control.CannotControl("no judgement has a preference")
-    rows = {
+    return {
         question: length_control.Compared(y.get(question), of.baseline, of.run)
         for question, of in lengths.items()
     }
-    return length_control.control(rows, baseline, sources.gamed)
 
 
 # ---- Arena-Hard ---------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Part:
     judged: dict[str, list[dict]] = field(default_factory=dict)  # run id -> all judgements
     questions: CommonQuestions | None = None  # those that are compared; None: nothing is asked
     notes: list[str] = field(default_factory=list)
+    without_gamed: Values = field(default_factory=dict)  # of a length-controlled win rate
     extra: dict = field(default_factory=dict)  # further keys of aggregated_metrics.json
 
 
