@@ -169,7 +169,7 @@ def judge_runs(
     save = functools.partial(judgements_csv.write_csvs, db, runs, bench.name, baselines.answers)
     with calls.catch_interrupt() as interrupted:
         stopped_because = plan.fetch_judgements(todo, bench, save, db, args, interrupted)
-        save()
+        left_out = save()
         if bench.benchmark.export is not None:
             bench.benchmark.export(bench, runs, baselines.names, baselines.answers, todo.who)
 
@@ -185,6 +185,11 @@ def judge_runs(
         f"written: {results_dir}/<run>/{bench.name}/judgements.csv, from "
         f"{results_dir / 'judgements.sqlite'}{cost_note}"
     )
+    for name, count in left_out.items():
+        print(
+            f"not in judgements.csv: {count} comparisons with {name}, whose answers are not there "
+            "any more; the store keeps them"
+        )
     if stopped_because:
         raise UserError(stopped_because)
     if interrupted.is_set():

@@ -201,3 +201,22 @@ def test_what_one_benchmark_has_learned_of_a_judge_serves_another(accepted, form
     bench = Bench(duel.BENCHMARK, None, [], "pair", {}, "duel", parameters)
     known = [store.Accepted(*one) for one in accepted]
     assert server_judge.form_of(bench, known) == form
+
+
+# ---- several baselines in one store --------------------------------------------------------------
+
+
+def test_another_baseline_leaves_the_earlier_comparisons_in_the_file(arena, server, capsys):
+    server.answer = lambda body: completion("I think [[A]]")
+
+    def baselines_of(run):
+        return {row["baseline"] for row in rows_of(arena, run)}
+
+    assert run_duel(arena, server) == 0
+    assert run_duel(arena, server, "--baseline", "dpo") == 0
+    assert baselines_of("dpo") == {"gpt"} and baselines_of("simpo") == {"gpt", "dpo"}
+    assert "not in judgements.csv" not in capsys.readouterr().out
+    (arena / "data/baseline/gpt.jsonl").unlink()
+    assert run_duel(arena, server, "--baseline", "dpo") == 0
+    assert baselines_of("dpo") == set() and baselines_of("simpo") == {"dpo"}
+    assert "not in judgements.csv: 11 comparisons with gpt, whose" in capsys.readouterr().out

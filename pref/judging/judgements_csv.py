@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from collections import Counter
 from pathlib import Path
 
 from pref.files import judgements, mt_bench
@@ -24,12 +25,14 @@ def write_csvs(
     runs: dict[Path, dict],
     bench: str = benchmarks.DEFAULT,
     baselines: dict[str, dict] | None = None,
-) -> None:
+) -> Counter[str]:
     """Write each run's judgements.csv: every judge's judgements of the answers it has now.
 
     runs: answers by run folder, as `mt_bench.read_answers` returns them; baselines: those of other
-    models, by name.
+    models, by name. Returns how many comparisons are left out because the baseline's answers are
+    not there any more, by baseline.
     """
+    left_out: Counter[str] = Counter()
     query, turns = csv_query(), benchmarks.BENCHMARKS[bench].turns
     # Answers by name; a baseline that is not known yet is read when a row first names it.
     answers_of = dict(baselines or {}) | {run.resolve().name: a for run, a in runs.items()}
@@ -45,6 +48,7 @@ def write_csvs(
             answers_of[name] = mt_bench.read_answers(path, turns) if path.is_file() else {}
         # 2) Without judgements of answers that have since been replaced.
         current = [row for row in rows if is_current(row, answers, answers_of)]
+        left_out.update(row["baseline"] for row in rows if answers_of.get(row["baseline"]) == {})
         # 3) From the run's side, in place of A and B.
         for row in current:
             row["winner"] = winner_of(
@@ -53,6 +57,7 @@ def write_csvs(
             row["preference"] = preference_of(row["order"], row["preference"])
             row["shape"] = shape_of(row, answers, answers_of)
         judgements.write_judgements(run / bench / "judgements.csv", current)
+    return left_out
 
 
 def csv_query() -> str:

@@ -167,7 +167,9 @@ class Baselines(NamedTuple):
     """Whom the runs are compared with."""
 
     names: dict[int, str]  # by question_id: a run, or an outside model; {}: no comparison
-    answers: dict[str, dict]  # by name
+    # By name: theirs, and those of the outside models, with which the runs may have been compared
+    # before.
+    answers: dict[str, dict]
 
 
 def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Baselines:
@@ -180,10 +182,8 @@ def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Ba
     names = dict(bench.baselines)
     if name is not None:
         names = {question["question_id"]: name for question in bench.questions}
-    outside = {}
-    if names:
-        check = functools.partial(check_answers, bench=bench)
-        outside = benchmarks.read_baselines(bench.folder, len(bench.turns), check)
+    check = functools.partial(check_answers, bench=bench)
+    outside = benchmarks.read_baselines(bench.folder, len(bench.turns), check)
     answers = {
         one: read_baseline(runs, one, bench, outside) for one in dict.fromkeys(names.values())
     }
@@ -196,7 +196,7 @@ def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Ba
                 f"{missing[0][0]} first); these are not compared",
                 file=sys.stderr,
             )
-    return Baselines(names, answers)
+    return Baselines(names, outside | answers)
 
 
 def read_baseline(
