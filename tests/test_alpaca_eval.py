@@ -19,6 +19,7 @@ from pref.files.judgements import ORDERS, RUN_IS_A, RUN_IS_B
 from pref.judging import bench_alpaca_eval as alpaca
 from pref.judging.benchmark import preference_of
 from pref.judging.reading import Reply
+from pref.model import completions
 
 PUBLISHED = Path(os.environ.get("ALPACA_EVAL") or "/nowhere")
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="ALPACA_EVAL=DIR is not set")
@@ -148,6 +149,28 @@ def test_preferences_from_log_probabilities(top, status, preference):
     verdict = alpaca.read_logprobs(top)
     assert verdict.status == status
     assert verdict.preference == (preference and pytest.approx(preference, abs=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ((-1, -2.5), {"m": -1, "M": -2.5}),
+        # No probability at all: the other letter has all of it.
+        ((-9999.0, -2.5), {"M": -2.5}),
+        ((-math.inf, -2.5), {"M": -2.5}),
+        # No logarithm. With its token left out, the other letter would win for certain.
+        *(((value, -2.5), None) for value in (math.nan, math.inf, None, True, "-1", 10**400)),
+        ((-2.5, math.nan), None),
+    ],
+)
+def test_log_probabilities_as_servers_give_them(values, kept):
+    top = [{"token": token, "logprob": value} for token, value in zip("mM", values)]
+    choice = {"logprobs": {"content": [{"top_logprobs": top}]}}
+    assert completions.first_logprobs(choice, str) == kept
+    # The byte <0x6D> is another token with the text "m", and far less likely.
+    top.append({"token": "m", "logprob": -20.0})
+    again = completions.first_logprobs(choice, str)
+    assert again == (kept and ({"m": -20.0} | kept))
 
 
 @pytest.mark.parametrize(

@@ -93,17 +93,22 @@ def read(clean: Callable[[str], str], body: str) -> Completion | None:
 def first_logprobs(choice: dict, clean: Callable[[str], str]) -> dict[str, float] | None:
     """Log-probabilities of the first token's alternatives; None if the server gives none.
 
-    vLLM writes -9999.0 for a token whose probability it does not know: left out.
+    vLLM writes -9999.0 for a token whose probability it does not know: left out. A value that is no
+    logarithm (null, NaN, infinity) means that none of them can be trusted: with its token left out,
+    the other letter would win.
     """
     try:
         alternatives = choice["logprobs"]["content"][0]["top_logprobs"]
-        found = {clean(str(one["token"])): one["logprob"] for one in alternatives}
+        pairs = [(clean(str(one["token"])), one["logprob"]) for one in alternatives]
     except (KeyError, IndexError, TypeError):
         return None
-    known = {token: value for token, value in found.items() if disk.is_number(value)}
-    return {
-        token: value for token, value in known.items() if LEAST_LOGP <= value < math.inf
-    } or None
+    found: dict[str, float] = {}
+    for token, value in pairs:
+        if not disk.is_number(value) or math.isnan(value) or value == math.inf:
+            return None
+        if value >= LEAST_LOGP:
+            found[token] = max(value, found.get(token, value))  # two tokens may have one text
+    return found or None
 
 
 def text_of(content) -> str:
