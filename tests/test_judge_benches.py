@@ -5,6 +5,7 @@ import math
 
 import duel
 import pytest
+from bench_workplace import make_answers, make_data, run_bench
 from doubles import completion
 from judge_workplace import KEY, write_lines
 
@@ -220,3 +221,45 @@ def test_another_baseline_leaves_the_earlier_comparisons_in_the_file(arena, serv
     assert run_duel(arena, server, "--baseline", "dpo") == 0
     assert baselines_of("dpo") == set() and baselines_of("simpo") == {"dpo"}
     assert "not in judgements.csv: 11 comparisons with gpt, whose" in capsys.readouterr().out
+
+
+# ---- data folders that are not as they should be -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("alpaca_eval", "manifest.json", "{", "manifest.json: not valid JSON.*; run .*--alpaca_e"),
+        ("alpaca_eval", "questions.json", None, "questions.json: no such file; run .*--alpaca_ev"),
+        ("alpaca_eval", "baseline/answers.jsonl", None,
+         r"baseline: no answers of gpt4_1106_preview.*--alpaca_eval, or .*--baseline RUN"),
+        ("alpaca_eval", "baseline/answers.jsonl", "{", "not valid JSON.*models: run .*--alpaca_e"),
+        ("arena_hard_v0.1", "baseline/gpt-4-0314.jsonl", "", "no answers.*prep_data.py --arena_h"),
+    ],
+)  # fmt: skip
+def test_a_damaged_data_folder_is_named_with_the_command_that_makes_it(
+    name, file, content, message, tmp_path, server, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    data = make_data(tmp_path, name)
+    make_answers(tmp_path, name, data / benchmarks.BENCHMARKS[name].question_file)
+    (data / file).unlink() if content is None else (data / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        run_bench(tmp_path, name, server)
+    assert not server.requests
+
+
+def test_the_folder_of_another_benchmark_is_none_of_mt_bench(tmp_path):
+    data = make_data(tmp_path, "arena_hard_v0.1")
+    with pytest.raises(UserError, match="holds the data of benchmark arena_hard_v0.1, not of mt_b"):
+        benchmarks.read_bench(judge.parse_args(["r", "--judge", "x", "--mt_bench", str(data)]))
+
+
+def test_a_baseline_that_answers_other_questions_compares_nothing(arena, server):
+    rows = answer_rows({3: "Red."}, "gpt")
+    write_lines(arena / "data/baseline/gpt.jsonl", rows)
+    for run in RUNS:
+        write_lines(arena / "results" / run / "duel/answers.jsonl", answer_rows({1: "Hi."}, run))
+    with pytest.raises(UserError, match=r"nothing can be compared: the baseline \(gpt\) has no"):
+        run_duel(arena, server)
+    assert not server.requests

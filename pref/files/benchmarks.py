@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import disk, mt_bench, run_folders
+from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 from pref.files.mt_bench import AnswerKey
 
@@ -70,8 +70,7 @@ def open_folder(name: str, folder: Path | None = None) -> BenchFolder:
     name = name_of(name)
     folder = folder or DATA / name
     path = folder / "manifest.json"
-    options = PREPARED_BY.get(name)
-    how = f"run python prep_data.py {options}" if options else "give --bench_data DIR"
+    options, how = PREPARED_BY.get(name), how_to_make(name)
     if not folder.is_dir():
         known = "" if options else f" (known to prep_data.py: {', '.join(PREPARED_BY)})"
         raise UserError(f"{folder}: no such folder, so no data of benchmark {name}{known}; {how}")
@@ -79,11 +78,19 @@ def open_folder(name: str, folder: Path | None = None) -> BenchFolder:
         if name == MT_BENCH:
             return BenchFolder(name, folder, {})
         raise UserError(f"{path}: no such file: the folder is not complete; {how}")
-    manifest = disk.read_json(path)
+    with console.remedy(how):
+        manifest = disk.read_json(path)
     found = manifest.get("bench", MT_BENCH if "prompts" in manifest else None)
     if found != name:
         raise UserError(f"{folder}: holds the data of benchmark {found}, not of {name}; {how}")
-    return BenchFolder(name, folder, check_manifest(manifest, path))
+    with console.remedy(how):
+        return BenchFolder(name, folder, check_manifest(manifest, path))
+
+
+def how_to_make(name: str) -> str:
+    """How a user gets the data folder of the benchmark `name`."""
+    options = PREPARED_BY.get(name)
+    return f"run python prep_data.py {options}" if options else "give --bench_data DIR"
 
 
 def check_manifest(manifest: dict, path: Path) -> dict:
@@ -126,7 +133,8 @@ def read_questions(bench: BenchFolder) -> list[dict]:
     """The questions: question_id, category, turns, and what else a row has. Raises UserError."""
     if bench.name == MT_BENCH:
         return mt_bench.read_questions(bench.questions_file)
-    return mt_bench.read_questions(bench.questions_file, mt_bench=False)
+    with console.remedy(how_to_make(bench.name)):
+        return mt_bench.read_questions(bench.questions_file, mt_bench=False)
 
 
 def label_of(bench: BenchFolder) -> str:

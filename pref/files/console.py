@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
@@ -22,6 +23,15 @@ class UserError(Exception):
     """A mistake that the user can correct. The message names the place, the fact and the remedy,
     e.g. "pairs.jsonl:217: empty 'rejected'; rerun prep_data.py", and is shown without a traceback.
     """
+
+
+@contextmanager
+def remedy(text: str) -> Iterator[None]:
+    """Add a remedy to a UserError that is raised within."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {text}") from None
 
 
 def run_main(main: Callable[[], int | None]) -> None:

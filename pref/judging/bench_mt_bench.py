@@ -83,6 +83,7 @@ def read(folder: Path, args: argparse.Namespace) -> Bench:
     """
     if not folder.is_dir():
         raise UserError(f"--mt_bench {folder}: no such folder; run python prep_data.py --mt_bench")
+    mt_bench_files.check_folder(folder)
     questions = mt_bench.read_questions(folder / BENCHMARK.question_file)
     references = mt_bench_files.read_references(folder / "reference_answer/gpt-4.jsonl", questions)
     refs, grading = args.refs, args.grading or SINGLE

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pref.files import disk, mt_bench
+from pref.files import benchmarks, console, disk, mt_bench
 from pref.files.console import UserError
 from pref.judging.benchmark import fields_of
 
@@ -120,6 +120,19 @@ def check_prompt(place: str, row: dict, grading: str) -> None:
         listed = ", ".join(f"{{{field}}}" for field in sorted(expected))
         raise UserError(
             f"{place}: prompt_template of {name} must contain exactly the fields {listed}"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError for the data folder of another benchmark. MT-Bench's may lack a manifest."""
+    path, how = folder / "manifest.json", benchmarks.how_to_make(benchmarks.MT_BENCH)
+    if not path.is_file():
+        return
+    with console.remedy(how):
+        found = disk.read_json(path).get("bench", benchmarks.MT_BENCH)
+    if found != benchmarks.MT_BENCH:
+        raise UserError(
+            f"{folder}: holds the data of benchmark {found}, not of {benchmarks.MT_BENCH}; {how}"
         )
 
 

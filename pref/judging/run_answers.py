@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import benchmarks, disk, mt_bench, run_folders
+from pref.files import benchmarks, console, disk, mt_bench, run_folders
 from pref.files.benchmarks import MT_BENCH
 from pref.files.console import UserError
-from pref.judging.benchmark import Bench
+from pref.judging.benchmark import PAIR, Bench
 
 MOST_EMPTY = 0.1  # share of a run's answers that may have an empty or failed turn
 FAILED = "$ERROR$"  # what FastChat writes in place of an answer that could not be made
@@ -183,19 +183,28 @@ def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Ba
     if name is not None:
         names = {question["question_id"]: name for question in bench.questions}
     check = functools.partial(check_answers, bench=bench)
-    outside = benchmarks.read_baselines(bench.folder, len(bench.turns), check)
+    with console.remedy(f"the answers of other models: {benchmarks.how_to_make(bench.name)}"):
+        outside = benchmarks.read_baselines(bench.folder, len(bench.turns), check)
     answers = {
         one: read_baseline(runs, one, bench, outside) for one in dict.fromkeys(names.values())
     }
+    compared = 0
     for one, given in answers.items():
         asked = {question_id for question_id, baseline in names.items() if baseline == one}
         needed = {key for key in set().union(*runs.values()) if key[0] in asked}
+        compared += len(needed & given.keys())
         if missing := sorted(needed - given.keys()):
             print(
                 f"--baseline {one}: lacks {len(missing)} answers that other runs have (question "
                 f"{missing[0][0]} first); these are not compared",
                 file=sys.stderr,
             )
+    if bench.grading == PAIR and not compared:
+        raise UserError(
+            f"nothing can be compared: the baseline ({', '.join(answers)}) has no answer to a "
+            "question that the runs have answered; give the --baseline and --bench_data that "
+            "belong to these runs"
+        )
     return Baselines(names, outside | answers)
 
 
@@ -208,6 +217,11 @@ def read_baseline(
     answers_of = outside | {run.resolve().name: answers for run, answers in runs.items()}
     if name in answers_of:
         return answers_of[name]
+    if name in bench.baselines.values():
+        raise UserError(
+            f"{bench.folder / 'baseline'}: no answers of {name}, the baseline of {bench.title}; "
+            f"{benchmarks.how_to_make(bench.name)}, or compare with a run: --baseline RUN"
+        )
     results = next(iter(runs)).resolve().parent
     path = results / run_folders.check_run_id(name) / bench.name / "answers.jsonl"
     if path.is_file():
