@@ -253,9 +253,13 @@ def measure_runs(
                 all_notes += notes.note_judge(part.facts, part.judged, part.questions, name)
                 gaps += bench_gaps.part_gaps(part, name, runs) if "bench" in part.facts else []
             all_notes += [f"{measure.heading(part.facts)}: {note}" for note in part.notes]
+            if measure is measures.ARENA_HARD and (warning := part.facts["position_warning"]):
+                all_notes.append(f"{name}: {warning}")
+    if sources.gamed and sources.gamed.note and any(s.metric == "alpaca_eval_lc" for s in scores):
+        all_notes.append(sources.gamed.note)
     if any(one.results.get("definition") == length_control.UNREGULARISED for one in scores):
         gaps.append(bench_gaps.NO_DIFFICULTY)
-    return scores, all_notes, gaps
+    return scores, list(dict.fromkeys(all_notes)), gaps  # those on a judge stand once
 
 
 def compare_part(
@@ -284,8 +288,8 @@ def compare_part(
         smoke = judge_identity.smoke_mark(part.facts)
     if are_trial([run for cell in cells for run in cell.runs]):
         smoke = texts.TRIAL
-    judge = results.get("title")
-    return Scores(measure.metric(part.facts), judge, smoke, values, results)
+    judged_by = parts.judged_by(part.facts)
+    return Scores(measure.metric(part.facts), judged_by, smoke, values, results)
 
 
 def are_trial(runs: list[Run]) -> bool:

@@ -68,6 +68,12 @@ class ArenaScore(NamedTuple):
     n_rows: int  # a strong win counts three times
     left_out: int  # questions that were judged and do not count
     disagree: int  # questions whose two games were won by different answers: by position
+    n_pairs: int  # questions with a verdict in both games
+
+    @property
+    def by_position(self) -> float | None:
+        """Percent of the questions with two verdicts that were decided by position."""
+        return 100 * self.disagree / self.n_pairs if self.n_pairs else None
 
 
 class StyleControl(NamedTuple):
@@ -138,9 +144,10 @@ def as_score(
 ) -> ArenaScore:
     """The share `rate`, and the share of each question, as an ArenaScore in percent."""
     percent = {question: 100 * float(value) for question, value in values.items()}
-    outcomes = defaultdict(set)
+    outcomes, orders = defaultdict(set), defaultdict(set)
     for game in counted:
         outcomes[game.question].add(LABELS[game.label].score)
+        orders[game.question].add(game.order)
     return ArenaScore(
         score=100 * float(rate),
         se=stats.standard_error(list(percent.values())),
@@ -148,6 +155,7 @@ def as_score(
         n_rows=sum(LABELS[game.label].rows for game in counted),
         left_out=len({game.question for game in games}) - len(outcomes),
         disagree=sum({0.0, 1.0} <= scores for scores in outcomes.values()),
+        n_pairs=sum(len(shown) == 2 for shown in orders.values()),
     )
 
 

@@ -3,6 +3,8 @@
 A gap is a dict, as in notes.py.
 """
 
+import json
+
 from pref.analysis import notes, parts
 from pref.analysis.parts import Part
 from pref.analysis.runs import Run
@@ -36,7 +38,8 @@ def part_gaps(part: Part, name: str, runs: list[Run]) -> list[dict]:
     # A benchmark chooses its own baselines, by category; --baseline would replace all of them.
     is_run = facts["baseline"] in {run.run_id for run in runs}
     baseline = f" --baseline {facts['baseline']}" if is_run else ""
-    command = f"{notes.judge_command(facts, [])} --bench {facts['bench']}{baseline}"
+    command = f"{notes.judge_command(facts, [])} --bench {facts['bench']}{own_options(facts)}"
+    command += baseline
     answer = f"gen_mtbench.py --bench {facts['bench']}, then {command}"
     lacking = [run.run_id for run in notes.usable_runs(runs) if run.run_id not in part.judged]
     lacking = [run_id for run_id in lacking if run_id != facts["baseline"]]
@@ -50,6 +53,17 @@ def part_gaps(part: Part, name: str, runs: list[Run]) -> list[dict]:
         *gap(f"{name} on all questions ({len(left_out)} left out)", incomplete, answer),
         *gap(f"{name}: judgements without a score", failed, f"{command} --retry_failed"),
     ]
+
+
+def own_options(facts: dict) -> str:
+    """The arguments of judge.py that make another judge of the same model: --preference both."""
+    try:
+        settings = json.loads(facts["judge_settings"] or "{}")
+    except json.JSONDecodeError:
+        settings = {}
+    settings = settings if isinstance(settings, dict) else {}
+    way = f" --preference {settings['preference']}" if settings.get("preference") else ""
+    return way + (" --neutralise" if settings.get("neutralise") else "")
 
 
 def gap(what: str, run_ids: list[str], next_step: str) -> list[dict]:

@@ -7,13 +7,14 @@ every run, the numbers of the whole run and its `Values`, whose means the toolki
 compare; everything behind that (cells, best of grid, differences, tables, figures, claims, answer)
 is the same for all measures.
 
-To add a measure, write a `find` (part_sources.py has those there are) and add a line to MEASURES.
+To add a measure, write a `find` (part_sources.py and arena_sources.py have those there are) and add
+a line to MEASURES.
 """
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.analysis import part_sources
+from pref.analysis import arena_sources, part_sources
 from pref.analysis.parts import Part, Sources
 from pref.analysis.runs import MT_BENCH, Run
 
@@ -144,10 +145,10 @@ ARENA_HARD = Measure(
     claim_unit="points of win rate",
     units="questions",
     digits=2,
-    columns={"score": "win rate %", "length": WINS["length"]},
+    columns={"score": "win rate %", "by_position": "by position %", "length": WINS["length"]},
     limits=PERCENT,
     missing="No Arena-Hard judgements (judge.py --bench arena_hard_v0.1, or arena_hard_v2.0).",
-    find=part_sources.find_arena_hard,
+    find=arena_sources.find_arena_hard,
 )
 ARENA_HARD_STYLE = ARENA_HARD._replace(
     name="arena_hard_style",
@@ -158,7 +159,7 @@ ARENA_HARD_STYLE = ARENA_HARD._replace(
     unit="points of style-controlled win rate",
     claim_unit="points of style-controlled win rate",
     columns={"score": "style-controlled %", "win_rate": "win rate %", "length": WINS["length"]},
-    find=part_sources.find_style_controlled,
+    find=arena_sources.find_style_controlled,
 )
 WIN_RATE = ALPACA_EVAL._replace(
     name="win_rate",

@@ -8,6 +8,7 @@ import argparse
 import json
 import shlex
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from pref.analysis.runs import Cell, JudgeKey, Run, Stale
 from pref.files import disk, judgements
 from pref.files.console import UserError
 
+MOST_LISTED = 8  # runs or questions that a line names
 COMPARED_ON = "compared on the"
 ORDINARY_STATUSES = ("finished", "untrained", "no training record")
 
@@ -135,34 +137,61 @@ def note_judge(
     """
     name, notes = name or judge["title"], []
     if judge["validation"]:
-        notes.append(f"{name}: {judge['agreement_text']}")
+        notes.append(judge["agreement_text"])
     if mark := judge_identity.smoke_mark(judge):
         notes.append(f"{name}: {mark}")
     elif judge["judge_params_b"] is None and judge["validation"] is None:
         notes.append(
-            f"{name}: its size is not known; taken as {judgements.SMOKE_TEST_BELOW_B:g}B or more"
+            f"judge {judge['judge']}: its size is not known; taken as "
+            f"{judgements.SMOKE_TEST_BELOW_B:g}B or more"
         )
     if questions.left_out:
         runs = sorted({run_id for lacking in questions.left_out.values() for run_id in lacking})
         n_common = len(questions.common)
         notes.append(
             f"{name}: {COMPARED_ON} {n_common} of {n_common + len(questions.left_out)} questions "
-            f"that all runs were judged on; left out {', '.join(map(str, questions.left_out))} "
-            f"(lacking or partly judged in {', '.join(runs)})"
+            f"that all runs were judged on; left out {shortened(questions.left_out)} "
+            f"(lacking or partly judged in {shortened(runs)})"
         )
-    for run_id, rows in judged.items():
-        if failed := Counter(str(row["status"]) for row in rows if row["status"] != "ok"):
-            why = ", ".join(f"{status} {n}" for status, n in sorted(failed.items()))
-            notes.append(
-                f"{name}: {run_id}: {failed.total()} of {len(rows)} judgements have no score "
-                f"({why})"
-            )
+    notes += [f"{name}: {text}" for text in note_failures(judged)]
     notes += [f"{name}: {text}" for text in note_readings(judged)]
     served = {row["served_model"] for rows in judged.values() for row in rows} - {None}
     if len(served) > 1:
         listed = ", ".join(sorted(served))
         notes.append(f"{name}: answered by different versions of the model: {listed}")
     return notes
+
+
+def note_failures(judged: dict[str, list[dict]]) -> list[str]:
+    """Judgements without a score: by run, of many runs together (the tables have them by cell)."""
+    failed = {
+        run_id: [str(row["status"]) for row in rows if row["status"] != "ok"]
+        for run_id, rows in judged.items()
+    }
+    failed = {run_id: statuses for run_id, statuses in failed.items() if statuses}
+    if len(failed) > MOST_LISTED:
+        of = f"{len(failed)} of {len(judged)} runs"
+        n_judged = sum(len(judged[run_id]) for run_id in failed)
+        groups = [(of, [one for statuses in failed.values() for one in statuses], n_judged)]
+    else:
+        groups = [(run_id, statuses, len(judged[run_id])) for run_id, statuses in failed.items()]
+    return [
+        f"{who}: {len(statuses)} of {n_judged} judgements have no score ({count_by_name(statuses)})"
+        for who, statuses, n_judged in groups
+    ]
+
+
+def count_by_name(names: list[str]) -> str:
+    """["parse", "length", "parse"] -> "length 1, parse 2"."""
+    return ", ".join(f"{name} {n}" for name, n in sorted(Counter(names).items()))
+
+
+def shortened(names: Iterable) -> str:
+    """Names in a line, of many the first: "81, 82, 83 and 12 more"."""
+    names = list(map(str, names))
+    if len(names) <= MOST_LISTED + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:MOST_LISTED])} and {len(names) - MOST_LISTED} more"
 
 
 def note_readings(judged: dict[str, list[dict]]) -> list[str]:
@@ -339,7 +368,7 @@ def study_gaps(runs: list[Run], args: argparse.Namespace) -> list[dict]:
 
 
 def missing_text(gap: dict) -> str:
-    of = f" of {', '.join(gap['runs'])}" if gap["runs"] else ""
+    of = f" of {shortened(gap['runs'])}" if gap["runs"] else ""
     return f"{gap['what']}{of}; next: {gap['next']}"
 
 
@@ -373,4 +402,4 @@ def print_summary(results_dir: Path, folder: Path, comparison: dict) -> None:
     print(f"results: {folder / 'aggregated_metrics.json'}, {results_dir}/<run_id>/metrics.json")
     for name in ("tables", "figures"):
         if stems := sorted({path.stem for path in (folder / name).glob("*.*")}):
-            print(f"{name}: {folder / name}/ ({', '.join(stems)})")
+            print(f"{name}: {folder / name}/ ({shortened(stems)})")

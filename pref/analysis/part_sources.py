@@ -1,4 +1,5 @@
 """From the files of runs to the parts of each measure: one `find` for each line of measures.py.
+Those of Arena-Hard are in arena_sources.py.
 
 find_accuracy            training: summary.json and val_pairs.jsonl
 find_mt_bench            ratings of results/<run>/mt_bench/judgements.csv, by judge
@@ -6,8 +7,6 @@ find_ratings             the same of other benchmarks
 find_rewards             scores by reward models, by benchmark
 find_alpaca_eval         preferences on AlpacaEval 2, against a baseline
 find_length_controlled   the same at equal length
-find_arena_hard          labels of Arena-Hard, by version (v2.0: by category)
-find_style_controlled    the same at equal style
 find_win_rates           preferences on any other benchmark
 find_tasks               imported results, by task
 
@@ -16,12 +15,10 @@ counts as judged: it is counted, and is in no mean.
 """
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from statistics import fmean
-from typing import NamedTuple
 
 from pref.analysis import (
-    arena_hard,
     cell_rows,
     imported,
     judge_identity,
@@ -36,8 +33,7 @@ from pref.files import win_rates
 
 ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
-GAMES = {"arena_hard_v0.1": False}  # whether a question counts only if both games have a verdict
-BY_CATEGORY = ("arena_hard_v2.0",)  # each category has a baseline of its own
+EQUAL = "equal"  # column `reading` of two answers that are the same text
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -302,8 +298,6 @@ def length_controlled_part(
             row |= {"score": fitted.lc, "se_over_questions": se, "C": fitted.C}
             values[run_id] = by_question
         numbers[run_id] = row
-    if sources.gamed and sources.gamed.note:
-        notes.append(sources.gamed.note)
     facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
     facts["definition"] = ", ".join(sorted(labels)) or None
     facts["heading"] = LC_HEADINGS.get(facts["definition"], f"AlpacaEval 2, {facts['definition']}")
@@ -331,109 +325,6 @@ def as_compared(
         question: length_control.Compared(y.get(question), of.baseline, of.run)
         for question, of in lengths.items()
     }
-
-
-# ---- Arena-Hard ---------------------------------------------------------------------------------
-
-
-class ArenaPart(NamedTuple):
-    """The games of one part."""
-
-    source: Source
-    judged: dict[str, list[dict]]
-    common: Common
-    games: dict[str, list[arena_hard.Game]]
-    facts: dict
-    both_games: bool
-
-
-def arena_parts(runs: list[Run]) -> list[ArenaPart]:
-    found = []
-    for bench in parts.other_benches(runs):
-        if not bench.startswith(ARENA_HARD):
-            continue
-
-        def key_of(row: dict, bench: str = bench) -> Source | None:
-            if row["grading"] != "pair":
-                return None
-            category = row["category"] if bench in BY_CATEGORY else None
-            judge = judge_identity.key_of(row)
-            return Source(bench, judge, row["grading"], row["baseline"], category)
-
-        groups = parts.group_rows(runs, bench, lambda files: files.pairs, key_of)
-        for source, judged in groups.items():
-            common = parts.keep_common(judged)
-            games = {
-                run_id: [arena_hard.as_game(row) for row in rows]
-                for run_id, rows in common.rows.items()
-            }
-            facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
-            found.append(ArenaPart(source, judged, common, games, facts, GAMES.get(bench, True)))
-    return found
-
-
-def arena_heading(source: Source, what: str) -> str:
-    category = f", {source.category}" if source.category else ""
-    return f"{parts.bench_title(source.bench)}{category}, {what}"
-
-
-def arena_numbers(arena: ArenaPart, score, run_id: str, runs: list[Run], sources: Sources) -> dict:
-    """The numbers of one run. score: an ArenaScore, or None."""
-    rows = arena.common.rows[run_id]
-    answers = next(run.bench(arena.source.bench).answers for run in runs if run.run_id == run_id)
-    lost = Counter(row["question_id"] for row in rows if row["status"] != "ok")
-    scored = {row["question_id"] for row in rows} - (set(lost) if arena.both_games else set())
-    return {
-        "score": score and score.score,
-        "se_over_questions": score and score.se,
-        "length": parts.mean_length(parts.answer_lengths(rows, answers, {})),
-        "n_rows": score and score.n_rows,
-        **counted(arena.source, rows, scored, arena.common, sources),
-    }
-
-
-def find_arena_hard(runs: list[Run], sources: Sources) -> list[Part]:
-    """Win rates, by version, judge and baseline; of v2.0 by category too."""
-    found = []
-    for arena in arena_parts(runs):
-        scores = {
-            run_id: arena_hard.win_rate(games, arena.both_games)
-            for run_id, games in arena.games.items()
-        }
-        found.append(arena_part(arena, "win rate", scores, runs, sources))
-    return found
-
-
-def find_style_controlled(runs: list[Run], sources: Sources) -> list[Part]:
-    """The same with length and markdown held constant: one fit over all runs of a part."""
-    found = []
-    for arena in arena_parts(runs):
-        controlled = arena_hard.style_control(arena.games, arena.both_games)
-        part = arena_part(arena, "style-controlled", controlled.scores, runs, sources)
-        for run_id, games in arena.games.items():
-            plain = arena_hard.win_rate(games, arena.both_games)
-            part.numbers[run_id]["win_rate"] = plain and plain.score
-        part.extra["style_coefficients"] = controlled.coefficients
-        if controlled.reason:
-            part.notes.append(f"no style-controlled scores: {controlled.reason}")
-        found.append(part)
-    return found
-
-
-def arena_part(
-    arena: ArenaPart, what: str, scores: dict, runs: list[Run], sources: Sources
-) -> Part:
-    """scores: run id -> ArenaScore, or None; runs may be missing."""
-    return Part(
-        facts=arena.facts | {"heading": arena_heading(arena.source, what)},
-        numbers={
-            run_id: arena_numbers(arena, scores.get(run_id), run_id, runs, sources)
-            for run_id in arena.common.rows
-        },
-        values={run_id: as_values(score.values) for run_id, score in scores.items() if score},
-        judged=arena.judged,
-        questions=arena.common.questions,
-    )
 
 
 # ---- imported tasks -----------------------------------------------------------------------------

@@ -72,6 +72,19 @@ def source_name(facts: dict) -> str:
     return f"{bench_title(facts['bench'])}{category}, {facts['title']}"
 
 
+def judged_by(facts: dict) -> str | None:
+    """What a claim's verdict is beside: the judge's title and, where one measure is of several
+    benchmarks or categories, which. No two parts of a measure share it. None: nobody judged.
+    """
+    title = facts.get("title")
+    if not title or "bench" not in facts:
+        return title
+    if facts["bench"] == "alpaca_eval" and facts["grading"] == "pair":
+        return title  # its measures are of this benchmark alone
+    category = f", {facts['category']}" if facts["category"] else ""
+    return f"{title}, on {bench_title(facts['bench'])}{category}"
+
+
 def describe_source(source: Source, rows: list[dict]) -> dict:
     """The facts of a part: those of its judge, the benchmark and the baseline."""
     facts = judge_identity.describe_judge(source.judge, rows)

@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from pref.analysis import bench_data, run_metrics, stats
+from pref.analysis import bench_data, judge_identity, run_metrics, stats
 from pref.analysis.bench_data import AllData, BenchData
-from pref.analysis.runs import MT_BENCH, BenchFiles, Run, Stale
+from pref.analysis.runs import MT_BENCH, BenchFiles, JudgeKey, Run, Stale
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
 
@@ -317,20 +317,21 @@ def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: Be
         return [files.answers] if other is None else [files.answers, other]
 
     rewards = []
-    for (judge, baseline), rows in grouped(files.rewards, "judge", "baseline").items():
+    for (key, baseline), rows in by_judge(files.rewards).items():
         if why := why_not_its_judgements(run, bench, rows, sides_of(baseline)):
-            stale.append(Stale(f"rewards by {judge}{of_bench(bench)}", why, again))
+            stale.append(Stale(f"rewards by {key.judge}{of_bench(bench)}", why, again))
         else:
             rewards += rows
 
     pairs = []
-    for (baseline,), rows in grouped(files.pairs, "baseline").items():
+    for (key, baseline), rows in by_judge(files.pairs).items():
         sides = sides_of(baseline)
         if why := why_not_its_judgements(run, bench, rows, sides):
             next_step = f"{again} --grading pair" if bench == MT_BENCH else again
             if bench == MT_BENCH or baseline not in data.baselines:
                 next_step += f" --baseline {baseline}"
-            what = f"pairwise judgements{of_bench(bench)} against {baseline}"
+            name = rows[0].get("title") or judge_identity.plain_title(key)
+            what = f"pairwise judgements{of_bench(bench)} against {baseline} by {name}"
             stale.append(Stale(what, why, next_step))
         else:
             pairs += rows
@@ -340,10 +341,11 @@ def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: Be
     return run.with_bench(bench, left, *stale)
 
 
-def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
+def by_judge(rows: list[dict]) -> dict[tuple[JudgeKey, str | None], list[dict]]:
+    """Judgements by judge and baseline."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        groups[tuple(row[column] for column in columns)].append(row)
+        groups[judge_identity.key_of(row), row["baseline"]].append(row)
     return groups
 
 

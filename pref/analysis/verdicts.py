@@ -102,6 +102,10 @@ def judge_scores(
     if scores.smoke:  # the numbers are shown, but they measure nothing
         row |= {"verdict": "not measured", "why": f"{scores.smoke}."}
         pending = None
+    elif claim["kind"] == "equivalence" and (why := scores.results.get("position_warning")):
+        # A judge that goes by position finds all runs alike.
+        row |= {"verdict": "undecided", "why": f"The judge cannot show it: {why}."}
+        pending = None
     return row, pending
 
 
