@@ -21,6 +21,7 @@ from test_measures import compared
 
 from pref.analysis import notes
 from pref.files import mt_bench
+from pref.files.console import UserError
 from pref.files.disk import write_json
 
 V01 = {"bench": "arena_hard_v0.1", "baseline": "gpt-4-0314", "category": "arena-hard-v0.1"}
@@ -184,3 +185,39 @@ def test_a_gap_of_another_preference_names_its_argument(results):
     run_with(results, "alpaca_eval", rows)
     gap = find_gap(compared(results), "judgements without a score")
     assert gap["next"].endswith("--bench alpaca_eval --preference both --neutralise --retry_failed")
+
+
+def test_a_baseline_that_is_no_run_may_have_any_name(results):
+    run_with(results, "alpaca_eval", [preference(1, 0.9, baseline="../a <b>/model")])
+    (part,) = compared(results)["alpaca_eval"]
+    assert part["baseline"] == "../a <b>/model" and round(part["cells"][0]["score"]) == 90
+
+
+# ---- validations --------------------------------------------------------------------------------
+
+
+def test_of_several_validations_that_of_the_same_grading_counts(results):
+    """A judge may compare as humans do and rate otherwise."""
+    run_with(results, "alpaca_eval", [preference(1, 0.9)])
+    for folder, grading, as_humans, n_pairs in (
+        ("p", "pair", "yes", 400),
+        ("s", "single", "no", 1814),
+    ):
+        found = {"judge": JUDGE["judge"], "judge_address": JUDGE["judge_address"]}
+        found |= {"data": "mt_bench_human", "grading": grading, "as_humans": as_humans}
+        write_json(results / "judges" / folder / "validation.json", found | {"n_pairs": n_pairs})
+    assert compared(results)["alpaca_eval"][0]["as_humans"] == "yes"
+
+
+def test_numbers_and_texts_that_are_none_are_refused(results):
+    deep = "[" * 100_000
+    run_with(results, "alpaca_eval", [preference(1, 0.9, judge_settings=deep)])
+    compared(results)  # what a judge was asked with is shown, whatever it is
+    run_with(results, "alpaca_eval", [preference(1, 0.9, shape=deep)])
+    with pytest.raises(UserError, match="shape"):
+        compared(results)
+    run_with(results, "alpaca_eval", [preference(1, 0.9)])
+    found = {"judge": "x", "as_humans": "yes", "n_pairs": "many"}
+    write_json(results / "judges" / "x" / "validation.json", found)
+    with pytest.raises(UserError, match="n_pairs"):
+        compared(results)

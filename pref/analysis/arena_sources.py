@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pref.analysis import arena_hard, judge_identity, part_sources, parts
 from pref.analysis.parts import Common, Part, Source, Sources
 from pref.analysis.runs import Run
+from pref.files import run_folders
 
 GAMES = {"arena_hard_v0.1": False}  # whether a question counts only if both games have a verdict
 BY_CATEGORY = ("arena_hard_v2.0",)  # each category has a baseline of its own
@@ -126,6 +127,8 @@ def find_style_controlled(runs: list[Run], sources: Sources) -> list[Part]:
 
 def is_run(name: str, runs: list[Run]) -> bool:
     """Whether a baseline is a run of the results folder, also one that is not analysed now."""
+    if not run_folders.is_run_id(name):
+        return False
     return any((run.path.parent / name / "args.json").is_file() for run in runs)
 
 

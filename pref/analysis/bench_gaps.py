@@ -3,9 +3,7 @@
 A gap is a dict, as in notes.py.
 """
 
-import json
-
-from pref.analysis import notes, parts
+from pref.analysis import judge_identity, notes, parts
 from pref.analysis.parts import Part
 from pref.analysis.runs import Run
 
@@ -57,11 +55,7 @@ def part_gaps(part: Part, name: str, runs: list[Run]) -> list[dict]:
 
 def own_options(facts: dict) -> str:
     """The arguments of judge.py that make another judge of the same model: --preference both."""
-    try:
-        settings = json.loads(facts["judge_settings"] or "{}")
-    except json.JSONDecodeError:
-        settings = {}
-    settings = settings if isinstance(settings, dict) else {}
+    settings = judge_identity.describe_settings({"judge_settings": facts["judge_settings"]})
     way = f" --preference {settings['preference']}" if settings.get("preference") else ""
     return way + (" --neutralise" if settings.get("neutralise") else "")
 

@@ -124,7 +124,7 @@ def describe_settings(row: dict) -> dict[str, str]:
     text = row.get("judge_settings") or "{}"
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         settings = {"settings": text}

@@ -21,6 +21,7 @@ from pref.files import disk
 from pref.files.console import UserError
 
 YES, NO, NOT_MEASURED = "yes", "no", "not measured"
+IDENTITY = ("judge", "judge_address", "judge_settings", "judge_id", "grading")
 SUMMARY = ("data", "n_pairs", "agreement", "agreement_no_ties", "kappa", "as_humans", "warnings")
 
 
@@ -39,6 +40,9 @@ def read_validations(results_dir: Path) -> list[dict]:
         warnings = found.get("warnings") or []
         if not (isinstance(warnings, list) and all(isinstance(text, str) for text in warnings)):
             raise UserError(f"{path}: 'warnings' must be a list of texts; run judge.py --validate")
+        n_pairs = found.get("n_pairs")
+        if n_pairs is not None and not disk.is_number(n_pairs):
+            raise UserError(f"{path}: 'n_pairs' must be a number; rerun judge.py --validate")
         validations.append(found | {"warnings": warnings})
     return validations
 
@@ -47,18 +51,20 @@ def add_validations(rows: Iterable[dict], validations: list[dict]) -> None:
     """Give every judgement the `validation` of its judge, None where there is none."""
     known: dict[tuple, dict | None] = {}
     for row in rows:
-        judge = (row["judge"], row.get("judge_address") or None, row.get("judge_settings"))
+        judge = tuple(row.get(name) for name in IDENTITY)
         if judge not in known:
-            known[judge] = find_validation(*judge, validations)
+            known[judge] = find_validation(dict(zip(IDENTITY, judge)), validations)
         row["validation"] = known[judge]
 
 
-def find_validation(
-    judge: str, address: str | None, settings: str | None, validations: list[dict]
-) -> dict | None:
-    """The validation of a judge. Of several, that with the same settings; of others, one against
-    votes on MT-Bench before another, and one that measured something before one that did not.
+def find_validation(row: dict, validations: list[dict]) -> dict | None:
+    """The validation of a judge. row: IDENTITY of its judgements.
+
+    Of several, one that measured something before one that did not, and one against votes on
+    MT-Bench before another; of these, that of the same prompts and grading, then of the same
+    grading (a judge may rate well and compare badly), then of the same settings.
     """
+    judge, address = row["judge"], row["judge_address"] or None
     found = [
         one
         for one in validations
@@ -69,7 +75,9 @@ def find_validation(
         key=lambda one: (
             one["as_humans"] != NOT_MEASURED,
             one.get("data") == "mt_bench_human",
-            same_settings(one.get("judge_settings"), settings),
+            one.get("judge_id") == row["judge_id"],
+            one.get("grading") == row["grading"],
+            same_settings(one.get("judge_settings"), row["judge_settings"]),
             one.get("n_pairs") or 0,
         ),
         default=None,

@@ -397,7 +397,9 @@ def baseline_answers(
 
     A baseline whose answers were taken out has none that its old judgements could be of.
     """
-    path = results_dir / run_folders.check_run_id(baseline) / bench / "answers.jsonl"
+    if not run_folders.is_run_id(baseline):  # what judge.py imports may be called anything
+        return data.baselines.get(baseline)
+    path = results_dir / baseline / bench / "answers.jsonl"
     if not path.is_file():
         return data.baselines.get(baseline)
     if baseline not in answers_of:

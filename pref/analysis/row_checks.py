@@ -81,7 +81,7 @@ def check_shape(text: str | None, place: str) -> None:
         for counts in (shape[side] for side in ("run", "baseline") if shape.get(side) is not None):
             if not all(is_finite(counts[name]) and counts[name] >= 0 for name in SHAPE_COUNTS):
                 raise ValueError("not counts")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{place}: shape {text[:60]!r} has no counts of both answers; {REWRITE}"
         ) from None
