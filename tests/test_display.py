@@ -44,7 +44,10 @@ def test_every_layout_has_a_table():
     assert TABLES.keys() == {
         *("verdicts", "accuracy", "accuracy_mcnemar", "stability", "pairs", "movement"),
         *(f"{name}_{kind}" for name in ("accuracy", "mt_bench") for kind in shared),
-        *(f"mt_bench_{kind}" for kind in ("by_turn", "by_category", "frontier", "variance", "judge")),
+        *(
+            f"mt_bench_{kind}"
+            for kind in ("by_turn", "by_category", "frontier", "variance", "judge")
+        ),
     }
 
 
