@@ -1,13 +1,18 @@
 """Results folders, runs and cells for tests of the analysis."""
 
+import contextlib
 import random
 from pathlib import Path
+from unittest import mock
+
+import matplotlib
 
 import analyze
 from pref.analysis import results_folder
 from pref.analysis.bench_data import BenchData
 from pref.analysis.parts import Sources
 from pref.analysis.runs import Cell, Run
+from pref.files import drawing
 from pref.files.disk import write_json, write_jsonl
 from pref.files.judgements import write_judgements
 
@@ -16,6 +21,24 @@ SUMMARY = {"status": "finished", "steps": 40, "nonfinite_steps": 0, "best_step":
 SUMMARY |= {"best_acc_ref": 0.6, "final_acc_ref": 0.5, "final_acc_sum": 0.4, "final_acc_mean": 0.3}
 SUMMARY |= {"wall_s": 9.0, "tokens": 100, "peak_gib": 1.5}
 DRAWS = ("--draws", "300")  # where the number of draws does not matter
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def coarse_figures():
+    """Figures are written at a low resolution, and their fonts as outlines: rendering PNG files and
+    embedding fonts is most of an analysis' time. test_display.py looks at the files as they are.
+    """
+    save_figure = drawing.save_figure
+
+    def save_coarsely(figure, stem, key=None, dpi=None):
+        matplotlib.rcParams["pdf.fonttype"] = 3  # within drawing.own_style, which puts it back
+        save_figure(figure, stem, key, dpi=40)
+
+    with mock.patch.object(drawing, "save_figure", save_coarsely):
+        yield
 
 
 # ---- run folders --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from studies import (
     DRAWS,
+    coarse_figures,
     compared,
     flat_ratings,
     has_note,
@@ -32,19 +33,12 @@ from pref.files.judgements import read_judgements, write_judgements
 
 pytestmark = pytest.mark.slow
 
-DPI = 40  # what tests look at does not depend on the resolution of the PNG files
 SHOWN_RUN = "td_dpo_b0.1_s42"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def coarse_figures():
-    """Figures are written at a low resolution: rendering them is most of this file's time."""
-    save_figure = drawing.save_figure
-
-    def save_coarsely(figure, stem, key=None, dpi=DPI):
-        save_figure(figure, stem, key, dpi=DPI)
-
-    with mock.patch.object(drawing, "save_figure", save_coarsely):
+def coarse():
+    with coarse_figures():
         yield
 
 

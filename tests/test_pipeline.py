@@ -7,6 +7,7 @@ import json
 
 import pytest
 from conftest import ROOT, run_script
+from studies import coarse_figures
 
 import analyze
 import gen_mtbench
@@ -55,7 +56,8 @@ def study(tiny_model, tmp_path_factory):
         assert call(train_pref, *folders, "--loss", loss, *SMALL_RUN.split()) == 0
     assert answer(results, bench) == 0
     code = rate(results, bench, tiny_model)
-    assert call(analyze, results) == 0
+    with coarse_figures():
+        assert call(analyze, results) == 0
     return results, code
 
 
