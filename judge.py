@@ -11,10 +11,12 @@ model, which needs no prompt:
     OPENAI_API_KEY=... python judge.py results/ --judge MODEL --base_url http://localhost:8000/v1
     python judge.py results/ --judge hf:/path/to/model
     python judge.py results/ --judge MODEL --grading pair --baseline dpo_b0.1_s42
+    python judge.py results/ --judge MODEL --bench alpaca_eval
     python judge.py results/ --judge rm:/path/to/reward_model [--baseline RUN]
 
-A local model writes nothing: its score is the mean of the ratings 1 to 10, weighted by their
-probabilities, and counts only if these ratings hold enough of its probability (--min_rating_mass).
+A local model writes nothing: its verdict is made of the probabilities of all possible ones (a score
+on MT-Bench is the mean of the ratings 1 to 10 weighted by theirs), and counts only if these hold
+enough of its probability (--min_rating_mass).
 
 Estimate the cost, set a cap, or use the provider's batch endpoint, which is cheaper:
 
@@ -171,7 +173,7 @@ def judge_runs(
         stopped_because = plan.fetch_judgements(todo, bench, save, db, args, interrupted)
         left_out = save()
         if bench.benchmark.export is not None:
-            bench.benchmark.export(bench, runs, baselines.names, baselines.answers, todo.who)
+            bench.benchmark.export(bench, runs, baselines, todo.who)
 
     # 5) The table, the cost, and what the user does next.
     results = store.find_results(db, todo.items, todo.who.reading)
@@ -274,8 +276,8 @@ def print_next_step(items: list[Item], results: dict[str, Result], paths: list[P
     if missing:
         print(
             f"{missing} of {len(statuses)} judgements have no verdict: run the same command again "
-            "to "
-            "ask for those not judged yet; add --retry_failed to repeat those that failed as well"
+            "to ask for those not judged yet; add --retry_failed to repeat those that failed as "
+            "well"
         )
     print(f"next: python analyze.py {' '.join(map(str, paths))}")
     return 1 if missing else 0

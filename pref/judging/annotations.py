@@ -13,11 +13,13 @@ instruction, in the order of questions.json; what has no verdict has no preferen
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from pref.files import disk, judgements, win_rates
 from pref.judging.benchmark import Bench
 from pref.judging.identity import Identity
+from pref.judging.run_answers import Baselines
 
 FILE = "annotations.json"
 # The package's annotators whose requests are AlpacaEval 2's, and their judges.
@@ -28,11 +30,11 @@ ANNOTATORS = {
 
 
 def write_annotations(
-    bench: Bench, runs: dict[Path, dict], names: dict[int, str], others: dict, who: Identity
+    bench: Bench, runs: dict[Path, dict], baselines: Baselines, who: Identity
 ) -> None:
     """Write annotations.json of every run that has a judgement by `who`.
 
-    runs: answers by run folder. names: the baseline of each question; others: answers by baseline.
+    runs: answers by run folder.
     """
     annotator = annotator_of(who.judge, bench)
     for run, answers in runs.items():
@@ -42,15 +44,15 @@ def write_annotations(
         rows = [
             row
             for row in judgements.read_judgements(folder / "judgements.csv")
-            if row["judge_id"] == who.id and row["baseline"] == names.get(row["question_id"])
+            if row["judge_id"] == who.id
+            and row["choice"] == 0
+            and row["baseline"] == baselines.names.get(row["question_id"])
         ]
         if not rows:
             continue
         keys = [(question["question_id"], 0) for question in bench.questions]
         lacking = [
-            key[0]
-            for key in keys
-            if key not in answers or key not in others.get(names.get(key[0]), {})
+            key[0] for key in keys if key not in answers or key not in baselines.answers_to(key[0])
         ]
         if lacking:
             (folder / FILE).unlink(missing_ok=True)
@@ -59,43 +61,32 @@ def write_annotations(
                 f"(question {lacking[0]} first) and alpaca_eval counts instructions by position"
             )
             continue
-        made = annotation_rows(bench, answers, names, others, rows, name, annotator)
+        names = {"generator_2": name, "annotator": annotator}
+        made = [row | names for row in annotation_rows(bench, answers, baselines, rows)]
         disk.write_text(folder / FILE, json.dumps(made, indent=2, ensure_ascii=False) + "\n")
 
 
 def annotation_rows(
-    bench: Bench,
-    answers: dict,
-    names: dict[int, str],
-    others: dict,
-    rows: list[dict],
-    run: str,
-    annotator: str,
-) -> list[dict]:
+    bench: Bench, answers: dict, baselines: Baselines, rows: list[dict]
+) -> Iterator[dict]:
     """One object for each question, in their order. rows: the run's, of judgements.csv."""
-    preferences = win_rates.by_question(row for row in rows if row["choice"] == 0)
+    preferences = win_rates.by_question(rows)
     of_question: dict[int, list[dict]] = defaultdict(list)
     for row in rows:
-        if row["choice"] == 0:
-            of_question[row["question_id"]].append(row)
-    made = []
+        of_question[row["question_id"]].append(row)
     for question in bench.questions:
         question_id = question["question_id"]
-        baseline = names[question_id]
-        made.append(
-            {
-                "dataset": question.get("dataset"),
-                "instruction": question["turns"][0],
-                "output_1": others[baseline][question_id, 0]["turns"][0],
-                "generator_1": baseline,
-                "output_2": answers[question_id, 0]["turns"][0],
-                "generator_2": run,
-                "annotator": annotator,
-                "preference": preferences.get(question_id),
-                "raw_completion": raw_completion(of_question[question_id]),
-            }
-        )
-    return made
+        yield {
+            "dataset": question.get("dataset"),
+            "instruction": question["turns"][0],
+            "output_1": baselines.answers_to(question_id)[question_id, 0]["turns"][0],
+            "generator_1": baselines.names[question_id],
+            "output_2": answers[question_id, 0]["turns"][0],
+            "generator_2": None,
+            "annotator": None,
+            "preference": preferences.get(question_id),
+            "raw_completion": raw_completion(of_question[question_id]),
+        }
 
 
 def raw_completion(rows: list[dict]) -> dict | None:

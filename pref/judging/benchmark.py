@@ -61,8 +61,8 @@ class Benchmark(NamedTuple):
     summarise: Callable[[list], dict[str, str]] | None = None
     # (bench, items) -> what a reader must know of them before they are judged.
     notes: Callable[["Bench", list], list[str]] | None = None
-    # (bench, answers by run folder, baseline by question_id, answers by baseline, Identity): writes
-    # further files beside judgements.csv, which is there.
+    # (bench, answers by run folder, run_answers.Baselines, identity.Identity): writes further files
+    # beside judgements.csv, which is there.
     export: Callable | None = None
     # What is printed of judgements with these values of the column `reading`.
     remarks: dict[str, str] = {}  # noqa: RUF012  never changed

@@ -65,7 +65,7 @@ def items_of(
     baseline, other = "", None
     if bench.grading != SINGLE:
         baseline = baselines.names.get(question_id, "")
-        row = baselines.answers.get(baseline, {}).get((question_id, unit.choice))
+        row = baselines.answers_to(question_id).get((question_id, unit.choice))
         if (
             row
             and baseline != unit.model_id

@@ -171,6 +171,10 @@ class Baselines(NamedTuple):
     # before.
     answers: dict[str, dict]
 
+    def answers_to(self, question_id: int) -> dict:
+        """The answers of the baseline of this question; {} if it has none."""
+        return self.answers.get(self.names.get(question_id, ""), {})
+
 
 def read_baselines(runs: dict[Path, dict], bench: Bench, name: str | None) -> Baselines:
     """The baselines of the benchmark, or `name` (--baseline) in their place for every question.
