@@ -305,9 +305,9 @@ def test_arena_hard_rows_that_cannot_be_used(tmp_path, file, rows, message):
     [
         ("utils/judge_utils.py", "JUDGE_SETTINGS = open('x')", "no JUDGE_SETTINGS that can be"),
         ("utils/judge_utils.py", "JUDGE_SETTINGS = {", "no JUDGE_SETTINGS that can be read"),
-        ("utils/judge_utils.py", "JUDGE_SETTINGS = {'a': {}}", "needs 'baseline' and 'system_pr"),
+        ("utils/judge_utils.py", "JUDGE_SETTINGS = {'a': {}}", "must have 'baseline' and 'system"),
         ("config/arena-hard-v0.1.yaml", "prompt_template: 'x'", "no prompt_template on one line"),
-        ("config/arena-hard-v0.1.yaml", 'prompt_template: "x"', "needs {QUESTION}, {ANSWER_A}"),
+        ("config/arena-hard-v0.1.yaml", 'prompt_template: "x"', "exactly the fields {ANSWER_A}"),
     ],
 )
 def test_judge_prompts_that_cannot_be_read(tmp_path, name, text, message):

@@ -14,8 +14,9 @@ from judge_workplace import KEY, write_lines
 
 import judge
 from pref.analysis import arena_hard
-from pref.files import verdict_labels
+from pref.files import arena_hard_download, verdict_labels
 from pref.files.console import UserError
+from pref.files.disk import read_json
 from pref.files.judgements import read_judgements
 from pref.judging import bench_arena_hard, benchmark, server_judge
 from pref.judging.bench_arena_hard import V01, V20
@@ -314,8 +315,9 @@ def test_messages_from_the_published_settings():
     if "ARENA_HARD" not in os.environ:
         pytest.skip("ARENA_HARD is not set")
     path = Path(os.environ["ARENA_HARD"]) / "judge_settings.json"
-    settings, template = bench_arena_hard.read_settings(path)
-    prompt = {**settings["hard_prompt"], "prompt_template": template}
+    content = arena_hard_download.check_settings(read_json(path), str(path))
+    settings = content["settings"]
+    prompt = {**settings["hard_prompt"], "prompt_template": content["prompt_template"]}
     fields = {"QUESTION": "Q {x}", "ANSWER_A": "a {ANSWER_B}", "ANSWER_B": "b"}
     system, user = benchmark.fill(prompt, fields)
     assert system == {"role": "system", "content": settings["hard_prompt"]["system_prompt"]}

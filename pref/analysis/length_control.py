@@ -40,6 +40,7 @@ import numpy as np
 
 from pref.files import alpaca_eval
 from pref.files.alpaca_eval import Gamed, GamedFile
+from pref.files.alpaca_eval_download import BASELINE
 from pref.files.console import UserError
 
 PENALTIES = np.logspace(-4, 4, 10)  # the values of C that are tried
@@ -192,7 +193,7 @@ def control(
     """
     questions = sorted(rows)
     columns = [[rows[question][i] for question in questions] for i in range(3)]
-    if baseline != alpaca_eval.BASELINE:
+    if baseline != BASELINE:
         result = fit_own(*columns)
     elif gamed is None:
         result = fit(*columns)

@@ -16,11 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pref.files import disk
+from pref.files.alpaca_eval_download import GAMED_COLUMNS, GAMED_SHA256
 from pref.files.console import UserError
 
-BASELINE = "gpt4_1106_preview"  # the baseline that file and difficulty belong to
-# Of huggingface.co/datasets/tatsu-lab/alpaca_eval at 2edc6fad8be6b14ea7230aabfd08188da6b8b814
-DF_GAMED_SHA256 = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 REMEDY = "run python prep_data.py --alpaca_eval to fetch AlpacaEval's own file"
 
 
@@ -58,9 +56,8 @@ def question_id(index: int) -> int:
 
 def read_gamed(path: Path) -> GamedFile:
     """Read df_gamed.csv. Raises UserError with file and line."""
-    columns = ("preference", "index", "std_delta_len", "instruction_difficulty")
     y, delta, difficulty, by_index = [], [], [], {}
-    for place, row in read_csv(path, columns):
+    for place, row in read_csv(path, GAMED_COLUMNS):
         if row.get("not_gamed_baseline", "").lower() == "true":
             raise UserError(f"{place}: a row that is not of a gamed baseline; {REMEDY}")
         y.append(read_number(row["preference"], "preference", place, optional=True))
@@ -70,7 +67,7 @@ def read_gamed(path: Path) -> GamedFile:
         add_difficulty(by_index, row, place)
         difficulty.append(by_index[read_index(row["index"], place)])
     rows = Gamed(np.array(y), np.tanh(delta), np.array(difficulty))
-    return GamedFile(rows, by_index, disk.sha256_file(path) == DF_GAMED_SHA256, Path(path))
+    return GamedFile(rows, by_index, disk.sha256_file(path) == GAMED_SHA256, Path(path))
 
 
 def read_difficulty(path: Path) -> dict[int, float]:

@@ -15,7 +15,7 @@ import io
 import json
 from pathlib import Path
 
-from pref.files import disk, fetching
+from pref.files import benchmarks, disk, fetching
 from pref.files.console import UserError
 from pref.files.fetching import Contents, Fetched, Published
 
@@ -26,6 +26,7 @@ COMMIT = "cd543a149df89434d8a54582c0151c0b945c3d20"
 REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"  # of the hub dataset
 GITHUB = f"https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/{COMMIT}"
 HUB = f"https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/{REVISION}"
+GAMED_SHA256 = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 OUTPUTS, PROMPT, GAMED = "published/model_outputs.json", "judge_prompt.txt", "df_gamed.csv"
 FILES = [
     Published(
@@ -45,13 +46,13 @@ FILES = [
     ),
     Published(
         GAMED,
-        f"{HUB}/df_gamed.csv",
-        "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d",
+        f"{HUB}/{GAMED}",
+        GAMED_SHA256,
         without="Without it there is no length-controlled win rate as published: analyze.py gives "
         "lc_unregularised, fitted on the run's own judgements alone. The win rate is not affected.",
     ),
 ]
-GAMED_COLUMNS = {"preference", "index", "std_delta_len", "instruction_difficulty"}
+GAMED_COLUMNS = ("preference", "index", "std_delta_len", "instruction_difficulty")
 # The package's own settings of most open models. Nothing in the benchmark fixes them.
 GENERATION = {"temperature": 0.7, "max_new_tokens": 2048}
 
@@ -85,7 +86,7 @@ def prepare(where: str, out: Path, allow_modified: bool) -> None:
     }
     about = {"questions": "questions.json", "generation": GENERATION}
     fetching.write_folder(out, Contents(BENCH, fetched, made, LICENCE, about))
-    more = "" if out == Path("data") / BENCH else f" --bench_data {out}"
+    more = "" if out == benchmarks.DATA / BENCH else f" --bench_data {out}"
     print(f"next: python gen_mtbench.py results/ --base --bench {BENCH}{more}")
 
 
@@ -120,5 +121,5 @@ def check_prompt(file: Fetched) -> None:
 def check_gamed(file: Fetched) -> None:
     """Raises UserError unless it is a CSV file with the columns that length control reads."""
     rows = csv.DictReader(io.StringIO(file.text))
-    if missing := sorted(GAMED_COLUMNS - set(rows.fieldnames or ())):
+    if missing := sorted({*GAMED_COLUMNS} - {*(rows.fieldnames or ())}):
         raise UserError(f"{file.source}: no column {', '.join(missing)}")

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import disk, fetching, mt_bench
+from pref.files import benchmarks, disk, fetching, mt_bench
 from pref.files.console import UserError
 from pref.files.fetching import Contents, Fetched, Published
 
@@ -24,6 +24,7 @@ COMMIT = "196f6b826783b3da7310e361a805fa36f0be83f3"
 GITHUB = f"https://raw.githubusercontent.com/lmarena/arena-hard-auto/{COMMIT}"
 LICENCE = "Apache-2.0 (lmarena/arena-hard-auto)"
 QUESTIONS, SETTINGS = "published/question.jsonl", "judge_settings.json"
+FIELDS = {"QUESTION", "ANSWER_A", "ANSWER_B"}  # of the judge's prompt
 # Of the settings below, of both versions, as `disk.sha256_json` counts it.
 SETTINGS_SHA256 = "e18c709166415078b99f92481b1ef9b5dd0943dcfa71dbc5c43a80162a566aea"
 # Upstream's setting of its own answers, config/gen_answer_config.yaml.
@@ -109,7 +110,7 @@ def prepare(version: str, where: str, out: Path, allow_modified: bool) -> None:
             (out / f"baseline/{model}.jsonl").unlink(missing_ok=True)  # of an earlier call
     about = {"questions": "question.jsonl", "generation": GENERATION}
     fetching.write_folder(out, Contents(bench, fetched, made, LICENCE, about))
-    more = "" if out == Path("data") / bench else f" --bench_data {out}"
+    more = "" if out == benchmarks.DATA / bench else f" --bench_data {out}"
     print(f"next: python gen_mtbench.py results/ --base --bench {bench}{more}")
 
 
@@ -176,10 +177,19 @@ def check_settings(content: dict, source: str) -> dict:
         for one in settings.values()
     )
     if not is_text or not settings:
-        raise UserError(f"{source}: 'settings' needs 'baseline' and 'system_prompt' per category")
-    fields = ("{QUESTION}", "{ANSWER_A}", "{ANSWER_B}")
-    if not isinstance(template, str) or any(field not in template for field in fields):
-        raise UserError(f"{source}: 'prompt_template' needs {', '.join(fields)}")
+        raise UserError(
+            f"{source}: 'settings' must have 'baseline' and 'system_prompt' per category"
+        )
+    try:
+        fields = benchmarks.fields_of(template)
+    except (TypeError, ValueError):
+        fields = set()
+    if fields != FIELDS:
+        listed = ", ".join(f"{{{field}}}" for field in sorted(FIELDS))
+        raise UserError(
+            f"{source}: 'prompt_template' must have exactly the fields {listed}, and literal "
+            "braces written as {{ and }}"
+        )
     return content
 
 

@@ -8,6 +8,7 @@ prep_data.py writes these folders. One written by hand works as well: a manifest
 `questions` is enough for gen_mtbench.py to answer its questions.
 """
 
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -196,3 +197,12 @@ def first_answers(folder: Path) -> dict[str, dict[int, list[str]]]:
         model: {key.question_id: row["turns"] for key, row in rows.items() if key.choice == 0}
         for model, rows in read_model_answers(folder).items()
     }
+
+
+def fields_of(template: str) -> set[str]:
+    """The fields of a judge prompt: "Q: {question} {{literal}}" -> {"question"}.
+
+    Raises ValueError for single braces.
+    """
+    pieces = string.Formatter().parse(template)
+    return {field for _, field, _, _ in pieces if field is not None}

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pref.files import benchmarks, win_rates
+from pref.files.alpaca_eval_download import BASELINE, PROMPT
 from pref.files.console import UserError
 from pref.files.judgements import ORDERS, RUN_IS_A, RUN_IS_B
 from pref.judging import annotations, reading
@@ -33,8 +34,6 @@ from pref.judging.identity import TOKEN_LIMITS
 from pref.judging.reading import Reply, Verdict
 
 NAME = "alpaca_eval"
-BASELINE = "gpt4_1106_preview"
-PROMPT = "judge_prompt.txt"
 # The package leaves temperature and top_p at their neutral values: log-probabilities are then the
 # model's own, also on servers that divide by the temperature first.
 FIRST_TOKEN = {"max_tokens": 1, "temperature": 1, "top_p": 1}

@@ -23,6 +23,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from pref.files import benchmarks, disk
+from pref.files.arena_hard_download import SETTINGS, check_settings
 from pref.files.benchmarks import BenchFolder
 from pref.files.console import UserError
 from pref.files.judgements import RUN_IS_A, RUN_IS_B
@@ -35,9 +36,6 @@ V01, V20 = "arena_hard_v0.1", "arena_hard_v2.0"
 MAX_TOKENS = {V01: 4096, V20: 16000}  # of a judgement
 COMPLETION_TOKENS = {V01: 600, V20: 1200}  # roughly; the judge writes its own answer first
 GAMES = (RUN_IS_B, RUN_IS_A)  # column `order`, of game 1 and game 2
-
-SETTINGS = "judge_settings.json"
-FIELDS = {"QUESTION", "ANSWER_A", "ANSWER_B"}
 
 # Labels in double brackets, and failing that in single ones: of the first pattern that matches.
 PATTERNS = (re.compile(r"\[\[([AB<>=]+)\]\]"), re.compile(r"\[([AB<>=]+)\]"))
@@ -64,7 +62,8 @@ def read(name: str, folder: Path, args: argparse.Namespace) -> Bench:
         version = name.removeprefix("arena_hard_")
         raise UserError(f"{path}: no such file; run python prep_data.py --arena_hard {version}")
     questions = benchmarks.read_questions(data)
-    settings, template = read_settings(path)
+    content = check_settings(disk.read_json(path), str(path))
+    settings, template = content["settings"], content["prompt_template"]
     for question in questions:
         if question.get("category") not in settings:
             raise UserError(
@@ -90,32 +89,6 @@ def read(name: str, folder: Path, args: argparse.Namespace) -> Bench:
         parameters={"temperature": 0, "max_tokens": MAX_TOKENS[name]},
         baselines=names if args.baseline else with_answers(data, names),
     )
-
-
-def read_settings(path: Path) -> tuple[dict[str, dict], str]:
-    """Baseline and system prompt by category, and the template of the user message.
-
-    Raises UserError if one is missing or cannot be filled in.
-    """
-    content = disk.read_json(path)
-    settings, template = content.get("settings"), content.get("prompt_template")
-    keys = ("baseline", "system_prompt")
-    if not isinstance(settings, dict) or not all(
-        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in keys)
-        for one in settings.values()
-    ):
-        raise UserError(f"{path}: 'settings' must have 'baseline' and 'system_prompt' per category")
-    try:
-        fields = benchmark.fields_of(template)
-    except (TypeError, ValueError):
-        fields = set()
-    if fields != FIELDS:
-        listed = ", ".join(f"{{{field}}}" for field in sorted(FIELDS))
-        raise UserError(
-            f"{path}: 'prompt_template' must have exactly the fields {listed}, and literal braces "
-            "written as {{ and }}"
-        )
-    return settings, template
 
 
 def with_answers(data: BenchFolder, names: dict[int, str]) -> dict[int, str]:

@@ -5,7 +5,6 @@ Everything else (the store, the cap, resuming, batch files, judgements.csv) is t
 """
 
 import argparse
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -113,15 +112,6 @@ def fill(prompt: dict, fields: dict[str, str]) -> list[dict]:
     if prompt["system_prompt"]:
         messages.insert(0, {"role": "system", "content": prompt["system_prompt"]})
     return messages
-
-
-def fields_of(template: str) -> set[str]:
-    """The fields of a template: "Q: {question} {{literal}}" -> {"question"}.
-
-    Raises ValueError for single braces.
-    """
-    pieces = string.Formatter().parse(template)
-    return {field for _, field, _, _ in pieces if field is not None}
 
 
 def winner_of(order: str, verdict: str | None, run: str, baseline: str) -> str | None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pref.files import benchmarks, console, disk, mt_bench
 from pref.files.console import UserError
-from pref.judging.benchmark import fields_of
 
 NEEDS_REFERENCE = frozenset(("math", "reasoning", "coding"))  # FastChat's NEED_REF_CATS
 
@@ -111,7 +110,7 @@ def check_prompt(place: str, row: dict, grading: str) -> None:
     if row.get("output_format") != expected_format:
         raise UserError(f"{place}: 'output_format' of {name} must be \"{expected_format}\"")
     try:
-        fields = fields_of(row["prompt_template"])
+        fields = benchmarks.fields_of(row["prompt_template"])
     except ValueError as error:
         raise UserError(
             f"{place}: prompt_template: {error}; write literal braces as {{{{ and }}}}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref.files import disk, mt_bench
+from pref.files.benchmarks import DATA
 from pref.files.console import UserError
 from pref.files.judgements import ORDERS, RUN_IS_A
 from pref.judging import benchmarks, human_votes, items, summary, validation_report
@@ -44,7 +45,7 @@ def read_task(args: argparse.Namespace) -> Task:
     # --bench_data is the folder of the votes; MT-Bench's own is --mt_bench.
     of_bench = {"bench_data": None, "grading": args.grading or PAIR}
     bench = benchmarks.read_bench(argparse.Namespace(**vars(args) | of_bench))
-    folder = args.bench_data or Path("data") / args.validate
+    folder = args.bench_data or DATA / args.validate
     if args.validate == LLMBAR:
         known = human_votes.read_llmbar(folder)
     else:
