@@ -30,9 +30,9 @@ from pref.analysis import (
 from pref.analysis.parts import Common, Part, Source, Sources
 from pref.analysis.runs import MT_BENCH, Run
 from pref.files import win_rates
+from pref.files.alpaca_eval_download import END, START
 
 ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
-CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>")
 EQUAL = "equal"  # column `reading` of two answers that are the same text
 
 
@@ -236,9 +236,9 @@ def note_control_tokens(runs: list[Run], common: Common) -> list[str]:
     for run in runs:
         answers = run.bench(ALPACA_EVAL).answers.values() if run.run_id in common.rows else ()
         texts = [text for row in answers for text in row["turns"]]
-        if n := sum(any(token in text for token in CONTROL_TOKENS) for text in texts):
+        if n := sum(any(token in text for token in (START, END)) for text in texts):
             found.append(
-                f"{run.run_id}: {n} of {len(texts)} answers hold {' or '.join(CONTROL_TOKENS)}, "
+                f"{run.run_id}: {n} of {len(texts)} answers hold {START} or {END}, "
                 "which cut or split the judge's prompt unless judge.py was given --neutralise"
             )
     return found

@@ -52,6 +52,7 @@ FILES = [
         "lc_unregularised, fitted on the run's own judgements alone. The win rate is not affected.",
     ),
 ]
+START, END = "<|im_start|>", "<|im_end|>"  # what the prompt's messages begin and end with
 GAMED_COLUMNS = ("preference", "index", "std_delta_len", "instruction_difficulty")
 # The package's own settings of most open models. Nothing in the benchmark fixes them.
 GENERATION = {"temperature": 0.7, "max_new_tokens": 2048}
@@ -113,7 +114,7 @@ def read_outputs(file: Fetched) -> list[dict]:
 
 def check_prompt(file: Fetched) -> None:
     """Raises UserError for a prompt that lacks a part."""
-    for part in ("{instruction}", "{output_1}", "{output_2}", "<|im_start|>", "<|im_end|>"):
+    for part in ("{instruction}", "{output_1}", "{output_2}", START, END):
         if part not in file.text:
             raise UserError(f"{file.source}: not a judge prompt of AlpacaEval: it has no {part}")
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pref.files import benchmarks, win_rates
-from pref.files.alpaca_eval_download import BASELINE, PROMPT
+from pref.files.alpaca_eval_download import BASELINE, END, PROMPT, START
 from pref.files.console import UserError
 from pref.files.judgements import ORDERS, RUN_IS_A, RUN_IS_B
 from pref.judging import annotations, reading
@@ -49,7 +49,6 @@ SAMPLES = 4  # --samples
 REASONED_TOKENS = 500  # of a reply that reasons, for a first estimate
 SEED = "0"  # of the package's annotator
 
-START, END = "<|im_start|>", "<|im_end|>"  # what the prompt's messages begin and end with
 JOINER = "\u200d"  # zero width
 FIELDS = ("instruction", "output_1", "output_2")  # in the order in which they are filled
 FIRST, SECOND = "m", "M"  # the two outputs' names in the prompt
