@@ -273,7 +273,10 @@ def test_annotations_are_not_written_with_a_gap(place, server, capsys):
     )
     server.answer = prefers(0.8)
     assert run_judge(place, server, "--allow_incomplete") == 0
-    assert "run dpo: no annotations.json, because 1 of 4" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "run dpo: no annotations.json, because 1 of 4" in out
+    of_dpo = next(line for line in out.splitlines() if line.startswith("dpo "))
+    assert " 3/4 " in of_dpo  # questions with a verdict, of all that the benchmark has
     assert not (place / "results/dpo/alpaca_eval/annotations.json").exists()
     assert (place / "results/simpo/alpaca_eval/annotations.json").exists()
 
@@ -283,6 +286,25 @@ def test_any_run_is_the_baseline(place, server):
     assert run_judge(place, server, "--baseline", "simpo") == 0
     assert {row["baseline"] for row in rows_of(place)} == {"simpo"}
     assert rows_of(place, "simpo") == []
+
+
+def test_judgements_against_another_baseline_stay_in_the_file(place, server):
+    server.answer = prefers(0.8)
+    assert run_judge(place, server) == 0
+    against_official = rows_of(place)
+    assert run_judge(place, server, "--baseline", "simpo") == 0
+    rows = rows_of(place)
+    assert [row for row in rows if row["baseline"] == alpaca.BASELINE] == against_official
+    assert sum(row["baseline"] == "simpo" for row in rows) == len(ASKED)
+    assert {row["baseline"] for row in rows_of(place, "simpo")} == {alpaca.BASELINE}
+
+
+def test_a_baseline_that_has_two_answers_to_a_question_is_refused(place, server):
+    other = answer_rows(["The Rhone."], alpaca.BASELINE)
+    write_lines(place / "data/baseline/other.jsonl", other)
+    with pytest.raises(UserError, match="other.jsonl: gpt4_1106_preview has an answer to quest"):
+        run_judge(place, server)
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

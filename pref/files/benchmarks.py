@@ -168,7 +168,11 @@ def read_baselines(
             name = row.get("model_id") or path.stem
             if not isinstance(name, str):
                 raise UserError(f"{path}: 'model_id' must be text, found {name!r}")
-            found.setdefault(name, {})[key] = row
+            if found.setdefault(name, {}).setdefault(key, row) is not row:
+                raise UserError(
+                    f"{path}: {name} has an answer to question {key[0]} in another file of this "
+                    "folder too; keep one of the two, or give one model another 'model_id'"
+                )
     return found
 
 

@@ -179,7 +179,9 @@ def pick_summary(bench: Bench, results: dict[str, Result]) -> Callable:
     if bench.grading == SINGLE:
         return summarise_single
     has_preferences = any(result.preference is not None for result in results.values())
-    return summarise_preferences if has_preferences else summarise_pairs
+    if has_preferences:
+        return functools.partial(summarise_preferences, n_questions=len(bench.questions))
+    return summarise_pairs
 
 
 def with_costs(summarise: Callable, outcomes: list[Outcome]) -> dict[str, str]:
@@ -328,8 +330,9 @@ def summarise_pairs(outcomes: list[Outcome]) -> dict[str, str]:
     }
 
 
-def summarise_preferences(outcomes: list[Outcome]) -> dict[str, str]:
+def summarise_preferences(outcomes: list[Outcome], n_questions: int) -> dict[str, str]:
     """One run's line by column name: the mean preference for the run, from 0 to 1, as a win rate.
+    n_questions: of the benchmark, whether the run has answered them or not.
 
     Of several judgements of one question (orders, samples) the mean counts, see win_rates.py.
     """
@@ -347,7 +350,6 @@ def summarise_preferences(outcomes: list[Outcome]) -> dict[str, str]:
         for item, result in outcomes
     )
     found = win_rates.win_rate(preferences.values())
-    asked = len({item.question_id for item, _ in outcomes})
     return {
         "run": outcomes[0].item.model_id,
         "win rate": "-" if found.win_rate is None else f"{found.win_rate:.2f} %",
@@ -355,7 +357,7 @@ def summarise_preferences(outcomes: list[Outcome]) -> dict[str, str]:
         "wins": str(found.n_wins),
         "ties": str(found.n_draws),
         "losses": str(found.n - found.n_wins - found.n_draws),
-        "n": f"{found.n}/{asked}",
+        "n": f"{found.n}/{n_questions}",
         "failures": failures_text(outcomes),
         "usd": cost_text(outcomes),
     }
