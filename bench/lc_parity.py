@@ -36,6 +36,7 @@ from pref.files import alpaca_eval, console, win_rates
 from pref.files.console import UserError
 
 ROUNDING = 1e-9  # of a preference
+LONGEST = 1e12  # more characters are no length of an answer
 COLUMNS = ("index", "preference", "len_baseline", "len_model")
 
 
@@ -51,6 +52,8 @@ def read_annotations(path: Path) -> dict[str, dict[int, Row]]:
     lines: dict[tuple[str, int], str] = {}
     for place, fields in alpaca_eval.read_csv(path, COLUMNS):
         model = fields.get("model", path.stem)
+        if not model:
+            raise UserError(f"{place}: no model")
         index = alpaca_eval.read_index(fields["index"], place)
         if (model, index) in lines:
             raise UserError(
@@ -71,8 +74,8 @@ def read_row(fields: dict[str, str], place: str) -> Row:
     lengths = []
     for name in ("len_baseline", "len_model"):
         length = alpaca_eval.read_number(fields[name], name, place, optional=not judged)
-        if length < 0:
-            raise UserError(f"{place}: {name} {length:g} is negative")
+        if not isnan(length) and not 0 <= length <= LONGEST:
+            raise UserError(f"{place}: {name} {length:g} is not a number of characters")
         lengths.append(length)
     y = min(max(preference - 1, 0.0), 1.0) if judged else preference
     return Row(y, *lengths)
@@ -88,6 +91,24 @@ def check_indices(models: dict, difficulty: dict[int, float], path: Path) -> Non
                 f"{min(difficulty)} to {max(difficulty)}; index counts AlpacaEval's instructions "
                 "from 0"
             )
+
+
+def find_doubtful(models: dict[str, dict[int, Row]]) -> list[str]:
+    """Notes on files that may count from 1, or have preferences on another scale."""
+    notes = []
+    if first := min(min(rows) for rows in models.values()):
+        notes.append(
+            f"no row has index 0, the first one is {first}: index counts AlpacaEval's instructions "
+            "from 0; counted from 1, each row would get the difficulty of another instruction"
+        )
+    for model, rows in models.items():
+        y = [row.y for row in rows.values() if not isnan(row.y)]
+        if y and set(y) == {0.0, 0.5}:
+            notes.append(
+                f"{model}: all preferences are 0 (a draw) or 1 (the baseline wins); if they are "
+                "1 where the model wins, add 1 to each"
+            )
+    return notes
 
 
 def find_shifted(models: dict[str, dict[int, Row]]) -> list[str]:
@@ -165,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
         difficulty = alpaca_eval.read_difficulty(args.difficulty)
     if difficulty is not None:
         check_indices(models, difficulty, args.difficulty or args.gamed)
-    for note in ([gamed.note] if gamed and gamed.note else []) + find_shifted(models):
+    of_gamed = [gamed.note] if gamed and gamed.note else []
+    for note in of_gamed + find_doubtful(models) + find_shifted(models):
         print(f"note: {note}", file=sys.stderr)
 
     lines = []

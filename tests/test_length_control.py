@@ -416,6 +416,12 @@ def test_lc_parity_says_what_it_cannot_give(capsys, tmp_path):
     others = annotations(rows, "other")
     err = run_parity(capsys, tmp_path, HEADER, lines + others + moved, gamed=gamed)[2]
     assert "short: the baseline's answer has another length" in err and "other:" not in err
+    # So is a file that may count from 1, and one whose preferences may be from 0 to 1.
+    assert "no row has index 0" not in err and "all preferences are 0" not in err
+    binary = [["binary", line[1], i % 2, *line[3:]] for i, line in enumerate(lines[1:])]
+    err = run_parity(capsys, tmp_path, HEADER, binary, gamed=gamed)[2]
+    assert "no row has index 0, the first one is 1" in err
+    assert "binary: all preferences are 0 (a draw) or 1" in err
 
 
 @pytest.mark.parametrize(
@@ -429,6 +435,8 @@ def test_lc_parity_says_what_it_cannot_give(capsys, tmp_path):
         (["a", 805, 1.5, 1, 1], "a: no difficulty of index 805"),
         (["a", 1, 1.5, 1, 1], ":3: a has index 1 twice"),
         (["a", 1, 1.5, 1], ":2: 4 fields"),
+        (["", 0, 1.5, 1, 1], ":2: no model"),
+        (["a", 0, 1.5, 1e300, 1], ":2: len_baseline 1e.300 is not a number of characters"),
     ],
 )
 def test_lc_parity_names_bad_rows(capsys, tmp_path, line, message):

@@ -38,7 +38,7 @@ from pref.analysis import (
     terminal,
 )
 from pref.files.console import UserError
-from pref.files.disk import finite_or_null, read_json, write_json
+from pref.files.disk import finite_or_null, read_json, sha256_json, write_json
 
 
 def compared(results, *flags):
@@ -142,7 +142,7 @@ def length_study(results, baseline=GPT4, n=60):
     return y, chars
 
 
-def test_length_controlled_rate_is_the_mean_of_its_influences(results, tmp_path):
+def test_length_controlled_rate_is_the_mean_of_its_influences(results, tmp_path, monkeypatch):
     y, chars = length_study(results)
     write_alpaca_data(tmp_path / "data/alpaca_eval", n=60)
     comparison = compared(results)
@@ -159,6 +159,10 @@ def test_length_controlled_rate_is_the_mean_of_its_influences(results, tmp_path)
     assert row["win_rate"] == pytest.approx(100 * fmean(y))
     assert part["definition"] == "length controlled" and part["heading"].endswith("win rate")
     assert has_note(comparison, "df_gamed.csv is not AlpacaEval's own file")
+    assert has_note(comparison, "are not AlpacaEval's 805 in their order")
+    listed = [[q, f"Ask {q}?"] for q in range(1, 61)]
+    monkeypatch.setattr(alpaca_eval, "INSTRUCTIONS_SHA256", sha256_json(listed))
+    assert not has_note(compared(results), "are not AlpacaEval's 805")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from pref.analysis import (
 )
 from pref.analysis.parts import Common, Part, Source, Sources
 from pref.analysis.runs import MT_BENCH, Run
-from pref.files import win_rates
+from pref.files import alpaca_eval, win_rates
 from pref.files.alpaca_eval_download import END, START
 
 ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
@@ -298,6 +298,7 @@ def length_controlled_part(
             row |= {"score": fitted.lc, "se_over_questions": se, "C": fitted.C}
             values[run_id] = by_question
         numbers[run_id] = row
+    notes += note_difficulty(source.baseline, sources)
     facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
     facts["definition"] = ", ".join(sorted(labels)) or None
     facts["heading"] = LC_HEADINGS.get(facts["definition"], f"AlpacaEval 2, {facts['definition']}")
@@ -308,6 +309,22 @@ LC_HEADINGS = {
     length_control.OFFICIAL: "AlpacaEval 2 length-controlled win rate",
     None: "AlpacaEval 2 length-controlled win rate",
 }
+
+
+def note_difficulty(baseline: str, sources: Sources) -> list[str]:
+    """Why length-controlled rates against the official baseline may not be AlpacaEval's."""
+    if sources.gamed is None or baseline != alpaca_eval.BASELINE:
+        return []
+    data = sources.of(ALPACA_EVAL)
+    if data.questions and not alpaca_eval.is_official(
+        {question: turns[0] for question, turns in data.questions.items()}
+    ):
+        return [
+            f"the questions in {data.folder} are not AlpacaEval's 805 in their order, but their "
+            "difficulty is looked up by question_id, the place in that list: it is wrong wherever "
+            "the list was cut, sorted or changed"
+        ]
+    return []
 
 
 def as_compared(

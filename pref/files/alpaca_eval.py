@@ -19,6 +19,8 @@ from pref.files import disk
 from pref.files.alpaca_eval_download import GAMED_COLUMNS, GAMED_SHA256
 from pref.files.console import UserError
 
+# Of AlpacaEval's list of instructions: disk.sha256_json of [question_id, instruction] in its order.
+INSTRUCTIONS_SHA256 = "c31adcb80a42c4bda4592628efbfb8efc141b93828f9167f04b01fd01655130d"
 REMEDY = "run python prep_data.py --alpaca_eval to fetch AlpacaEval's own file"
 
 
@@ -52,6 +54,12 @@ class GamedFile(NamedTuple):
 def question_id(index: int) -> int:
     """question_id of the instruction at `index` in AlpacaEval's list (see `mt_bench.as_turns`)."""
     return index + 1
+
+
+def is_official(instructions: dict[int, str]) -> bool:
+    """Whether these are AlpacaEval's instructions, by question_id: difficulty goes by that."""
+    listed = [[number, instructions[number]] for number in sorted(instructions)]
+    return disk.sha256_json(listed) == INSTRUCTIONS_SHA256
 
 
 def read_gamed(path: Path) -> GamedFile:
