@@ -126,6 +126,8 @@ def test_a_seed_pair_of_win_rates_is_compared_question_by_question(results):
     # all lengths are equal: nothing can be controlled for, which is said
     assert verdicts["y"]["verdict"] == "not measured"
     assert has_note(comparison, "dpo42", "no length-controlled win rate")
+    controlled = next(one for one in comparison["answer"] if "length-contr" in one["score"])
+    assert controlled["lead"].startswith("Nothing is measured, although judgements have a verdict")
     lead = next(one for one in comparison["answer"] if "AlpacaEval 2 win rate" in one["score"])
     assert "td_dpo β=0.1 is better than dpo β=0.1" in lead["lead"]
 

@@ -312,6 +312,8 @@ def lead_without_comparison(part: dict, measure: Measure, baseline: str, has_bas
                 "Nothing is compared: no question was judged in all runs "
                 f"({texts.count_text(len(left_out), 'questions')} in some); see the notes."
             )
+        if any(row.get("n_scored") for row in part["cells"]):  # no length control, for example
+            return "Nothing is measured, although judgements have a verdict; see the notes."
         return "Nothing is measured: no judgement has a score."
     best = max(scored, key=lambda row: row[metric])
     losses = list(dict.fromkeys(row["loss"] for row in scored if not row["untrained"]))
