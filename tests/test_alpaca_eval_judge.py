@@ -246,6 +246,12 @@ def test_annotations_are_written_and_read_again(place, server, capsys):
     assert after == pytest.approx(before)
     assert "3 ok" in capsys.readouterr().out
 
+    # A file that says something else now changes nothing, and the message does not say "ok".
+    path.write_text(json.dumps([row | {"preference": 1.0} for row in written]))
+    assert run_judge(place, server, *imported) == 1
+    assert "annotations.json: 3 judged before" in capsys.readouterr().out
+    assert {row["preference"] for row in rows_of(place)} == set(after.values())
+
 
 def test_a_batch_file_carries_log_probabilities(place, server):
     server.answer = prefers(0.8)

@@ -218,6 +218,12 @@ def head_of(labels: int):
     return change
 
 
+def zero_head(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["score.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def no_template(folder):
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     path = folder / "tokenizer_config.json"
@@ -235,6 +241,7 @@ def drops_answers(folder):
 REFUSED = [
     (base_model, r"no score head \(score.weight\): LlamaForCausalLM is no reward model"),
     (head_of(2), r"gives 2 numbers \(NEGATIVE, POSITIVE\): it is another classifier"),
+    (zero_head, "score.weight, is zero throughout: it has not been trained"),
     (no_template, "its tokenizer has no chat template"),
     (drops_answers, "leaves out the question or the answer"),
     (

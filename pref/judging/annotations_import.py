@@ -26,7 +26,8 @@ TEXTS = ("instruction", "output_1", "output_2")
 def import_annotations(
     path: Path, db: sqlite3.Connection, items: list[Item], judge: Judge, bench: Bench
 ) -> None:
-    """Store the annotations in `path` that belong to `items`. What is stored already stays.
+    """Store the annotations in `path` that belong to `items`. A preference that is stored already
+    stays, whatever the file says.
 
     Raises UserError for a file of another form, and if no annotation belongs here.
     """
@@ -34,6 +35,8 @@ def import_annotations(
     template = bench.prompts[bench_alpaca_eval.NAME]["prompt_template"]
     of_model = {name for name, model in ANNOTATORS.items() if model == judge.name}
     by = {judge.name, annotator_of(judge.name, bench)} | of_model
+    results = store.find_results(db, items)
+    stored = {key for key, result in results.items() if result.status == "ok"}
     counts: Counter[str] = Counter()
     for number, row in enumerate(read_rows(path), 1):
         place = f"{path}: entry {number}"
@@ -47,14 +50,17 @@ def import_annotations(
             counts["of other answers, baselines or prompts"] += 1
         elif row.get("preference") is None:
             counts["without a preference"] += 1
-        elif item.known is None:
+        elif item.known is not None:
+            counts["of equal outputs"] += 1
+        elif item.request_sha256 in stored:
+            counts["judged before"] += 1
+        else:
             reply = reply_of(row, order)
             store.save_reply(db, item.request_sha256, item.request, reply, judge.params_b)
+            stored.add(item.request_sha256)
             counts["ok"] += 1
-        else:
-            counts["of equal outputs"] += 1
     listed = ", ".join(f"{count} {what}" for what, count in counts.most_common())
-    if not counts["ok"]:
+    if not counts["ok"] and not counts["judged before"]:
         raise UserError(
             f"{path}: none of its annotations belongs to these runs and this judge ({listed}); the "
             "runs' answers must be those that were annotated, and --judge the annotator or its "
@@ -65,8 +71,10 @@ def import_annotations(
 
 def read_rows(path: Path) -> list:
     rows = disk.read_json_value(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a JSON list, an annotations.json of alpaca_eval")
+    if not isinstance(rows, list) or not rows:
+        raise UserError(
+            f"{path}: expected a JSON list with entries, an annotations.json of alpaca_eval"
+        )
     return rows
 
 

@@ -337,6 +337,8 @@ def check_money(args: argparse.Namespace) -> None:
         raise UserError("--price_in and --price_out: give both or neither")
     if args.max_usd is None:
         return
+    if judges.kind_of(args.judge) == SCORE:
+        raise UserError(f"--max_usd: {args.judge} is run here, and costs nothing; leave it out")
     # The cap counts a call in flight at the most it can cost: one answer of limited length.
     if args.parameters is not None and (
         not args.parameters.keys() & set(TOKEN_LIMITS) or "n" in args.parameters

@@ -162,6 +162,11 @@ def open_decoder(place: Place) -> Scorer:
             f"{place.name}: {type(model).__name__} has no linear head named score; give another "
             "reward model"
         )
+    if not head.weight.any():
+        raise UserError(
+            f"{place.name}: its head, score.weight, is zero throughout: it has not been trained, "
+            "and would give every answer the same score"
+        )
     backbone = getattr(model, model.base_model_prefix)
     return causal_scorer(place, tokenizer, backbone, partial(read_last, head), "reward", model)
 

@@ -25,6 +25,8 @@ REMEDIES = {
     "no_logprobs": "no log-probabilities in the reply; see --preference",
     "length": "cut off; a higher --max_tokens asks only these again",
     "thoughts": "thoughts without an answer; does the server's --reasoning-parser fit the model?",
+    "too_long": "the conversation, or the baseline's, is longer than the reward model reads; it is "
+    "never cut, and another try changes nothing",
     "mass": "the verdicts have less of the judge's probability than --min_rating_mass; it would "
     "have answered something else",
 }
