@@ -284,7 +284,7 @@ def compare_part(
     smoke = ""
     if measure is not measures.ACCURACY:
         results["variance"] = estimates.variance_rows(cells, values, part.extra.get("retest"))
-        results["frontier"] = frontier.rows(scored, measure.value, part.facts.get("bench"))
+        results["frontier"] = frontier.rows(scored, measure.value, part.facts.get("bench"), numbers)
         smoke = judge_identity.smoke_mark(part.facts)
     if are_trial([run for cell in cells for run in cell.runs]):
         smoke = texts.TRIAL

@@ -16,7 +16,8 @@ from bench_studies import (
     write_texts,
 )
 from scipy.optimize import minimize
-from studies import find_gap, has_note, make_base, make_run
+from studies import MODEL, find_gap, has_note, make_base, make_run, row_of
+from test_imported import evaluate, sample
 from test_measures import compared
 
 from pref.analysis import notes
@@ -58,20 +59,18 @@ def claim(results, metric, kind="difference", **limit):
 def test_a_judge_that_goes_by_position_is_named_and_shows_no_equivalence(results):
     """It gives every run 50.00 with an error of 0; another judge of the same answers does not."""
 
-    def rows(loss, seed):
-        always_first = [game for q in range(12) for game in games(q, "A>B", "A>B", **V01, **OTHER)]
-        won = ("A>B", "B>A") if loss == "td_dpo" else ("B>A", "A>B")
-        labels = {q: ("A>B", "A>B") if q < 3 else won for q in range(12)}
-        fair = [game for q, shown in labels.items() for game in games(q, *shown, **V01)]
-        return always_first + fair
-
-    seeds_of(results, "arena_hard_v0.1", rows)
+    for loss in ("dpo", "td_dpo"):
+        rows = [game for q in range(12) for game in games(q, "A>B", "A>B", **V01, **OTHER)]
+        if loss == "dpo":
+            shown = {q: ("A>B", "A>B") if q < 3 else ("A>B", "B>A") for q in range(12)}
+            rows += [game for q, labels in shown.items() for game in games(q, *labels, **V01)]
+        run_with(results, "arena_hard_v0.1", rows, loss, loss)
     claim(results, "arena_hard", "equivalence", margin=5)
     comparison = compared(results)
     by_judge = {part["judge"]: part for part in comparison["arena_hard"]}
     first, fair = by_judge[OTHER["judge"]], by_judge[JUDGE["judge"]]
     assert {(cell["score"], cell["by_position"]) for cell in first["cells"]} == {(50.0, 100.0)}
-    assert [cell["by_position"] for cell in fair["cells"]] == [25.0, 25.0]  # 3 of 12 questions
+    assert [cell["by_position"] for cell in fair["cells"]] == [25.0]  # 3 of 12 questions
     assert "100 % of the questions by position" in first["agreement_text"]
     assert fair["position_warning"] is None and "position" not in fair["agreement_text"]
     assert has_note(comparison, "Llama-3-70B", "100 % of the questions by position")
@@ -191,6 +190,35 @@ def test_a_baseline_that_is_no_run_may_have_any_name(results):
     run_with(results, "alpaca_eval", [preference(1, 0.9, baseline="../a <b>/model")])
     (part,) = compared(results)["alpaca_eval"]
     assert part["baseline"] == "../a <b>/model" and round(part["cells"][0]["score"]) == 90
+
+
+# ---- score against KL ---------------------------------------------------------------------------
+
+
+def test_frontier_is_of_the_runs_that_have_both_a_score_and_a_kl(results):
+    for seed, score, kl in ((42, 1.0, 2.0), (43, 3.0, 4.0), (44, 20.0, None)):
+        folder = run_with(results, "mine", [reward(1, score, "mine")], f"d{seed}", "dpo", seed)
+        write_texts(folder, "mine", {1: "An answer."}, kl)
+    (part,) = compared(results)["reward"]
+    (row,) = part["frontier"]
+    assert (row["score"], row["kl"], row["n_seeds"]) == (2.0, 3.0, 2)
+    assert part["cells"][0]["score"] == 8.0
+
+
+# ---- imported tasks -----------------------------------------------------------------------------
+
+
+def test_a_run_that_was_evaluated_otherwise_is_named_whatever_else_is_noted(results):
+    """Two runs have the same note on their files, the third another number of examples."""
+    for seed, shots in ((42, 5), (43, 5), (44, 0)):
+        folder = make_run(results, f"d{seed}", "dpo", seed=seed, summary={})
+        rows = [sample("gsm8k", i, exact_match=float(i < 5), bleu=7.5) for i in range(10)]
+        adapter = {"pretrained": MODEL, "peft": f"results/d{seed}/adapter"}
+        evaluate(folder, {"gsm8k": rows}, model_args=adapter, **{"n-shot": {"gsm8k": shots}})
+    comparison = compared(results)
+    assert row_of(comparison["tasks"][0]["cells"], "dpo β=0.1")["runs"] == ["d42", "d43"]
+    assert has_note(comparison, "d44: gsm8k is not compared", "number of examples")
+    assert sum("bleu" in note for note in comparison["notes"]) == 1
 
 
 # ---- validations --------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, missing_browser
-from report_pages import HOSTILE, example_page, hostile_page
+from report_pages import HOSTILE, example_page, hostile_page, judgement
 
 from pref.analysis.report import write_report
 
@@ -365,3 +365,26 @@ def test_a_browser_without_decompression_is_told_so(browser, tmp_path):
     assert "Safari from 16.4" in text_of(browser, "#answers-state")[0]
     browser.click("#tables th:nth-child(2) button")  # the rest works
     assert text_of(browser, "#tables tbody td:first-child")[0] == "x2"
+
+
+def test_arena_hards_labels_count_as_in_its_win_rate(browser, tmp_path):
+    """Shown first, base wins (one row); shown second, it loses clearly (three rows): 1 / 4."""
+    page = example_page(tmp_path)
+    bench = {"bench": "arena_hard_v0.1", "grading": "pair", "baseline": "gpt-4-0314"}
+    page["benches"].append({"name": bench["bench"], "title": "Arena-Hard v0.1", "left_out": 0})
+    page["questions"][bench["bench"]] = {1: {"category": "c", "turns": ["Ask"]}}
+    labels = {"base": ("A>B", "A>>B"), "dpo": ("A=B", "B>A")}
+    for run, shown in labels.items():
+        text = {"bench": bench["bench"], "run_id": run, "question_id": 1, "choice": 0}
+        page["answers"].append(text | {"turns": [f"{run}'s answer"]})
+        page["judgements"] += [
+            judgement(run, 1, 1, None, label=label, order=order, **bench) | {"status": "ok"}
+            for order, label in zip("12", shown)
+        ]
+    open_page(browser, tmp_path / "report.html", page)
+    pick(browser, "view-bench", bench["bench"])
+    assert text_of(browser, "#question header .note") == [
+        "A 0.25, B 0.75, A − B = −0.5 (judge-1, baseline gpt-4-0314, turn 1 only)"
+    ]
+    assert text_of(browser, ".a summary")[1].startswith("label A>>B against gpt-4-0314")
+    assert_quiet(browser)

@@ -9,10 +9,13 @@ from pref.analysis import stats
 from pref.analysis.runs import MT_BENCH, Run, ScoredCell
 
 
-def rows(scored: list[ScoredCell], metric: str, bench: str | None) -> list[dict]:
-    """One row for each cell with a score whose runs have a KL.
+def rows(
+    scored: list[ScoredCell], metric: str, bench: str | None, numbers: dict[str, dict]
+) -> list[dict]:
+    """One row for each cell with a score whose runs have a KL: means over the runs with both.
 
     bench: on whose answers the score is; None for a score that is not of answers to a benchmark.
+    numbers: those of a Part.
     """
     bench = bench or MT_BENCH
     runs = [run for one in scored for run in one.cell.runs if not run.untrained]
@@ -24,8 +27,10 @@ def rows(scored: list[ScoredCell], metric: str, bench: str | None) -> list[dict]
     found = []
     for cell, row in scored:
         counted = [run for run in cell.runs if run.run_id in row["runs"]]
-        distances = [kl for run in counted if (kl := kl_to_base(run, kl_of)) is not None]
-        if row[metric] is None or not distances:
+        known = [run for run in counted if kl_to_base(run, kl_of) is not None]
+        distances = [kl_to_base(run, kl_of) for run in known]
+        scores = [numbers[run.run_id][metric] for run in known]
+        if not known:
             continue
         found.append(
             {
@@ -34,8 +39,8 @@ def rows(scored: list[ScoredCell], metric: str, bench: str | None) -> list[dict]
                 "kl": stats.mean(distances),
                 "kl_sd": stats.sd(distances),
                 "kl_answers": kl_of,
-                "score": row[metric],
-                "score_sd": row[f"{metric}_sd"],
+                "score": stats.mean(scores),
+                "score_sd": stats.sd(scores),
                 "n_seeds": len(distances),
             }
         )

@@ -41,7 +41,7 @@ def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
                 f"{run.run_id}: {run.kl['n_nonfinite']} turns have no finite log-probability; its "
                 "KL is over the others, and too small where the model broke down"
             )
-    notes += [note for run in runs if run.imported for note in run.imported.notes]
+    notes += dict.fromkeys(note for run in runs if run.imported for note in run.imported.notes)
     notes += note_answer_settings(runs)
     trained = [cell for cell in cells if not cell.untrained]
     notes += [note for cell in trained if (note := note_token_ids(cell))]

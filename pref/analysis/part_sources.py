@@ -351,8 +351,10 @@ def find_tasks(runs: list[Run], sources: Sources) -> list[Part]:
     """Results of lm-evaluation-harness, each task over the questions that all of its runs have."""
     found = {run.run_id: run.imported for run in runs if run.imported and run.imported.tasks}
     tasks, notes = imported.compare(found)
-    notes = notes[sum(len(one.notes) for one in found.values()) :]  # those are in note_runs
-    return [task_part(task, notes if task is tasks[0] else []) for task in tasks]
+    return [
+        task_part(task, [note for note in notes if f": {task.name} is not compared" in note])
+        for task in tasks
+    ]  # the notes on files are in notes.note_runs
 
 
 def task_part(task: imported.ImportedTask, notes: list[str]) -> Part:

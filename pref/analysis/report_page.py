@@ -62,7 +62,7 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
         if measure.judged:
             name = part["title"] if measure is measures.MT else f"judge {part['judge']}"
             judges[f"{name} {judge_identity.smoke_mark(part)}".strip()] = part["judge"]
-            agreement[part["agreement_text"]] = None
+            agreement.setdefault(part["as_humans"], {})[part["judge"]] = None
     named = list(judges.values())
     judges = [
         name for name, judge in judges.items() if name != f"judge {judge}" or named.count(judge) < 2
@@ -71,10 +71,19 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
         ["model", comparison["model"]],
         ["runs", ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))],
         ["judges", "; ".join(judges) or "none"],
-        *([["judges and human votes", "; ".join(agreement)]] if agreement else []),
+        *(
+            [["agree with human votes as often as humans do", as_humans(agreement)]]
+            if judges
+            else []
+        ),
         ["baseline", comparison["baseline"]],
         ["intervals", "95 %, over questions and seeds; with one seed, over questions alone"],
     ]
+
+
+def as_humans(agreement: dict[str, dict[str, None]]) -> str:
+    """verdict -> judges, as text: "yes: gpt-4.1; not measured: gpt-5-mini, rm:Skywork"."""
+    return "; ".join(f"{verdict}: {', '.join(judges)}" for verdict, judges in agreement.items())
 
 
 def page_run(run: Run, comparison: dict) -> dict:

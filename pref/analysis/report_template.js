@@ -205,8 +205,12 @@ function judgementsFor(side, question) {
   return rows.filter((row) => Number(row.choice ?? 0) === side.choice);
 }
 
-// Arena-Hard's labels, where A is this answer; in order 2 it was shown as B.
-const LABELS = { "A>>B": 1, "A>B": 0.75, "A=B": 0.5, "B>A": 0.25, "B>>A": 0 };
+// Arena-Hard's labels, where A is this answer; in order 2 it was shown as B. A strong win counts three times, as in the win rate.
+const LABELS = { "A>>B": 1, "A>B": 1, "A=B": 0.5, "B>A": 0, "B>>A": 0 };
+
+function timesCounted(row) {
+  return row.grading === "pair" && row.preference === null && /^(A>>B|B>>A)$/.test(row.label) ? 3 : 1;
+}
 
 // What two runs are compared by: a rating, a reward, a preference, or a label. Null for MT-Bench's pairwise verdicts.
 function valueOf(row) {
@@ -234,7 +238,7 @@ function scoresByTurn(side, question) {
   for (const row of judgementsFor(side, question)) {
     const value = valueOf(row);
     if (judgeOf(row) !== judge || value === null) continue;
-    scores.set(row.turn, [...(scores.get(row.turn) ?? []), value]);
+    scores.set(row.turn, [...(scores.get(row.turn) ?? []), ...Array(timesCounted(row)).fill(value)]);
   }
   return scores;
 }
