@@ -20,7 +20,7 @@ from studies import MODEL, find_gap, has_note, make_base, make_run, row_of
 from test_imported import evaluate, sample
 from test_measures import compared
 
-from pref.analysis import notes
+from pref.analysis import notes, paper_tables, terminal
 from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.files.disk import write_json
@@ -163,6 +163,36 @@ def test_claims_on_one_judges_scores_of_two_benchmarks_are_families_of_their_own
     rows = [row for row in compared(results)["claims"] if row["id"] == "x"]
     assert len({row["judge"] for row in rows}) == 2
     assert all(row["p_holm"] == row["p"] for row in rows)
+
+
+# ---- no length control without df_gamed.csv ------------------------------------------------------
+
+
+def test_what_is_not_length_controlled_is_nowhere_called_so(results, capsys):
+    def rows(loss, seed):
+        rng = np.random.default_rng(seed)
+        return [
+            preference(q, rng.uniform(0.1, 0.9), (int(rng.integers(500, 2500)), 1500))
+            for q in range(1, 21)
+        ]
+
+    seeds_of(results, "alpaca_eval", rows)
+    claim(results, "alpaca_eval_lc", at_least=1.0)
+    comparison = compared(results)
+    verdict = next(row for row in comparison["claims"] if row["id"] == "x")
+    assert verdict["verdict"] == "not measured" and "df_gamed.csv" in verdict["why"]
+    assert verdict["estimate"] is None
+    shown = [
+        text
+        for table in paper_tables.list_tables(comparison)
+        if table.id.startswith("alpaca_eval_lc")
+        for text in (table.title, *table.headers())
+    ]
+    assert any("lc_unregularised %" in text for text in shown)
+    answers = json.dumps(comparison["answer"])
+    terminal.print_tables(comparison | {"claims": []}, "td_dpo")
+    for text in ("".join(shown), answers, capsys.readouterr().out):
+        assert "LC win rate" not in text and "length-controlled" not in text
 
 
 # ---- what is read in a terminal -----------------------------------------------------------------

@@ -9,7 +9,7 @@ from pref.analysis.runs import Run
 
 NO_DIFFICULTY = {
     "what": "AlpacaEval's own length control (no df_gamed.csv in --alpaca_eval): what is shown is "
-    "the rate without its regularisation, which is another number",
+    "lc_unregularised, without its regularisation, which is another number",
     "runs": [],
     "next": "prep_data.py --alpaca_eval",
 }

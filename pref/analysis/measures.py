@@ -14,7 +14,7 @@ a line to MEASURES.
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.analysis import arena_sources, part_sources
+from pref.analysis import arena_sources, length_control, part_sources
 from pref.analysis.parts import Part, Sources
 from pref.analysis.runs import MT_BENCH, Run
 
@@ -57,6 +57,20 @@ class Measure(NamedTuple):
         """What the titles of a part's tables begin with."""
         named = part.get("heading") or self.title
         return f"{named}, {part['title']}" if part.get("title") else named
+
+    def of_part(self, part: dict) -> "Measure":
+        """The measure as a part's tables and figures call it: without AlpacaEval's df_gamed.csv
+        there is no length-controlled win rate, and what there is must not pass for one.
+        """
+        name = length_control.UNREGULARISED
+        if part.get("definition") != name:
+            return self
+        return self._replace(
+            short=f"AlpacaEval 2, {name}",
+            label=f"AlpacaEval 2, {name} (%)",
+            unit=f"points of {name}",
+            columns=self.columns | {"score": f"{name} %"},
+        )
 
     def metric(self, part: dict) -> str:
         """The metric of a claim on this part."""
@@ -254,4 +268,4 @@ def parts_of(comparison: dict) -> Iterable[tuple[Measure, dict]]:
     """Every part of aggregated_metrics.json that a judge or a task gave, with its measure."""
     for measure in MEASURES:
         for part in comparison.get(measure.key, []):
-            yield measure, part
+            yield measure.of_part(part), part

@@ -20,13 +20,17 @@ from typing import NamedTuple
 
 from scipy.stats import binomtest
 
-from pref.analysis import claims, estimates, measures, power, stats, variation
+from pref.analysis import claims, estimates, length_control, measures, power, stats, variation
 from pref.analysis.claims import Candidates, NotMeasurable
 from pref.analysis.runs import Cell, Scores, Values
 
 NUMBERS = (
     *("a", "b", "estimate", "low", "high", "test"),
     *("p", "p_holm", "limit", "n_units", "n_seeds"),
+)
+NO_LENGTH_CONTROL = (
+    "Without df_gamed.csv there is no length-controlled win rate (prep_data.py --alpaca_eval); "
+    f"{length_control.UNREGULARISED} is another number."
 )
 
 
@@ -90,6 +94,8 @@ def judge_scores(
 ) -> tuple[dict, PendingVerdict | None]:
     """Row of one claim about scores, and its test if the verdict is still pending."""
     pending = None
+    if scores.results.get("definition") == length_control.UNREGULARISED:
+        return verdict_row(claim, scores.judge, "not measured", NO_LENGTH_CONTROL), None
     try:
         candidates = claims.find_candidates(claim, cells, scores.values)
         if claim["kind"] == "variance_reduction":
