@@ -20,7 +20,7 @@ from studies import MODEL, find_gap, has_note, make_base, make_run, row_of
 from test_imported import evaluate, sample
 from test_measures import compared
 
-from pref.analysis import notes, paper_tables, terminal
+from pref.analysis import figures, notes, paper_tables, terminal
 from pref.files import mt_bench
 from pref.files.console import UserError
 from pref.files.disk import write_json
@@ -190,8 +190,9 @@ def test_what_is_not_length_controlled_is_nowhere_called_so(results, capsys):
     ]
     assert any("lc_unregularised %" in text for text in shown)
     answers = json.dumps(comparison["answer"])
+    caption = figures.figure_title(results / "comparison_alpaca_eval_lc_bars.png")
     terminal.print_tables(comparison | {"claims": []}, "td_dpo")
-    for text in ("".join(shown), answers, capsys.readouterr().out):
+    for text in ("".join([*shown, caption]), answers, capsys.readouterr().out):
         assert "LC win rate" not in text and "length-controlled" not in text
 
 

@@ -55,6 +55,8 @@ def list_titles() -> dict[str, str]:
     """comparison_<key> -> caption, in the order of the report."""
     scores = {measures.ACCURACY.key: "Accuracy"}
     scores |= {measure.key: measure.short for measure in measures.MEASURES}
+    # A caption knows the file's name alone: the figure's title says by which definition.
+    scores[measures.ALPACA_EVAL_LC.key] = "AlpacaEval 2 at equal length"
 
     def titles(kinds: dict[str, str]) -> dict[str, str]:
         return {
