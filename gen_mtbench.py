@@ -49,6 +49,8 @@ from pref.files import benchmarks, console, disk, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading, server, template
 
+PROMPT_ENDS = 600  # characters of the first prompt that are shown at either end
+
 # ---- arguments -----------------------------------------------------------------------------------
 
 # Too long for a line of the declaration.
@@ -331,12 +333,16 @@ def settings_of(
 def show_prompt(author: local.Author, bench: Bench) -> None:
     messages = work.conversation(bench.questions[0], [])
     text = chat.render(author.tokenizer, messages, generation_prompt=True)
+    if len(text) > 2 * PROMPT_ENDS:  # its ends show what the template makes of it
+        left_out = f" [{len(text) - 2 * PROMPT_ENDS:,} characters not shown] "
+        text = text[:PROMPT_ENDS] + left_out + text[-PROMPT_ENDS:]
     print("first prompt as the model sees it:\n" + json.dumps(text, ensure_ascii=False), flush=True)
 
 
-def print_next(args: argparse.Namespace, bench: Bench) -> None:
+def print_next(args: argparse.Namespace, bench: Bench, runs: list[Run]) -> None:
     """Where the answers are, and the command that judges them."""
-    print(f"\nanswers: {args.results[0]}/<run_id>/{bench.name}/answers.jsonl")
+    folder = run_folders.folder_of(runs[-1].folder)
+    print(f"\nanswers: {folder}/<run_id>/{bench.name}/answers.jsonl")
     results = " ".join(map(str, args.results))
     if bench.folder is None:  # questions of the user's own, which no judge here knows
         return
@@ -423,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     summary.print_cut(store, table, sampling)
     summary.print_unlike(store, table)
     summary.print_failures(store)
-    print_next(args, bench)
+    print_next(args, bench, runs)
     return 0 if summary.is_complete(store, table, args.kl) else 1
 
 

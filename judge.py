@@ -46,7 +46,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from pref.files import console, disk
+from pref.files import console, disk, run_folders
 from pref.files.console import UserError
 from pref.judging import (
     arguments,
@@ -200,7 +200,7 @@ def judge_runs(
             "and not asked for again"
         )
         return 130
-    return print_next_step(todo.items, results, args.results)
+    return print_next_step(todo.items, results, run_folders.folder_of(next(iter(runs))))
 
 
 def announce_cost(todo: plan.Plan, bench: Bench, db: sqlite3.Connection) -> None:
@@ -269,7 +269,7 @@ def validate_judge(args: argparse.Namespace) -> int:
     return 1 if report["no_verdict"] else 0
 
 
-def print_next_step(items: list[Item], results: dict[str, Result], paths: list[Path]) -> int:
+def print_next_step(items: list[Item], results: dict[str, Result], results_dir: Path) -> int:
     """Print what has no verdict, and the next command. Returns the exit code."""
     statuses = [results.get(item.request_sha256, Result()).status for item in items]
     missing = sum(status != "ok" for status in statuses)
@@ -279,7 +279,7 @@ def print_next_step(items: list[Item], results: dict[str, Result], paths: list[P
             "to ask for those not judged yet; add --retry_failed to repeat those that failed as "
             "well"
         )
-    print(f"next: python analyze.py {' '.join(map(str, paths))}")
+    print(f"next: python analyze.py {results_dir}")
     return 1 if missing else 0
 
 

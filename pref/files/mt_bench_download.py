@@ -73,7 +73,8 @@ def prepare_mt_bench(where: str, out: Path, allow_modified: bool) -> None:
         )
     about = {"prompts": "own" if own else "mt_bench", "questions": "question.jsonl"}
     fetching.write_folder(out, Contents("mt_bench", fetched, {}, LICENCE, about))
-    print(f"next: python gen_mtbench.py results/ --mt_bench {out}")
+    more = "" if out == Path("data/mt_bench") else f" --mt_bench {out}"
+    print(f"next: python gen_mtbench.py results/ --base{more}")
 
 
 def find_package() -> Path | None:

@@ -57,3 +57,9 @@ def find_runs(paths: Iterable[Path], check: bool = True) -> list[Path]:
         return name != BASE_RUN, name
 
     return sorted(dict.fromkeys(runs), key=base_first)
+
+
+def folder_of(run: Path) -> Path:
+    """The results folder that `run` is in: as the user wrote it, where the path has it."""
+    above, real = run.parent, run.resolve().parent
+    return above if above.resolve() == real else real

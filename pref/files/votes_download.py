@@ -76,7 +76,7 @@ def prepare_human(where: str, out: Path, allow_modified: bool) -> None:
 
     # 3) To disk.
     fetching.write_folder(out, Contents(HUMAN, files, {}, HUMAN_LICENCE, {}))
-    print("next: python judge.py results/ --validate --judge MODEL")
+    print_next("", out, HUMAN)
 
 
 def open_votes(folder: Path | None) -> dict[str, list[tuple[str, dict]]]:
@@ -243,7 +243,13 @@ def prepare_llmbar(where: str, out: Path, allow_modified: bool) -> None:
     for file in files.values():
         check_llmbar(file)
     fetching.write_folder(out, Contents(LLMBAR, files, {}, LLMBAR_LICENCE, {}))
-    print("next: python judge.py results/ --validate llmbar --judge MODEL")
+    print_next(f" {LLMBAR}", out, LLMBAR)
+
+
+def print_next(what: str, out: Path, name: str) -> None:
+    """The command that measures a judge on these data. what: the value of --validate."""
+    more = "" if out == Path("data") / name else f" --bench_data {out}"
+    print(f"next: python judge.py results/ --validate{what}{more} --judge MODEL")
 
 
 def check_llmbar(file: Fetched) -> None:

@@ -37,6 +37,7 @@ def write_annotations(
     runs: answers by run folder.
     """
     annotator = annotator_of(who.judge, bench)
+    incomplete: dict[str, str] = {}  # by run: what it lacks
     for run, answers in runs.items():
         name, folder = run.resolve().name, run / bench.name
         if not (folder / "judgements.csv").is_file():
@@ -56,14 +57,18 @@ def write_annotations(
         ]
         if lacking:
             (folder / FILE).unlink(missing_ok=True)
-            print(
-                f"run {name}: no {FILE}, because {len(lacking)} of {len(keys)} answers are missing "
-                f"(question {lacking[0]} first) and alpaca_eval counts instructions by position"
-            )
+            incomplete[name] = f"{len(lacking)} of {len(keys)} answers"
             continue
         names = {"generator_2": name, "annotator": annotator}
         made = [row | names for row in annotation_rows(bench, answers, baselines, rows)]
         disk.write_text(folder / FILE, json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+    if incomplete:
+        first = next(iter(incomplete))
+        more = f" and {len(incomplete) - 1} more runs" * (len(incomplete) > 1)
+        print(
+            f"no {FILE} of {first}{more}: alpaca_eval counts instructions by position, and "
+            f"{incomplete[first]} are missing ({first})"
+        )
 
 
 def annotation_rows(
