@@ -280,7 +280,9 @@ def test_annotations_are_not_written_with_a_gap(place, server, capsys):
     server.answer = prefers(0.8)
     assert run_judge(place, server, "--allow_incomplete") == 0
     out = capsys.readouterr().out
-    assert "no annotations.json of dpo: alpaca_eval counts instructions by position, and 1 of 4" in out
+    assert (
+        "no annotations.json of dpo: alpaca_eval counts instructions by position, and 1 of 4" in out
+    )
     of_dpo = next(line for line in out.splitlines() if line.startswith("dpo "))
     assert " 3/4 " in of_dpo  # questions with a verdict, of all that the benchmark has
     assert not (place / "results/dpo/alpaca_eval/annotations.json").exists()
