@@ -153,6 +153,9 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
         for folder in (path, *path.glob("*"))
     )
     folders = run_folders.find_runs(args.results) if has_runs or not args.base else []
+    named = [path for path in args.results if path.resolve().name == run_folders.BASE_RUN]
+    if named and not args.base:
+        raise UserError(f"{named[0]}: the untrained model answers with --base; give that as well")
     runs = [run for folder in folders if (run := read_run(folder)) is not None]
     place = args.results[0]
     if not runs and not args.base:
@@ -170,7 +173,7 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
 
     # 2) The untrained model as a run of its own, first.
     if args.base:
-        results = runs[0].folder.parent if runs else place
+        results = (runs[0].folder if runs else named[0]).parent if runs or named else place
         runs.insert(0, base_run(results / run_folders.BASE_RUN, base))
     return runs, base
 

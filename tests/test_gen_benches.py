@@ -1,6 +1,7 @@
 """gen_mtbench.py --bench: whose questions are asked, how, and where the answers go."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from bench_files import alpaca_eval, arena_hard, outputs, write_json, write_lines
@@ -69,6 +70,17 @@ def test_a_benchmark_is_answered_as_its_manifest_says(study, capsys):
     count = len(study.server.requests)
     assert study.asked("--questions", "data/alpaca_eval/questions.json") == 0
     assert len(study.server.requests) == count
+
+
+def test_the_folder_of_the_untrained_model_is_no_results_folder(study, capsys):
+    assert study.asked("--bench", "alpaca_eval") == 0
+    count = len(study.server.requests)
+    url = ["--bench", "alpaca_eval", "--base_url", study.server.url, "--model", "m"]
+    with pytest.raises(UserError, match="results/base: the untrained model answers with --base"):
+        gen_mtbench.main(["results/base", *url])
+    assert gen_mtbench.main(["results/base", "--base", *url]) == 0
+    assert len(study.server.requests) == count and not Path("results/base/base").exists()
+    assert "answers: results/<run_id>/alpaca_eval/answers.jsonl" in capsys.readouterr().out
 
 
 def test_what_the_benchmark_leaves_open_can_be_chosen(study, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import textwrap
+from pathlib import Path
 
 import duel
 import pytest
@@ -202,6 +204,30 @@ def test_what_one_benchmark_has_learned_of_a_judge_serves_another(accepted, form
     bench = Bench(duel.BENCHMARK, None, [], "pair", {}, "duel", parameters)
     known = [store.Accepted(*one) for one in accepted]
     assert server_judge.form_of(bench, known) == form
+
+
+def test_the_example_of_contributing_md_is_judged(arena, server, monkeypatch):
+    text = (Path(judge.__file__).parent / "CONTRIBUTING.md").read_text()
+    code = text[text.index('   """Jokes: ') :].partition("   ```")[0]
+    example = {}
+    exec(textwrap.dedent(code), example)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "jokes", example["BENCHMARK"])
+    # The folder as the text describes it.
+    data = arena / "data"
+    write_lines(data / "baseline/gpt.jsonl", answer_rows(BASELINE, "comedian"))
+    about = {"bench": "jokes", "questions": "question.jsonl", "generation": {"temperature": 0.7}}
+    (data / "manifest.json").write_text(json.dumps(about))
+    (arena / "results/dpo/duel").rename(arena / "results/dpo/jokes")
+    server.answer = lambda body: completion("Ha. [[A]]")
+    given = ["--bench", "jokes", "--bench_data", str(data), "--judge", "big-70b"]
+    run = str(arena / "results/dpo")
+    assert judge.main([run, *given, "--base_url", server.url, "--concurrency", "1"]) == 0
+    rows = read_judgements(arena / "results/dpo/jokes/judgements.csv")
+    assert [(row["question_id"], row["order"], row["winner"]) for row in rows] == [
+        (question_id, order, winner)
+        for question_id in ASKED
+        for order, winner in (("1", "dpo"), ("2", "comedian"))
+    ]
 
 
 # ---- several baselines in one store --------------------------------------------------------------

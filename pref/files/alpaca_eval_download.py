@@ -49,7 +49,8 @@ FILES = [
         f"{HUB}/{GAMED}",
         GAMED_SHA256,
         without="Without it there is no length-controlled win rate as published: analyze.py gives "
-        "lc_unregularised, fitted on the run's own judgements alone. The win rate is not affected.",
+        "lc_unregularised, fitted on the run's own judgements alone, which is another number. The "
+        "win rate is not affected.",
     ),
 ]
 START, END = "<|im_start|>", "<|im_end|>"  # what the prompt's messages begin and end with

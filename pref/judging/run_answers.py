@@ -47,7 +47,11 @@ def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[P
 def answer_command(run: Path | None, bench: str) -> str:
     """The command that answers a benchmark's questions."""
     more = "" if bench == MT_BENCH else f" --bench {bench}"
-    return f"python gen_mtbench.py {run}{more}" if run else f"gen_mtbench.py{more}"
+    if run is None:
+        return f"gen_mtbench.py{more}"
+    if run.resolve().name == run_folders.BASE_RUN:  # the untrained model, beside the others
+        return f"python gen_mtbench.py {run_folders.folder_of(run)} --base{more}"
+    return f"python gen_mtbench.py {run}{more}"
 
 
 def read_checked(run: Path, bench: Bench) -> dict:
