@@ -203,8 +203,10 @@ def note_readings(judged: dict[str, list[dict]]) -> list[str]:
         "were read from [N] where the judge wrote no [[N]] (FastChat's fallback)": readings[
             "fallback"
         ],
-        "hold several ratings, of which the first and the last differ": readings["several"],
-        "are the mean of ratings that hold less than half of the judge's probability": faint,
+        "hold several ratings or verdicts, of which the first and the last differ": readings[
+            "several"
+        ],
+        "rest on ratings or verdicts that hold less than half of the judge's probability": faint,
     }
     return [f"{n} of {len(rated)} judgements {what}" for what, n in counts.items() if n]
 

@@ -45,9 +45,10 @@ def add_judge_arguments(add: Callable) -> None:
         type=float,
         default=MIN_RATING_MASS,
         metavar="SHARE",
-        help="of an hf: judge, whose score is the mean of the ratings 1 to 10 weighted by their "
-        "probability after the judge prompt and the beginning of an answer ('Rating: [['): least "
-        f"probability of all ten together, else there is no score (default {MIN_RATING_MASS})",
+        help="of an hf: judge, which weighs the possible verdicts (of MT-Bench the ratings 1 to "
+        "10) by their probability after the judge prompt and the beginning of an answer ('Rating: "
+        "[['): least probability of all of them together, else there is no score (default "
+        f"{MIN_RATING_MASS})",
     )
     add(
         "--dtype",
