@@ -30,7 +30,7 @@ from pref.analysis import (
 from pref.analysis.parts import Common, Part, Source, Sources
 from pref.analysis.runs import MT_BENCH, Run
 from pref.files import alpaca_eval, win_rates
-from pref.files.alpaca_eval_download import END, START
+from pref.files.alpaca_eval_download import BASELINE, END, START
 
 ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
 EQUAL = "equal"  # column `reading` of two answers that are the same text
@@ -313,7 +313,7 @@ LC_HEADINGS = {
 
 def note_difficulty(baseline: str, sources: Sources) -> list[str]:
     """Why length-controlled rates against the official baseline may not be AlpacaEval's."""
-    if sources.gamed is None or baseline != alpaca_eval.BASELINE:
+    if sources.gamed is None or baseline != BASELINE:
         return []
     data = sources.of(ALPACA_EVAL)
     if data.questions and not alpaca_eval.is_official(
