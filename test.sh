@@ -2,7 +2,7 @@
 # Style checks and tests, from a bare clone.
 #
 #   bash test.sh                  everything: what continuous integration runs
-#   bash test.sh --fast           an answer within a minute: without the tests marked `slow`
+#   bash test.sh --fast           an answer in about a minute: without the tests marked `slow`
 #   bash test.sh -k loss          further arguments are pytest's
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

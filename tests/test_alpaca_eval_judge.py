@@ -14,6 +14,8 @@ from pref.files.judgements import RUN_IS_A, read_judgements
 from pref.judging import bench_alpaca_eval as alpaca
 from pref.judging import server_judge
 
+pytestmark = pytest.mark.slow
+
 ASKED = ["Name a river.", "What is 2 + 2?", "Say {output_1}.", "Name a colour."]
 BASELINE = ["The Loire.", "4", "One.", "Red."]
 ANSWERS = {

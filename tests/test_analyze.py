@@ -330,6 +330,7 @@ def test_every_loss_is_compared_with_the_baseline_and_the_untrained_model(tmp_pa
     assert length is None  # all answers of a question's turn are equally long
 
 
+@pytest.mark.slow
 def test_the_same_numbers_in_any_order_of_runs(tmp_path):
     make_study(tmp_path, seeds=(42, 43))
     ids = [run["run_id"] for run in compared(tmp_path)["runs"]]

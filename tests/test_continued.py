@@ -18,6 +18,8 @@ from pref.files.console import UserError
 from pref.model.architecture import Architecture
 from pref.training import arguments, checkpoint, reference, run_folder, settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def start(tiny_model, pairs_folder):

@@ -62,6 +62,7 @@ def turns_of(results, run) -> dict[int, list[str]]:
     return {number: row["choices"][0]["turns"] for number, row in rows_of(results, run).items()}
 
 
+@pytest.mark.slow
 def test_in_bf16_an_answer_depends_on_nothing_else_in_the_batch(
     trained, questions, tmp_path, capsys
 ):

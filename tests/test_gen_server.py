@@ -134,6 +134,7 @@ def test_an_empty_answer_is_an_answer():
     assert reply.text == "" and not reply.truncated
 
 
+@pytest.mark.slow
 def test_one_turn_that_fails_is_named_and_the_rest_goes_on(asked, server, capsys):
     """Question 1 is the first to be asked. Once it is answered, nothing is left of the failure."""
     ill = lambda body: body["messages"][0]["content"] == "Question 1?"  # noqa: E731
@@ -151,6 +152,7 @@ def test_one_turn_that_fails_is_named_and_the_rest_goes_on(asked, server, capsys
     assert not (asked.folder / "r/base/q/failures.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_what_every_request_meets_ends_the_work(asked, server):
     """At the start after three conversations, later after ten in a row; nothing is lost."""
     server.answer = lambda body: error(400, "maximum context length is 12")

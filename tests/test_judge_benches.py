@@ -17,6 +17,8 @@ from pref.files.judgements import read_judgements
 from pref.judging import benchmarks, judges, server_judge, store
 from pref.judging.benchmark import Bench
 
+pytestmark = pytest.mark.slow
+
 ASKED = {1: "Say hello.", 2: "What is 2 + 2?", 3: "Name a colour."}
 BASELINE = {1: "Hello!", 2: "4", 3: "Red."}
 RUNS = {"dpo": {1: "Hi.", 2: "4", 3: "Blue {x}."}, "simpo": {1: "Hey", 2: "Four", 3: "Blue {x}."}}

@@ -12,6 +12,8 @@ from pref.files.console import UserError
 from pref.judging import benchmarks
 from pref.judging.server_judge import PROBE
 
+pytestmark = pytest.mark.slow
+
 NAMES = [name for name in PREPARED if name in benchmarks.BENCHMARKS]
 
 

@@ -202,6 +202,7 @@ def test_a_truncated_judgement_with_a_rating_counts(workplace, server):
     assert run_judge(workplace, server) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retry_after", [True, False])
 def test_rate_limit_is_waited_out(workplace, server, retry_after):
     seen, server.retry_after = Counter(), retry_after
@@ -496,6 +497,7 @@ def test_a_shutdown_date_is_warned_of(workplace, server, capsys):
     assert "will be shut down on 2027-01-14" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_calls_per_minute(workplace, server):
     begun = time.monotonic()
     assert run_judge(workplace, server, "--rpm", "600") == 0

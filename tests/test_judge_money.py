@@ -137,6 +137,7 @@ def test_what_counts_as_a_moderation(status, message, moderated):
     assert server_judge.is_moderation(error) is moderated
 
 
+@pytest.mark.slow
 def test_a_rate_limit_that_does_not_end_stops_the_loop(workplace, server, monkeypatch):
     monkeypatch.setattr(calls, "GIVE_UP_AFTER", 3)
     server.answer, paid = after_two(refusal(429, "slow down"))

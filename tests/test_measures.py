@@ -432,6 +432,7 @@ def test_what_is_no_judgement_is_refused_with_its_place(results, bench, row, mes
 # ---- everything at once -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_with_every_measure(results, tmp_path, capsys):
     make_bench_study(results, n=12, seeds=(42, 43))
     write_validation(results)

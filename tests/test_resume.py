@@ -166,6 +166,7 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once(
     assert stopped.value.code == 75 and "nothing to save" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_handlers_are_put_back_and_what_is_ignored_stays_ignored(arguments, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in signals.Stop.SIGNALS]
@@ -518,6 +519,7 @@ def test_coupling_losses_are_not_continued_with_other_micro_batches(
     refused([*given, "--per_device_batch", "2"], "per_device_batch was 4, is 2")
 
 
+@pytest.mark.slow
 def test_a_run_of_version_1_0_0_from_a_model_that_was_moved_is_continued(
     undisturbed, stopped, arguments, tiny_model, tmp_path
 ):
@@ -537,6 +539,7 @@ def test_a_run_of_version_1_0_0_from_a_model_that_was_moved_is_continued(
     assert one == two
 
 
+@pytest.mark.slow
 def test_what_may_change_may_change(undisturbed, stopped, arguments, pairs_folder, tmp_path):
     shutil.copytree(stopped / "run", tmp_path / "run")
     shutil.copytree(pairs_folder, tmp_path / "data")

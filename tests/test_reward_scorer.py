@@ -16,6 +16,8 @@ from pref.files.console import UserError
 from pref.judging import reward_scorer
 from pref.judging.reward_scorer import rows_of, width_of
 
+pytestmark = pytest.mark.slow
+
 CONVERSATIONS = [
     *(conversation(number, words=4 + 5 * number) for number in range(8)),
     conversation(20, turns=2, words=30),

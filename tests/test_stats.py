@@ -563,6 +563,7 @@ def test_power_where_seeds_differ_little():
     assert calibration.found(200, 1.0, **design) > 0.9
 
 
+@pytest.mark.slow
 def test_a_flatter_loss_is_supported_more_often():
     rates = [
         calibration.calibrate_ratio(60, 0.15, sd_a, 0.8, draws=300) for sd_a in (0, 0.4, 0.6, 0.8)

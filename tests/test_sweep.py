@@ -332,6 +332,7 @@ def test_the_end_says_what_is_missing_and_how_to_go_on(tmp_path, monkeypatch, ca
     )
 
 
+@pytest.mark.slow
 def test_the_reference_is_computed_by_one_and_the_others_wait(tmp_path, monkeypatch):
     """args.json is written as soon as it is there."""
     study, log = study_of(tmp_path, 3, JOBS="3"), tmp_path / "log"
@@ -351,6 +352,7 @@ def test_two_tasks_of_an_array_compute_one_reference(tmp_path, monkeypatch):
     lock.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
     study = study_of(tmp_path, 2)
     holder = f"""import sys, time

@@ -266,6 +266,7 @@ def test_files_can_be_read_by_those_whom_the_umask_allows(finished, pairs_folder
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
+@pytest.mark.slow
 def test_clipping_can_be_turned_off(tiny_model, pairs_folder, tmp_path):
     def trained(norm: str) -> dict:
         more = f"--max_grad_norm {norm} --max_steps 1 --run_id clip{norm}"
@@ -461,6 +462,7 @@ def test_a_custom_loss(tiny_model, pairs_folder, tmp_path):
     assert settings.packing_of(args, pad_id=0).pairs == 4  # a fixed number, whatever their length
 
 
+@pytest.mark.slow
 def test_published_discopop_that_overflows_ends_as_diverged(tiny_model, pairs_folder, tmp_path):
     more = """
         --loss discopop --discopop_form published --beta 2000 --learning_rate 0.05

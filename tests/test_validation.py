@@ -23,6 +23,8 @@ from pref.judging import (
 )
 from pref.judging.server_judge import PROBE
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = {81 + i: ("writing", "math", "stem", "coding")[i % 4] for i in range(4)}
 # Three models. What they answer says how good it is, and the votes follow that.
 MODELS = {"claude-v1": 3, "gpt-4": 3, "llama-13b": 1}
