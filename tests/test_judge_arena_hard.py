@@ -217,6 +217,9 @@ def test_two_games_a_question(arena, server, capsys):
     ]
     hard = [arena_hard.as_game(r) for r in rows if r["baseline"] == BASELINES["hard_prompt"]]
     assert arena_hard.win_rate(hard)[:2] == (100.0, 0.0)
+    # 4) A question that is judged twice is one question.
+    assert run_judge(arena, server, V20, "--repeats", "2") == 0 and len(paid(server)) == 12
+    assert " 2/2 / 1/1 " in capsys.readouterr().out
 
 
 def test_the_parameters_of_version_0_1(arena, server):

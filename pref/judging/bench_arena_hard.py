@@ -185,26 +185,27 @@ def summarise(outcomes: list) -> dict[str, str]:
 
 
 def against_one(games: list) -> dict[str, str]:
-    """The columns against one baseline. games: (item, result). `orders disagree` counts questions
-    whose two games have different winners.
+    """The columns against one baseline. games: (item, result). `orders disagree` counts pairs of
+    games with different winners, `n` questions, however often each was judged.
     """
     # 1) The labels of each question from the run's side, None without a verdict.
     labels_of = defaultdict(list)
     for item, result in games:
         label = from_run_side(result.label, item.order) if result.status == "ok" else None
         labels_of[item.question_id, item.choice, item.repeat].append(label)
-    complete = [labels for labels in labels_of.values() if None not in labels]
+    complete = {key: labels for key, labels in labels_of.items() if None not in labels}
     # 2) Rows, as pref/analysis/arena_hard.py counts them.
     counted = complete
     if games[0][0].bench == V01:  # one of the two games is enough
-        counted = [labels for labels in labels_of.values() if any(labels)]
-    labels = [LABELS[label] for labels in counted for label in labels if label is not None]
+        counted = {key: labels for key, labels in labels_of.items() if any(labels)}
+    labels = [LABELS[label] for labels in counted.values() for label in labels if label is not None]
     rows = sum(label.rows for label in labels)
     score = sum(label.score * label.rows for label in labels)
-    decided = [{LABELS[label].score for label in labels} for labels in complete]
+    decided = [{LABELS[label].score for label in labels} for labels in complete.values()]
+    questions, asked = ({question for question, *_ in keys} for keys in (counted, labels_of))
     return {
         "win rate": f"{100 * score / rows:.2f} %" if rows else "-",
-        "n": f"{len(counted)}/{len(labels_of)}",
+        "n": f"{len(questions)}/{len(asked)}",
         "orders disagree": str(sum({0.0, 1.0} <= scores for scores in decided)),
     }
 
