@@ -54,7 +54,9 @@ def test_stages_are_repeated_for_each_benchmark(study, tmp_path):
     gen = commands.stage_arguments(study, "gen", "alpaca_eval")
     assert gen[-6:] == [*where, "--max_new_tokens", "64"]
     assert "64" not in commands.stage_arguments(study, "gen", "mt_bench")
-    assert commands.stage_arguments(study, "analyze")[-2:] == ["--alpaca_eval", data]
+    analyze = commands.stage_arguments(study, "analyze")
+    assert analyze[-4:-2] == ["--data", str(tmp_path / "data")]
+    assert analyze[-2:] == ["--alpaca_eval", data]
 
 
 def test_preflight_speaks_of_each_judge(study, server, capsys):

@@ -137,7 +137,8 @@ def stage_arguments(
         arguments += ["--mt_bench", settings["MT_BENCH"]]
     else:
         arguments += ["--bench", bench, "--bench_data", str(bench_folder(study, bench))]
-    if stage == "analyze" and "alpaca_eval" in study.benches:
+    if stage == "analyze" and study.benches != ["mt_bench"]:
+        arguments += ["--data", settings["BENCH_DATA"]]
         arguments += ["--alpaca_eval", str(bench_folder(study, "alpaca_eval"))]
     return [*arguments, *shlex.split(study.of_bench(f"{stage.upper()}_ARGS", bench))]
 
