@@ -14,7 +14,8 @@ What the checkers count
   follows an ellipsis or a closing quote.
 - Words and letters are compared without regard to case. A word is found as a whole: "art" is not
   in "party", but it is in "art's" and "art-lover". é is another letter than e.
-- JSON may stand in a code fence.
+- A list has at least two lines with a bullet (-, *, •) or with a number (1. or 1)). JSON may
+  stand in a code fence.
 - An answer without a word meets nothing. Otherwise silence would avoid every comma.
 
 To add a kind: a function (answer, value) -> (met, what was found), and a row in KINDS. Kinds that
@@ -37,7 +38,8 @@ OPENING = "\"'“‘([{<*_"
 CLOSING = "\"'”’)]}>*_"
 STOPS = (".", "!", "?", "…")
 ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "approx", "jr", "sr"}
-LIST_MARK = re.compile(r"\s*(?:[-*+•]|\d{1,3}[.)])\s")
+BULLET = re.compile(r"\s*[-*•]\s")
+NUMBERED = re.compile(r"\s*\d{1,3}[.)]\s")
 
 
 def has_word(text: str) -> bool:
@@ -64,7 +66,8 @@ def ends_sentence(piece: str, following: str) -> bool:
 def count_sentences(text: str) -> int:
     count = 0
     for line in text.splitlines():
-        pieces = LIST_MARK.sub("", line, count=1).split() if LIST_MARK.match(line) else line.split()
+        mark = BULLET.match(line) or NUMBERED.match(line)
+        pieces = line[mark.end() if mark else 0 :].split()
         begun = False
         for piece, following in zip(pieces, [*pieces[1:], ""]):
             begun = begun or has_word(piece)
@@ -72,6 +75,12 @@ def count_sentences(text: str) -> int:
                 count, begun = count + 1, False
         count += begun
     return count
+
+
+def marked_lines(mark: re.Pattern, text: str) -> int:
+    """How many lines have a word after `mark`, a pattern for their beginning."""
+    found = ((mark.match(line), line) for line in text.splitlines())
+    return sum(bool(mark) and has_word(line[mark.end() :]) for mark, line in found)
 
 
 def times(number: int, thing: str) -> str:
@@ -85,13 +94,7 @@ def occurrences(word: str, answer: str) -> int:
 # ---- one function a kind: (answer with at least one word, value) -> (met, what was found) ----
 
 Found = tuple[bool, str]
-NUMBERS = {
-    "one sentence": 1,
-    "two sentences": 2,
-    "three sentences": 3,
-    "two bullet points": 2,
-    "three bullet points": 3,
-}
+SENTENCES = {"one sentence": 1, "two sentences": 2, "three sentences": 3}
 
 
 def words_at_most(answer: str, most: int) -> Found:
@@ -106,7 +109,12 @@ def words_at_least(answer: str, least: int) -> Found:
 
 def sentences_exactly(answer: str, wanted: str) -> Found:
     number = count_sentences(answer)
-    return number == NUMBERS[wanted], times(number, "sentence")
+    return number == SENTENCES[wanted], times(number, "sentence")
+
+
+def two_sentences_at_most(answer: str, _: None) -> Found:
+    number = count_sentences(answer)
+    return number <= 2, times(number, "sentence")
 
 
 def use_word(answer: str, word: str) -> Found:
@@ -135,18 +143,15 @@ def begin_with(answer: str, word: str) -> Found:
     return met, f"begins with {start[:30]}"
 
 
-def ends_with_mark(answer: str, mark: str) -> Found:
-    """The last character but for closing quotes, brackets and markdown's marks."""
-    last = answer.rstrip().rstrip(CLOSING)[-1:]
-    return last == mark, f"ends with {last}"
+def end_with(answer: str, word: str) -> Found:
+    last = answer.rsplit(maxsplit=1)[-1]
+    bare = last.rstrip(CLOSING + "".join(STOPS)).lstrip(OPENING)
+    return bare.casefold() == word, f"ends with {last[-30:]}"
 
 
 def end_with_question(answer: str, _: None) -> Found:
-    return ends_with_mark(answer, "?")
-
-
-def end_with_exclamation(answer: str, _: None) -> Found:
-    return ends_with_mark(answer, "!")
+    last = answer.rstrip().rstrip(CLOSING)[-1:]
+    return last == "?", f"ends with {last}"
 
 
 def no_comma(answer: str, _: None) -> Found:
@@ -175,8 +180,18 @@ def capitals(answer: str, _: None) -> Found:
     return number >= 1, f"{times(number, 'word')} in capitals"
 
 
+def bullets(answer: str, _: None) -> Found:
+    number = marked_lines(BULLET, answer)
+    return number >= 2, times(number, "bullet")
+
+
+def numbered_list(answer: str, _: None) -> Found:
+    number = marked_lines(NUMBERED, answer)
+    return number >= 2, times(number, "numbered line")
+
+
 def json_object(answer: str, key: str) -> Found:
-    lines = answer.strip().splitlines()
+    lines = answer.strip().split("\n")
     if len(lines) > 2 and lines[0].startswith("```") and lines[-1] == "```":
         lines = lines[1:-1]
     try:
@@ -193,44 +208,40 @@ class Kind(NamedTuple):
     values: tuple = (None,)
 
 
-LENGTH, WORDS, ENDS, MARKS = "length", "words", "beginning and end", "marks"
+LENGTH, WORDS, ENDS, MARKS, FORM = "length", "words", "beginning and end", "marks", "form"
+SOME = ("often", "simple", "people", "always")
+COMMON = ("the", "and", "is", "of")
+FIRST = ("Today", "Sometimes", "Once")
 KINDS = {
     "words_at_most": Kind(LENGTH, "Use at most {} words.", words_at_most, (15, 20, 25)),
     "words_at_least": Kind(LENGTH, "Use at least {} words.", words_at_least, (25, 30)),
-    "sentences_exactly": Kind(
-        LENGTH,
-        "Write exactly {}.",
-        sentences_exactly,
-        ("one sentence", "two sentences", "three sentences"),
-    ),
-    "use_word": Kind(
-        WORDS, 'Use the word "{}".', use_word, ("often", "simple", "people", "always")
-    ),
-    "use_word_twice": Kind(
-        WORDS, 'Use the word "{}" twice.', use_word_twice, ("time", "many", "little", "very")
-    ),
-    "avoid_word": Kind(WORDS, 'Do not use the word "{}".', avoid_word, ("the", "and", "is", "of")),
+    "sentences": Kind(LENGTH, "Write exactly {}.", sentences_exactly, tuple(SENTENCES)),
+    "sentences_at_most": Kind(LENGTH, "Use at most two sentences.", two_sentences_at_most),
+    "use_word": Kind(WORDS, 'Use the word "{}".', use_word, SOME),
+    "use_word_twice": Kind(WORDS, 'Use the word "{}" twice.', use_word_twice, ("time", "many")),
+    "avoid_word": Kind(WORDS, 'Do not use the word "{}".', avoid_word, COMMON),
     "avoid_letter": Kind(WORDS, 'Do not use the letter "{}".', avoid_letter, ("b", "f", "k", "v")),
-    "begin_with": Kind(
-        ENDS, 'Begin with the word "{}".', begin_with, ("Today", "Sometimes", "Once")
-    ),
-    "end_with_question": Kind(ENDS, "End with a question.", end_with_question),
-    "end_with_exclamation": Kind(ENDS, "End with an exclamation mark.", end_with_exclamation),
-    "no_comma": Kind(MARKS, "Do not use any commas.", no_comma),
+    "begin_with": Kind(ENDS, 'Begin with the word "{}".', begin_with, FIRST),
+    "end_with": Kind(ENDS, 'The last word must be "{}".', end_with, ("today", "again", "more")),
+    "end_with_question": Kind(ENDS, "End with a question mark.", end_with_question),
+    "no_comma": Kind(MARKS, "Do not use commas.", no_comma),
     "digits": Kind(MARKS, "Use a number written in digits.", digits),
-    "colon": Kind(MARKS, "Use a colon.", colon),
+    "colon": Kind(MARKS, "Use a colon (:).", colon),
     "quotes": Kind(MARKS, 'Put a word in double quotes, "like" this.', quotes),
     "capitals": Kind(MARKS, "Write one word in CAPITAL letters.", capitals),
-    "json_object": Kind(
-        "form", 'Answer as JSON with the key "{}".', json_object, ("answer", "text")
-    ),
+    "bullets": Kind(FORM, "Make a list with bullets (*).", bullets),
+    "numbered_list": Kind(FORM, "Make a numbered list.", numbered_list),
+    "json": Kind(FORM, 'Answer as JSON with the key "{}".', json_object, ("answer", "text")),
 }
-# Pairs of different families that one answer cannot meet both.
-CLASHES = (
-    {"json_object", "begin_with"},
-    {"json_object", "end_with_question"},
-    {"json_object", "end_with_exclamation"},
-)
+
+
+def agree(first: str, second: str) -> bool:
+    """Whether one question may ask for both: for two families that leave each other free.
+
+    A list or JSON settles how an answer begins, ends and is punctuated, so it goes with words only.
+    """
+    families = {KINDS[first].family, KINDS[second].family}
+    return len(families) == 2 and (FORM not in families or WORDS in families)
 
 
 # ---- prompts ----
@@ -276,11 +287,6 @@ TOPICS = {
 # ---- the task ----
 
 
-def agree(first: str, second: str) -> bool:
-    """Whether a question may have both kinds."""
-    return KINDS[first].family != KINDS[second].family and {first, second} not in CLASHES
-
-
 def questions(split: str, number: int, seed: int) -> list[dict]:
     """`number` questions on the split's own topics, by turns with one constraint and with two.
 
@@ -304,12 +310,8 @@ def questions(split: str, number: int, seed: int) -> list[dict]:
         size, first = 1 + place % 2, order[place // 2 % len(order)]
         kinds = [first]
         if size == 2:  # with the partner that the fewest questions have had
-            kinds.append(
-                min(
-                    (kind for kind in order if agree(first, kind)),
-                    key=lambda kind: (used[kind], chance.random()),
-                )
-            )
+            partners = [kind for kind in order if agree(first, kind)]
+            kinds.append(min(partners, key=lambda kind: (used[kind], chance.random())))
         used.update(kinds)
         constraints = [{"kind": kind, "value": chance.choice(KINDS[kind].values)} for kind in kinds]
         requests = [KINDS[one["kind"]].request.format(one["value"]) for one in constraints]
