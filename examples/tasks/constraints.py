@@ -218,7 +218,9 @@ KINDS = {
     "sentences": Kind(LENGTH, "Write exactly {}.", sentences_exactly, tuple(SENTENCES)),
     "sentences_at_most": Kind(LENGTH, "Use at most two sentences.", two_sentences_at_most),
     "use_word": Kind(WORDS, 'Use the word "{}".', use_word, SOME),
-    "use_word_twice": Kind(WORDS, 'Use the word "{}" twice.', use_word_twice, ("time", "many")),
+    "use_word_twice": Kind(
+        WORDS, 'Use the word "{}" at least twice.', use_word_twice, ("time", "many")
+    ),
     "avoid_word": Kind(WORDS, 'Do not use the word "{}".', avoid_word, COMMON),
     "avoid_letter": Kind(WORDS, 'Do not use the letter "{}".', avoid_letter, ("b", "f", "k", "v")),
     "begin_with": Kind(ENDS, 'Begin with the word "{}".', begin_with, FIRST),
@@ -228,7 +230,7 @@ KINDS = {
     "digits": Kind(MARKS, "Use a number written in digits.", digits),
     "colon": Kind(MARKS, "Use a colon (:).", colon),
     "quotes": Kind(MARKS, 'Put a word in double quotes, "like" this.', quotes),
-    "capitals": Kind(MARKS, "Write one word in CAPITAL letters.", capitals),
+    "capitals": Kind(MARKS, "Write at least one word in CAPITAL letters.", capitals),
     "bullets": Kind(FORM, "Make a list with bullets (*).", bullets),
     "numbered_list": Kind(FORM, "Make a numbered list.", numbered_list),
     "json": Kind(FORM, 'Answer as JSON with the key "{}".', json_object, ("answer", "text")),
