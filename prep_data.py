@@ -10,6 +10,9 @@ Writes data/<name>/:
     python prep_data.py --dataset argilla/dpo-mix-7k
     python prep_data.py --mt_bench
     python prep_data.py --alpaca_eval
+    python prep_data.py --task my_task.py
+
+With --task, the questions of a task whose answers a program scores: pref/files/task_data.py.
 
 pref/files/layouts.py reads the layouts and audit.py there turns rows into pairs. To add a layout,
 write a reader and add it to LAYOUTS; CONTRIBUTING.md has the steps.
@@ -26,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import bench_arguments, columns, console, disk, rankings, sources
+from pref.files import bench_arguments, columns, console, disk, rankings, sources, task_data
 from pref.files.audit import (
     Audit,
     Options,
@@ -448,12 +451,13 @@ Examples:
   python prep_data.py --mt_bench                   data/mt_bench/, from a PyPI package or GitHub
   python prep_data.py --alpaca_eval                data/alpaca_eval/ (CC BY-NC 4.0)
   python prep_data.py --arena_hard v0.1            data/arena_hard_v0.1/
-  python prep_data.py --arena_hard v2.0 copied     the same without network, from a folder"""
+  python prep_data.py --arena_hard v2.0 copied     the same without network, from a folder
+  python prep_data.py --task my_task.py            data/my_task/: questions that a program scores"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--dataset SOURCE | --mt_bench | --alpaca_eval | ...] [--option VALUE ...]",
+        usage="%(prog)s [--dataset SOURCE | --task FILE | --mt_bench | ...] [--option VALUE ...]",
         description=describe(),
         formatter_class=console.HelpFormatter,
     )
@@ -461,9 +465,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source_help = "preference data, see above (default: %(default)s)"
     what.add_argument("--dataset", metavar="SOURCE", default=DATASET, help=source_help)
     bench_arguments.add(what.add_argument)
+    task_help = (
+        "a Python file with questions(split, number, seed) and score(question, answer): checks it "
+        "and writes its questions"
+    )
+    what.add_argument("--task", metavar="FILE", help=task_help)
     parser.add_argument("--out", help="output folder (default: data/<name>, data/<benchmark>)")
     add_data_args(parser.add_argument_group("preference data").add_argument)
     add_reading_args(parser.add_argument_group("what the columns are").add_argument)
+    task_data.add_arguments(parser.add_argument_group("a task's questions").add_argument)
 
     add = parser.add_argument_group("a benchmark's files").add_argument
     modified_help = (
@@ -481,7 +491,7 @@ def add_data_args(add) -> None:
     add("--split", metavar="train=A,val=B", help=split_help)
     fraction_help = "share of the prompts held out for validation (default: %(default)s)"
     add("--val_fraction", type=float, default=0.1, metavar="SHARE", help=fraction_help)
-    seed_help = "seed of that split, and of --rule best_random (default: %(default)s)"
+    seed_help = "seed of that split, of --rule best_random, of --task (default: %(default)s)"
     add("--seed", type=int, default=42, help=seed_help)
     limit_help = "for trials: the first N pairs of each side, after the split"
     add("--limit", type=int, metavar="N", help=limit_help)
@@ -505,7 +515,10 @@ def add_reading_args(add) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if (asked := bench_arguments.read(args)) is not None:
+    task_data.check_arguments(args)
+    if args.task is not None:
+        task_data.prepare(args)
+    elif (asked := bench_arguments.read(args)) is not None:
         bench_arguments.prepare(asked, Path(args.out) if args.out else None, args.allow_modified)
     else:
         prepare_pairs(args)

@@ -28,6 +28,7 @@ PREPARED_BY = {
     "mt_bench_human": "--mt_bench_human",
     "llmbar": "--llmbar",
 }
+TRAIN_SET = "_train"  # a task's train questions are the set <task>_train
 HAVE_ANSWERS = ("mt_bench_human", "llmbar")  # for judge.py --validate; no run answers them
 SPELLINGS = {"arena_hard_v2": "arena_hard_v2.0", "alpaca_eval_2": "alpaca_eval"}
 
@@ -63,13 +64,24 @@ def name_of(text: str) -> str:
     return usual if usual in PREPARED_BY else run_folders.check_run_id(text)
 
 
+def check_task_name(name: str, path: Path) -> None:
+    """Raise UserError for a task whose name is another benchmark's, or cannot name a folder."""
+    run_folders.check_run_id(name, path)
+    if name_of(name) in PREPARED_BY or name.endswith(TRAIN_SET):
+        raise UserError(
+            f"{path}: the file's name is the task's, and {name} is a benchmark's name, or ends "
+            f"with {TRAIN_SET} as the sets of train questions do; rename the file"
+        )
+
+
 def open_folder(name: str, folder: Path | None = None) -> BenchFolder:
     """The data folder of the benchmark `name`. folder: instead of data/<name>.
 
-    Raises UserError if there is none, if it is not complete, or if it is another benchmark's.
+    A task's train questions, the set <task>_train, are in the task's folder. Raises UserError if
+    there is none, if it is not complete, or if it is another benchmark's.
     """
     name = name_of(name)
-    folder = folder or DATA / name
+    folder = folder or usual_folder(name)
     path = folder / "manifest.json"
     options, how = PREPARED_BY.get(name), how_to_make(name)
     if not folder.is_dir():
@@ -82,36 +94,48 @@ def open_folder(name: str, folder: Path | None = None) -> BenchFolder:
     with console.remedy(how):
         manifest = disk.read_json(path)
     found = manifest.get("bench", MT_BENCH if "prompts" in manifest else None)
-    if found != name:
+    if name == f"{found}{TRAIN_SET}" and "train_questions" in manifest:
+        manifest = {**manifest, "questions": manifest["train_questions"]}
+    elif found != name:
         raise UserError(f"{folder}: holds the data of benchmark {found}, not of {name}; {how}")
     with console.remedy(how):
         return BenchFolder(name, folder, check_manifest(manifest, path))
 
 
+def usual_folder(name: str) -> Path:
+    """Where the data of the benchmark `name` are unless the user says otherwise."""
+    folder, of_task = DATA / name, DATA / name.removesuffix(TRAIN_SET)
+    return folder if folder.is_dir() or not of_task.is_dir() else of_task
+
+
 def how_to_make(name: str) -> str:
     """How a user gets the data folder of the benchmark `name`."""
-    options = PREPARED_BY.get(name)
-    return f"run python prep_data.py {options}" if options else "give --bench_data DIR"
+    if options := PREPARED_BY.get(name):
+        return f"run python prep_data.py {options}"
+    return "run python prep_data.py --task FILE if it is a task's, else give --bench_data DIR"
 
 
 def check_manifest(manifest: dict, path: Path) -> dict:
     """`manifest`, if what the stages read of it can be used. Raises UserError."""
     for name, entry in disk.as_object(manifest.get("files", {}), f"{path}: 'files'").items():
         disk.as_object(entry, f"{path}: 'files': {name}")
-    questions, how = manifest.get("questions"), manifest.get("generation")
-    if questions is not None and not (
-        isinstance(questions, str) and Path(questions).name == questions
-    ):
-        raise UserError(f"{path}: 'questions' must name a file in the folder, not {questions!r}")
-    if how is None:
-        return manifest
-    disk.as_object(how, f"{path}: 'generation'")
+    for key in ("questions", "train_questions"):
+        name = manifest.get(key)
+        if name is not None and not (isinstance(name, str) and Path(name).name == name):
+            raise UserError(f"{path}: '{key}' must name a file in the folder, not {name!r}")
+    if (how := manifest.get("generation")) is not None:
+        check_generation(disk.as_object(how, f"{path}: 'generation'"), str(path))
+    return manifest
+
+
+def check_generation(how: dict, place: str) -> dict:
+    """`how`, if its temperature and max_new_tokens can be used. Raises UserError."""
     temperature, tokens = how.get("temperature"), how.get("max_new_tokens")
     if temperature is not None and not (disk.is_number(temperature) and 0 <= temperature < 10):
-        raise UserError(f"{path}: 'temperature' must be from 0 to below 10, not {temperature!r}")
+        raise UserError(f"{place}: 'temperature' must be from 0 to below 10, not {temperature!r}")
     if tokens is not None and not (type(tokens) is int and tokens >= 1):
-        raise UserError(f"{path}: 'max_new_tokens' must be a whole number above 0, not {tokens!r}")
-    return manifest
+        raise UserError(f"{place}: 'max_new_tokens' must be a whole number above 0, not {tokens!r}")
+    return how
 
 
 def folder_of_questions(path: Path) -> BenchFolder | None:
@@ -122,6 +146,8 @@ def folder_of_questions(path: Path) -> BenchFolder | None:
     except UserError:  # there is none, or it is another program's
         return None
     name = content.get("bench")
+    if isinstance(name, str) and path.name == content.get("train_questions"):
+        name, content = name + TRAIN_SET, {**content, "questions": path.name}
     if not isinstance(name, str) or path.name != content.get("questions"):
         return None
     return BenchFolder(name_of(name), path.parent, check_manifest(content, manifest))

@@ -1,0 +1,76 @@
+"""What a task's scores depend on: its file, the modules and data files beside it, its packages.
+
+Read from the source, without running it. The task's path is no part of it.
+"""
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from pref.files import disk
+from pref.files.console import UserError
+
+
+def identify(path: Path, data: Iterable[str] = ()) -> dict:
+    """{"file": its name, "sha256": {file, relative to its folder: hash}, "packages": {distribution:
+    version}} of the task in `path`. data: files beside it that it reads when it is imported.
+
+    Modules that are imported within functions count too. A package that is not installed has the
+    version None. Raises UserError for a file that is no Python.
+    """
+    folder = path.parent
+    beside, names = {path}, set()
+    waiting = [path]
+    while waiting:
+        for name in imported_names(waiting.pop()):
+            found = modules_beside(folder, name)
+            if not found and name not in sys.stdlib_module_names:
+                names.add(name)
+            waiting += found - beside
+            beside |= found
+    files = {str(file.relative_to(folder)) for file in beside} | {*data}
+    return {
+        "file": path.name,
+        "sha256": {
+            name: disk.sha256_file(folder / name)
+            for name in sorted(files)
+            if (folder / name).is_file()
+        },
+        "packages": dict(sorted(map(version_of, names))),
+    }
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """First parts of the names of the modules that a file imports."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a NUL character, another encoding
+        raise UserError(f"{path}: not valid Python: {error}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.partition(".")[0]
+
+
+def modules_beside(folder: Path, name: str) -> set[Path]:
+    """The file or files of the module or package `name` in `folder`."""
+    if (folder / name).is_dir():
+        return {*(folder / name).rglob("*.py")}
+    file = folder / f"{name}.py"
+    return {file} if file.is_file() else set()
+
+
+def version_of(module: str) -> tuple[str, str | None]:
+    """The distribution that a module belongs to, and its version."""
+    try:
+        return module, metadata.version(module)
+    except metadata.PackageNotFoundError:
+        pass
+    for name in metadata.packages_distributions().get(module, ()):
+        return name, metadata.version(name)
+    return module, None
