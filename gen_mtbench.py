@@ -353,9 +353,13 @@ def print_next(args: argparse.Namespace, bench: Bench, runs: list[Run]) -> None:
         usual = bench.folder == questions.MT_BENCH_FOLDER
         data = "" if usual else f" --mt_bench {bench.folder}"
     else:
-        usual = bench.folder == benchmarks.DATA / bench.name
+        usual = bench.folder == benchmarks.usual_folder(bench.name)
         data = f" --bench {bench.name}" + ("" if usual else f" --bench_data {bench.folder}")
-    command = f"python judge.py {results}{data} --judge MODEL"
+    command = f"python judge.py {results}{data} --judge"
+    if (task := benchmarks.task_file(bench.folder)) is not None:
+        print(f"next: {command} py:{task}    (its path, if it is in another folder)", flush=True)
+        return
+    command += " MODEL"
     print(f"next: {command} [--base_url URL], or --judge hf:FOLDER", flush=True)
 
 

@@ -14,6 +14,10 @@ model, which needs no prompt:
     python judge.py results/ --judge MODEL --bench alpaca_eval
     python judge.py results/ --judge rm:/path/to/reward_model [--baseline RUN]
 
+Or a task's own function, on the task's questions or any others (pref/files/tasks.py):
+
+    python judge.py results/ --bench my_task --judge py:my_task.py
+
 A local model writes nothing: its verdict is made of the probabilities of all possible ones (a score
 on MT-Bench is the mean of the ratings 1 to 10 weighted by theirs), and counts only if these hold
 enough of its probability (--min_rating_mass).
@@ -58,6 +62,7 @@ from pref.judging import (
     judgements_csv,
     local_judge,
     plan,
+    program_judge,
     reuse,
     reward_model,
     run_answers,
@@ -66,7 +71,7 @@ from pref.judging import (
     summary,
 )
 from pref.judging.benchmark import Bench
-from pref.judging.judges import LOCAL, SCORE, Judge, kind_of
+from pref.judging.judges import LOCAL, PROGRAM, SCORE, Judge, kind_of
 from pref.judging.run_answers import Baselines
 from pref.judging.store import Item, Result
 
@@ -139,6 +144,8 @@ def open_judge(args: argparse.Namespace, db: sqlite3.Connection, bench: Bench) -
     kind = kind_of(args.judge)
     if kind == SCORE:
         return reward_model.open_reward_judge(args)
+    if kind == PROGRAM:
+        return program_judge.open_program_judge(args, bench)
     if kind == LOCAL:
         return local_judge.open_local_judge(args, bench)
     return server_judge.open_server_judge(args, db, bench)

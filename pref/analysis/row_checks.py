@@ -10,7 +10,7 @@ from pref.files.console import UserError
 from pref.files.judgements import ORDERS, REWRITE, SHAPE_COUNTS
 from pref.files.verdict_labels import LABELS
 
-GRADINGS = ("single", "pair", "reward")
+GRADINGS = ("single", "pair", "reward", "program")
 
 
 def check_judgement(row: dict, path: Path, run_id: str) -> None:

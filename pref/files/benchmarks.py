@@ -153,6 +153,15 @@ def folder_of_questions(path: Path) -> BenchFolder | None:
     return BenchFolder(name_of(name), path.parent, check_manifest(content, manifest))
 
 
+def task_file(folder: Path) -> str | None:
+    """The name of the task's file whose questions a data folder holds; None: it is no task's."""
+    manifest = folder / "manifest.json"
+    task = disk.read_json(manifest).get("task") if manifest.is_file() else None
+    identity = task.get("identity") if isinstance(task, dict) else None
+    name = identity.get("file") if isinstance(identity, dict) else None
+    return name if isinstance(name, str) else None
+
+
 # ---- reading one ---------------------------------------------------------------------------------
 
 

@@ -133,6 +133,8 @@ def find_problem(row: dict) -> str | None:
         return f"score {score} is not a rating from 1 to 10"
     if row["grading"] == "reward" and (score is None or not math.isfinite(score)):
         return f"score {score} is not a number"
+    if row["grading"] == "program" and (score is None or not 0 <= score <= 1):
+        return f"score {score} is not from 0 to 1"
     if preference is not None and not 1 <= preference <= 2:
         return f"preference {preference} is not from 1 to 2"
     return None

@@ -303,11 +303,7 @@ def print_checks(task: Task, rows: dict[str, list[dict]], made_up: int, seconds:
 
 def print_notes(task: Task) -> None:
     for name in sorted(task.late_files):
-        print(
-            f"  note       {task.path.name} opens {name} after its import: such a file is no part "
-            "of what identifies the judge, and scores by two versions of it would be mixed; read "
-            "it at the top of the task"
-        )
+        print(f"  note       {tasks.late_file_note(name)}")
 
 
 def write_folder(task: Task, rows: dict[str, list[dict]], sizes: Sizes, out: Path) -> None:

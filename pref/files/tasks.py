@@ -301,6 +301,14 @@ def check_generation(given, name: str) -> dict:
     return benchmarks.check_generation(GENERATION | given, where)
 
 
+def late_file_note(name: str) -> str:
+    """What is wrong with a data file that a task opens after its import."""
+    return (
+        f"opens {name} after its import: such a file is no part of what identifies the judge, and "
+        "scores by two versions of it would be mixed; read it at the top of the task"
+    )
+
+
 def encode(request: dict) -> bytes:
     """A request as a line of JSON. It has no NaN, which `questions` refuses."""
     return json.dumps(request).encode() + b"\n"

@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from pref.files import tasks
 from pref.files.benchmarks import name_of
 from pref.files.console import UserError
-from pref.judging import benchmarks, costs, human_votes, judges
-from pref.judging.benchmark import Benchmark
+from pref.judging import bench_folder, benchmarks, costs, human_votes, judges
 from pref.judging.identity import TOKEN_LIMITS
-from pref.judging.judges import LOCAL, SCORE, SERVER
+from pref.judging.judges import GIVE_SCORES, LOCAL, PROGRAM, SCORE, SERVER
 from pref.judging.reading import FIRST, MIN_RATING_MASS
 
 IMPORTS = ("import_results", "import_fastchat", "import_annotations")
@@ -22,6 +22,7 @@ NO_JUDGE = """--judge is missing, and there is no default: hosted models come an
   --judge MODEL [--base_url URL]   a model of an OpenAI-compatible server (key in OPENAI_API_KEY)
   --judge hf:PATH                  a local folder or hub id, scored here without a server
   --judge rm:PATH                  a reward model, local folder or hub id, run here
+  --judge py:FILE                  a task's Python file, whose function scores each answer
 OpenAI's shutdown dates: gpt-4 family 2026-10-23, GPT-4o and GPT-4.1 2027-01-14. Choose a judge
 that will still be there when your last run is judged."""
 
@@ -29,8 +30,8 @@ that will still be there when your last run is judged."""
 def add_judge_arguments(add: Callable) -> None:
     add(
         "--judge",
-        help="model of an OpenAI-compatible server, hf:PATH (folder or hub id), or rm:PATH (a "
-        "reward model, which scores each answer)",
+        help="model of an OpenAI-compatible server, hf:PATH (folder or hub id), rm:PATH (a "
+        "reward model, which scores each answer), or py:FILE (a task, whose function does)",
     )
     add("--base_url", help="e.g. http://localhost:8000/v1; default OPENAI_BASE_URL, else OpenAI's")
     add(
@@ -61,11 +62,12 @@ def add_judge_arguments(add: Callable) -> None:
 def add_task_arguments(add: Callable) -> None:
     add(
         "--bench",
-        type=name_of,
+        type=bench_of,
         default=benchmarks.DEFAULT,
-        metavar="NAME",
+        metavar="NAME|FILE",
         help=f"benchmark whose answers, results/<run>/NAME/answers.jsonl, are judged: "
-        f"{', '.join(benchmarks.BENCHMARKS)} (default {benchmarks.DEFAULT})",
+        f"{', '.join(benchmarks.BENCHMARKS)} (default {benchmarks.DEFAULT}); with py:FILE and "
+        "rm:PATH also a task, its set NAME_train, or a file of questions",
     )
     add(
         "--bench_data",
@@ -99,6 +101,11 @@ def add_task_arguments(add: Callable) -> None:
         help="send exactly these parameters instead of probing which ones the server accepts, "
         "e.g. '{\"max_completion_tokens\": 2048}'",
     )
+
+
+def bench_of(text: str) -> str:
+    """The name of a benchmark as it may be spelled, or a file of questions."""
+    return text if bench_folder.is_file(text) else name_of(text)
 
 
 def add_validation_arguments(add: Callable) -> None:
@@ -195,6 +202,7 @@ def check_args(args: argparse.Namespace) -> None:
     elif args.pairs is not None:
         raise UserError("--pairs N: only with --validate")
     else:
+        bench_folder.resolve(args)
         check_bench(args)
     if args.requests and not args.dry_run:
         raise UserError("--requests: only with --dry_run")
@@ -220,28 +228,29 @@ def imported(args: argparse.Namespace) -> list[str]:
 def check_bench(args: argparse.Namespace) -> None:
     """Raise UserError for arguments of another benchmark, or that do not fit together."""
     chosen = benchmarks.BENCHMARKS.get(args.bench)
-    if chosen is None:
+    gives_scores = judges.kind_of(args.judge) in GIVE_SCORES
+    if chosen is None and not gives_scores:
         raise UserError(
-            f"--bench {args.bench}: judge.py does not judge it; it knows "
-            f"{', '.join(benchmarks.BENCHMARKS)}, and CONTRIBUTING.md says how to add one"
+            f"--bench {args.bench}: judge.py has no prompts for it; it knows "
+            f"{', '.join(benchmarks.BENCHMARKS)}, and CONTRIBUTING.md says how to add one. Judges "
+            "that need no prompt, py:FILE and rm:PATH, score the answers to any questions"
         )
-    check_own_arguments(args, chosen)
+    own = chosen.arguments if chosen else {}
+    check_own_arguments(args, args.bench, own)
     if args.bench_data and args.mt_bench:
         raise UserError("--bench_data and --mt_bench are the same folder: give one of them")
-    if judges.kind_of(args.judge) == SCORE:
-        check_score_judge(args, chosen.arguments)
+    if gives_scores:
+        check_score_judge(args, own)
     elif chosen.check is not None:
         chosen.check(args)
 
 
-def check_own_arguments(args: argparse.Namespace, chosen: Benchmark) -> None:
+def check_own_arguments(args: argparse.Namespace, bench: str, own: dict[str, dict]) -> None:
     """Raise UserError for an argument that only other benchmarks have."""
     for other in benchmarks.BENCHMARKS.values():
-        for name in other.arguments.keys() - chosen.arguments.keys():
+        for name in other.arguments.keys() - own.keys():
             if getattr(args, name) != other.arguments[name].get("default"):
-                raise UserError(
-                    f"--{name} is for --bench {other.name}; {chosen.name} does not have it"
-                )
+                raise UserError(f"--{name} is for --bench {other.name}; {bench} does not have it")
 
 
 def check_validation(args: argparse.Namespace) -> None:
@@ -258,7 +267,12 @@ def check_validation(args: argparse.Namespace) -> None:
     if args.pairs is not None and args.pairs < 1:
         raise UserError(f"--pairs {args.pairs}: must be at least 1")
     own = benchmarks.BENCHMARKS[benchmarks.DEFAULT].arguments
-    check_own_arguments(args, benchmarks.BENCHMARKS[benchmarks.DEFAULT])
+    check_own_arguments(args, benchmarks.DEFAULT, own)
+    if judges.kind_of(args.judge) == PROGRAM:
+        raise UserError(
+            f"--validate compares a judge's opinions with people's; {args.judge} has none, it "
+            "measures what its task asks for. python prep_data.py --task FILE --check checks it"
+        )
     if judges.kind_of(args.judge) == SCORE:
         check_score_judge(args, own)
 
@@ -273,6 +287,11 @@ def check_score_judge(args: argparse.Namespace, own: dict[str, dict]) -> None:
             )
     if args.repeats != 1:
         raise UserError(f"--repeats {args.repeats}: {args.judge} gives the same score again")
+    if args.baseline is not None and judges.kind_of(args.judge) == PROGRAM:
+        raise UserError(
+            f"--baseline {args.baseline}: {args.judge} scores each answer by itself; analyze.py "
+            "compares the runs' scores"
+        )
     if args.min_rating_mass != MIN_RATING_MASS:
         raise UserError(f"--min_rating_mass is for hf:PATH; {args.judge} gives no ratings")
 
@@ -292,9 +311,11 @@ def check_runs(args: argparse.Namespace) -> None:
 def check_judge(args: argparse.Namespace) -> None:
     """Raise UserError for arguments that the kind of judge does not have."""
     kind = judges.kind_of(args.judge)
-    form = {LOCAL: "hf:PATH", SCORE: "rm:PATH"}.get(kind)
+    form = {LOCAL: "hf:PATH", SCORE: "rm:PATH", PROGRAM: "py:FILE"}.get(kind)
     if kind != SERVER and not judges.path_of(args.judge).strip():
         raise UserError(NO_JUDGE)
+    if kind == PROGRAM:
+        tasks.path_of(args.judge)
     if kind != SERVER and args.base_url:
         raise UserError(f"--base_url is for a judge behind a server; --judge {form} is loaded here")
     without = {"verdict": FIRST} | dict.fromkeys(
@@ -338,7 +359,7 @@ def check_money(args: argparse.Namespace) -> None:
         raise UserError("--price_in and --price_out: give both or neither")
     if args.max_usd is None:
         return
-    if judges.kind_of(args.judge) == SCORE:
+    if judges.kind_of(args.judge) in GIVE_SCORES:
         raise UserError(f"--max_usd: {args.judge} is run here, and costs nothing; leave it out")
     # The cap counts a call in flight at the most it can cost: one answer of limited length.
     if args.parameters is not None and (

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pref.files import disk
 from pref.files.judgements import RUN_IS_A
 from pref.judging.reading import Reply, Verdict
 
-SINGLE, PAIR, REWARD = "single", "pair", "reward"  # column `grading`; REWARD: by a score judge
+# Column `grading`; REWARD: by a reward model, PROGRAM: by a task's function.
+SINGLE, PAIR, REWARD, PROGRAM = "single", "pair", "reward", "program"
+GIVE_SCORES = (REWARD, PROGRAM)  # asked for with no prompt
 
 
 class Ask(NamedTuple):
@@ -74,7 +77,7 @@ class Bench(NamedTuple):
     benchmark: Benchmark
     folder: Path
     questions: list[dict]  # question_id, category (text or None), turns; in file order
-    grading: str  # SINGLE or PAIR
+    grading: str  # SINGLE, PAIR, REWARD or PROGRAM
     prompts: dict[str, dict]  # by name: system_prompt, prompt_template
     label: str  # the benchmark's name, or "own" for other files than its own
     parameters: dict  # sent with each request
@@ -100,6 +103,16 @@ class Bench(NamedTuple):
     def turns(self) -> range:
         """The turns that are judged, from 1."""
         return range(1, self.benchmark.turns + 1)
+
+
+def question_up_to(question: dict, turn: int) -> dict:
+    """The question as a program gets it: with the turns up to the judged one."""
+    return {**question, "turns": question["turns"][:turn]}
+
+
+def question_sha256(question: dict, turn: int) -> str:
+    """Hash of the whole row, since the program may read all of it."""
+    return disk.sha256_json(question_up_to(question, turn))
 
 
 def fill(prompt: dict, fields: dict[str, str]) -> list[dict]:

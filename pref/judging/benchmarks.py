@@ -3,8 +3,8 @@
 import argparse
 
 from pref.files.benchmarks import DATA
-from pref.judging import bench_alpaca_eval, bench_arena_hard, bench_mt_bench, judges
-from pref.judging.benchmark import REWARD, Bench, Benchmark
+from pref.judging import bench_alpaca_eval, bench_arena_hard, bench_folder, bench_mt_bench, judges
+from pref.judging.benchmark import PROGRAM, REWARD, Bench, Benchmark
 from pref.judging.reading import FIRST, Reply, Verdict
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -20,17 +20,28 @@ DEFAULT = bench_mt_bench.BENCHMARK.name
 
 def read_bench(args: argparse.Namespace) -> Bench:
     """The benchmark that the arguments name, read from its folder and checked."""
-    benchmark = BENCHMARKS[args.bench]
-    folder = args.bench_data or args.mt_bench or DATA / benchmark.name
-    bench = benchmark.read(folder, args)
+    if args.bench in BENCHMARKS:
+        benchmark = BENCHMARKS[args.bench]
+        folder = args.bench_data or args.mt_bench or DATA / benchmark.name
+        bench = benchmark.read(folder, args)
+    else:
+        bench = bench_folder.read(args)
     if args.max_tokens is not None:
         limits = {"max_tokens": args.max_tokens}
         bench = bench._replace(parameters=bench.parameters | limits)
-    if judges.kind_of(args.judge) == judges.SCORE:  # it sees the answers alone
+    if (kind := judges.kind_of(args.judge)) in judges.GIVE_SCORES:  # it sees the answers alone
+        grading = REWARD if kind == judges.SCORE else PROGRAM
         bench = bench._replace(
-            grading=REWARD, prompts={}, references={}, refs="original", options={}, samples=1
+            grading=grading, prompts={}, references={}, refs="original", options={}, samples=1
         )
+        if kind == judges.PROGRAM:
+            bench = bench._replace(baselines={})
     return bench
+
+
+def turns_of(name: str) -> int | None:
+    """Turns of each answer to a benchmark; None: as many as its questions have."""
+    return BENCHMARKS[name].turns if name in BENCHMARKS else None
 
 
 def of_request(request: dict) -> Benchmark:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pref.files import disk, mt_bench
 from pref.judging import run_answers
-from pref.judging.benchmark import PAIR, REWARD, SINGLE, Ask, Bench
+from pref.judging.benchmark import GIVE_SCORES, PAIR, PROGRAM, SINGLE, Ask, Bench, question_sha256
 from pref.judging.benchmarks import DEFAULT
 from pref.judging.identity import Identity
 from pref.judging.run_answers import Baselines
@@ -87,11 +87,13 @@ def asks_of(
     bench: Bench, question: dict, turn: int, answer: list[str], other: list[str] | None
 ) -> list[Ask]:
     """What the judge is asked about a turn. A score judge gets the conversation, and the
-    baseline's, in place of the benchmark's prompts.
+    baseline's, in place of the benchmark's prompts; a program the question's whole row.
     """
-    if bench.grading != REWARD:
+    if bench.grading not in GIVE_SCORES:
         return bench.benchmark.asks(bench, question, turn, answer, other)
     extra = {}
+    if bench.grading == PROGRAM:
+        extra["question_sha256"] = question_sha256(question, turn)
     if other is not None:
         extra["baseline_messages"] = conversation(question["turns"], other, turn)
     return [Ask(conversation(question["turns"], answer, turn), extra=extra)]

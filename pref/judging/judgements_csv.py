@@ -33,7 +33,7 @@ def write_csvs(
     not there any more, by baseline.
     """
     left_out: Counter[str] = Counter()
-    query, turns = csv_query(), benchmarks.BENCHMARKS[bench].turns
+    query, turns = csv_query(), benchmarks.turns_of(bench)
     # Answers by name; a baseline that is not known yet is read when a row first names it.
     answers_of = dict(baselines or {}) | {run.resolve().name: a for run, a in runs.items()}
     for run, answers in runs.items():

@@ -3,17 +3,20 @@
 server   MODEL     text of a model behind an OpenAI-compatible server: server_judge.py
 local    hf:PATH   probabilities of the possible verdicts, on this machine: local_judge.py
 score    rm:PATH   a score of each answer, which no prompt asks for: `score_judge`
+program  py:FILE   the same from a function of the user's: program_judge.py
 """
 
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pref.files import disk, win_rates
 
-SERVER, LOCAL, SCORE = "server", "local", "score"
-KIND_OF_PREFIX = {"hf": LOCAL, "rm": SCORE}
+SERVER, LOCAL, SCORE, PROGRAM = "server", "local", "score", "program"
+KIND_OF_PREFIX = {"hf": LOCAL, "rm": SCORE, "py": PROGRAM}
+GIVE_SCORES = (SCORE, PROGRAM)  # these see the answers alone, and no prompt
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ def kind_of(name: str | None) -> str:
 def path_of(name: str) -> str:
     """The path in --judge hf:PATH."""
     return name.partition(":")[2]
+
+
+def recorded_name(judge: str) -> str:
+    """The name of --judge in the store and in judgements.csv: a program's without its folders."""
+    return f"py:{Path(path_of(judge)).name}" if kind_of(judge) == PROGRAM else judge
 
 
 # ---- score judges --------------------------------------------------------------------------------

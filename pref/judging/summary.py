@@ -7,8 +7,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import console, judgements, mt_bench, win_rates
-from pref.judging.benchmark import PAIR, REWARD, SINGLE, Bench, preference_of, winner_of
+from pref.files import console, judgements, mt_bench, tasks, win_rates
+from pref.judging.benchmark import (
+    GIVE_SCORES,
+    PAIR,
+    PROGRAM,
+    SINGLE,
+    Bench,
+    preference_of,
+    winner_of,
+)
 from pref.judging.identity import Identity
 from pref.judging.judges import SCORE, Judge
 from pref.judging.reading import FALLBACK, FIRST, LAST, SEVERAL, Reading
@@ -27,6 +35,12 @@ REMEDIES = {
     "thoughts": "thoughts without an answer; does the server's --reasoning-parser fit the model?",
     "too_long": "the conversation, or the baseline's, is longer than the reward model reads; it is "
     "never cut, and another try changes nothing",
+    "program_error": "the task's function raised, or ended its process; the column judgement says "
+    "where. A corrected file is another judge, and scores all answers",
+    "program_range": "the task's function gave something else than a number from 0 to 1",
+    "program_timeout": f"one score may take {tasks.SECONDS:g} s",
+    "program_memory": f"the task's process may have {tasks.MEMORY_MIB} MiB of address space",
+    "program_output": "the task's function printed or returned too much",
     "mass": "the verdicts have less of the judge's probability than --min_rating_mass; it would "
     "have answered something else",
 }
@@ -70,7 +84,7 @@ def announce(
             if item.known is not None
         }
         print(f"answers that equal the baseline's: {len(equal)}; half a win each, not asked about")
-    if bench.benchmark.notes is not None and bench.grading != REWARD:
+    if bench.benchmark.notes is not None and bench.grading not in GIVE_SCORES:
         print("".join(f"{note}\n" for note in bench.benchmark.notes(bench, items)), end="")
     done = len({item.request_sha256 for item in items}) - len(pending) - len(known)
     print(
@@ -115,7 +129,7 @@ def announce_other_servers(who: Identity, servers: list[str]) -> None:
 
 def prompts_note(bench: Bench) -> str:
     """Whose prompts the judge is asked with; a score judge is asked with none."""
-    return "" if bench.grading == REWARD else f", prompts {bench.label}"
+    return "" if bench.grading in GIVE_SCORES else f", prompts {bench.label}"
 
 
 def reading_note(who: Identity) -> str:
@@ -174,7 +188,7 @@ def print_results(
 
 def pick_summary(bench: Bench, results: dict[str, Result]) -> Callable:
     """What makes a run's line of the table."""
-    if bench.grading == REWARD:
+    if bench.grading in GIVE_SCORES:
         return summarise_scores
     if bench.benchmark.summarise is not None:
         return functools.partial(with_costs, bench.benchmark.summarise)
@@ -374,6 +388,8 @@ def summarise_scores(outcomes: list[Outcome]) -> dict[str, str]:
         "mean score": f"{sum(scores) / len(scores):.4f}" if scores else "-",
         "n": f"{len(scored)}/{len(outcomes)}",
     }
+    if outcomes[0].item.grading == PROGRAM:
+        return line | {"failures": failures_text(outcomes)}
     preferences = [o.result.preference for o in scored if o.result.preference is not None]
     mean = sum(preferences) / len(preferences) - 1 if preferences else None
     line["win rate"] = "-" if mean is None else f"{100 * mean:.2f} %"

@@ -1,0 +1,104 @@
+"""A task's own function as a judge: `--judge py:FILE`.
+
+The score of an answer is what `score(question, answer)` in FILE returns, a number from 0 to 1; what
+its `explain` says is kept as the judgement. FILE runs in a process with limits
+(pref/files/tasks.py). An answer on which it fails has a reason and no score.
+
+judge.py asks for one score at a time, a pipe is fast with many. So the judge is told of all answers
+beforehand (`prepare`), and asked for one it scores those that come next as well.
+
+Who judged is told by the file's content, that of the modules beside it, and the versions of its
+packages. Another version of the file is another judge; another path to it is not.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable
+
+from pref.files import tasks
+from pref.files.console import UserError
+from pref.files.tasks import Scored, Task, TaskFault
+from pref.judging import judges
+from pref.judging.benchmark import Bench, question_sha256, question_up_to
+from pref.judging.judges import Judge
+
+# Answers in a row on which the task takes too long: the rest would, too.
+GIVE_UP_AFTER = 20
+
+Key = tuple[str, str]  # hash of the question, answer
+
+
+def open_program_judge(args: argparse.Namespace, bench: Bench) -> Judge:
+    """The task of --judge py:FILE. Raises UserError for a file that is no task."""
+    task = tasks.open_task(args.judge)
+    queue = Queue(task, bench)
+    return Judge(
+        name=judges.recorded_name(args.judge),
+        params_b=None,
+        parameters={"method": "program", **task.identity},
+        ask=queue.ask,
+        concurrency=1,
+        kind=judges.PROGRAM,
+        prepare=queue.prepare,
+    )
+
+
+class Queue:
+    """Answers that are to be scored, and the replies that are known."""
+
+    def __init__(self, task: Task, bench: Bench):
+        self.task = task
+        # A request has the hash of its question alone: a store with each row for each answer would
+        # be several times as large.
+        self.questions: dict[str, dict] = {}
+        for question, turn in itertools.product(bench.questions, bench.turns):
+            self.questions[question_sha256(question, turn)] = question_up_to(question, turn)
+        self.waiting: dict[Key, None] = {}  # in the order in which they are needed
+        self.replies: dict[Key, dict] = {}
+        self.timeouts = 0  # since the last answer with a reply of another kind
+        self.reported: set[str] = set()  # data files
+
+    def prepare(self, requests: Iterable[dict]) -> None:
+        """Note the answers of all requests that will be made."""
+        self.waiting |= dict.fromkeys(map(key_of, requests))
+
+    def ask(self, request: dict) -> dict:
+        """The reply to a request. Raises UserError when the task does not come back any more."""
+        key = key_of(request)
+        if key not in self.replies:
+            self.compute(key)
+        reply = self.replies[key]
+        self.timeouts = self.timeouts + 1 if reply["status"] == tasks.TIMEOUT else 0
+        if self.timeouts > GIVE_UP_AFTER:
+            raise UserError(
+                f"{self.timeouts} answers in a row took too long, so nothing more is scored: "
+                f"{reply['judgement']}. The same command goes on with the next answers"
+            )
+        return reply
+
+    def compute(self, key: Key) -> None:
+        """Score this answer, and with it those that come next."""
+        self.waiting.pop(key, None)
+        keys = [key, *itertools.islice(self.waiting, tasks.BATCH - 1)]
+        found = self.task.score_some([(self.questions[sha256], text) for sha256, text in keys])
+        for one, result in zip(keys, found):
+            self.replies[one] = as_reply(result, self.task.explains)
+            self.waiting.pop(one, None)
+        for name in sorted(self.task.late_files - self.reported):
+            print(f"{self.task.path.name}: {tasks.late_file_note(name)}", file=sys.stderr)
+        self.reported |= self.task.late_files
+
+
+def key_of(request: dict) -> Key:
+    return request["question_sha256"], request["messages"][-1]["content"]
+
+
+def as_reply(result: Scored | TaskFault, explains: bool) -> dict:
+    """The reply as the store takes it: a fault has no score."""
+    if isinstance(result, TaskFault):
+        return {"status": result.status, "judgement": result.text}
+    words = {"text": result.text, "scores": result.scores}
+    text = json.dumps(words, ensure_ascii=False) if explains else None
+    return {"status": "ok", "score": result.score, "judgement": text}
