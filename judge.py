@@ -215,6 +215,8 @@ def announce_cost(todo: plan.Plan, bench: Bench, db: sqlite3.Connection) -> None
     if todo.pending and not todo.judge.is_here:
         summary.announce_other_servers(todo.who, reuse.other_servers(db, todo.who))
         print(costs.estimate(db, todo.judge, bench, todo.pending))
+    elif todo.judge.kind == PROGRAM:
+        print("estimate: no dollars; the task runs on this machine")
 
 
 def write_batch(args: argparse.Namespace, todo: plan.Plan, db: sqlite3.Connection) -> None:

@@ -1,10 +1,11 @@
 """The process in which a task's own code runs: started by tasks.py, with limits and without keys.
 
-    python task_child.py FILE SECONDS MEMORY_MIB REQUESTS REPLIES
+    python task_child.py FILE SECONDS OPEN_SECONDS MEMORY_MIB REQUESTS REPLIES
 
-REQUESTS and REPLIES are file descriptors of pipes. The first reply says what FILE holds; then each
-line of JSON that is read is answered by one. What the task prints goes nowhere, and reaches neither
-pipe. This file imports nothing of the toolkit: the task's process has nothing of it.
+SECONDS may a score take, OPEN_SECONDS the import and `questions`. REQUESTS and REPLIES are file
+descriptors of pipes. The first reply says what FILE holds; then each line of JSON that is read is
+answered by one. What the task prints goes nowhere, and reaches neither pipe. This file imports
+nothing of the toolkit: the task's process has nothing of it.
 
 Who ends what:
 
@@ -33,7 +34,7 @@ ERROR, RANGE, MEMORY, OUTPUT = (
 MODULE = "pref_task"  # the name under which FILE is imported: its own may be that of a library
 MOST_PRINTED = 2**20  # characters in one call
 MOST_REPLIED = 2**20  # bytes of explain's words and scores
-MOST_QUESTIONS = 2**28  # bytes of all rows
+MOST_QUESTIONS = 2**26  # bytes of all rows
 MOST_WRITTEN = 2**26  # bytes of a file
 ROUNDING = 1e-9  # a mean of weights that sum to 1 may be above it by this
 
@@ -68,16 +69,19 @@ class Nowhere(io.TextIOBase):
 class Child:
     """The task, and how it is called."""
 
-    def __init__(self, path: str, seconds: float):
-        self.path, self.folder, self.seconds = path, os.path.dirname(path), seconds
+    def __init__(self, path: str, score_seconds: float, open_seconds: float):
+        self.path, self.folder = path, os.path.dirname(path)
+        self.score_seconds, self.open_seconds = score_seconds, open_seconds
         self.pid, self.sink = os.getpid(), Nowhere()
         self.opened: set[str] = set()  # data files in the task's folder
         sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.sink
         sys.addaudithook(self.note_opened)
 
     def note_opened(self, event: str, values: tuple) -> None:
-        """Note a file of the task's folder that is opened: its content may decide a score."""
+        """Note a file of the task's folder that is read: its content may decide a score."""
         if event != "open" or not isinstance(values[0], str | bytes):
+            return
+        if isinstance(values[2], int) and values[2] & os.O_ACCMODE != os.O_RDONLY:
             return
         file = os.path.realpath(os.fsdecode(values[0]))
         if file.startswith(self.folder + os.sep) and not file.endswith((".py", ".pyc")):
@@ -86,7 +90,6 @@ class Child:
     def call(self, function, *values):
         """What `function` returns. Raises Fault for everything that goes wrong in it."""
         self.sink.printed = 0
-        self.set_limits()
         try:
             result = function(*values)
         except TooMuchPrinted:
@@ -103,14 +106,13 @@ class Child:
             raise Fault(OUTPUT, f"prints more than {MOST_PRINTED >> 20} MiB in one call")
         return result
 
-    def set_limits(self) -> None:
-        """The time that this call may take if nobody kills it earlier."""
+    def set_limits(self, seconds: float) -> None:
+        """The time that a request may take if nobody ends it earlier."""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (math.ceil(time.process_time() + self.seconds) + 1, hard)
-        )
+        most = math.ceil(time.process_time() + seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
 
     def describe(self, error: BaseException) -> str:
         """'constraints.py:12: ValueError: no such kind'."""
@@ -182,8 +184,10 @@ class Child:
         return {"score": score, **read_words(words)}
 
     def reply_to(self, line: bytes) -> dict:
+        is_score = line.startswith(b'{"score"')
+        self.set_limits(self.score_seconds if is_score else self.open_seconds)
         try:
-            if line.startswith(b'{"score"'):
+            if is_score:
                 reply = self.score(line)
             elif line.startswith(b'{"questions"'):
                 reply = self.questions(*json.loads(line)["questions"])
@@ -253,7 +257,9 @@ def write_line(file: int, reply: dict) -> None:
         data = data[os.write(file, data) :]
 
 
-def main(path: str, seconds: str, memory_mib: str, requests: str, replies: str) -> None:
+def main(
+    path: str, seconds: str, open_seconds: str, memory_mib: str, requests: str, replies: str
+) -> None:
     # 1) The limits that hold from here on.
     limits = {"RLIMIT_AS": int(memory_mib) << 20, "RLIMIT_FSIZE": MOST_WRITTEN, "RLIMIT_CORE": 0}
     for name, most in limits.items():
@@ -266,7 +272,8 @@ def main(path: str, seconds: str, memory_mib: str, requests: str, replies: str) 
     sys.dont_write_bytecode = True
     os.chdir(os.path.dirname(path))
     # 2) The task, then one reply to each request.
-    child = Child(path, float(seconds))
+    sys.argv = [path]
+    child = Child(path, float(seconds), float(open_seconds))
     write_line(int(replies), child.reply_to(b""))
     with open(int(requests), "rb") as lines:
         for line in lines:

@@ -263,6 +263,8 @@ def prepare(args: argparse.Namespace) -> None:
     with tasks.open_task(args.task) as task, tasks.open_task(args.task, hash_seed=1) as again:
         benchmarks.check_task_name(task.name, task.path)
         out = Path(args.out) if args.out else benchmarks.DATA / task.name
+        if not args.check:
+            check_folder(out, task)
         # 1) Questions, then scores of made-up answers.
         rows = make_questions(task, again, sizes)
         made_up = made_up_answers(rows)
@@ -282,6 +284,13 @@ def prepare(args: argparse.Namespace) -> None:
     print(f"wrote {out}/: {', '.join([*FILES.values(), 'manifest.json'])}")
     train = f"{task.name}{benchmarks.TRAIN_SET}"
     print(f"next: python gen_mtbench.py results/ --base --bench {train} --num_choices 4")
+
+
+def check_folder(out: Path, task: Task) -> None:
+    """Raise UserError if the folder has the data of something else."""
+    manifest = out / "manifest.json"
+    if manifest.is_file() and disk.read_json(manifest).get("bench") != task.name:
+        raise UserError(f"{out}: holds other data than the task {task.name}'s; give another --out")
 
 
 def print_checks(task: Task, rows: dict[str, list[dict]], made_up: int, seconds: float) -> None:
@@ -308,8 +317,6 @@ def print_notes(task: Task) -> None:
 
 def write_folder(task: Task, rows: dict[str, list[dict]], sizes: Sizes, out: Path) -> None:
     """Write the questions, then the manifest."""
-    if out.is_dir() and not (out / "manifest.json").is_file() and (out / "train.jsonl").exists():
-        raise UserError(f"{out}: holds other data; give another --out")
     (out / "manifest.json").unlink(missing_ok=True)
     for split, name in FILES.items():
         disk.write_jsonl(out / name, rows[split])

@@ -5,6 +5,7 @@ Read from the source, without running it. The task's path is no part of it.
 
 import ast
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,8 @@ def identify(path: Path, data: Iterable[str] = ()) -> dict:
     beside, names = {path}, set()
     waiting = [path]
     while waiting:
-        for name in imported_names(waiting.pop()):
+        file = waiting.pop()
+        for name in imported_names(parse(file, must_be_valid=file == path)):
             found = modules_beside(folder, name)
             if not found and name not in sys.stdlib_module_names:
                 names.add(name)
@@ -42,14 +44,24 @@ def identify(path: Path, data: Iterable[str] = ()) -> dict:
     }
 
 
-def imported_names(path: Path) -> Iterator[str]:
-    """First parts of the names of the modules that a file imports."""
+def parse(path: Path, must_be_valid: bool) -> ast.Module:
+    """A file's syntax tree. Raises UserError for one that is no Python. A package beside the task
+    may have such files, which its import then reports; their tree is empty.
+    """
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(path.read_bytes(), filename=str(path))
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a NUL character, another encoding
-        raise UserError(f"{path}: not valid Python: {error}") from None
+        place, fact = f"{path}:{error.lineno}", error.msg
+    except (ValueError, RecursionError, MemoryError) as error:  # a NUL character, deep nesting
+        place, fact = str(path), str(error) or type(error).__name__
+    if must_be_valid:
+        raise UserError(f"{place}: not valid Python: {fact}")
+    return ast.Module([], [])
+
+
+def imported_names(tree: ast.Module) -> Iterator[str]:
+    """First parts of the names of the modules that a file imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

@@ -126,12 +126,14 @@ class Task:
         self.path, self.name = path, path.stem
         self.seconds, self.memory_mib, self.hash_seed = seconds, memory_mib, hash_seed
         self.late_files: set[str] = set()
-        self.data_files: set[str] = set()
-        task_identity.identify(path)  # not valid Python: said before a process is started
+        before = task_identity.identify(path)
         hello = self.start()
+        self.data_files = {*hello.get("opened", ())}
         self.generation = check_generation(hello["generation"], path.name)
         self.explains: bool = hello["explains"]
         self.identity: dict = task_identity.identify(path, self.data_files)
+        if not before["sha256"].items() <= self.identity["sha256"].items():
+            raise self.changed()
 
     def __enter__(self) -> "Task":
         return self
@@ -177,6 +179,7 @@ class Task:
         return [self.read_score(reply, question) for reply, (question, _) in zip(replies, answers)]
 
     def read_score(self, reply: dict, question: dict) -> Scored | TaskFault:
+        self.late_files |= {*reply.get("opened", ())} - self.data_files
         if "fault" in reply:
             place = f"question {question.get('question_id')}: "
             return self.fault(reply["fault"], place + reply["text"])
@@ -185,16 +188,22 @@ class Task:
     def fault(self, status: str, fact: str) -> TaskFault:
         return TaskFault(status, f"{self.path.name}: {fact}; {REMEDIES[status]}")
 
+    def changed(self) -> UserError:
+        return UserError(
+            f"{self.path}: the file, or one beside it that it reads, was changed meanwhile; run "
+            "the same command again"
+        )
+
     # ---- the process -----------------------------------------------------------------------------
 
     def start(self) -> dict:
         """Start the process and import the task in it. Its first reply."""
-        self.unsent = self.unread = b""
+        self.unsent, self.unread = b"", bytearray()
         theirs, self.requests = os.pipe()
         self.replies, ours = os.pipe()
         os.set_blocking(self.requests, False)
-        longest = max(self.seconds, OPEN_SECONDS) + GRACE_SECONDS
-        given = (self.path, longest, self.memory_mib, theirs, ours)
+        limits = (self.seconds + GRACE_SECONDS, OPEN_SECONDS + GRACE_SECONDS, self.memory_mib)
+        given = (self.path, *limits, theirs, ours)
         self.process = subprocess.Popen(
             [sys.executable, "-P", task_child.__file__, *map(str, given)],
             env=child_environment(self.hash_seed),
@@ -207,23 +216,30 @@ class Task:
         os.close(theirs)
         os.close(ours)
         # Also when this object, or this process, comes to its end.
-        self.end = weakref.finalize(self, end_process, self.process, self.requests, self.replies)
+        pipes = (self.requests, self.replies)
+        self.end = weakref.finalize(self, end_process, os.getpid(), self.process, *pipes)
         reply = next(self.read_replies(1, OPEN_SECONDS))
         if "fault" in reply:
             self.end()
             raise self.fault(reply["fault"], reply["text"])
-        self.data_files |= {*reply.get("opened", ())}
         return reply
+
+    def restart(self) -> None:
+        """Start the process again. Raises UserError if the task is not the one that it was."""
+        self.start()
+        if task_identity.identify(self.path, self.data_files) != self.identity:
+            raise self.changed()
 
     def exchange(self, lines: list[bytes], seconds: float) -> Iterator[dict]:
         """Send `lines`, yield the reply to each. After a fault that has ended the process there are
         no further replies.
         """
-        if not self.end.alive or self.process.poll() is not None:
-            self.start()
+        if self.process.poll() is not None:
+            self.end()
+        if not self.end.alive:
+            self.restart()
         self.unsent = b"".join(lines)
         for reply in self.read_replies(len(lines), seconds):
-            self.late_files |= {*reply.get("opened", ())} - self.data_files
             if reply.get("fault") not in (None, ERROR, RANGE):
                 self.end()  # its memory may be full
             yield reply
@@ -235,13 +251,15 @@ class Task:
         or does not reply in time, the last one is a fault, and the process is dead.
         """
         for _ in range(number):
-            deadline = time.monotonic() + seconds
-            while (end := self.unread.find(b"\n")) < 0:
+            deadline, searched = time.monotonic() + seconds, 0
+            while (end := self.unread.find(b"\n", searched)) < 0:
+                searched = len(self.unread)
                 if (fault := self.wait(deadline, seconds)) is not None:
                     self.end()
                     yield fault
                     return
-            line, self.unread = self.unread[:end], self.unread[end + 1 :]
+            line = bytes(self.unread[:end])
+            del self.unread[: end + 1]
             try:
                 yield disk.as_object(json.loads(line), "")
             except (ValueError, UserError):
@@ -326,10 +344,16 @@ def child_environment(hash_seed: int) -> dict[str, str]:
     return kept | ONE_THREAD | {"PYTHONHASHSEED": str(hash_seed)}
 
 
-def end_process(process: subprocess.Popen, *pipes: int) -> None:
-    """Kill a task's process with those that it has started, and close this side of its pipes."""
+def end_process(owner: int, process: subprocess.Popen, *pipes: int) -> None:
+    """Kill a task's process with those that it has started, and close this side of its pipes.
+
+    owner: the process that may: a fork of it ends without.
+    """
+    if os.getpid() != owner:
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     for pipe in pipes:
         os.close(pipe)

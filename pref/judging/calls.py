@@ -94,6 +94,7 @@ class Calls:
         self.lost_in_a_row: Counter[str] = Counter()  # why, since the last call with a reply
         self.failures: Counter[str] = Counter()  # by status
         self.unread: Counter[str] | None = Counter()  # replies by status; None after a verdict
+        self.first_unread = ""  # what it says
         self.tried = store.known_requests(db)  # --retry_failed repeats what is known to fail
         self.fatal: str | None = None  # why no further call is made
 
@@ -197,13 +198,15 @@ class Calls:
             self.unread = None
             return
         self.unread[reply["status"]] += 1
+        text = " ".join((reply.get("judgement") or "").split())[:300]
+        self.first_unread = self.first_unread or (text and f" The first: {text}")
         if (replies := self.unread.total()) >= NO_VERDICT_AFTER:
             why = ", ".join(f"{count} {status}" for status, count in self.unread.most_common())
             self.fatal = self.fatal or (
                 f"--judge {self.judge.name}: none of the first {replies} replies has a verdict "
                 f"({why}), so nothing more is asked; read them in the column judgement of "
                 "judgements.csv, and see the remarks above. The same command asks for the next "
-                f"{NO_VERDICT_AFTER}"
+                f"{NO_VERDICT_AFTER}.{self.first_unread}"
             )
 
 

@@ -193,6 +193,11 @@ def ahead_of_run(bench: Bench, repeats: int) -> Ahead:
 def estimate_ahead(args: argparse.Namespace, bench: Bench) -> str:
     """What judging --runs runs will take, before there is an answer: as text."""
     calls, prompt, completion = (args.runs * number for number in ahead_of_run(bench, args.repeats))
+    if judges.kind_of(args.judge) == judges.PROGRAM:
+        return (
+            f"estimate for {args.runs} runs: {calls:,} scores, times the choices of each answer; "
+            f"no dollars, {args.judge} runs on this machine"
+        )
     text = (
         f"estimate for {args.runs} runs, each with one answer to {len(bench.questions)} questions "
         f"(the untrained model, base, counts as a run): {calls:,} calls, {prompt:,.0f} prompt and "
