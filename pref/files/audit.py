@@ -40,6 +40,7 @@ class Options(NamedTuple):
     choices: Choices = Choices({}, ())
     selection: Selection = NO_SELECTION
     strip_template: bool = False
+    keep_echoes: bool = False  # responses that begin with the prompt are what a model has said
 
 
 class PlacedPair(NamedTuple):
@@ -114,7 +115,8 @@ def read_split(split: str, rows: Rows, source: str, label: str, options: Options
     if not audit.rows:
         raise UserError(f"{source}: no rows in split '{split}'")
     check_audit(audit, options)
-    settle_echoes(audit)
+    if not options.keep_echoes:
+        settle_echoes(audit)
     drop_contradictions(audit)
     return audit
 

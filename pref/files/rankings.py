@@ -139,7 +139,8 @@ def select(candidates: Candidates, selection: Selection) -> list[Match]:
 
 def far_enough(better: Scored, worse: Scored, min_margin: float) -> bool:
     difference = better.score - worse.score
-    return difference > 0 and difference >= min_margin
+    # 0.8 - 0.7 is a little less than 0.1 in binary.
+    return difference > 0 and (difference >= min_margin or math.isclose(difference, min_margin))
 
 
 def tie_reason(min_margin: float) -> str:
