@@ -369,7 +369,7 @@ def summary_lines(record: dict) -> list[str]:
         cut = record["cut_off_in_pairs"]
         lines.append(
             f"cut off  {record['cut_off']:,} answers at the limit of tokens; kept, as "
-            f"{cut['chosen']:,} chosen and {cut['rejected']:,} rejected"
+            f"{cut['chosen']:,} chosen and {cut['rejected']:,} rejected, as if they ended there"
         )
     return lines
 
