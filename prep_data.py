@@ -102,6 +102,8 @@ def prepare_pairs(args: argparse.Namespace) -> None:
 def prepare_answer_pairs(args: argparse.Namespace) -> None:
     """The same from the answers of a run, as a judge scores them. Raises UserError."""
     folder = Path(args.from_answers).expanduser()
+    if folder.name in ("", ".."):  # where the run's name is not in the path
+        folder = folder.resolve()
     out = Path(args.out or folder / answer_pairs.FOLDER)
     check_pair_args(args, out)
     answer_pairs.check_out(out, folder)

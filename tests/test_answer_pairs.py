@@ -20,8 +20,15 @@ POEMS = {
     2: [("A cat.", 0.0), ("A dog.", 0.5), ("A hen.", 0.7), ("A fox.", 0.6)],
     # No pair: equal scores.
     3: [("Snow.", 1.0), ("Ice.", 1.0), ("Wind.", 1.0), ("Hail.", 1.0)],
-    # An empty answer, one without a score, one with a template's token: one is left.
-    4: [("\u200b ", 0.0), ("Moon.", 0.5), ("Stars.", "program_error"), ("Sky<|im_end|>", 0.9)],
+    # An empty answer, one without a score, one with a template's token, half a character: one is
+    # left.
+    4: [
+        ("\u200b ", 0.0),
+        ("Moon.", 0.5),
+        ("Stars.", "program_error"),
+        ("Sky<|im_end|>", 0.9),
+        ("\ud83d", 1.0),
+    ],
     # JSON and a transcript stay the texts that they are.
     5: [('[{"role": "user"}]', 0.5), ("Human: a\n\nAssistant: b", 1.0), ("[1]", 0.1), ("x", 0.9)],
     6: [("Sea.", 0.1), ("Tide.", 0.2), ("Foam.", 0.3), ("Sand.", 0.4)],
@@ -178,11 +185,15 @@ def test_what_is_left_out_is_listed_and_counted(folder, capsys):
             f"{at}: question 4, choice 3",
             "answer: carries a chat template already (<|im_end|>)",
         ),
+        (
+            f"{at}: question 4, choice 4",
+            "answer: not valid Unicode (half a surrogate pair)",
+        ),
     }
-    assert manifest["dropped"] == 5 and sum(manifest["drops"].values()) == 5
+    assert manifest["dropped"] == 6 and sum(manifest["drops"].values()) == 6
     shown = capsys.readouterr().out
-    assert "answers  24 to 6 questions: 21 usable, 20 distinct" in shown
-    assert "dropped  5 of 6 questions and 24 answers" in shown
+    assert "answers  25 to 6 questions: 21 usable, 20 distinct" in shown
+    assert "dropped  6 of 6 questions and 25 answers" in shown
     assert f"next: python train_pref.py --data {folder / 'pairs'} --model models/tiny\n" in shown
 
 
@@ -195,11 +206,11 @@ def test_the_manifest_says_where_the_pairs_come_from(folder):
     ]
     assert Path(origin["results"]) == folder.parent.parent
     assert origin["adapter_sha256"] is None and origin["model"] == "models/tiny"
-    assert origin["num_choices"] == 4 and origin["generation"]["temperature"] == 1.0
+    assert origin["num_choices"] == 5 and origin["generation"]["temperature"] == 1.0
     assert origin["sha256"] == {
         name: disk.sha256_file(folder / name) for name in ("answers.jsonl", "judgements.csv")
     } | {"poems.jsonl": disk.sha256_file(folder.parent.parent.parent / "poems.jsonl")}
-    counts = {"questions": 6, "answers": 24, "scored": 23, "usable": 21, "distinct": 20}
+    counts = {"questions": 6, "answers": 25, "scored": 24, "usable": 21, "distinct": 20}
     counts |= {"pairs": 3, "questions_with_pairs": 3, "cut_off": 0}
     assert {name: origin[name] for name in counts} == counts and len(pairs) == 3
     # By hand: margins 0.5, 0.7, 0.9; chosen 0.75, 0.7, 1; rejected 0.25, 0, 0.1.
@@ -253,7 +264,7 @@ def test_scores_of_answers_that_have_been_replaced_are_left_out(folder):
         row["answer_sha256"] = "0" * 64
     write_judgements(folder / "judgements.csv", rows)
     with pytest.raises(
-        UserError, match=r"none of the 24 scores is of these answers.*--judge JUDGE"
+        UserError, match=r"none of the 25 scores is of these answers.*--judge JUDGE"
     ):
         prepare(folder)
 
@@ -267,7 +278,7 @@ def test_several_judges_must_be_chosen_from(folder):
     write_judgements(folder / "judgements.csv", rows)
     with pytest.raises(UserError, match="scores of 2 judges") as caught:
         prepare(folder)
-    for text in ("py:poems.py  judge_id 00aa", "rm:models/rm  judge_id 00bb", "24 judgements"):
+    for text in ("py:poems.py  judge_id 00aa", "rm:models/rm  judge_id 00bb", "25 judgements"):
         assert text in str(caught.value)
     assert said(prepare(folder, "--judge", "py:poems.py")[0])[6] == {("Sand.", "Sea.")}
     pairs, _, manifest = prepare(folder, "--judge", "rm:models/rm")
@@ -319,7 +330,7 @@ def test_incomplete_sets_say_so(folder):
     disk.write_jsonl(folder / "answers.jsonl", answers)
     notes = prepare(folder)[2]["notes"]
     assert "questions without answers: 1 (first: 7)" in notes
-    assert "questions with fewer than 4 answers: 1 (first: 2)" in notes
+    assert "questions with fewer than 5 answers: 5 (first: 1)" in notes
 
 
 def test_both_answers_may_repeat_the_prompt(folder):

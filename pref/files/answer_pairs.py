@@ -58,7 +58,7 @@ class AnswerSet(NamedTuple):
     answers: dict[int, list[Answer]]  # distinct ones, by question_id
     left_out: list[dict]  # answers that can be in no pair, as records of dropped.jsonl
     counts: dict[str, int]
-    settings: dict  # what the answers were made with; {} if that is not recorded
+    settings: dict  # what the answers were made with, see `settings_of`
     adapter_sha256: str | None  # None: the untrained model
     files: dict[str, str]  # SHA-256 of what was read, by name
     notes: list[str]
@@ -109,7 +109,7 @@ def read(folder: Path, judge: str | None = None, questions: Path | None = None) 
         "scored": len(scores.means),
         "usable": len(given) - len(left_out),
         "distinct": sum(map(len, answers.values())),
-        "cut_off": sum(is_cut_off(row) for row in given.values()),
+        "cut_off": sum(is_marked(row, "truncated") for row in given.values()),
         "num_choices": max(key.choice for key in given) + 1,
     }
     return AnswerSet(
@@ -121,11 +121,18 @@ def read(folder: Path, judge: str | None = None, questions: Path | None = None) 
         answers=answers,
         left_out=left_out,
         counts=counts,
-        settings=(first.get("settings") or {}) | {"temperature": first.get("temperature")},
+        settings=settings_of(first),
         adapter_sha256=first.get("adapter_sha256"),
         files={file.name: disk.sha256_file(file) for file in (path, table, asked_in)},
         notes=[*incomplete(given, prompts, counts["num_choices"]), *scores.notes],
     )
+
+
+def settings_of(row: dict) -> dict:
+    """What an answer was made with, as far as it is recorded."""
+    settings = row.get("settings")
+    known = settings if isinstance(settings, dict) else {}
+    return {**known, "temperature": row.get("temperature")}
 
 
 def find_answers(folder: Path) -> Path:
@@ -242,7 +249,7 @@ def usable_answer(path: Path, row: dict, scores: Scores, left_out: list[dict]) -
         place = f"{path}: question {key.question_id}, choice {key.choice}"
         left_out.append(audit.drop_record("train", place, f"answer: {reason}", text))
         return None
-    return Answer(key.choice, text, scores.means[key], is_cut_off(row))
+    return Answer(key.choice, text, scores.means[key], is_marked(row, "truncated"))
 
 
 def why_unusable(row: dict, text: str, key: AnswerKey, scores: Scores) -> str | None:
@@ -252,22 +259,23 @@ def why_unusable(row: dict, text: str, key: AnswerKey, scores: Scores) -> str | 
         return "empty"
     if text.strip() == FAILED:
         return "could not be made ($ERROR$)"
-    if any(choice_of(row).get("overflow") or []):
+    if is_marked(row, "overflow"):
         return "the prompt was cut off to fit the context"
     if "\0" in text:
         return "a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "not valid Unicode (half a surrogate pair)"
     if token := control_tokens.find_carried(text):
         return f"{audit.CARRIED} ({token})"
     return None
 
 
-def choice_of(row: dict) -> dict:
-    """The choice that a row of `mt_bench.read_answers` is about, with all that is recorded."""
-    return next(choice for choice in row["choices"] if choice["index"] == row["choice"])
-
-
-def is_cut_off(row: dict) -> bool:
-    return any(choice_of(row).get("truncated") or [])
+def is_marked(row: dict, name: str) -> bool:
+    """Whether the answer of a row of `mt_bench.read_answers` has `truncated` or `overflow`."""
+    choice = next(choice for choice in row["choices"] if choice["index"] == row["choice"])
+    return choice.get(name) in (True, [True])
 
 
 def distinct(answers: list[Answer]) -> list[Answer]:
