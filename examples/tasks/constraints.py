@@ -14,6 +14,7 @@ What the checkers count
   follows an ellipsis or a closing quote.
 - Words and letters are compared without regard to case. A word is found as a whole: "art" is not
   in "party", but it is in "art's" and "art-lover". é is another letter than e.
+- "Twice" and "one word in capitals" ask for as many or more; "exactly" and "at most" say so.
 - A list has at least two lines with a bullet (-, *, •) or with a number (1. or 1)). JSON may
   stand in a code fence.
 - An answer without a word meets nothing. Otherwise silence would avoid every comma.
@@ -145,8 +146,8 @@ def begin_with(answer: str, word: str) -> Found:
 
 def end_with(answer: str, word: str) -> Found:
     last = answer.rsplit(maxsplit=1)[-1]
-    bare = last.rstrip(CLOSING + "".join(STOPS)).lstrip(OPENING)
-    return bare.casefold() == word, f"ends with {last[-30:]}"
+    bare = last.rstrip(CLOSING + "".join(STOPS)).casefold()
+    return re.search(rf"(?<!\w){word}$", bare) is not None, f"ends with {last[-30:]}"
 
 
 def end_with_question(answer: str, _: None) -> Found:
@@ -210,6 +211,7 @@ class Kind(NamedTuple):
 
 LENGTH, WORDS, ENDS, MARKS, FORM = "length", "words", "beginning and end", "marks", "form"
 SOME = ("often", "simple", "people", "always")
+REPEATED = ("time", "many")
 COMMON = ("the", "and", "is", "of")
 FIRST = ("Today", "Sometimes", "Once")
 KINDS = {
@@ -218,11 +220,9 @@ KINDS = {
     "sentences": Kind(LENGTH, "Write exactly {}.", sentences_exactly, tuple(SENTENCES)),
     "sentences_at_most": Kind(LENGTH, "Use at most two sentences.", two_sentences_at_most),
     "use_word": Kind(WORDS, 'Use the word "{}".', use_word, SOME),
-    "use_word_twice": Kind(
-        WORDS, 'Use the word "{}" at least twice.', use_word_twice, ("time", "many")
-    ),
+    "use_word_twice": Kind(WORDS, 'Use the word "{}" twice.', use_word_twice, REPEATED),
     "avoid_word": Kind(WORDS, 'Do not use the word "{}".', avoid_word, COMMON),
-    "avoid_letter": Kind(WORDS, 'Do not use the letter "{}".', avoid_letter, ("b", "f", "k", "v")),
+    "avoid_letter": Kind(WORDS, 'Do not use the letter "{}".', avoid_letter, ("b", "k", "v")),
     "begin_with": Kind(ENDS, 'Begin with the word "{}".', begin_with, FIRST),
     "end_with": Kind(ENDS, 'The last word must be "{}".', end_with, ("today", "again", "more")),
     "end_with_question": Kind(ENDS, "End with a question mark.", end_with_question),
@@ -230,7 +230,7 @@ KINDS = {
     "digits": Kind(MARKS, "Use a number written in digits.", digits),
     "colon": Kind(MARKS, "Use a colon (:).", colon),
     "quotes": Kind(MARKS, 'Put a word in double quotes, "like" this.', quotes),
-    "capitals": Kind(MARKS, "Write at least one word in CAPITAL letters.", capitals),
+    "capitals": Kind(MARKS, "Write one word in CAPITAL letters.", capitals),
     "bullets": Kind(FORM, "Make a list with bullets (*).", bullets),
     "numbered_list": Kind(FORM, "Make a numbered list.", numbered_list),
     "json": Kind(FORM, 'Answer as JSON with the key "{}".', json_object, ("answer", "text")),
