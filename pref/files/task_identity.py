@@ -21,8 +21,26 @@ def identify(path: Path, data: Iterable[str] = ()) -> dict:
     Modules that are imported within functions count too. A package that is not installed has the
     version None. Raises UserError for a file that is no Python.
     """
-    folder = path.parent
-    beside, names = {path}, set()
+    files, names = sources_of(path)
+    return {
+        "file": path.name,
+        "sha256": hashes(path.parent, files | {*data}),
+        "packages": dict(sorted(map(version_of, names))),
+    }
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of those of the files that are there."""
+    return {
+        name: disk.sha256_file(folder / name) for name in sorted(names) if (folder / name).is_file()
+    }
+
+
+def sources_of(path: Path) -> tuple[set[str], set[str]]:
+    """A task's file and the modules beside it that it imports, relative to its folder; and the
+    modules that come with neither it nor Python. Raises UserError for a file that is no Python.
+    """
+    folder, beside, names = path.parent, {path}, set()
     waiting = [path]
     while waiting:
         file = waiting.pop()
@@ -32,16 +50,7 @@ def identify(path: Path, data: Iterable[str] = ()) -> dict:
                 names.add(name)
             waiting += found - beside
             beside |= found
-    files = {str(file.relative_to(folder)) for file in beside} | {*data}
-    return {
-        "file": path.name,
-        "sha256": {
-            name: disk.sha256_file(folder / name)
-            for name in sorted(files)
-            if (folder / name).is_file()
-        },
-        "packages": dict(sorted(map(version_of, names))),
-    }
+    return {str(file.relative_to(folder)) for file in beside}, names
 
 
 def parse(path: Path, must_be_valid: bool) -> ast.Module:

@@ -126,13 +126,14 @@ class Task:
         self.path, self.name = path, path.stem
         self.seconds, self.memory_mib, self.hash_seed = seconds, memory_mib, hash_seed
         self.late_files: set[str] = set()
-        before = task_identity.identify(path)
+        sources, _ = task_identity.sources_of(path)
+        before = task_identity.hashes(path.parent, sources)
         hello = self.start()
         self.data_files = {*hello.get("opened", ())}
         self.generation = check_generation(hello["generation"], path.name)
         self.explains: bool = hello["explains"]
         self.identity: dict = task_identity.identify(path, self.data_files)
-        if not before["sha256"].items() <= self.identity["sha256"].items():
+        if not before.items() <= self.identity["sha256"].items():
             raise self.changed()
 
     def __enter__(self) -> "Task":
