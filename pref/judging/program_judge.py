@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from collections.abc import Iterable
 
 from pref.files import tasks
@@ -24,6 +25,7 @@ from pref.judging import judges
 from pref.judging.benchmark import Bench, question_sha256, question_up_to
 from pref.judging.judges import Judge
 
+BATCH_S = 0.5  # what a kill may cost, and how long Ctrl-C waits
 # Answers in a row on which the task takes too long: the rest would, too.
 GIVE_UP_AFTER = 20
 
@@ -57,6 +59,7 @@ class Queue:
             self.questions[question_sha256(question, turn)] = question_up_to(question, turn)
         self.waiting: dict[Key, None] = {}  # in the order in which they are needed
         self.replies: dict[Key, dict] = {}
+        self.batch = 1  # answers; the first says how long one takes
         self.timeouts = 0  # since the last answer with a reply of another kind
         self.reported: set[str] = set()  # data files
 
@@ -79,10 +82,13 @@ class Queue:
         return reply
 
     def compute(self, key: Key) -> None:
-        """Score this answer, and with it those that come next."""
+        """Score this answer, and with it those that come next, as many as take BATCH_S."""
         self.waiting.pop(key, None)
-        keys = [key, *itertools.islice(self.waiting, tasks.BATCH - 1)]
+        keys = [key, *itertools.islice(self.waiting, self.batch - 1)]
+        begun = time.monotonic()
         found = self.task.score_some([(self.questions[sha256], text) for sha256, text in keys])
+        seconds = (time.monotonic() - begun) / len(found)
+        self.batch = max(1, min(tasks.BATCH, int(BATCH_S / max(seconds, 1e-9))))
         for one, result in zip(keys, found):
             self.replies[one] = as_reply(result, self.task.explains)
             self.waiting.pop(one, None)

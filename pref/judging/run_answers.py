@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pref.files import benchmarks, console, disk, mt_bench, run_folders
 from pref.files.benchmarks import MT_BENCH
 from pref.files.console import UserError
-from pref.judging.benchmark import PAIR, Bench
+from pref.judging.benchmark import PAIR, PROGRAM, Bench
 
 MOST_EMPTY = 0.1  # share of a run's answers that may have an empty or failed turn
 FAILED = "$ERROR$"  # what FastChat writes in place of an answer that could not be made
@@ -35,7 +35,8 @@ def read_runs(paths: list[Path], bench: Bench, allow_incomplete: bool) -> dict[P
             f"{answer_command(None, bench.name)} first"
         )
     if not allow_incomplete:
-        check_complete(runs, bench.name, turns=len(bench.turns))
+        turns, empty_counts = len(bench.turns), bench.grading != PROGRAM
+        check_complete(runs, bench.name, turns, empty_counts)
     if len(parents := {run.resolve().parent for run in runs}) > 1:
         raise UserError(
             f"runs of {len(parents)} results folders ({', '.join(map(str, sorted(parents)))}): "
@@ -130,11 +131,14 @@ def option_of(bench: Bench) -> str:
     return "--mt_bench" if bench.name == MT_BENCH else "--bench_data"
 
 
-def check_complete(runs: dict[Path, dict], bench: str = MT_BENCH, turns: int = 2) -> None:
+def check_complete(
+    runs: dict[Path, dict], bench: str = MT_BENCH, turns: int = 2, empty_counts: bool = True
+) -> None:
     """Raise UserError for a run that lacks answers another run has, or has many empty ones.
 
     Mean scores over different questions are not comparable. A run with many empty answers is more
-    likely broken than bad.
+    likely broken than bad, and not worth the money; empty_counts False, for a task's function,
+    which costs none and has a score for them: such answers belong to what is measured.
     """
     all_keys = set().union(*runs.values())
     for run, answers in runs.items():
@@ -149,7 +153,8 @@ def check_complete(runs: dict[Path, dict], bench: str = MT_BENCH, turns: int = 2
         empty = [
             question_id
             for (question_id, _), row in answers.items()
-            if has_failed(row["turns"], turns) or not all(turn.strip() for turn in row["turns"])
+            if has_failed(row["turns"], turns)
+            or (empty_counts and not all(turn.strip() for turn in row["turns"]))
         ]
         if len(empty) > MOST_EMPTY * len(answers):
             raise UserError(

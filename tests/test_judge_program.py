@@ -1,0 +1,306 @@
+"""judge.py --judge py:FILE: scores by a task's function, through the same store as any judge."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+from conftest import ROOT, write_jsonl
+from judge_workplace import ANSWERS, QUESTIONS, options
+from task_files import WORDS, write_answers, write_task
+
+import judge
+import prep_data
+from pref.files import disk, tasks
+from pref.files.console import UserError
+from pref.files.judgements import read_judgements
+from pref.judging import calls, judges, store
+
+pytest_plugins = ("judge_fixtures",)
+
+TEXTS = ["", "one", "one two three", "a b c d e f g", "w " * 40, "größer als \u202e 漢字 \x00"]
+LINES = [f'{{"question_id": {n}, "turns": ["Question {n}"], "most": {n}}}\n' for n in range(100)]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A task with its data, and the answers of two runs to both sets."""
+    folder = tmp_path_factory.mktemp("words")
+    task, out = write_task(folder), folder / "data/words"
+    prep_data.main([*options(task=task, num_train=6, num_test=5, out=out)])
+    for number, run in enumerate(("base", "dpo_b0.1_s42")):
+        for name, file in {"words": "test", "words_train": "train"}.items():
+            questions = out / f"{file}_questions.jsonl"
+            write_answers(folder / "results" / run, name, questions, TEXTS[number:], choices=4)
+    return folder
+
+
+@pytest.fixture
+def folder(prepared, tmp_path, monkeypatch):
+    """A copy of it, in which commands run."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def score(bench: str, *more: str, task: str = "words.py") -> int:
+    return judge.main(["results", "--bench", bench, "--judge", f"py:{task}", *more])
+
+
+def rows_of(bench: str, run: str = "base") -> list[dict]:
+    return read_judgements(disk.Path("results") / run / bench / "judgements.csv")
+
+
+def by_script(bench: str, file: str, run: str = "base") -> dict:
+    """What twenty lines that know nothing of the toolkit make of the same answers."""
+    spec = importlib.util.spec_from_file_location("task", "words.py")
+    task = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(task)
+    with open(f"data/words/{file}_questions.jsonl", encoding="utf-8") as lines:
+        questions = {row["question_id"]: row for row in map(json.loads, lines)}
+    scores = {}
+    with open(f"results/{run}/{bench}/answers.jsonl", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            question = questions[row["question_id"]]
+            for choice in row["choices"]:
+                key = (row["question_id"], choice["index"])
+                (text,) = choice["turns"]
+                scores[key] = (task.score(question, text), task.explain(question, text))
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("bench", "name", "file"),
+    [("words", "words", "test"), ("data/words/train_questions.jsonl", "words_train", "train")],
+)
+def test_scores_are_those_of_a_script_of_its_own(folder, capsys, bench, name, file):
+    assert score(bench) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for run in ("base", "dpo_b0.1_s42"):
+        rows, expected = rows_of(name, run), by_script(name, file, run)
+        found = {(row["question_id"], row["choice"]): row for row in rows}
+        assert len(rows) == len(expected) == {"test": 20, "train": 24}[file]
+        assert found.keys() == expected.keys()
+        for key, (number, words) in expected.items():
+            assert found[key]["score"] == number
+            assert json.loads(found[key]["judgement"]) == words
+        assert {(r["grading"], r["judge"], r["bench"], r["status"]) for r in rows} == {
+            ("program", "py:words.py", name, "ok")
+        }
+        assert {row["category"] for row in rows} == {"strict", "loose"}
+        mean = sum(number for number, _ in expected.values()) / len(expected)
+        (line,) = (line for line in lines if line.startswith(f"{run} "))
+        assert line.split()[1:3] == [f"{mean:.4f}", f"{len(rows)}/{len(rows)}"]
+    with tasks.open_task("words.py") as task:
+        settings = {"method": "program", **task.identity}
+    assert json.loads(rows[0]["judge_settings"]) == settings
+
+
+def test_what_is_scored_is_not_scored_again_and_the_path_is_no_matter(folder, monkeypatch, capsys):
+    assert score("words") == 0
+    asked = []
+    monkeypatch.setattr(tasks.Task, "score_some", lambda self, answers: asked.append(answers))
+    (folder / "link").symlink_to(folder)
+    for path in ("./words.py", str(folder / "words.py"), "link/../words.py", "link/words.py"):
+        assert score("words", task=path) == 0
+    assert not asked and "0 to make" in capsys.readouterr().out
+    assert judges.recorded_name("py:link/words.py") == "py:words.py"
+    assert len({row["judge_id"] for row in rows_of("words")}) == 1
+    assert store.judgement_counts(folder / "results", "py:words.py", "words")["base"] == (20, 0)
+
+
+def test_another_version_of_the_task_is_another_judge(folder):
+    assert score("words") == 0
+    before = {(row["question_id"], row["choice"]): row["score"] for row in rows_of("words")}
+    write_task(folder, WORDS.replace("1 / (1 + over)", "1 / (1 + over) / 2"))
+    assert score("words") == 0
+    by_judge: dict[str, dict] = {}
+    for row in rows_of("words"):
+        of_judge = by_judge.setdefault(row["judge_id"], {})
+        of_judge[row["question_id"], row["choice"]] = row["score"]
+    old, new = sorted(by_judge.values(), key=lambda scores: -sum(scores.values()))
+    assert old == before and new == {key: value / 2 for key, value in before.items()}
+
+
+def test_a_changed_row_is_scored_again(folder):
+    """The checker's fields are no part of what the model was asked, and decide the score."""
+    assert score("words") == 0
+    path = folder / "data/words/test_questions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"most": 0}) + "\n" for row in rows))
+    assert score("words") == 0
+    for row in rows_of("words"):
+        number = by_script("words", "test")[row["question_id"], row["choice"]][0]
+        assert row["score"] == number
+    assert len(rows_of("words")) == 20
+
+
+def test_faults_are_failures_with_reasons_and_can_be_tried_again(folder, capsys, monkeypatch):
+    text = WORDS.replace(
+        "over = max", "if len(answer) == 3: raise ValueError('three')\n    over = max"
+    )
+    write_task(folder, text)
+    assert score("words") == 1
+    rows = rows_of("words")
+    failed = [row for row in rows if row["status"] == "program_error"]
+    assert failed and all(row["score"] is None for row in failed)
+    assert all(
+        "words.py:" in row["judgement"] and "ValueError: three" in row["judgement"]
+        for row in failed
+    )
+    assert {row["status"] for row in rows} == {"ok", "program_error"}
+    printed = capsys.readouterr().out
+    assert f"{len(failed)} program_error" in printed and "column judgement" in printed
+    asked = []
+    some = tasks.Task.score_some
+    monkeypatch.setattr(
+        tasks.Task, "score_some", lambda task, answers: asked.extend(answers) or some(task, answers)
+    )
+    assert score("words") == 1 and not asked
+    assert score("words", "--retry_failed") == 1
+    assert {answer for _, answer in asked} == {"one"}
+
+
+def test_a_task_that_always_fails_stops_the_command(folder, capsys):
+    write_many(folder)
+    write_task(folder, WORDS.replace("over = max", "over = answer.no_such"))
+    with pytest.raises(
+        UserError, match=r"none of the first 20 replies .*20 program_error"
+    ) as caught:
+        score("many.jsonl")
+    assert "AttributeError" in str(caught.value) and "question 0" in str(caught.value)
+    rows = rows_of("many")
+    assert len(rows) == calls.NO_VERDICT_AFTER
+
+
+def write_many(folder):
+    """Thirty questions in a file of the user's own, and answers as other programs write them."""
+    (folder / "many.jsonl").write_text("".join(LINES))
+    rows = [
+        {"question_id": n, "choices": [{"index": 0, "turns": [f"answer {n}"]}]}
+        for n in range(len(LINES))
+    ]
+    write_jsonl(folder / "results/base/many/answers.jsonl", rows)
+
+
+def test_answers_that_take_for_ever_stop_the_command(folder, monkeypatch):
+    """The first ones have a score, so that it is no matter of the judge as a whole."""
+    write_many(folder)
+    loops = "while question['question_id'] > 3: pass\n    over = max"
+    write_task(folder, WORDS.replace("over = max", loops))
+    monkeypatch.setattr("pref.judging.program_judge.GIVE_UP_AFTER", 2)
+    monkeypatch.setitem(tasks.open_task.__kwdefaults__, "seconds", 0.3)
+    with pytest.raises(UserError, match="3 answers in a row took too long.*question 6.*next ans"):
+        score("many.jsonl")
+    assert [row["status"] for row in rows_of("many")] == ["ok"] * 4 + ["program_timeout"] * 2
+
+
+def test_any_benchmarks_answers_can_be_scored(workplace, tmp_path):
+    """MT-Bench: each turn, with the question's row up to it."""
+    text = """
+        def questions(*_): return []
+        def score(question, answer): return len(question["turns"]) / 2
+        def explain(question, answer):
+            return {"text": " | ".join([question["category"], *question["turns"], answer])}
+    """.replace("\n        ", "\n")
+    task = write_task(tmp_path / "t", text, "turns.py")
+    command = [
+        str(workplace / "results"),
+        "--mt_bench",
+        str(workplace / "mt"),
+        "--judge",
+        f"py:{task}",
+    ]
+    assert judge.main([*command, "--allow_incomplete"]) == 0
+    rows = read_judgements(workplace / "results/base/mt_bench/judgements.csv")
+    assert len(rows) == 6
+    asked = {question["question_id"]: question for question in QUESTIONS}
+    for row in rows:
+        number, turn = row["question_id"], row["turn"]
+        assert row["score"] == turn / 2
+        seen = [
+            asked[number]["category"],
+            *asked[number]["turns"][:turn],
+            ANSWERS[number][turn - 1],
+        ]
+        assert json.loads(row["judgement"])["text"] == " | ".join(seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--bench", "words", "--judge", "gpt-5"], "has no prompts for it"),
+        (["--bench", "words", "--judge", "hf:x"], "has no prompts for it"),
+        (["--bench", "words", "--judge", "py:no.py"], "no.py: no such file"),
+        (["--bench", "words", "--judge", "py:"], "--judge is missing"),
+        (["--bench", "other", "--judge", "py:words.py"], "data/other: no such folder"),
+        (["--bench", "other.jsonl", "--judge", "py:words.py"], "no such file of questions"),
+        (["--bench", "words", "--judge", "py:words.py", "--baseline", "base"], "by itself"),
+        (["--bench", "words", "--judge", "py:words.py", "--repeats", "2"], "same score again"),
+        (["--bench", "words", "--judge", "py:words.py", "--max_usd", "2"], "costs nothing"),
+        (["--bench", "words", "--judge", "py:words.py", "--max_tokens", "2"], "writes no text"),
+        (["--bench", "words", "--judge", "py:words.py", "--verdict", "last"], "py:FILE"),
+        (["--bench", "words", "--judge", "py:words.py", "--base_url", "http://x"], "py:FILE"),
+        (["--validate", "--judge", "py:words.py"], "--validate compares"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(folder, arguments, says):
+    with pytest.raises(UserError) as caught:
+        judge.main(["results", *arguments])
+    assert says in str(caught.value)
+    assert not (folder / "results/judgements.sqlite").exists()
+
+
+def test_a_dry_run_costs_and_scores_nothing(folder, capsys):
+    assert score("words", "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert "40 judgements of 2 runs" in printed and "no dollars" in printed
+    assert not (folder / "results/base/words/judgements.csv").exists()
+    assert (
+        judge.main(["--bench", "words", "--judge", "py:words.py", *options(runs=3), "--dry_run"])
+        == 0
+    )
+    assert "15 scores" in capsys.readouterr().out
+
+
+def test_a_judge_that_is_killed_goes_on_where_it_was(folder):
+    """kill -9 while it scores: what is in the store is not scored again, and nothing is lost."""
+    write_many(folder)
+    kills = """import os
+    with open("log", "a") as log:
+        log.write("x")
+    if question["question_id"] == 80 and not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getppid(), 9)
+    over = max"""
+    write_task(folder, WORDS.replace("over = max", kills))
+    child = os.fork()
+    if child == 0:
+        score("many.jsonl")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with closing(sqlite3.connect("results/judgements.sqlite")) as db:
+        (before,) = db.execute("SELECT COUNT(*) FROM judgements").fetchone()
+    assert 1 < before <= 80
+    time.sleep(0.1)  # the task's process has seen the end of its requests
+    (folder / "log").unlink()
+    assert score("many.jsonl") == 0
+    assert len((folder / "log").read_text()) == len(LINES) - before
+    with tasks.open_task(write_task(folder)) as task:
+        questions = [json.loads(line) for line in LINES]
+        expected = [task.score(row, f"answer {n}").score for n, row in enumerate(questions)]
+    assert [row["score"] for row in rows_of("many")] == expected
+
+
+def test_judging_by_a_program_loads_no_torch(folder):
+    code = "import sys, judge; judge.main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    command = ["results", "--bench", "words", "--judge", "py:words.py"]
+    done = subprocess.run([sys.executable, "-c", code, *command], env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0
