@@ -50,10 +50,8 @@ LIARS = {
     "huge": ("return 10 ** 400", "range", "no float can hold"),
     "text": ("return '0.5'", "range", "gave the text '0.5'"),
     "bool": ("return True", "range", "gave True"),
-    "none": ("pass", "range", "gave None"),
+    "none": ("return None", "range", "gave None"),
     "loops": ("while True: pass", "timeout", "takes longer than 0.3 s"),
-    "sleeps": ("import time; time.sleep(60)", "timeout", "takes longer than 0.3 s"),
-    "backtracks": ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", "timeout", "than 0.3 s"),
     "hoards": ("return len([bytearray(2 ** 34)])", "memory", "needs more memory"),
     "prints": ("[print('x' * 2 ** 20) for _ in range(2 ** 10)]", "output", "prints more than"),
 }  # fmt: skip
@@ -68,10 +66,16 @@ def is_pipe(number):
 """
 
 
-def liar(name: str) -> str:
-    """A task whose score does what LIARS says when the answer is "lie", and gives 0.5 otherwise."""
-    body = f"if answer != 'lie': return 0.5\n    {LIARS[name][0]}"
-    return f"def questions(*_): return []\n{IS_PIPE}\ndef score(question, answer):\n    {body}\n"
+def liar(*names: str) -> str:
+    """A task whose score does what LIARS says of the answer, and gives 0.5 to any other."""
+    bodies = "".join(f"    if answer == {name!r}: {LIARS[name][0]}\n" for name in names)
+    score = bodies.replace(": while", ":\n        while")
+    return f"""
+def questions(*_): return []
+{IS_PIPE}
+def score(question, answer):
+{score}    return 0.5
+"""
 
 
 def write_task(folder: Path, text: str = WORDS, name: str = "words.py") -> Path:

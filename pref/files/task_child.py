@@ -125,7 +125,8 @@ class Child:
                 text = error.msg
         except BaseException:  # the error is the task's own class
             text = ""
-        name, text = type(error).__name__, " ".join(text.split())[:300]
+        text = " ".join(text.encode("utf-8", "backslashreplace").decode().split())[:300]
+        name = type(error).__name__
         own = [place for place in places if place[0].startswith(self.folder + os.sep)]
         where = f"{os.path.relpath(own[-1][0], self.folder)}:{own[-1][1]}: " if own else ""
         return f"{where}{name}: {text}" if text else f"{where}{name}"

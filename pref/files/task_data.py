@@ -137,13 +137,7 @@ def check_scores(task: Task, again: Task, answers: Sequence[Answer]) -> Checked:
     seconds = (time.monotonic() - begun) / max(1, len(answers))
     others = [checked(score) for score in scored_in_batches(again, answers[::-1])][::-1]
     for (row, answer), one, two in zip(answers, scores, others):
-        if one != two:
-            what = "score" if one.score != two.score else "explain"
-            gave = f"{one.score:g} and {two.score:g}" if what == "score" else "different words"
-            raise UserError(
-                f"{task.path.name}: question {row['question_id']}: {what}(...) gives {gave} for "
-                f"the same answer, {answer[:40]!r}; it must depend on question and answer alone"
-            )
+        tasks.check_same(task, row, answer, one, two)
     return Checked(scores, seconds)
 
 

@@ -320,6 +320,18 @@ def check_generation(given, name: str) -> dict:
     return benchmarks.check_generation(GENERATION | given, where)
 
 
+def check_same(task: Task, question: dict, answer: str, one: Scored, two: Scored) -> None:
+    """Raise UserError if two processes disagree about an answer."""
+    if one == two:
+        return
+    what = "score" if one.score != two.score else "explain"
+    gave = f"{one.score:g} and {two.score:g}" if what == "score" else "different words"
+    raise UserError(
+        f"{task.path.name}: question {question['question_id']}: {what}(...) gives {gave} for the "
+        f"same answer, {answer[:40]!r}; it must depend on question and answer alone"
+    )
+
+
 def late_file_note(name: str) -> str:
     """What is wrong with a data file that a task opens after its import."""
     return (

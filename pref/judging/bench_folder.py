@@ -30,6 +30,11 @@ def resolve(args: argparse.Namespace) -> None:
     if not path.is_file():
         raise UserError(f"--bench {path}: no such file of questions")
     found = benchmarks.folder_of_questions(path)
+    if found is None and path.stem in benchmarks.PREPARED_BY:
+        raise UserError(
+            f"--bench {path}: {path.stem} is a benchmark's name, and this file is not in its data "
+            "folder; rename the file"
+        )
     args.bench = found.name if found else run_folders.check_run_id(path.stem, path)
     args.bench_data, args.bench_file = path.parent, path
 

@@ -5,7 +5,8 @@ its `explain` says is kept as the judgement. FILE runs in a process with limits
 (pref/files/tasks.py). An answer on which it fails has a reason and no score.
 
 judge.py asks for one score at a time, a pipe is fast with many. So the judge is told of all answers
-beforehand (`prepare`), and asked for one it scores those that come next as well.
+beforehand (`prepare`), and asked for one it scores those that come next as well. Some of them are
+scored in two processes first: a task that draws its scores is refused.
 
 Who judged is told by the file's content, that of the modules beside it, and the versions of its
 packages. Another version of the file is another judge; another path to it is not.
@@ -26,6 +27,8 @@ from pref.judging.benchmark import Bench, question_sha256, question_up_to
 from pref.judging.judges import Judge
 
 BATCH_S = 0.5  # what a kill may cost, and how long Ctrl-C waits
+# Answers, spread over all, that are scored in a second process too; and how long that may take.
+CHECKED, CHECKED_S = 32, 3.0
 # Answers in a row on which the task takes too long: the rest would, too.
 GIVE_UP_AFTER = 20
 
@@ -64,8 +67,23 @@ class Queue:
         self.reported: set[str] = set()  # data files
 
     def prepare(self, requests: Iterable[dict]) -> None:
-        """Note the answers of all requests that will be made."""
+        """Note the answers of all requests that will be made. Raises UserError for a task that
+        gives an answer two scores: no number of such a task is kept.
+        """
         self.waiting |= dict.fromkeys(map(key_of, requests))
+        keys, until = list(self.waiting), time.monotonic() + CHECKED_S
+        with tasks.open_task(self.task.path, hash_seed=1) as again:
+            for key in keys[:: max(1, len(keys) // CHECKED)][:CHECKED]:
+                self.check(key, again)
+                if time.monotonic() > until:
+                    break
+
+    def check(self, key: Key, again: Task) -> None:
+        """Score an answer here and in another process. One without a score has its reason later."""
+        pair = self.questions[key[0]], key[1]
+        one, two = self.task.score_some([pair])[0], again.score_some([pair])[0]
+        if isinstance(one, Scored) and isinstance(two, Scored):
+            tasks.check_same(self.task, *pair, one, two)
 
     def ask(self, request: dict) -> dict:
         """The reply to a request. Raises UserError when the task does not come back any more."""
@@ -106,5 +124,6 @@ def as_reply(result: Scored | TaskFault, explains: bool) -> dict:
     if isinstance(result, TaskFault):
         return {"status": result.status, "judgement": result.text}
     words = {"text": result.text, "scores": result.scores}
-    text = json.dumps(words, ensure_ascii=False) if explains else None
-    return {"status": "ok", "score": result.score, "judgement": text}
+    # A lone surrogate, which the store cannot hold, stays the escape that JSON has for it.
+    text = json.dumps(words, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return {"status": "ok", "score": result.score, "judgement": text if explains else None}
