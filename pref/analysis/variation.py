@@ -4,6 +4,7 @@ Functions on arrays, on top of SciPy; "table" is as in stats.py: (S, Q) scores o
 by Q questions.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -207,6 +208,7 @@ def expected_best(selected_by: list[float], scores: list[float], budget: int) ->
     return sum(math.comb(rank, budget - 1) / total * scores[i] for rank, i in enumerate(order))
 
 
+@functools.cache
 def expected_normal_maximum(n: int) -> float:
     """Expected maximum of n independent standard normal variables: 0, 0.56, 0.85, 1.03, ..."""
     nodes, weights = np.polynomial.legendre.leggauss(400)
