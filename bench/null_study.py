@@ -91,7 +91,7 @@ def study(args: argparse.Namespace) -> dict:
             stages.run("train_pref.py", *which, *data, TRAIN, steps)
 
     # 3) Answers to other questions, their scores, and what the analysis makes of them.
-    stages.run("gen_mtbench.py", *base, f"--kl --bench {name} --num_choices 2", *answers)
+    stages.run("gen_mtbench.py", *base, f"--bench {name} --num_choices 2", *answers)
     stages.run("judge.py", results, f"--bench {name} --judge", judge)
     claims = out / "claims.json"
     claims.write_text(json.dumps(CLAIMS, indent=1), encoding="utf-8")
@@ -140,7 +140,7 @@ def main() -> None:
     add("out", type=Path, metavar="OUT", help="folder for data and results")
     add("--model", type=Path, required=True, help="folder of a chat model")
     add("--task", type=Path, default=ROOT / "examples/tasks/sentiment.py", metavar="FILE")
-    add("--steps", type=int, default=10, help="optimiser steps of 8 pairs (default: 10)")
+    add("--steps", type=int, default=8, help="optimiser steps of 8 pairs (default: 8)")
     add("--tokens", type=int, default=24, help="longest answer (default: 24)")
     add("--train_questions", type=int, default=80, help="(default: 80)")
     add("--test_questions", type=int, default=64, help="(default: 64)")
