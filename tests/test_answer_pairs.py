@@ -333,6 +333,16 @@ def test_incomplete_sets_say_so(folder):
     assert "questions with fewer than 5 answers: 5 (first: 1)" in notes
 
 
+def test_numbers_written_as_text(folder):
+    """As other programs write them."""
+    rows = [row for _, row in disk.read_jsonl(folder / "answers.jsonl")]
+    for row in rows:
+        row["question_id"] = str(row["question_id"])
+        row["choices"] = [one | {"index": str(one["index"])} for one in row["choices"]]
+    disk.write_jsonl(folder / "answers.jsonl", rows)
+    assert len(said(prepare(folder)[0])) == 4
+
+
 def test_both_answers_may_repeat_the_prompt(folder):
     """They are the model's own: nothing is cut off what was scored."""
     answers = {n: [(f"{ask(n)} Yes.", 1.0), (f"{ask(n)} No.", 0.0)] for n in (1, 2)}

@@ -101,7 +101,7 @@ def read(folder: Path, judge: str | None = None, questions: Path | None = None) 
     left_out: list[dict] = []
     answers: dict[int, list[Answer]] = {}
     for question_id, group in by_question(given).items():
-        usable = [usable_answer(path, row, scores, left_out) for row in group]
+        usable = [usable_answer(path, key, given[key], scores, left_out) for key in group]
         answers[question_id] = distinct([answer for answer in usable if answer])
     counts = {
         "questions": len(answers),
@@ -219,11 +219,11 @@ def read_prompts(path: Path, answers_path: Path, answers: dict[AnswerKey, dict])
     return {question_id: turns[0] for question_id, turns in turns_of.items()}
 
 
-def by_question(answers: dict[AnswerKey, dict]) -> dict[int, list[dict]]:
-    """Rows of `answers` by question, in the order of the choices."""
-    groups: dict[int, list[dict]] = defaultdict(list)
+def by_question(answers: Iterable[AnswerKey]) -> dict[int, list[AnswerKey]]:
+    """The choices of each question, in order."""
+    groups: dict[int, list[AnswerKey]] = defaultdict(list)
     for key in sorted(answers):
-        groups[key.question_id].append(answers[key])
+        groups[key.question_id].append(key)
     return groups
 
 
@@ -242,9 +242,11 @@ def incomplete(answers: dict[AnswerKey, dict], asked: Iterable[int], choices: in
 # ---- answers that can be in a pair ---------------------------------------------------------------
 
 
-def usable_answer(path: Path, row: dict, scores: Scores, left_out: list[dict]) -> Answer | None:
+def usable_answer(
+    path: Path, key: AnswerKey, row: dict, scores: Scores, left_out: list[dict]
+) -> Answer | None:
     """The answer of a row, or None and a record in `left_out`."""
-    key, (text,) = AnswerKey(row["question_id"], row["choice"]), row["turns"]
+    (text,) = row["turns"]
     if reason := why_unusable(row, text, key, scores):
         place = f"{path}: question {key.question_id}, choice {key.choice}"
         left_out.append(audit.drop_record("train", place, f"answer: {reason}", text))
