@@ -159,8 +159,8 @@ class Study(NamedTuple):
 
 
 def ranked_right(margin: Tensor) -> Tensor:
-    """1 where the margin is above 0, 0 where it is below, 1/2 for a tie: every LoRA starts with
-    rho = 0 on all pairs.
+    """1 where the margin is above 0, 0 where it is below, 1/2 for a tie: a policy that starts as
+    its reference has rho = 0 on all pairs.
     """
     return (margin > 0).double() + 0.5 * (margin == 0).double()
 
@@ -378,7 +378,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
         # 4) Base model, adapter and reference. Only now is it known whether weights and token ids
         #    are those of the run that the folder holds.
         policy, base = assembly.build_policy(args, ranks)
-        record |= reference.identity(base, args.init_adapter_sha256, pairs)
+        record |= reference.identity(base, reference.adapter_of(record), pairs)
         run_folder.check_same_run(folder, record)
         splits = assembly.load_splits(args, ranks, policy, packing, record, rows, pairs)
 
@@ -466,23 +466,32 @@ def check_first_batch(study: Study, training: Split) -> None:
     part = training.part(first)
     sums = policy_sums(study, part)
     logps = torch.stack([sums["chosen"], sums["rejected"]], dim=1)
-    gates.check_step0(logps, part, getattr(torch, args.dtype), "training pairs of the first step")
+    check_start(study, part, logps, "training pairs of the first step")
+
+
+def check_start(study: Study, split: Split, logps: Tensor, what: str) -> float:
+    """The gate on some pairs: the policy, whose log-probs are `logps` (pairs, 2), equals its
+    reference; where it starts elsewhere, the reference is what it was. Returns the mean difference,
+    nats per token.
+    """
+    dtype = getattr(torch, study.args.dtype)
+    if study.args.reference_model == "start":
+        return gates.check_step0(logps, split, dtype, what)
+    return gates.check_reference(study.policy, split, study.packing, study.ranks, dtype, what)
 
 
 def keep_evaluation(study: Study, val: Split, folder: Path, log: Log, epoch: float) -> None:
     """Evaluate, log it, and keep the adapter if it is the best by acc_ref so far; in a tie the
     earlier step stays the best.
     """
-    args, ranks, progress = study.args, study.ranks, study.progress
+    ranks, progress = study.ranks, study.progress
     metrics, logps = evaluate(study, val)
     log.line({"step": progress.step, "epoch": epoch, **metrics})
     rows = run_folder.pair_rows(val, progress.step, logps)
     accuracy = metrics["eval/acc_ref"]
     if progress.step == 0:
-        # The adapter is still the identity: the gate, and the rows that the best step is compared
-        # with.
-        dtype = getattr(torch, args.dtype)
-        progress.step0_difference = gates.check_step0(logps, val, dtype, "validation pairs")
+        # Nothing is trained yet: the gate, and the rows that the best step is compared with.
+        progress.step0_difference = check_start(study, val, logps, "validation pairs")
         if ranks.main:
             run_folder.write_pairs(folder, rows)
     else:

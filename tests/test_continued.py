@@ -16,7 +16,7 @@ import train_pref
 from pref.files import disk
 from pref.files.console import UserError
 from pref.model.architecture import Architecture
-from pref.training import arguments, checkpoint, reference, run_folder, settings
+from pref.training import arguments, checkpoint, reference, run_folder, start_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -161,15 +161,19 @@ def test_a_reference_is_of_the_adapter_as_it_is_scaled(tmp_path, stopped, start)
     path = shutil.copytree(adapter, tmp_path / "adapter") / "adapter_config.json"
     config = json.loads(path.read_text())
 
-    def files(**changes) -> dict:
+    def files(*more, **changes) -> dict:
         path.write_text(json.dumps(config | changes))
-        args = arguments.parse_args(["--init_adapter", str(path.parent)])
-        record = vars(settings.with_init_adapter(args))
+        args = arguments.parse_args(["--init_adapter", str(path.parent), *more])
+        record = vars(start_adapter.with_start(args))
         keys = reference.identity(
-            reference.BaseHashes("model", "loaded"), record["init_adapter_sha256"], {"val": []}
+            reference.BaseHashes("model", "loaded"), reference.adapter_of(record), {"val": []}
         )
         return reference.cache_files(tmp_path, record | keys)["val"]
 
     assert files() == files(lora_dropout=0.3)
     variants = [{}, {"lora_alpha": 2 * config["lora_alpha"]}, {"use_rslora": True}]
-    assert len({files(**changes) for changes in variants}) == 3
+    of_start = {files(**changes) for changes in variants}
+    assert len(of_start) == 3
+    # The bare base is one more, whichever adapter the policy starts from.
+    of_base = {files("--reference", "base", **changes) for changes in variants}
+    assert len(of_base) == 1 and not of_base & of_start

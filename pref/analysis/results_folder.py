@@ -47,7 +47,7 @@ NOT_SETTINGS = {
     *("merged_boundaries", "dropped_pairs", "template_date", "template_thoughts"),
 }
 # Options that older runs lack, with the value that they had.
-LATER_OPTIONS = {"append_eos": False}
+LATER_OPTIONS = {"append_eos": False, "reference_model": "start", "round": 1}
 CURVE_KEYS = (
     *("loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr", "anchor"),
     *("eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean"),
@@ -175,6 +175,8 @@ def is_setting(key: str, value, args: dict) -> bool:
         return True  # the value of such a loss depends on how its batches are cut
     if key in LATER_OPTIONS and value == LATER_OPTIONS[key]:
         return False
+    if key == "init_adapter_sha256" and (args.get("round") or 1) > 1:
+        return False  # each seed of a later round starts from its own adapter of the round before
     return key not in NOT_SETTINGS
 
 

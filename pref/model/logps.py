@@ -10,6 +10,7 @@ reach the head, and no (N, V) tensor is ever held. There are two heads: `TargetL
 log-probs alone, and `ResponseLogps.chunk`, which gives divergences and scores from the logits too.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -284,25 +285,30 @@ class ResponseLogps(nn.Module):
 
 
 @torch.no_grad()
-def check_logps(policy: ResponseLogps, batch: Batch, plain: Batch) -> None:
+def check_logps(
+    policy: ResponseLogps, batch: Batch, plain: Batch, has_adapter: bool = False
+) -> None:
     """Compare our log-probs of `batch` with the architecture's own forward and unmodified attention
     on the same pairs as a `plain` batch.
 
     How far two right computations are apart is measured, not assumed: the architecture's own
-    forward is run with each of its attentions, which differ by rounding alone.
+    forward is run with each of its attentions, which differ by rounding alone. has_adapter: the
+    adapter has been trained before; then it is PEFT's own code that computes it there.
 
     Raises UserError if ours differ by more than that.
     """
     causal, name = policy.causal[0], type(policy.causal[0]).__name__
     with lora.dropout(policy, active=False), torch.compiler.set_stance("force_eager"):
         ours = policy(batch).logps
-        expected = policy(plain, own_attention="eager").logps
-        rounding = 0.0
-        # Where packed attention or sdpa was decided upon, its own sdpa is right too.
-        has_sdpa = getattr(causal, "_supports_sdpa", False)
-        if causal.config._attn_implementation != "eager" and has_sdpa:
-            other = policy(plain, own_attention="sdpa").logps
-            rounding = (other - expected).abs().mean().item()
+        with lora.forward_of_peft(policy) if has_adapter else nullcontext():
+            expected = policy(plain, own_attention="eager").logps
+            rounding = 0.0
+            # Where packed attention or sdpa was decided upon, its own sdpa is right too.
+            has_sdpa = getattr(causal, "_supports_sdpa", False)
+            if causal.config._attn_implementation != "eager" and has_sdpa:
+                other = policy(plain, own_attention="sdpa").logps
+                rounding = (other - expected).abs().mean().item()
+    own = f"{name} and PEFT" if has_adapter else name
     difference = (ours - expected).abs().mean().item()
     tolerance = OWN_TOLERANCE[next(causal.parameters()).dtype] + 2 * rounding
     if not expected.isfinite().all():
@@ -316,7 +322,7 @@ def check_logps(policy: ResponseLogps, batch: Batch, plain: Batch) -> None:
             remedy = "it computes something that this engine does not know; use another model"
         raise UserError(
             f"log-probabilities differ by {difference:.3g} nats per token from the own forward of "
-            f"{name}, where rounding explains {tolerance:.2g}: {remedy}"
+            f"{own}, where rounding explains {tolerance:.2g}: {remedy}"
         )
 
 

@@ -5,8 +5,8 @@ A LoRA layer adds a product of two small matrices to a frozen linear layer:
     y = base(x) + scaling * dropout(x) A^T B^T      A (r, in), B (out, r), scaling = alpha / r
 
 B starts at zero, so that an untrained adapter is the identity and the policy equals its reference.
-With --init_adapter training starts from another run's adapter, and that start is part of the
-reference: its A and B are kept next to the trained ones (`initial_A`, `initial_B`).
+With --init_adapter training starts from another run's adapter. With --reference start that start
+is part of the reference: its A and B are kept next to the trained ones (`initial_A`, `initial_B`).
 """
 
 import copy
@@ -67,12 +67,13 @@ def add_lora(
     targets: str,
     seed: int,
     init: Path | None = None,
+    is_reference: bool = True,
 ) -> PeftModel:
     """`base` with LoRA adapters in fp32: A random from `seed` (the same for every loss), B zero.
 
     targets: 'all-linear' (every linear layer but the output head) or module names with commas.
-    init: the folder of an adapter to start from, which is then part of the reference too; its
-    config replaces r, alpha and targets.
+    init: the folder of an adapter to start from; its config replaces r, alpha and targets.
+    is_reference: it is part of the reference too; if not, the reference is `base` alone.
 
     Raises UserError if the targets are not in the model or `init` does not fit it.
     """
@@ -110,7 +111,7 @@ def add_lora(
             module.forward = MethodType(lora_forward, module)
             module.initial_A = module.initial_B = None
     if init is not None:
-        start_from(model, init)
+        start_from(model, init, is_reference)
     return model
 
 
@@ -274,8 +275,9 @@ def lora_layers(file) -> list[str]:
     return sorted(match[1] for match in matches if match)
 
 
-def start_from(model: PeftModel, folder: Path) -> None:
-    """Copy the adapter weights in `folder` into `model`, and keep a second copy for the reference.
+def start_from(model: PeftModel, folder: Path, is_reference: bool) -> None:
+    """Copy the adapter weights in `folder` into `model`; if it is part of the reference, keep a
+    second copy for it.
 
     Raises UserError if they cannot be read or do not fit.
     """
@@ -306,6 +308,8 @@ def start_from(model: PeftModel, folder: Path) -> None:
                 raise UserError(f"{folder}: does not fit this model ({name} has another shape)")
             with torch.no_grad():
                 parameter.copy_(start)
+            if not is_reference:
+                continue
             # A buffer instead of the attribute, so that it moves with the layer.
             delattr(layer, f"initial_{side}")
             layer.register_buffer(f"initial_{side}", parameter.detach().clone(), persistent=False)
@@ -348,7 +352,7 @@ def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Context in which `model` is the frozen reference: every LoRA layer is its base alone, or has
-    the weights of --init_adapter.
+    the weights of --init_adapter (`add_lora`, is_reference).
 
     Not PEFT's `disable_adapter`, which also switches `requires_grad` and so confuses FSDP's
     parameter groups.
@@ -361,6 +365,20 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+@contextmanager
+def forward_of_peft(model: nn.Module) -> Iterator[None]:
+    """Context in which PEFT's own code computes the LoRA layers, for comparison with ours."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and "forward" in vars(m)]
+    ours = [layer.forward for layer in layers]
+    for layer in layers:
+        del layer.forward
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, ours):
+            layer.forward = forward
 
 
 def only_adapter_trains(model: nn.Module) -> None:

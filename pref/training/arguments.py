@@ -129,8 +129,18 @@ OPTIMISATION = (
 )
 MODEL = (
     Argument("init_adapter", Path, affects="place").describe(
-        "LoRA adapter to start from, of SFT for example; it is part of the reference, and sets "
-        "r, alpha and targets"
+        "finished run (results/RUN) or folder of a LoRA adapter to start from; it sets r, alpha "
+        "and targets"
+    ),
+    # In args.json `reference` has always been the keys of the reference's log-probs.
+    Argument("reference_model", ("start", "base"), "start", flag="reference").describe(
+        "with --init_adapter, the reference of the loss: the policy as this training starts, or "
+        "the base model"
+    ),
+    Argument("round", int, None, range=ABOVE_0).describe(
+        "with --init_adapter, which round of training on the model's own answers this is; above 1 "
+        "the run is named by it (default: one more than that of the run it starts from; 1 from "
+        "SFT, or from an adapter's folder)"
     ),
     Argument("lora_r", int, 64, range=LORA_RANKS, tag="r").describe("rank r of the LoRA matrices"),
     Argument("lora_alpha", int, 16, range=ABOVE_0, tag="a").describe(
@@ -259,7 +269,7 @@ def load_own_loss(argv: list[str] | None) -> str | None:
     spec = parser.parse_known_args(argv)[0].loss_file
     if spec is None:
         return None
-    taken = {"help", *DEFAULTS} - loss_arguments().keys()
+    taken = {"help", *DEFAULTS, *(a.flag for a in ARGUMENTS)} - loss_arguments().keys()
     try:
         name = loss_options.load_loss_file(spec)
     except ValueError as error:

@@ -15,7 +15,7 @@ from pref.model.logps import ResponseLogps, check_logps
 from pref.model.lora import add_lora, tied_head_warning
 from pref.model.packing import Packing, make_batch
 from pref.model.ranks import Ranks
-from pref.training import arguments, gates, run_folder, run_id, schedule, settings
+from pref.training import arguments, gates, run_folder, run_id, schedule, settings, start_adapter
 from pref.training.reference import BaseHashes, Split, cache_files, reference_logps
 
 
@@ -32,7 +32,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
     """Check everything that can be checked without weights. Raises UserError."""
     # 1) The arguments, alone and together, and a loss from --loss_file.
     arguments.check_args(args, ranks.world)
-    args = settings.with_init_adapter(args)
+    started = start_adapter.with_start(args)
     parameters = arguments.loss_parameters(args)
     own_loss = arguments.check_own_loss(args, parameters)
 
@@ -55,7 +55,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
 
     # 3) The run's name, from what the user gave; then the model's files, and each `auto`, resolved
     #    for this device.
-    args = settings.replaced(args, run_id=run_id.choose(args, parameters))
+    args = settings.replaced(started, run_id=run_id.choose(args, started, parameters))
+    if start_adapter.is_missing(args):
+        args = start_adapter.check_missing(args, ranks)
     files = weights.find_model(args.model, needs_weights=args.dry_run is None)
     args = settings.for_device(args, files, ranks)
     return Prepared(
@@ -64,7 +66,9 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
 
 
 def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, BaseHashes]:
-    """The base model with its adapter, sharded over ranks, and which base model it is."""
+    """The base model with its adapter, sharded over ranks, and which base model it is. Raises
+    UserError if the adapter of --init_adapter does not fit it.
+    """
     dtype, device = getattr(torch, args.dtype), ranks.device
     if args.shard == "full" and ranks.world > 1:
         # Rank 0 loads the weights into RAM; the others get their shards from it.
@@ -75,6 +79,7 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
         model = weights.identity(weights.find_model(args.model))
         hashes = BaseHashes(model, loading.fingerprint(base))
     hashes = ranks.from_main(hashes)
+    start_adapter.check_base(args, hashes, ranks)
     adapted = add_lora(
         base,
         r=args.lora_r,
@@ -83,6 +88,7 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
         targets=args.lora_targets,
         seed=args.seed,
         init=args.init_adapter,
+        is_reference=args.reference_model == "start",
     )
     if warning := tied_head_warning(adapted):
         ranks.print(f"warning: {warning}")
@@ -110,7 +116,7 @@ def load_splits(
     probe = gates.probe_of(pairs["val"])
     ours = make_batch(probe, packing, ranks.device)
     plain = make_batch(probe, packing._replace(padded=True, shared=False), ranks.device)
-    check_logps(policy, ours, plain)
+    check_logps(policy, ours, plain, has_adapter=args.init_adapter is not None)
     files = cache_files(args.data, record)
     references = {
         split: reference_logps(policy, pairs[split], packing, files, ranks, split)

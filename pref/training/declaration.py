@@ -53,6 +53,7 @@ class Argument(NamedTuple):
     affects: str = "result"  # a key of AFFECTS
     options: dict | None = None  # further keywords of argparse's add_argument
     help: str = ""
+    flag: str = ""  # on the command line, where it is not the name, which args.json has
 
     def describe(self, help: str) -> "Argument":
         """The same argument with its help text, which names the unit."""
@@ -71,7 +72,7 @@ class Argument(NamedTuple):
         if kind.get("action") != "store_true" and self.default is not None:
             text += " (default %(default)s)"
         options = {"default": self.default, "help": text, **kind, **(self.options or {})}
-        group.add_argument(f"--{self.name}", **options)
+        group.add_argument(f"--{self.flag or self.name}", dest=self.name, **options)
 
     def check(self, value: float) -> None:
         """Raise ValueError if `value` is outside the argument's range."""

@@ -11,10 +11,12 @@ from pref.files.console import UserError
 from pref.model import sharding
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, trainable
+from pref.model.packing import Packing
 from pref.model.ranks import Ranks
+from pref.training import reference
 from pref.training.reference import Split, response_lengths
 
-# Mean |policy - reference| per response token (nats) at step 0, where the adapter is the identity.
+# Mean |policy - reference| per response token (nats) at step 0, where the policy is the reference.
 # It is not zero: the two passes put a pair into different micro-batches, and matrix products then
 # round differently. The mean is taken because in bf16 a single short response can be off by 0.1,
 # while a stale reference or other weights move all responses.
@@ -38,11 +40,38 @@ def check_step0(logps: Tensor, split: Split, dtype: torch.dtype, what: str) -> f
     logps: (pairs, 2) the policy's log-probs, summed over tokens; chosen, rejected. what: names the
     pairs.
     """
+    return check_difference(logps, split, dtype, what, "policy")
+
+
+def check_reference(
+    policy: ResponseLogps,
+    split: Split,
+    packing: Packing,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    what: str,
+) -> float:
+    """The same of the reference, computed anew, where the policy does not start from it
+    (--reference base): it must still be what the cache has. That the policy is its base with the
+    start adapter was compared with PEFT (`check_logps`).
+    """
+    tokens = reference.compute(policy, split.pairs, packing, ranks, f"{what} again")
+    policy.reshard()
+    now = reference.Reference(split.pairs, tokens).sums
+    return check_difference(now, split, dtype, what, "base model")
+
+
+def check_difference(
+    logps: Tensor, split: Split, dtype: torch.dtype, what: str, whose: str
+) -> float:
+    """Mean |logps - reference| per response token (nats). Raises UserError if it is above
+    STEP0_TOLERANCE.
+    """
     per_token = (logps - split.reference.sums).abs() / response_lengths(split.pairs)  # (pairs, 2)
     difference = per_token.mean().item()
     if not difference <= STEP0_TOLERANCE[dtype]:  # NaN fails too
         raise UserError(
-            f"before training, the policy differs from its reference by {difference:.3g} nats per "
+            f"before training, the {whose} differs from its reference by {difference:.3g} nats per "
             f"token on the {what} (tolerance {STEP0_TOLERANCE[dtype]} in {dtype}): either the "
             f"cached reference is stale (delete {' and '.join(map(str, split.reference.files))}), "
             "or the weights change between two forward passes"

@@ -201,7 +201,8 @@ def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -
     # 2) Adapter (fp32, one layer gathered in the compute dtype, a copy if it is part of the
     #    reference) and optimiser (two moments and the gradient, fp32).
     trainable = sum(p.numel() for p in with_lora(base, args).parameters() if p.requires_grad)
-    reference_adapter = trainable * 4 if args.init_adapter else 0
+    is_copied = args.init_adapter and args.reference_model == "start"
+    reference_adapter = trainable * 4 if is_copied else 0
     adapter = trainable * 4 / world + trainable / layers * width + reference_adapter
     optimiser = trainable * 12 / world
 

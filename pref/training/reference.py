@@ -111,11 +111,17 @@ def identity(base: BaseHashes, adapter: str | None, pairs: dict[str, list[TokenP
     same ones. `base_sha256` and `reference` are as version 1.0.0 wrote them, whose runs have no
     `model_sha256`.
 
-    adapter: hash of --init_adapter, which is then part of the reference; or None.
+    adapter: hash of the adapter that is part of the reference, or None (`adapter_of`).
     """
     model = base.loaded if adapter is None else disk.sha256_json([base.loaded, adapter])
     keys = {split: reference_key(model, pairs[split]) for split in pairs}
     return {"model_sha256": base.model, "base_sha256": base.loaded, "reference": keys}
+
+
+def adapter_of(record: dict) -> str | None:
+    """The hash of --init_adapter if it is part of the reference (--reference start), else None."""
+    is_part = record.get("reference_model", "start") == "start"
+    return record.get("init_adapter_sha256") if is_part else None
 
 
 def cache_files(data: Path, record: dict) -> dict[str, Path]:
@@ -123,7 +129,7 @@ def cache_files(data: Path, record: dict) -> dict[str, Path]:
     can outlive a change of the other's pairs.
     """
     parts = [record["model_sha256"], record["reference"]]
-    if record.get("init_adapter_sha256"):  # the hash of its weights, which these two scale
+    if adapter_of(record):  # the hash of its weights, which these two scale
         parts.append([record["lora_r"], record["lora_alpha"]])
     key = disk.sha256_json(parts)[:24]
     return {
@@ -183,8 +189,8 @@ def write_cache(path: Path, tokens: Tensor) -> None:
 def compute(
     policy: ResponseLogps, pairs: list[TokenPair], packing: Packing, ranks: Ranks, what: str
 ) -> Tensor:
-    """Per-token log-probs (all response tokens,) of `pairs` without the trained adapter, computed
-    by all ranks together. what: names the pairs in the progress bar.
+    """Per-token log-probs (all response tokens,) of `pairs` under the reference (`policy` with
+    `lora.adapter_off`), computed by all ranks together. what: names the pairs in the progress bar.
     """
     starts = response_starts(pairs)
     tokens = torch.zeros(starts[-1])

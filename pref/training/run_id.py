@@ -3,7 +3,7 @@
 import argparse
 
 from pref.files import run_folders
-from pref.training import arguments, loss_options, settings
+from pref.training import arguments, loss_options, settings, start_adapter
 
 # What precedes a value in the run id, in this order.
 RUN_ID_TAGS = arguments.RUN_ID_TAGS | {"init_adapter_sha256": "init"}
@@ -13,7 +13,8 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
     """Loss, beta, tau and seed, then every other setting that differs from its default:
     td_dpo_b2.5_t2_s42, dpo_b0.1_s42_mean_lr2e-05.
 
-    args: from settings.with_init_adapter. parameters: the loss's own, complete.
+    args: as typed, with what start_adapter.with_start says of reference, round and hash.
+    parameters: the loss's own, complete.
     """
     # 1) What is always part of it.
     parts = [args.loss]
@@ -35,11 +36,13 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
             if getattr(args, key) != getattr(defaults, key):
                 changed[key] = getattr(args, key)
 
-    # 3) A start adapter's hash says what its r, alpha and targets are.
-    if args.init_adapter:
+    # 3) A start adapter's hash says what its r, alpha and targets are. A later round is named as
+    #    its first round is, before there is an adapter to hash.
+    is_later = (args.round or 1) > 1
+    if args.init_adapter and not is_later:
         for key in ("lora_r", "lora_alpha", "lora_targets"):
             changed.pop(key, None)
-        changed["init_adapter_sha256"] = args.init_adapter_sha256[:8]
+        changed["init_adapter_sha256"] = (args.init_adapter_sha256 or "")[:8]
 
     # 4) In the order of the table; parameters of a loss of the user's own come after it.
     for key in [*RUN_ID_TAGS, *(key for key in parameters if key not in RUN_ID_TAGS)]:
@@ -48,6 +51,12 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
             parts.append(text.replace(",", "+").replace("_", "-"))
     if args.mode == "trial":
         parts.append("trial")
+
+    # 5) At the end, so that the ids of a point's rounds begin alike.
+    if args.init_adapter and args.reference_model == "base":
+        parts.append("refbase")
+    if is_later:
+        parts.append(f"round{args.round}")
     return "_".join(parts)
 
 
@@ -58,17 +67,24 @@ def value_text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def choose(args: argparse.Namespace, parameters: dict) -> str:
-    """--run_id, or what was varied. Raises UserError if it cannot be the name of a folder."""
-    made = args.run_id or run_id_of(args, parameters, arguments.parse_args([]))
+def choose(args: argparse.Namespace, started: argparse.Namespace, parameters: dict) -> str:
+    """--run_id, or what was varied. args: as typed. started: from start_adapter.with_start. Raises
+    UserError if it cannot be the name of a folder.
+    """
+    of_start = ("init_adapter_sha256", "round", "reference_model")
+    named = settings.replaced(args, **{key: getattr(started, key) for key in of_start})
+    made = args.run_id or run_id_of(named, parameters, arguments.parse_args([]))
     return run_folders.check_run_id(made)
 
 
 def run_id_from(argv: list[str]) -> str:
-    """The run id that train_pref.py would choose for these arguments. Raises UserError for
-    arguments that it would refuse.
+    """The run id that train_pref.py would choose for these arguments. The adapter of --init_adapter
+    need not exist where --round or --run_id names the run. Raises UserError for arguments that
+    train_pref.py would refuse.
     """
     args = arguments.parse_args(argv)
     arguments.check_args(args, world=1)
-    args = settings.with_init_adapter(args)
-    return choose(args, arguments.loss_parameters(args))
+    parameters, started = arguments.loss_parameters(args), start_adapter.with_start(args)
+    if start_adapter.is_missing(started) and not args.run_id and (args.round or 1) == 1:
+        raise start_adapter.missing(started.init_adapter)
+    return choose(args, started, parameters)

@@ -1,7 +1,7 @@
 """From the arguments as typed to the arguments as run: how each `auto` is resolved.
 
     arguments.parse_args
-      -> with_init_adapter   lora_r, lora_alpha, lora_targets, init_adapter_sha256
+      -> start_adapter.with_start    lora_r, lora_alpha, lora_targets, init_adapter_sha256, round
       -> for_device          quant, dtype
       -> for_attention       packing, prefix_sharing
       -> as_begun            compile, checkpointing of a run that is continued
@@ -13,12 +13,10 @@ Every function returns a changed copy; none writes into the Namespace that it is
 import argparse
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from losses import COUPLES_BATCH
 from pref.files import disk
 from pref.files.console import UserError
-from pref.model import architecture, loading, lora, weights
+from pref.model import architecture, loading, weights
 from pref.model.packing import Packing
 from pref.model.ranks import Ranks
 from pref.training import arguments
@@ -31,43 +29,6 @@ SETTLED_LATE = arguments.names_affecting("kernel")
 def replaced(args: argparse.Namespace, **values) -> argparse.Namespace:
     """A copy of `args` with these values."""
     return argparse.Namespace(**(vars(args) | values))
-
-
-def with_init_adapter(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with r, alpha and targets of --init_adapter, and the hash of its weights and of how
-    they are scaled, where that is not by alpha / r. Raises UserError if other values were given
-    along with it.
-    """
-    if args.init_adapter is None:
-        return replaced(args, init_adapter_sha256=None)
-    config = lora.lora_config(args.init_adapter)
-    of_adapter = {
-        "lora_r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_targets": target_names(args.init_adapter),
-    }
-    for key, value in of_adapter.items():
-        if getattr(args, key) not in (value, arguments.DEFAULTS[key]):
-            raise UserError(
-                f"--{key} {getattr(args, key)}: the adapter in --init_adapter has {value}; "
-                "leave it out"
-            )
-    sha256 = disk.sha256_file(args.init_adapter / "adapter_model.safetensors")
-    if config.use_rslora:  # alpha / sqrt(r)
-        sha256 = disk.sha256_json([sha256, "rslora"])
-    return replaced(args, **of_adapter, init_adapter_sha256=sha256)
-
-
-def target_names(adapter: Path) -> str:
-    """The modules that the weights in `adapter` belong to, in the form of --lora_targets: last
-    names, sorted, joined by commas ("k_proj,q_proj").
-    """
-    try:
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            layers = lora.lora_layers(file)
-    except SafetensorError as error:
-        raise UserError(f"{adapter}: adapter_model.safetensors cannot be read ({error})") from None
-    return ",".join(sorted({layer.rpartition(".")[2] for layer in layers}))
 
 
 def for_device(
