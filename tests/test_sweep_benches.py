@@ -119,7 +119,7 @@ def test_what_is_missing_is_named_by_benchmark(study):
 )
 def test_benchmarks_that_are_not_known(names, said):
     with pytest.raises(UserError, match=said):
-        grid.check_benches(names.split())
+        grid.check_benches(names.split(), grid.DEFAULTS)
 
 
 def test_a_setting_for_one_benchmark(tmp_path, monkeypatch):

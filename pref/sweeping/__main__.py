@@ -19,11 +19,24 @@ Axes       LOSSES BETAS TAUS BETA_MIXES SEEDS LRS LOGP: values separated by spac
            overrides BETAS for that loss. In LOSSES, FILE.py:NAME is a loss of your own. The line
            `AXIS lora_r 16 64` makes an axis of any other argument of train_pref.py, the
            parameters of your own losses included; its environment variable is AXIS_lora_r.
+Drawn      LRS loguniform 5e-6 5e-5 x 6: six values drawn instead of listed (or uniform), the same
+           ones for every loss. They depend on DRAW_SEED (default 42) and the axis' name; a larger
+           number adds values. Two drawn axes are combined like listed ones. --list shows them.
 Settings   MODEL DATA MT_BENCH RESULTS JUDGE BASE_URL STAGES. TRAIN_ARGS, GEN_ARGS, JUDGE_ARGS and
            ANALYZE_ARGS hold further arguments of a stage; TRAIN_ARGS_dlrml is added for that loss.
 Benchmarks BENCHES mt_bench alpaca_eval: what is answered and judged, with the files that
-           prep_data.py wrote to MT_BENCH and to BENCH_DATA/alpaca_eval. GEN_ARGS, JUDGE_ARGS, JUDGE
-           and BASE_URL can be set for one: JUDGE_ARGS_alpaca_eval replaces JUDGE_ARGS there.
+           prep_data.py wrote to MT_BENCH and to BENCH_DATA/alpaca_eval; a folder of your own in
+           BENCH_DATA too. GEN_ARGS, JUDGE_ARGS, JUDGE and BASE_URL can be set for one:
+           JUDGE_ARGS_alpaca_eval replaces JUDGE_ARGS there.
+Task       TASK examples/tasks/sentiment.py: questions that a program scores. It is the benchmark
+           unless BENCHES names others, and its own judge. Its questions are written to
+           BENCH_DATA/sentiment if they are missing, with TASK_ARGS for prep_data.py --task.
+Rounds     ROUNDS 2 (needs TASK, takes the place of DATA): the pairs of round 1 are made of the
+           base's answers to the task's train questions; every later round answers, scores, makes
+           pairs and trains on from where the last one ended. The run of round 2 of a point is
+           <run_id>_round2. REFERENCE start (default; the policy at the start of a round) or base;
+           ROUND_GEN_ARGS for gen_mtbench.py (default --num_choices 4 --temperature 1), PAIRS_ARGS
+           for prep_data.py --from_answers. All of this belongs to the stage train.
 Placement  GPUS_PER_RUN (default 1): GPUs per run. As many runs at a time as there are GPUs for, or
            JOBS of them. Without a GPU: JOBS (default 1) runs of NPROC (default 1) ranks. --nodes N
            spreads a run over N machines (RDZV=host:port, or Slurm's).
@@ -41,7 +54,7 @@ import subprocess
 
 from pref.files import console, disk
 from pref.files.console import UserError
-from pref.sweeping import commands, grid, preflight, status
+from pref.sweeping import commands, grid, preflight, rounds, status, task_data
 from pref.sweeping.grid import Study
 from pref.sweeping.scheduler import Scheduler, Stop
 
@@ -91,7 +104,7 @@ def sweep(study: Study) -> int:
     with Stop() as stop:
         scheduler = Scheduler(study, stop)
         if "train" in study.stages:
-            scheduler.train()
+            rounds.train(scheduler) if study.rounds else scheduler.train()
         for stage, bench in commands.later_stages(study):
             if not stop.signal:
                 scheduler.run_stage(stage, bench)
@@ -131,9 +144,34 @@ def report(study: Study, scheduler: Scheduler) -> int:
     scheduler.log("end", study.results.name, counts)
     for name in diverged:
         print(f"diverged, which is a result: {name}, after {summaries[name]['steps']} steps")
+    for name, why in status.dropped_runs(study).items():
+        print(f"dropped, which follows from a result: {name}: {why}")
     if missing:
         status.print_missing(study, missing)
     return 1 if missing else 0
+
+
+def list_points(study: Study) -> None:
+    """Print the values of drawn axes, then the number and run id of each run."""
+    for name, values in grid.drawn_axes(study.settings).items():
+        print(f"# {name} drawn: {' '.join(values)}")
+    for point in study.points:
+        print(f"{point.index}\t{point.run_id}")
+
+
+def print_commands(study: Study) -> None:
+    """Every command of the study, in order."""
+    todo, devices = [], commands.slots_of(study)[0]
+    if task_data.is_missing(study):
+        todo.append(task_data.prepare_command(study))
+    if "train" in study.stages:
+        for number in range(1, max(point.round for point in study.points) + 1):
+            points = [point for point in study.points if point.round == number]
+            todo += rounds.commands_of_round(study, number) if study.rounds else []
+            todo += [commands.train_command(study, point, devices) for point in points]
+    todo += [commands.stage_command(study, *stage) for stage in commands.later_stages(study)]
+    for command in todo:
+        print(f"+ {grid.display(command)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,22 +181,24 @@ def main(argv: list[str] | None = None) -> int:
 
     # 2) Options that only look.
     if args.list:
-        for point in study.points:
-            print(f"{point.index}\t{point.run_id}")
+        list_points(study)
         return 0
     if args.status:
         return status.print_status(study)
     grid.check_judge_is_named(study)
     if args.dry_run:
-        commands.print_commands(study)
+        print_commands(study)
         return 0
 
-    # 3) One point: a task of an array, next to others. It takes no lock on the whole grid, and
+    # 3) The task's questions, which the checks and all stages need.
+    task_data.prepare(study)
+
+    # 4) One point: a task of an array, next to others. It takes no lock on the whole grid, and
     #    the checks were made once, by --preflight.
     if args.index is not None:
         return sweep(study)
 
-    # 4) The grid: checks first, then one scheduler at a time per results folder.
+    # 5) The grid: checks first, then one scheduler at a time per results folder.
     preflight.preflight(study)
     if args.preflight:
         return 0

@@ -11,10 +11,10 @@ import torch
 
 from pref import ROOT
 from pref.files.console import UserError
-from pref.sweeping import grid
 from pref.sweeping.grid import Point, Study
 
 SCRIPTS = {
+    "prep": "prep_data.py",
     "train": "train_pref.py",
     "gen": "gen_mtbench.py",
     "judge": "judge.py",
@@ -113,12 +113,16 @@ def stage_command(
     """The command of a stage after training. bench: whose questions are answered or judged. runs:
     run folders, instead of all results.
     """
+    return stage_process(study, stage, stage_arguments(study, stage, bench, runs))
+
+
+def stage_process(study: Study, stage: str, given: list[str]) -> list[str]:
+    """What starts a stage with the arguments `given`: answers are made on all GPUs."""
     start, devices = [sys.executable], gpus()
-    answers_here = stage == "gen" and "--base_url" not in study.of_bench("GEN_ARGS", bench)
-    if answers_here and len(devices) > 1:
+    if stage == "gen" and "--base_url" not in given and len(devices) > 1:
         one_machine = study._replace(args=argparse.Namespace(nodes=1))
         start = launcher(one_machine, len(devices), "gen")
-    return [*start, str(ROOT / SCRIPTS[stage]), *stage_arguments(study, stage, bench, runs)]
+    return [*start, str(ROOT / SCRIPTS[stage]), *given]
 
 
 def stage_arguments(
@@ -130,9 +134,7 @@ def stage_arguments(
     if stage == "gen":
         arguments += ["--base", "--model", settings["MODEL"]]
     if stage == "judge":
-        arguments += ["--judge", study.of_bench("JUDGE", bench)]
-        address = study.of_bench("BASE_URL", bench)
-        arguments += ["--base_url", address] if address else []
+        arguments += judge_of(study, bench)
     if bench in (None, "mt_bench"):
         arguments += ["--mt_bench", settings["MT_BENCH"]]
     else:
@@ -141,6 +143,18 @@ def stage_arguments(
         arguments += ["--data", settings["BENCH_DATA"]]
         arguments += ["--alpaca_eval", str(bench_folder(study, "alpaca_eval"))]
     return [*arguments, *shlex.split(study.of_bench(f"{stage.upper()}_ARGS", bench))]
+
+
+def judge_of(study: Study, bench: str | None) -> list[str]:
+    """The arguments that name the judge of a benchmark."""
+    named, address = study.of_bench("JUDGE", bench), study.of_bench("BASE_URL", bench)
+    return ["--judge", named, *(["--base_url", address] if address else [])]
+
+
+def judge_name(study: Study, bench: str) -> str:
+    """The judge of a benchmark as judgements name it: a task's file without its folder."""
+    prefix, colon, path = study.of_bench("JUDGE", bench).partition(":")
+    return f"{prefix}:{Path(path).name}" if prefix == "py" else f"{prefix}{colon}{path}"
 
 
 def bench_folder(study: Study, bench: str) -> Path:
@@ -160,12 +174,3 @@ def later_stages(study: Study) -> list[tuple[str, str | None]]:
 def stage_name(stage: str, bench: str | None) -> str:
     """What a stage is called in logs and messages: gen, or gen_alpaca_eval."""
     return stage if bench in (None, "mt_bench") else f"{stage}_{bench}"
-
-
-def print_commands(study: Study) -> None:
-    """Every command of the study, in order."""
-    devices = slots_of(study)[0]
-    for point in study.points if "train" in study.stages else ():
-        print(f"+ {grid.display(train_command(study, point, devices))}")
-    for stage, bench in later_stages(study):
-        print(f"+ {grid.display(stage_command(study, stage, bench))}")

@@ -4,7 +4,8 @@
 
 A line of a grid file is a name and its value, `BETAS 0.01 0.05`. An environment variable of the
 same name overrides it. `NAME_loss` applies to one loss only. `AXIS clip 0.1 0.5` makes an axis of
-any other argument of train_pref.py; its environment variable is AXIS_clip.
+any other argument of train_pref.py; its environment variable is AXIS_clip. An axis may be drawn
+(draws.py), and a study may have a task and rounds (task_settings.py).
 """
 
 import argparse
@@ -12,13 +13,16 @@ import itertools
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from losses import LOSSES
 from pref import ROOT
+from pref.files import run_folders
 from pref.files.console import UserError
 from pref.judging.benchmarks import BENCHMARKS
+from pref.sweeping import draws, task_settings
 from pref.training import arguments, loss_options
 from pref.training.run_id import run_id_from
 
@@ -52,7 +56,8 @@ SETTING_DEFAULTS = {
     "GEN_ARGS": "",
     "JUDGE_ARGS": "",
     "ANALYZE_ARGS": "",
-}
+    "DRAW_SEED": "42",
+} | task_settings.DEFAULTS
 PLACEMENT_DEFAULTS = dict.fromkeys(("GPUS_PER_RUN", "NPROC", "JOBS"), "")
 DEFAULTS = AXIS_DEFAULTS | SETTING_DEFAULTS | PLACEMENT_DEFAULTS
 PER_LOSS = (*AXES, "TRAIN_ARGS")  # these names may carry the suffix _loss
@@ -63,9 +68,11 @@ OWN_AXIS = "AXIS_"  # AXIS_clip: an axis of the argument --clip
 class Point(NamedTuple):
     """A run of the grid."""
 
-    index: int
+    index: int  # of the combination of axes; the runs of all its rounds have the same
     run_id: str
     arguments: list[str]  # of train_pref.py
+    round: int = 1
+    start: str = run_folders.BASE_RUN  # the run whose answers its pairs are made of (ROUNDS)
 
 
 class Study(NamedTuple):
@@ -85,6 +92,16 @@ class Study(NamedTuple):
     def benches(self) -> list[str]:
         """The benchmarks whose questions are answered and judged, in the order of BENCHES."""
         return self.settings["BENCHES"].split()
+
+    @property
+    def task(self) -> str:
+        """The name of the study's task; "" if it has none."""
+        return task_settings.name_of(self.settings)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of pairs from the models' own answers; 0: the pairs are those in DATA."""
+        return task_settings.rounds_of(self.settings)
 
     def of_bench(self, name: str, bench: str | None) -> str:
         """The value of a setting, which may be one in PER_BENCH, for one benchmark."""
@@ -135,9 +152,9 @@ def grid_path(name: str) -> Path:
     return paths[0]
 
 
-def is_setting(key: str) -> bool:
+def is_setting(key: str, benches: Iterable[str] = BENCHMARKS) -> bool:
     prefixes = (OWN_AXIS, *(f"{name}_" for name in PER_LOSS))
-    of_bench = {f"{name}_{bench}" for name in PER_BENCH for bench in BENCHMARKS}
+    of_bench = {f"{name}_{bench}" for name in PER_BENCH for bench in benches}
     return key in DEFAULTS or key in of_bench or key.startswith(prefixes)
 
 
@@ -145,17 +162,29 @@ def read_grid(path: Path) -> dict[str, str]:
     """The settings in a grid file. Raises UserError with file and line for an unknown name or one
     that is given twice.
     """
-    settings = {}
+    settings, line_of = {}, {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         key, value = split_setting(line.partition("#")[0])
-        if key and not is_setting(key):
-            known = ", ".join([*DEFAULTS, "AXIS name"])
-            raise UserError(f"{path}:{number}: {key} is not an axis or setting; these are: {known}")
         if key in settings:
             raise UserError(f"{path}:{number}: {key} is given twice; put its values on one line")
         if key:
-            settings[key] = value
+            settings[key], line_of[key] = value, number
+    benches = benches_named(settings)
+    for key, number in line_of.items():
+        if not is_setting(key, benches):
+            known = ", ".join([*DEFAULTS, "AXIS name"])
+            raise UserError(f"{path}:{number}: {key} is not an axis or setting; these are: {known}")
     return settings
+
+
+def benches_named(in_file: dict[str, str]) -> set[str]:
+    """The benchmarks that settings may be for: those that judge.py knows, and those that the file
+    or the environment names.
+    """
+    both = (in_file, os.environ)
+    named = [name for one in both for name in one.get("BENCHES", "").split()]
+    tasks = [task_settings.name_of(one) for one in both]
+    return {*BENCHMARKS, *named, *tasks} - {""}
 
 
 def split_setting(line: str) -> tuple[str, str]:
@@ -166,16 +195,19 @@ def split_setting(line: str) -> tuple[str, str]:
 
 def settings_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """All settings: defaults, then the file, then the environment; and the environment's alone."""
-    given = {key: value for key, value in os.environ.items() if is_setting(key) and value}
     in_file = read_grid(path)
+    benches = benches_named(in_file)
+    given = {key: value for key, value in os.environ.items() if is_setting(key, benches) and value}
     for name in PER_LOSS:
         if name in given:  # BETAS in the environment also replaces the file's BETAS_dlrml
             specific = f"{name}_"
             in_file = {k: value for k, value in in_file.items() if not k.startswith(specific)}
-    for name, bench in itertools.product(PER_BENCH, BENCHMARKS):
+    task = task_settings.name_of(in_file | given)
+    for name, bench in itertools.product(PER_BENCH, benches - {task}):
         if name in given:  # likewise JUDGE and the file's JUDGE_alpaca_eval, but not JUDGE_ARGS
             in_file.pop(f"{name}_{bench}", None)
-    return DEFAULTS | in_file | given, given
+    chosen = in_file | given
+    return task_settings.complete(DEFAULTS | chosen, set(chosen)), given
 
 
 def load_study(args: argparse.Namespace) -> Study:
@@ -184,7 +216,7 @@ def load_study(args: argparse.Namespace) -> Study:
     stages = re.split(r"[\s,]+", (args.stages or settings["STAGES"]).strip())
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise UserError(f"unknown stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
-    check_benches(settings["BENCHES"].split())
+    check_benches(settings["BENCHES"].split(), settings)
     for key in PLACEMENT_DEFAULTS:
         if settings[key] and not re.fullmatch(r"[1-9]\d*", settings[key]):
             raise UserError(f"{key}={settings[key]}: must be a whole number above 0")
@@ -198,19 +230,27 @@ def load_study(args: argparse.Namespace) -> Study:
     )
     if args.index is None:
         return study
-    if not 0 <= args.index < len(points):
-        last = len(points) - 1
+    own = [point for point in points if point.index == args.index]  # all its rounds
+    if not own:
+        last = max(point.index for point in points)
         raise UserError(f"--index {args.index}: the grid has points 0 to {last} (--list)")
-    return study._replace(points=[points[args.index]], stages=["train"])
+    return study._replace(points=own, stages=["train"])
 
 
-def check_benches(names: list[str]) -> None:
+def check_benches(names: list[str], settings: dict[str, str]) -> None:
+    """Raise UserError for a benchmark that neither judge.py nor a folder in BENCH_DATA knows."""
     known = ", ".join(BENCHMARKS)
     if not names:
         raise UserError(f"BENCHES: names no benchmark; these are known: {known}")
+    folder = Path(settings["BENCH_DATA"])
     for name in names:
-        if name not in BENCHMARKS:
-            raise UserError(f"BENCHES: there is no benchmark {name!r}; these are known: {known}")
+        is_own = run_folders.is_run_id(name) and (folder / name / "manifest.json").is_file()
+        if name not in BENCHMARKS and name != task_settings.name_of(settings) and not is_own:
+            raise UserError(
+                f"BENCHES: there is no benchmark {name!r}; these are known: {known}, and the "
+                f"folders with a manifest.json in BENCH_DATA={folder}, such as those that "
+                "prep_data.py --task writes"
+            )
         if names.count(name) > 1:
             raise UserError(f"BENCHES: {name} is given twice")
 
@@ -262,7 +302,32 @@ def expand(settings: dict[str, str]) -> list[Point]:
         given = arguments_of(settings, axes, chosen)
         run_id = run_id_from(given)
         points.setdefault(run_id, Point(len(points), run_id, given))
-    return list(points.values())
+
+    # 4) Each of them once more for each later round.
+    rounds = [list(points.values())]
+    for number in range(2, task_settings.rounds_of(settings) + 1):
+        rounds.append([next_round(point, number, settings) for point in rounds[-1]])
+    return [point for points in rounds for point in points]
+
+
+def next_round(point: Point, number: int, settings: dict[str, str]) -> Point:
+    """The run that continues `point`, a run of the round before, as round `number`.
+
+    Raises UserError if the runs of the grid start from an adapter already.
+    """
+    given = list(point.arguments)
+    if number == 2 and arguments.parse_args(given).init_adapter:
+        raise UserError(
+            "TRAIN_ARGS: with ROUNDS the sweep itself gives --init_adapter; leave it out"
+        )
+    first_id = point.run_id.removesuffix(task_settings.round_tag(number - 1, settings))
+    run_id = run_folders.check_run_id(first_id + task_settings.round_tag(number, settings))
+    if number > 2:
+        given = given[: given.index("--init_adapter")]
+    given[given.index("--data") + 1] = str(task_settings.pairs_folder(settings, point.run_id))
+    given += ["--init_adapter", str(Path(settings["RESULTS"]) / point.run_id)]
+    given += ["--reference", settings["REFERENCE"], "--round", str(number), "--run_id", run_id]
+    return Point(point.index, run_id, given, number, start=point.run_id)
 
 
 def load_loss(loss: str, settings: dict[str, str]) -> str:
@@ -318,7 +383,33 @@ def values_of(settings: dict[str, str], axis: str, parameter: str, loss: str) ->
     of_losses = parameter in arguments.loss_arguments()
     if of_losses and parameter not in loss_options.loss_defaults(loss):
         return ["default"]
-    return settings.get(f"{axis}_{loss}", settings[axis]).split() or ["default"]
+    text = settings.get(f"{axis}_{loss}", settings[axis])
+    if draws.is_drawn(text):
+        return drawn_values(settings, text, axis, parameter)
+    return text.split() or ["default"]
+
+
+def drawn_values(settings: dict[str, str], text: str, axis: str, parameter: str) -> list[str]:
+    """The values that `text` draws for an axis. Raises UserError for one that has no numbers."""
+    declared = {argument.name: argument for argument in arguments.ARGUMENTS}
+    kind = (declared | arguments.loss_arguments())[parameter].values
+    if kind not in (int, float):
+        name = draws.name_of(axis)
+        raise UserError(f"{name} {text}: --{parameter} takes no numbers; list its values")
+    return draws.values(text, axis, whole=kind is int, seed=settings["DRAW_SEED"])
+
+
+def drawn_axes(settings: dict[str, str]) -> dict[str, list[str]]:
+    """The values of each axis that is drawn, by its name: BETAS, or BETAS_dlrml if one loss has
+    its own.
+    """
+    losses = [loss_name(loss) for loss in settings["LOSSES"].split()]
+    found = {}
+    for axis, parameter in axes_of(settings, losses).items():
+        for name in (axis, *(f"{axis}_{loss}" for loss in losses)):
+            if draws.is_drawn(text := settings.get(name, "")):
+                found[draws.name_of(name)] = drawn_values(settings, text, axis, parameter)
+    return found
 
 
 def extra_arguments(settings: dict[str, str], loss: str) -> list[str]:

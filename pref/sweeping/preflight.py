@@ -22,7 +22,7 @@ from pref.files import console, disk, run_folders
 from pref.files.console import UserError
 from pref.judging import benchmarks, costs, judges, server_judge
 from pref.model import server
-from pref.sweeping import commands, status
+from pref.sweeping import commands, grid, rounds, status
 from pref.sweeping.grid import Point, Study
 from pref.training.plan import shapes_of
 
@@ -51,11 +51,14 @@ def preflight(study: Study) -> None:
     todo = []
     if "train" in study.stages:
         todo = [p for p in study.points if status.summary_of(study.folder(p)) is None]
+    rounds_text = f" in {study.rounds} rounds" if study.rounds else ""
     print(
-        f"grid {study.args.grid}: {len(study.points)} runs, {len(todo)} to train; "
+        f"grid {study.args.grid}: {len(study.points)} runs{rounds_text}, {len(todo)} to train; "
         f"stages {', '.join(study.stages)}; results in {study.results}",
         flush=True,
     )
+    for name, values in grid.drawn_axes(study.settings).items():
+        print(f"{name} drawn: {' '.join(values)}", flush=True)
     problems: list[str] = []
 
     # 1) Files: data, questions, models.
@@ -65,6 +68,8 @@ def preflight(study: Study) -> None:
     # 2) Training: memory, disk space, hours. The dry run needs the files of step 1.
     if todo and not problems:
         with collecting(problems):
+            if study.rounds:
+                print(rounds.estimate_sampling(study, todo), flush=True)
             plan = plan_of(study, todo[0])
             for check in (check_memory, check_disk, estimate_hours):
                 with collecting(problems):
@@ -97,7 +102,8 @@ def collecting(problems: list[str]) -> Iterator[None]:
 def check_files(study: Study) -> None:
     settings = study.settings
     data = Path(settings["DATA"])
-    for path in [data / "train.jsonl", data / "val.jsonl"] if "train" in study.stages else []:
+    needs_data = "train" in study.stages and not study.rounds
+    for path in [data / "train.jsonl", data / "val.jsonl"] if needs_data else []:
         if not path.is_file():
             raise UserError(
                 f"DATA={data}: no {path.name} there; make it with prep_data.py --dataset ..."
@@ -135,7 +141,8 @@ def plan_of(study: Study, point: Point) -> Plan:
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        command = [sys.executable, str(ROOT / "train_pref.py"), *point.arguments]
+        given = rounds.planned_arguments(study, point, Path(folder) / "pairs")
+        command = [sys.executable, str(ROOT / "train_pref.py"), *given]
         command += ["--dry_run", str(ranks), "--plan_json", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | visible)
         if done.returncode:
@@ -207,7 +214,7 @@ def estimate_hours(study: Study, plan: Plan, todo: list[Point]) -> str:
     speed.
     """
     slots = commands.slots_of(study)
-    states = {p.run_id: status.state_of(study, p, set()) for p in study.points}
+    states = {p.run_id: status.state_of(study, p, {}) for p in study.points}
     seconds, basis = status.seconds_per_run(list(states.values())), "measured in this grid"
     if seconds is None:
         weights = sum(p.numel() for p in shapes_of(study.settings["MODEL"]).parameters())
@@ -239,6 +246,8 @@ def check_judge(study: Study, name: str) -> str:
     args = judge.parse_args(commands.stage_arguments(study, "judge", name))
     bench = benchmarks.read_bench(args)
     text = f"judge of {bench.title}: {args.judge}"
+    if args.judge.startswith("py:"):
+        return f"{text}, no dollars"
     if judges.kind_of(args.judge) != judges.SERVER:
         check_model("JUDGE", judges.path_of(args.judge))
         return f"{text}, on this machine, no dollars"

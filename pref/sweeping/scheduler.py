@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from pref.judging import run_answers, store
 from pref.judging.benchmarks import BENCHMARKS
 from pref.sweeping import commands, grid, status
 from pref.sweeping.grid import Point, Study
-from pref.training import signals
+from pref.training import reference, signals
 from pref.training.signals import SignalHandler
 
 POLL_S = 0.1
@@ -123,6 +124,7 @@ class Scheduler:
         self.jobs: list[Job] = []
         self.forwarded = 0  # the stop level that the jobs have been told
         self.reasons: dict[str, str] = {}  # why something failed, by run id or stage
+        self.dropped: dict[str, str] = {}  # why a run takes no part in its round, by run id
         self.reported_held: set[str] = set()  # runs whose other process was mentioned
         self.reference_cached = False  # the reference's log-probs are on disk
 
@@ -196,18 +198,21 @@ class Scheduler:
 
     # ---- training
 
-    def train(self) -> None:
-        """Train all points that have no summary yet, as many at a time as there are slots."""
+    def train(self, points: list[Point] | None = None) -> None:
+        """Train those of `points` (None: all of the study's) that have no summary yet, as many at a
+        time as there are slots.
+        """
         study = self.study
-        todo = [p for p in study.points if status.summary_of(study.folder(p)) is None]
+        points = study.points if points is None else points
+        todo = [p for p in points if status.summary_of(study.folder(p)) is None]
         waiting, free = deque(map(Waiting, todo)), commands.slots_of(study)
-        if len(study.points) > 1 and todo:
-            count = f"{len(todo)} of {len(study.points)} runs, {len(free)} at a time"
+        if len(points) > 1 and todo:
+            count = f"{len(todo)} of {len(points)} runs, {len(free)} at a time"
             self.log("training", study.results.name, count)
 
         # 1) Runs of an earlier scheduler that was killed may still be saving, on the GPUs that
         #    would be given out here. An array task (--index) has a GPU of its own.
-        while study.args.index is None and any(map(self.is_held, study.points)):
+        while study.args.index is None and any(map(self.is_held, points)):
             if self.stop.signal:
                 break
             time.sleep(POLL_S)
@@ -240,8 +245,10 @@ class Scheduler:
             if status.summary_of(self.study.folder(entry.point)):
                 waiting.remove(entry)  # the process that held it has finished it
                 return True
-            reference_lock = self.lock_reference()
-            if reference_lock is None and not self.reference_cached:
+            # In later rounds every run has pairs, and so reference log-probs, of its own.
+            shares_reference = entry.point.round == 1
+            reference_lock = self.lock_reference() if shares_reference else None
+            if shares_reference and reference_lock is None and not self.reference_cached:
                 return False  # another process computes the reference: all wait for it
             waiting.remove(entry)
             self.launch(entry, free, reference_lock)
@@ -340,75 +347,103 @@ class Scheduler:
         self.reasons[name] = why
         self.log("failed", name, why)
 
+    def drop(self, name: str, why: str) -> None:
+        """A run that cannot be, because of what an earlier round has come to."""
+        self.dropped[name] = why
+        self.log(status.DROPPED, name, why)
+
     # ---- the later stages
 
     def run_stage(self, stage: str, bench: str | None) -> None:
-        """Answers or judgements of a benchmark, or the analysis. Its log is printed when it has
-        ended.
-        """
+        """Answers or judgements of a benchmark, or the analysis."""
         name = commands.stage_name(stage, bench)
-        # 1) A judge of an earlier start may still be saving its replies.
         if stage == "judge":
-            while not self.stop.signal and self.is_locked(self.study.results, name, ".judge.lock"):
-                time.sleep(POLL_S)
-        if self.stop.signal:
-            return
+            self.wait_for_judge(name)
+        if not self.stop.signal:
+            with self.noting(name):
+                self.run_command(name, self.command_of(stage, bench))
 
-        # 2) Run it. The log may hold the output of earlier starts.
+    def wait_for_judge(self, name: str) -> None:
+        """A judge of an earlier start may still be saving its replies."""
+        while not self.stop.signal and self.is_locked(self.study.results, name, ".judge.lock"):
+            time.sleep(POLL_S)
+
+    @contextmanager
+    def noting(self, name: str) -> Iterator[None]:
+        """An error within is the reason why the stage `name` failed."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.fail(name, str(error))
+
+    def run_command(self, name: str, command: list[str], shown: bool = True) -> int | None:
+        """Run a command whose log is `name`, and log how it ended. Returns its exit code; None
+        after a signal. shown: print what it printed, when it has ended.
+        """
+        # 1) Run it. The log may hold the output of earlier starts.
         self.log("start", name)
         log, started = self.study.log(name), time.time()
         earlier_bytes = log.stat().st_size if log.exists() else 0
-        try:
-            code = self.wait_for(self.start(name, self.command_of(stage, bench), []))
-        except (UserError, OSError) as error:
-            self.fail(name, str(error))
-            return
+        code = self.wait_for(self.start(name, command, []))
 
-        # 3) Show what it printed, without the command line and without progress bars.
-        with open(log, "rb") as file:
-            file.seek(earlier_bytes)
-            text = file.read().decode("utf-8", "replace")
-        lines = [line for line in text.split("\n")[1:] if "\r" not in line]
-        print("\n".join(lines).rstrip(), flush=True)
+        # 2) Show what it printed, without the command line and without progress bars.
+        if shown:
+            with open(log, "rb") as file:
+                file.seek(earlier_bytes)
+                text = file.read().decode("utf-8", "replace")
+            lines = [line for line in text.split("\n")[1:] if "\r" not in line]
+            print("\n".join(lines).rstrip(), flush=True)
 
         if self.stop.signal:
             self.log("stopped", name, f"exit code {code}")
-        elif code:
+            return None
+        if code:
             self.fail(name, f"exit code {code}: {last_error(log)}")
         else:
             self.log("finished", name, status.hours_text(time.time() - started))
+        return code
 
     def command_of(self, stage: str, bench: str | None) -> list[str]:
         if stage != "judge":
             return commands.stage_command(self.study, stage, bench)
-        command = commands.stage_command(self.study, stage, bench, self.judgeable_runs(bench))
-        if store.has_unreached(self.study.results) and "--retry_failed" not in command:
-            command.append("--retry_failed")
-        return command
+        runs = None
+        if "--allow_incomplete" not in self.study.of_bench("JUDGE_ARGS", bench):
+            runs = self.judgeable_runs(bench)
+        return self.retrying(commands.stage_command(self.study, stage, bench, runs))
+
+    def retrying(self, judge_command: list[str]) -> list[str]:
+        """Ask again what never reached the judge."""
+        if store.has_unreached(self.study.results) and "--retry_failed" not in judge_command:
+            return [*judge_command, "--retry_failed"]
+        return judge_command
 
     def judgeable_runs(self, bench: str) -> list[Path] | None:
         """The runs whose answers judge.py accepts, if there are others that would make it refuse
         all; None if there are none. The reasons are noted.
         """
-        if "--allow_incomplete" in self.study.of_bench("JUDGE_ARGS", bench):
-            return None
-        answers = {}
-        for run in run_folders.find_runs([self.study.results]):
-            path = run / bench / "answers.jsonl"
-            if path.is_file():
-                answers[run] = mt_bench.read_answers(path, None)
+        runs = run_folders.find_runs([self.study.results])
+        answered = [run for run in runs if (run / bench / "answers.jsonl").is_file()]
+        accepted = self.accepted_runs(answered, bench)
+        return None if accepted == answered else accepted
+
+    def accepted_runs(self, runs: list[Path], bench: str) -> list[Path]:
+        """Those of `runs` whose answers to `bench` judge.py accepts. The reasons against the others
+        are noted.
+        """
+        answers = {run: mt_bench.read_answers(run / bench / "answers.jsonl", None) for run in runs}
         all_keys = set().union(*answers.values())
-        refused, turns = set(), BENCHMARKS[bench].turns
+        turns = BENCHMARKS[bench].turns if bench in BENCHMARKS else 1  # of a task
+        accepted = []
         for run, of_run in answers.items():
             try:
                 run_answers.check_adapter(run, of_run, bench)
                 run_answers.check_complete({run: of_run}, bench, turns)
             except UserError as error:
-                refused.add(run)
                 self.reasons[run.resolve().name] = str(error)
-            if all_keys - of_run.keys():
-                refused.add(run)
-        return [run for run in answers if run not in refused] if refused else None
+                continue
+            if not all_keys - of_run.keys():
+                accepted.append(run)
+        return accepted
 
 
 def last_error(log: Path) -> str:
@@ -424,9 +459,10 @@ def last_error(log: Path) -> str:
 
 def is_reference_cached(study: Study) -> bool:
     """Whether a run of this study has recorded its reference, and the files are there."""
-    cache = Path(study.settings["DATA"]) / "reference"
+    data = Path(study.settings["DATA"])
     for path in study.results.glob("*/args.json"):
-        keys = disk.read_json(path).get("reference")
-        if keys and all((cache / f"{key}.safetensors").is_file() for key in keys.values()):
-            return True
+        record = disk.read_json(path)
+        if record.get("reference") and record.get("model_sha256"):
+            if all(file.is_file() for file in reference.cache_files(data, record).values()):
+                return True
     return False

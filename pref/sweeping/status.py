@@ -12,11 +12,13 @@ from pref.sweeping import commands
 from pref.sweeping.grid import Point, Study
 from pref.training import checkpoint
 
+DROPPED = "dropped"  # a run of a later round that cannot be; see rounds.py
+
 
 class State(NamedTuple):
     """The state of a run."""
 
-    name: str  # finished, diverged, running, failed, stopped or waiting
+    name: str  # finished, diverged, dropped, running, failed, stopped or waiting
     step: int = 0  # done so far
     steps: int | None = None  # planned
     acc_ref: float | None = None
@@ -24,7 +26,7 @@ class State(NamedTuple):
 
     @property
     def has_ended(self) -> bool:
-        return self.name in ("finished", "diverged")
+        return self.name in ("finished", "diverged", DROPPED)
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -36,8 +38,8 @@ def summary_of(folder: Path) -> dict | None:
     return disk.read_json(path) if path.is_file() else None
 
 
-def state_of(study: Study, point: Point, failed: set[str]) -> State:
-    """failed: ids of the runs that failed in their last start."""
+def state_of(study: Study, point: Point, last: dict[str, "Event"]) -> State:
+    """last: from `last_events`."""
     folder = study.folder(point)
     if summary := summary_of(folder):
         return State(
@@ -59,7 +61,8 @@ def state_of(study: Study, point: Point, failed: set[str]) -> State:
         for path in (folder / "checkpoint").glob("step-*.safetensors")
         if (progress := checkpoint.progress_in(path))
     ]
-    name = "failed" if point.run_id in failed else "stopped" if saved else "waiting"
+    event = last[point.run_id].event if point.run_id in last else ""
+    name = event if event in ("failed", DROPPED) else "stopped" if saved else "waiting"
     return State(name, step=max(saved, default=0), steps=planned, seconds=seconds)
 
 
@@ -70,14 +73,29 @@ def step_lines(path: Path) -> list[dict]:
     return [line for line in lines if "tok_per_s" in line]
 
 
-def failed_runs(study: Study) -> set[str]:
-    """Ids of the runs whose last event in sweep.log is a failure."""
-    log, last_event = study.results / "sweep.log", {}
+class Event(NamedTuple):
+    """A line of sweep.log."""
+
+    event: str
+    details: str
+
+
+def last_events(study: Study) -> dict[str, Event]:
+    """The last event in sweep.log of each run and stage."""
+    log, last = study.results / "sweep.log", {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         # "2026-11-21 10:00:00  failed   dpo_b0.1_s42  exit code 1: ..."
-        _date, _time, event, name, *_ = [*line.split(maxsplit=4), "", "", "", ""]
-        last_event[name] = event
-    return {name for name, event in last_event.items() if event == "failed"}
+        _date, _time, event, name, details, *_ = [*line.split(maxsplit=4), "", "", "", ""]
+        last[name] = Event(event, details)
+    return last
+
+
+def dropped_runs(study: Study) -> dict[str, str]:
+    """Why runs of later rounds take no part in them, by run id."""
+    last, ids = last_events(study), [point.run_id for point in study.points]
+    return {
+        name: last[name].details for name in ids if name in last and last[name].event == DROPPED
+    }
 
 
 # ---- time ---------------------------------------------------------------------------------------
@@ -111,8 +129,8 @@ def time_left(states: list[State], slots: int, seconds: float) -> float:
 
 def print_status(study: Study) -> int:
     """Print the grid as a table, and what is missing. Returns 1 if anything is, else 0."""
-    failed = failed_runs(study)
-    states = [state_of(study, point, failed) for point in study.points]
+    last = last_events(study)
+    states = [state_of(study, point, last) for point in study.points]
     rows = [["", "run", "state", "step", "acc_ref"], *map(row_of, study.points, states)]
     print(console.format_table(rows))
     counts = Counter(state.name for state in states).most_common()
@@ -149,7 +167,8 @@ def missing_of(study: Study, reasons: dict[str, str]) -> dict[str, str]:
     benches = []
     if set(study.stages) & {"gen", "judge"}:
         benches = [bench_state(study, bench) for bench in study.benches]
-    names = [point.run_id for point in study.points]
+    dropped = dropped_runs(study)
+    names = [point.run_id for point in study.points if point.run_id not in dropped]
     names += [run_folders.BASE_RUN] if any(bench.questions for bench in benches) else []
     missing = {}
     for name in names:
@@ -209,7 +228,7 @@ def what_answers_lack(study: Study, run: Path, bench: BenchState) -> str | None:
 
 def verdicts_of(study: Study, bench: str) -> dict[str, store.Verdicts]:
     """By run: the judgements that this study's judge of a benchmark was asked for."""
-    return store.judgement_counts(study.results, study.of_bench("JUDGE", bench), bench)
+    return store.judgement_counts(study.results, commands.judge_name(study, bench), bench)
 
 
 def questions_of(study: Study, bench: str) -> list[dict]:

@@ -1,0 +1,291 @@
+"""Rounds: the pairs of a study are made of its models' own answers.
+
+    round 1     the base answers the task's train questions -> scores -> pairs -> every point
+    round n     each run of the round before answers them -> scores -> pairs of its own -> the
+                point's next run, which starts from that run's adapter
+
+All runs of a round answer in one batch and are scored together. What is on disk is not made again:
+answers, scores, pairs, runs. A point whose run diverged, or whose answers give no pairs, drops out
+of the rounds that follow.
+"""
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import gen_mtbench
+from pref.files import disk
+from pref.files.console import UserError
+from pref.model import weights
+from pref.sweeping import commands, scheduler, status, task_data, task_settings
+from pref.sweeping.grid import Point, Study
+from pref.sweeping.scheduler import Scheduler
+from pref.training import arguments
+
+NO_PAIRS = "no pairs left"  # sides.py
+
+
+def train(runner: Scheduler) -> None:
+    """Run the rounds, one after another."""
+    check_unchanged(runner.study)
+    for number in range(1, runner.study.rounds + 1):
+        points = [point for point in runner.study.points if point.round == number]
+        ready = with_pairs(runner, number, points)
+        if runner.stop.signal:
+            return
+        runner.train(ready)
+
+
+def with_pairs(runner: Scheduler, number: int, points: list[Point]) -> list[Point]:
+    """Make the pairs of a round. Returns the points that can be trained; what keeps the others from
+    it is noted.
+    """
+    todo = [point for point in points if status.summary_of(runner.study.folder(point)) is None]
+    todo = [point for point in todo if can_start(runner, point)]
+    starts = dict.fromkeys(runner.study.results / point.start for point in todo)
+
+    # The base's pairs are every point's: of several tasks of an array, one makes them.
+    with in_turn(runner, ".base_pairs.lock" if number == 1 else None, "the base's pairs are made"):
+        missing = [run for run in starts if not has_pairs(runner.study, run)]
+        if missing and not runner.stop.signal:
+            make_pairs(runner, number, missing)
+    if runner.stop.signal:
+        return []
+    return [point for point in todo if check_pairs(runner, point)]
+
+
+def can_start(runner: Scheduler, point: Point) -> bool:
+    """Whether there is an adapter to start from. If not, it is noted why."""
+    if point.round == 1:
+        return True
+    folder = runner.study.results / point.start
+    summary = status.summary_of(folder)
+    if point.start in runner.dropped:
+        runner.drop(point.run_id, runner.dropped[point.start])
+    elif summary is None:
+        runner.reasons[point.run_id] = f"{point.start}, which it starts from, is not trained"
+    elif summary["status"] == "diverged" or summary["best_step"] is None:
+        runner.drop(point.run_id, f"{point.start}, which it would start from, diverged")
+    elif not (folder / "adapter" / "adapter_model.safetensors").is_file():
+        runner.reasons[point.run_id] = f"the adapter of {point.start} is missing"
+    else:
+        return True
+    return False
+
+
+def check_pairs(runner: Scheduler, point: Point) -> bool:
+    """Whether a point has pairs to train on. If not, it is noted why."""
+    if has_pairs(runner.study, runner.study.results / point.start):
+        return True
+    whys = (runner.reasons.get(name) for name in (pairs_name(point.start), point.start))
+    why = next(filter(None, whys), "no pairs were made of its answers")
+    if NO_PAIRS in why:  # a result, like a run that diverged
+        runner.reasons.pop(pairs_name(point.start), None)
+        runner.drop(point.run_id, f"{point.start}: {why}")
+    else:
+        runner.reasons[point.run_id] = f"{point.start}: {why}"
+    return False
+
+
+# ---- making pairs -------------------------------------------------------------------------------
+
+
+def make_pairs(runner: Scheduler, number: int, runs: list[Path]) -> None:
+    """Have `runs` answer the train questions, score the answers, and make pairs of them."""
+    study = runner.study
+    answers = task_settings.train_set(study.settings)
+    stage = stage_names(study, number)
+
+    # 1) Answers, of all runs together.
+    with runner.noting(stage["gen"]):
+        runner.run_command(stage["gen"], gen_command(study, number, runs))
+
+    # 2) Scores. A run whose answers are not complete must not keep the others from theirs.
+    answered = [run for run in runs if (run / answers / "answers.jsonl").is_file()]
+    accepted: list[Path] = []
+    with in_turn(runner, ".scoring.lock", "answers are scored"), runner.noting(stage["judge"]):
+        runner.wait_for_judge(stage["judge"])
+        if not runner.stop.signal:
+            accepted = runner.accepted_runs(answered, answers)
+        if accepted:
+            command = runner.retrying(judge_command(study, accepted))
+            runner.run_command(stage["judge"], command)
+
+    # 3) Pairs, of each run.
+    for run in accepted:
+        name = pairs_name(run.name)
+        if not runner.stop.signal:
+            with runner.noting(name):
+                runner.run_command(name, pairs_command(study, run), shown=False)
+
+
+def has_pairs(study: Study, run: Path) -> bool:
+    """Whether there are pairs of a run's answers as they are now. The manifest is written last."""
+    folder = task_settings.pairs_folder(study.settings, run.name)
+    answers = folder.parent / "answers.jsonl"
+    if not (folder / "manifest.json").is_file() or not answers.is_file():
+        return False
+    made_of = disk.read_json(folder / "manifest.json").get("from_answers") or {}
+    return made_of.get("sha256", {}).get(answers.name) == disk.sha256_file(answers)
+
+
+def check_unchanged(study: Study) -> None:
+    """Note what the rounds' pairs are made with. Raises UserError if it was another task or other
+    settings when the study began: its rounds would not be comparable.
+    """
+    names = ("ROUND_GEN_ARGS", "PAIRS_ARGS", f"JUDGE_ARGS_{study.task}")
+    now = {name: study.settings[name] for name in names}
+    now["TASK"] = task_data.sha256_of(study)
+    path = study.results / "rounds.json"
+    begun = disk.read_json(path) if path.is_file() else now
+    for name, value in now.items():
+        if begun.get(name) != value:
+            was = "another file" if name == "TASK" else f"{begun.get(name)!r}, not {value!r}"
+            raise UserError(
+                f"{path}: this study's rounds began with {name} {was}; restore it, or give another "
+                "RESULTS"
+            )
+    disk.write_json(path, now)
+
+
+@contextmanager
+def in_turn(runner: Scheduler, lock: str | None, activity: str) -> Iterator[None]:
+    """Hold a lock of the results folder, after other tasks of an array have released it. lock:
+    None for no lock. After a signal the block runs without it; it must look for that.
+    """
+    with ExitStack() as stack:
+        while lock and not runner.stop.signal:
+            try:
+                stack.enter_context(disk.locked(runner.study.results, lock, activity))
+                break
+            except UserError:
+                runner.is_locked(runner.study.results, activity, lock)
+                time.sleep(scheduler.POLL_S)
+        yield
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+def stage_names(study: Study, number: int) -> dict[str, str]:
+    """What a round's stages are called in logs and messages: by task of an array, if it is one."""
+    of_index = "" if study.args.index is None else f"_{study.args.index}"
+    return {stage: f"{stage}_round{number}{of_index}" for stage in ("gen", "judge")}
+
+
+def pairs_name(run_id: str) -> str:
+    return f"pairs_{run_id}"
+
+
+def gen_command(study: Study, number: int, runs: list[Path]) -> list[str]:
+    """The command by which `runs`, which round `number` starts from, answer the train questions.
+
+    Each round draws its answers with a seed of its own: an adapter that has hardly moved would
+    otherwise repeat the answers that it was trained on.
+    """
+    given = [*map(str, runs), "--questions", str(task_data.train_questions(study))]
+    if number == 1:  # before there is a run that says how the base is loaded
+        given += ["--base", "--model", study.settings["MODEL"]]
+        given += ["--quant", quant_of(study)]
+    given += shlex.split(study.settings["ROUND_GEN_ARGS"])
+    seed = gen_mtbench.parse_args(given).seed + number - 1
+    return commands.stage_process(study, "gen", [*given, "--seed", str(seed)])
+
+
+def quant_of(study: Study) -> str:
+    """The quantisation of the base model that the study's runs will be trained with."""
+    args = arguments.parse_args(study.points[0].arguments)
+    if args.quant != "auto":
+        return args.quant
+    if not commands.gpus() or args.shard == "full":
+        return "none"
+    is_quantised = weights.find_model(args.model, needs_weights=False).quantisation
+    return "none" if is_quantised else "nf4"
+
+
+def judge_command(study: Study, runs: list[Path]) -> list[str]:
+    """The command that scores answers to the train questions."""
+    given = [*map(str, runs), *commands.judge_of(study, study.task)]
+    given += ["--bench", str(task_data.train_questions(study))]
+    given += shlex.split(study.of_bench("JUDGE_ARGS", study.task))
+    return commands.stage_process(study, "judge", given)
+
+
+def pairs_command(study: Study, run: Path) -> list[str]:
+    """The command that makes pairs of a run's answers."""
+    given = ["--from_answers", str(run / task_settings.train_set(study.settings))]
+    given += ["--judge", commands.judge_name(study, study.task)]
+    given += ["--questions", str(task_data.train_questions(study))]
+    given += shlex.split(study.settings["PAIRS_ARGS"])
+    return commands.stage_process(study, "prep", given)
+
+
+def commands_of_round(study: Study, number: int) -> Iterator[list[str]]:
+    """Every command of a round before its runs are trained, in order."""
+    points = [point for point in study.points if point.round == number]
+    runs = list(dict.fromkeys(study.results / point.start for point in points))
+    yield gen_command(study, number, runs)
+    yield judge_command(study, runs)
+    for run in runs:
+        yield pairs_command(study, run)
+
+
+# ---- before there are pairs ---------------------------------------------------------------------
+
+
+class RoundQuestions(NamedTuple):
+    """What a run is asked after a round."""
+
+    questions: list[dict]
+    choices: int  # answers to each
+    max_new_tokens: int
+
+
+def round_questions(study: Study) -> RoundQuestions:
+    """Raises UserError for questions that cannot be asked, and for one answer to each."""
+    given = ["results", "--questions", str(task_data.train_questions(study))]
+    args = gen_mtbench.parse_args(given + shlex.split(study.settings["ROUND_GEN_ARGS"]))
+    gen_mtbench.check_args(args)
+    if args.num_choices < 2:
+        raise UserError("ROUND_GEN_ARGS: a pair needs two answers; give --num_choices 2 or more")
+    bench = gen_mtbench.load_bench(args)
+    length = args.max_new_tokens or bench.max_new_tokens
+    return RoundQuestions(bench.questions, args.num_choices, length)
+
+
+def estimate_sampling(study: Study, todo: list[Point]) -> str:
+    """How much is answered for the rounds of `todo`."""
+    asked, runs = round_questions(study), {point.start for point in todo}
+    answers = len(runs) * len(asked.questions) * asked.choices
+    return (
+        f"rounds: {len(asked.questions)} train questions x {asked.choices} answers of up to "
+        f"{asked.max_new_tokens} tokens, by {len(runs)} runs: {answers:,} answers, at most "
+        f"{answers * asked.max_new_tokens / 1e6:.3g} million tokens, not in the hours below"
+    )
+
+
+def planned_arguments(study: Study, point: Point, folder: Path) -> list[str]:
+    """The arguments of train_pref.py whose plan is that of `point`. Pairs that are still to be made
+    are written to `folder`: one for each question, of the longest answers.
+    """
+    first = next(p for p in study.points if (p.index, p.round) == (point.index, 1))
+    if not study.rounds or has_pairs(study, study.results / first.start):
+        return first.arguments
+    asked = round_questions(study)
+    answer = " word" * asked.max_new_tokens
+    rows = [
+        {
+            "id": str(question["question_id"]),
+            "prompt": [{"role": "user", "content": question["turns"][0]}],
+            "chosen": [{"role": "assistant", "content": f"{answer} one"}],
+            "rejected": [{"role": "assistant", "content": f"{answer} two"}],
+            "source": study.task,
+        }
+        for question in asked.questions
+    ]
+    disk.write_jsonl(folder / "val.jsonl", rows[:1])
+    disk.write_jsonl(folder / "train.jsonl", rows[1:])
+    return [*first.arguments, "--data", str(folder)]

@@ -1,0 +1,114 @@
+"""The settings of a study with a task: its benchmark, its judge, and where rounds keep their pairs.
+
+A task is a file that asks questions and scores answers. With ROUNDS the pairs are made of the
+models' own answers to its train questions:
+
+    RESULTS/base/<task>_train/pairs         round 1 of every point
+    RESULTS/<run>/<task>_train/pairs        the round after <run>
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from pref.files import run_folders
+from pref.files.console import UserError
+from pref.judging.benchmarks import BENCHMARKS
+
+DEFAULTS = {
+    "TASK": "",
+    "TASK_ARGS": "",
+    "ROUNDS": "",
+    "REFERENCE": "start",
+    "ROUND_GEN_ARGS": "--num_choices 4 --temperature 1",
+    "PAIRS_ARGS": "",
+}
+REFERENCES = ("start", "base")
+OF_THE_JUDGE = ("JUDGE", "BASE_URL", "JUDGE_ARGS")
+
+
+def name_of(settings: Mapping[str, str]) -> str:
+    """The task's name, which is the stem of its file; "" without a task."""
+    return Path(settings.get("TASK", "")).stem
+
+
+def rounds_of(settings: Mapping[str, str]) -> int:
+    """0: the pairs are those in DATA."""
+    return int(settings["ROUNDS"] or 0)
+
+
+def train_set(settings: Mapping[str, str]) -> str:
+    """What the answers to the task's train questions are called."""
+    return f"{name_of(settings)}_train"
+
+
+def pairs_folder(settings: Mapping[str, str], run_id: str) -> Path:
+    """Where the pairs made of a run's answers are."""
+    return Path(settings["RESULTS"]) / run_id / train_set(settings) / "pairs"
+
+
+def round_tag(number: int, settings: Mapping[str, str]) -> str:
+    """What follows a point's id in the id of its run of round `number`."""
+    if number == 1:
+        return ""
+    return f"_round{number}" + ("_refbase" if settings["REFERENCE"] == "base" else "")
+
+
+def complete(settings: dict[str, str], chosen: Collection[str]) -> dict[str, str]:
+    """`settings` with what follows from TASK and ROUNDS.
+
+    chosen: the names that the grid file or the environment gives. Raises UserError for settings
+    that do not fit together.
+    """
+    check_values(settings)
+    if not settings["TASK"]:
+        for name in DEFAULTS:
+            if name in chosen and name != "TASK":
+                raise UserError(f"{name}: is for a study with a task; set TASK to a task's file")
+        return settings
+
+    # 1) The task is the benchmark, unless others are named, and scores its own answers. So JUDGE
+    #    and its like are for the other benchmarks.
+    task = name_of(settings)
+    check_name(settings["TASK"], task)
+    benches = settings["BENCHES"] if "BENCHES" in chosen else task
+    if benches.split() == [task]:
+        for name in OF_THE_JUDGE:
+            if name in chosen:
+                raise UserError(
+                    f"{name}: no other benchmark than the task is judged, which scores its answers "
+                    f"itself; leave it out, or set {name}_{task}"
+                )
+    own = {f"{name}_{task}": "" for name in OF_THE_JUDGE}
+    own[f"JUDGE_{task}"] = f"py:{settings['TASK']}"
+    settings = own | settings | {"BENCHES": benches}
+
+    # 2) With rounds, DATA is where the first one's pairs are.
+    if not rounds_of(settings):
+        return settings
+    if "DATA" in chosen:
+        raise UserError(
+            "DATA: with ROUNDS the pairs are made of the models' own answers; leave one of them out"
+        )
+    base_pairs = pairs_folder(settings, run_folders.BASE_RUN)
+    return settings | {"DATA": str(base_pairs)}
+
+
+def check_values(settings: Mapping[str, str]) -> None:
+    """Raise UserError for a value that ROUNDS or REFERENCE cannot have."""
+    if not re.fullmatch(r"\d{0,3}", settings["ROUNDS"]):
+        raise UserError(
+            f"ROUNDS={settings['ROUNDS']}: must be a number of rounds, or 0 (the pairs in DATA)"
+        )
+    if settings["REFERENCE"] not in REFERENCES:
+        raise UserError(
+            f"REFERENCE={settings['REFERENCE']}: must be start (where the round starts) or base"
+        )
+
+
+def check_name(file: str, name: str) -> None:
+    """Raise UserError for a task's file whose name cannot be that of its benchmark."""
+    if not file.endswith(".py") or not run_folders.is_run_id(name):
+        raise UserError(f"TASK={file}: must be a Python file; its name names the task's benchmark")
+    if name in BENCHMARKS:
+        raise UserError(f"TASK={file}: {name} is a benchmark; give the file another name")
