@@ -54,7 +54,7 @@ import subprocess
 
 from pref.files import console, disk
 from pref.files.console import UserError
-from pref.sweeping import commands, grid, preflight, rounds, status, task_data
+from pref.sweeping import commands, grid, preflight, rounds, status, task_folder
 from pref.sweeping.grid import Study
 from pref.sweeping.scheduler import Scheduler, Stop
 
@@ -162,8 +162,8 @@ def list_points(study: Study) -> None:
 def print_commands(study: Study) -> None:
     """Every command of the study, in order."""
     todo, devices = [], commands.slots_of(study)[0]
-    if task_data.is_missing(study):
-        todo.append(task_data.prepare_command(study))
+    if task_folder.is_missing(study):
+        todo.append(task_folder.prepare_command(study))
     if "train" in study.stages:
         for number in range(1, max(point.round for point in study.points) + 1):
             points = [point for point in study.points if point.round == number]
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # 3) The task's questions, which the checks and all stages need.
-    task_data.prepare(study)
+    task_folder.prepare(study)
 
     # 4) One point: a task of an array, next to others. It takes no lock on the whole grid, and
     #    the checks were made once, by --preflight.

@@ -20,7 +20,7 @@ import gen_mtbench
 from pref.files import disk
 from pref.files.console import UserError
 from pref.model import weights
-from pref.sweeping import commands, scheduler, status, task_data, task_settings
+from pref.sweeping import commands, scheduler, status, task_folder, task_settings
 from pref.sweeping.grid import Point, Study
 from pref.sweeping.scheduler import Scheduler
 from pref.training import arguments
@@ -138,7 +138,7 @@ def check_unchanged(study: Study) -> None:
     """
     names = ("ROUND_GEN_ARGS", "PAIRS_ARGS", f"JUDGE_ARGS_{study.task}")
     now = {name: study.settings[name] for name in names}
-    now["TASK"] = task_data.sha256_of(study)
+    now["TASK"] = task_folder.hashes(study)
     path = study.results / "rounds.json"
     begun = disk.read_json(path) if path.is_file() else now
     for name, value in now.items():
@@ -186,7 +186,7 @@ def gen_command(study: Study, number: int, runs: list[Path]) -> list[str]:
     Each round draws its answers with a seed of its own: an adapter that has hardly moved would
     otherwise repeat the answers that it was trained on.
     """
-    given = [*map(str, runs), "--questions", str(task_data.train_questions(study))]
+    given = [*map(str, runs), "--questions", str(task_folder.train_questions(study))]
     if number == 1:  # before there is a run that says how the base is loaded
         given += ["--base", "--model", study.settings["MODEL"]]
         given += ["--quant", quant_of(study)]
@@ -209,7 +209,7 @@ def quant_of(study: Study) -> str:
 def judge_command(study: Study, runs: list[Path]) -> list[str]:
     """The command that scores answers to the train questions."""
     given = [*map(str, runs), *commands.judge_of(study, study.task)]
-    given += ["--bench", str(task_data.train_questions(study))]
+    given += ["--bench", str(task_folder.train_questions(study))]
     given += shlex.split(study.of_bench("JUDGE_ARGS", study.task))
     return commands.stage_process(study, "judge", given)
 
@@ -218,7 +218,7 @@ def pairs_command(study: Study, run: Path) -> list[str]:
     """The command that makes pairs of a run's answers."""
     given = ["--from_answers", str(run / task_settings.train_set(study.settings))]
     given += ["--judge", commands.judge_name(study, study.task)]
-    given += ["--questions", str(task_data.train_questions(study))]
+    given += ["--questions", str(task_folder.train_questions(study))]
     given += shlex.split(study.settings["PAIRS_ARGS"])
     return commands.stage_process(study, "prep", given)
 
@@ -246,7 +246,7 @@ class RoundQuestions(NamedTuple):
 
 def round_questions(study: Study) -> RoundQuestions:
     """Raises UserError for questions that cannot be asked, and for one answer to each."""
-    given = ["results", "--questions", str(task_data.train_questions(study))]
+    given = ["results", "--questions", str(task_folder.train_questions(study))]
     args = gen_mtbench.parse_args(given + shlex.split(study.settings["ROUND_GEN_ARGS"]))
     gen_mtbench.check_args(args)
     if args.num_choices < 2:
