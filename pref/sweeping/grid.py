@@ -311,23 +311,14 @@ def expand(settings: dict[str, str]) -> list[Point]:
 
 
 def next_round(point: Point, number: int, settings: dict[str, str]) -> Point:
-    """The run that continues `point`, a run of the round before, as round `number`.
-
-    Raises UserError if the runs of the grid start from an adapter already.
-    """
+    """The run that continues `point`, a run of the round before, as round `number`."""
     given = list(point.arguments)
-    if number == 2 and arguments.parse_args(given).init_adapter:
-        raise UserError(
-            "TRAIN_ARGS: with ROUNDS the sweep itself gives --init_adapter; leave it out"
-        )
-    first_id = point.run_id.removesuffix(task_settings.round_tag(number - 1, settings))
-    run_id = run_folders.check_run_id(first_id + task_settings.round_tag(number, settings))
-    if number > 2:
+    if point.round > 1:  # it has these itself
         given = given[: given.index("--init_adapter")]
     given[given.index("--data") + 1] = str(task_settings.pairs_folder(settings, point.run_id))
     given += ["--init_adapter", str(Path(settings["RESULTS"]) / point.run_id)]
-    given += ["--reference", settings["REFERENCE"], "--round", str(number), "--run_id", run_id]
-    return Point(point.index, run_id, given, number, start=point.run_id)
+    given += ["--reference", settings["REFERENCE"], "--round", str(number)]
+    return Point(point.index, run_id_from(given), given, number, start=point.run_id)
 
 
 def load_loss(loss: str, settings: dict[str, str]) -> str:

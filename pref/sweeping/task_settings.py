@@ -47,13 +47,6 @@ def pairs_folder(settings: Mapping[str, str], run_id: str) -> Path:
     return Path(settings["RESULTS"]) / run_id / train_set(settings) / "pairs"
 
 
-def round_tag(number: int, settings: Mapping[str, str]) -> str:
-    """What follows a point's id in the id of its run of round `number`."""
-    if number == 1:
-        return ""
-    return f"_round{number}" + ("_refbase" if settings["REFERENCE"] == "base" else "")
-
-
 def complete(settings: dict[str, str], chosen: Collection[str]) -> dict[str, str]:
     """`settings` with what follows from TASK and ROUNDS.
 
@@ -86,6 +79,12 @@ def complete(settings: dict[str, str], chosen: Collection[str]) -> dict[str, str
     # 2) With rounds, DATA is where the first one's pairs are.
     if not rounds_of(settings):
         return settings
+    for name, value in settings.items():
+        if name.startswith("TRAIN_ARGS") and "--init_adapter" in value:
+            raise UserError(
+                f"{name}: with ROUNDS round 1 starts from the base model, and later rounds from "
+                "the one before; leave --init_adapter out"
+            )
     if "DATA" in chosen:
         raise UserError(
             "DATA: with ROUNDS the pairs are made of the models' own answers; leave one of them out"
