@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 import gen_mtbench
 import judge
@@ -288,6 +289,7 @@ def test_questions_of_another_version_are_refused(tmp_path):
 def test_a_study_whose_pairs_were_made_otherwise_is_refused(tmp_path):
     path = write_grid(tmp_path, tmp_path, "r")
     rounds.check_unchanged(study_of(path))
+    rounds.train(runner_of(study_of(path)._replace(points=[])))
     rounds.check_unchanged(study_of(path))
     Path(path).write_text(Path(path).read_text() + "PAIRS_ARGS --min_margin 0.5\n")
     with pytest.raises(
@@ -382,13 +384,56 @@ def test_answers_without_pairs_are_a_result_and_a_full_disk_is_none(
 ):
     study = study_of(write_grid(tmp_path, tmp_path, "r"))
     runner, point = runner_of(study), study.points[2]
-    run = study.results / point.start
-    end_run(run, "finished")
-    answers = [{"question_id": 1, "choices": [{"index": 0, "turns": ["a"]}]}]
-    disk.write_jsonl(run / "vowels_train/answers.jsonl", answers)
-    monkeypatch.setattr(runner, "run_command", lambda name, *_, **__: runner.fail(name, said))
+    end_run(study.results / point.start, "finished")
+
+    def run_command(name, *_, **__):
+        if name.startswith("pairs_"):
+            runner.fail(name, said)
+        return 0
+
+    monkeypatch.setattr(runner, "run_command", run_command)
+    monkeypatch.setattr(rounds, "complete_runs", lambda runner, runs: runs)
     assert rounds.with_pairs(runner, 2, [point]) == []
     assert (point.run_id in runner.dropped) == is_result
     assert (point.run_id in runner.reasons) != is_result
     where = runner.dropped if is_result else runner.reasons
     assert where[point.run_id] == f"{point.start}: {said}"
+
+
+def test_scores_of_a_judge_that_was_ended_give_no_pairs(tmp_path, monkeypatch):
+    study = study_of(write_grid(tmp_path, tmp_path, "r"))
+    runner, point, started = runner_of(study), study.points[0], []
+
+    def run_command(name, *_, **__):
+        started.append(name)
+        return -9 if name.startswith("judge") else 0
+
+    monkeypatch.setattr(runner, "run_command", run_command)
+    monkeypatch.setattr(rounds, "complete_runs", lambda runner, runs: runs)
+    assert rounds.with_pairs(runner, 1, [point]) == []
+    assert started == ["gen_round1", "judge_round1"]
+    assert runner.reasons == {point.run_id: "base: no pairs were made of its answers"}
+
+
+def test_a_run_that_has_not_answered_all_is_left_out(tmp_path):
+    study = study_of(write_grid(tmp_path, tmp_path, "r"))
+    runner = runner_of(study)
+    asked = [{"question_id": n, "category": "any", "turns": [f"What is {n}?"]} for n in (1, 2)]
+    disk.write_jsonl(tmp_path / "data/vowels/train_questions.jsonl", asked)
+    runs = [study.results / name for name in ("one", "two", "none")]
+    for run, count in zip(runs, (2, 1)):
+        choices = [{"index": n, "turns": ["yes"]} for n in range(3)]
+        rows = [{"question_id": n + 1, "choices": choices} for n in range(count)]
+        disk.write_jsonl(run / "vowels_train/answers.jsonl", rows)
+    assert rounds.complete_runs(runner, runs) == [runs[0]]
+    assert runner.reasons == {
+        "two": "3 of 6 answers to the train questions are missing",
+        "none": "6 of 6 answers to the train questions are missing",
+    }
+
+
+def test_the_grid_that_comes_along(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = study_of("sentiment_rounds")
+    assert study.task == "sentiment" and (ROOT / study.settings["TASK"]).is_file()
+    assert {point.round for point in study.points} == {1, 2}

@@ -104,7 +104,10 @@ def sweep(study: Study) -> int:
     with Stop() as stop:
         scheduler = Scheduler(study, stop)
         if "train" in study.stages:
-            rounds.train(scheduler) if study.rounds else scheduler.train()
+            if study.rounds:
+                rounds.train(scheduler)
+            else:
+                scheduler.train()
         for stage, bench in commands.later_stages(study):
             if not stop.signal:
                 scheduler.run_stage(stage, bench)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gen_mtbench
-from pref.files import disk
+from pref.files import disk, mt_bench
 from pref.files.console import UserError
+from pref.judging import store
 from pref.model import weights
 from pref.sweeping import commands, scheduler, status, task_folder, task_settings
 from pref.sweeping.grid import Point, Study
@@ -26,11 +27,13 @@ from pref.sweeping.scheduler import Scheduler
 from pref.training import arguments
 
 NO_PAIRS = "no pairs left"  # sides.py
+NOTED = "rounds.json"  # in the results folder: what the rounds' pairs are made with
 
 
 def train(runner: Scheduler) -> None:
     """Run the rounds, one after another."""
     check_unchanged(runner.study)
+    disk.write_json(runner.study.results / NOTED, settings_now(runner.study))
     for number in range(1, runner.study.rounds + 1):
         points = [point for point in runner.study.points if point.round == number]
         ready = with_pairs(runner, number, points)
@@ -94,32 +97,50 @@ def check_pairs(runner: Scheduler, point: Point) -> bool:
 
 
 def make_pairs(runner: Scheduler, number: int, runs: list[Path]) -> None:
-    """Have `runs` answer the train questions, score the answers, and make pairs of them."""
-    study = runner.study
-    answers = task_settings.train_set(study.settings)
-    stage = stage_names(study, number)
+    """Have `runs` answer the train questions, score the answers, and make pairs of them.
+
+    A run whose answers are not complete gets no pairs, and does not keep the others from theirs.
+    """
+    study, stage = runner.study, stage_names(runner.study, number)
 
     # 1) Answers, of all runs together.
     with runner.noting(stage["gen"]):
         runner.run_command(stage["gen"], gen_command(study, number, runs))
 
-    # 2) Scores. A run whose answers are not complete must not keep the others from theirs.
-    answered = [run for run in runs if (run / answers / "answers.jsonl").is_file()]
-    accepted: list[Path] = []
+    # 2) Scores. A judge that was ended early has left answers without any.
+    scored: list[Path] = []
     with in_turn(runner, ".scoring.lock", "answers are scored"), runner.noting(stage["judge"]):
         runner.wait_for_judge(stage["judge"])
-        if not runner.stop.signal:
-            accepted = runner.accepted_runs(answered, answers)
-        if accepted:
-            command = runner.retrying(judge_command(study, accepted))
-            runner.run_command(stage["judge"], command)
+        complete = [] if runner.stop.signal else complete_runs(runner, runs)
+        if complete:
+            command = runner.retrying(judge_command(study, complete))
+            code = runner.run_command(stage["judge"], command)
+            if code == 0 or (code == 1 and not store.has_unreached(study.results)):
+                scored = complete
 
     # 3) Pairs, of each run.
-    for run in accepted:
+    for run in scored:
         name = pairs_name(run.name)
         if not runner.stop.signal:
             with runner.noting(name):
                 runner.run_command(name, pairs_command(study, run), shown=False)
+
+
+def complete_runs(runner: Scheduler, runs: list[Path]) -> list[Path]:
+    """Those of `runs` that have answered all train questions. Why others have not is noted."""
+    name = task_settings.train_set(runner.study.settings)
+    asked = round_questions(runner.study)
+    needed = {(q["question_id"], n) for q in asked.questions for n in range(asked.choices)}
+    complete = []
+    for run in runs:
+        path = run / name / "answers.jsonl"
+        answers = mt_bench.read_answers(path, None) if path.is_file() else {}
+        if missing := needed - answers.keys():
+            text = f"{len(missing)} of {len(needed)} answers to the train questions are missing"
+            runner.reasons.setdefault(run.name, text)
+        else:
+            complete.append(run)
+    return runner.accepted_runs(complete, name)
 
 
 def has_pairs(study: Study, run: Path) -> bool:
@@ -132,23 +153,25 @@ def has_pairs(study: Study, run: Path) -> bool:
     return made_of.get("sha256", {}).get(answers.name) == disk.sha256_file(answers)
 
 
-def check_unchanged(study: Study) -> None:
-    """Note what the rounds' pairs are made with. Raises UserError if it was another task or other
-    settings when the study began: its rounds would not be comparable.
-    """
+def settings_now(study: Study) -> dict:
+    """What the pairs of the rounds depend on, besides the models."""
     names = ("ROUND_GEN_ARGS", "PAIRS_ARGS", f"JUDGE_ARGS_{study.task}")
-    now = {name: study.settings[name] for name in names}
-    now["TASK"] = task_folder.hashes(study)
-    path = study.results / "rounds.json"
-    begun = disk.read_json(path) if path.is_file() else now
-    for name, value in now.items():
-        if begun.get(name) != value:
+    return {name: study.settings[name] for name in names} | {"TASK": task_folder.hashes(study)}
+
+
+def check_unchanged(study: Study) -> None:
+    """Raise UserError if this study's pairs were made otherwise when it began: its rounds could
+    not be compared.
+    """
+    path = study.results / NOTED
+    begun = disk.read_json(path) if path.is_file() else {}
+    for name, value in settings_now(study).items():
+        if begun and begun.get(name) != value:
             was = "another file" if name == "TASK" else f"{begun.get(name)!r}, not {value!r}"
             raise UserError(
                 f"{path}: this study's rounds began with {name} {was}; restore it, or give another "
                 "RESULTS"
             )
-    disk.write_json(path, now)
 
 
 @contextmanager

@@ -53,10 +53,10 @@ def complete(settings: dict[str, str], chosen: Collection[str]) -> dict[str, str
     chosen: the names that the grid file or the environment gives. Raises UserError for settings
     that do not fit together.
     """
-    check_values(settings)
+    check_rounds(settings)
     if not settings["TASK"]:
-        for name in DEFAULTS:
-            if name in chosen and name != "TASK":
+        for name in ("ROUNDS", "TASK_ARGS", "ROUND_GEN_ARGS", "PAIRS_ARGS"):
+            if name in chosen:
                 raise UserError(f"{name}: is for a study with a task; set TASK to a task's file")
         return settings
 
@@ -93,13 +93,13 @@ def complete(settings: dict[str, str], chosen: Collection[str]) -> dict[str, str
     return settings | {"DATA": str(base_pairs)}
 
 
-def check_values(settings: Mapping[str, str]) -> None:
-    """Raise UserError for a value that ROUNDS or REFERENCE cannot have."""
+def check_rounds(settings: Mapping[str, str]) -> None:
+    """Raise UserError for values that ROUNDS or REFERENCE cannot have."""
     if not re.fullmatch(r"\d{0,3}", settings["ROUNDS"]):
         raise UserError(
             f"ROUNDS={settings['ROUNDS']}: must be a number of rounds, or 0 (the pairs in DATA)"
         )
-    if settings["REFERENCE"] not in REFERENCES:
+    if rounds_of(settings) and settings["REFERENCE"] not in REFERENCES:
         raise UserError(
             f"REFERENCE={settings['REFERENCE']}: must be start (where the round starts) or base"
         )
