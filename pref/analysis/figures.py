@@ -1,4 +1,4 @@
-"""The figures of analyze.py, as PDF and PNG: which exist, in which order, and what they answer.
+"""The figures of analyze.py as PDF, PNG and SVG: which exist, in which order, what they answer.
 
 file name                  question                                              drawn by
 comparison_*
@@ -6,7 +6,7 @@ comparison_*
   <score>_differences      Is it better than the baseline, and how sure is that? pair_figures
   <score>_over_beta        Does that depend on beta?                             curve_figures
   <score>_heatmap          And on tau?                                           curve_figures
-  mt_bench_categories      What is it good at?                                   score_figures
+  <score>_categories       What is it good at?                                   score_figures
   win_matrix               Which answers does a judge prefer side by side?       pair_figures
   movement                 What was gained for moving away from the reference?   curve_figures
   <score>_frontier         What does it gain for its distance to the base?       frontier_figures
@@ -35,7 +35,7 @@ from pref.analysis import (
     score_figures,
     texts,
 )
-from pref.analysis.figure_parts import Look
+from pref.analysis.figure_parts import Look, Styles, styles_of
 from pref.analysis.measures import Measure
 from pref.analysis.runs import Run
 from pref.files import console, drawing
@@ -47,6 +47,7 @@ KINDS = {  # of a score's figures, in the order of the report: caption
     "over_beta": "{} over beta",
     "heatmap": "{} over beta and tau",
     "frontier": "{} against KL to the base model",
+    "categories": "{} by category",
 }
 LAST_KINDS = {"boxes": "{} of every run"}
 
@@ -67,7 +68,6 @@ def list_titles() -> dict[str, str]:
 
     return {
         **titles(KINDS),
-        "mt_bench_categories": "MT-Bench by category",
         "win_matrix": "Win rates",
         "movement": "Gain against distance from the reference",
         **titles(LAST_KINDS),
@@ -147,71 +147,84 @@ def comparison_jobs(folder: Path, comparison: dict, runs: list[Run]) -> list[Cal
     A heat map that cannot be drawn is reported in comparison["notes"].
     """
     jobs: list[Callable[[], None]] = []
+    styles = study_styles(comparison, runs)
 
     # 1) How training went.
     if with_curve := [run for run in runs if curve_figures.has_curve(run)]:
         stem = folder / "comparison_learning_curves"
-        jobs.append(partial(curve_figures.draw_learning_curves, stem, with_curve))
+        jobs.append(partial(curve_figures.draw_learning_curves, stem, with_curve, styles))
 
     # 2) Each score: validation accuracy, and what judges and tasks have measured.
     accuracy = comparison["accuracy"]
     if accuracy["cells"]:
-        title = "Validation accuracy" + trial_mark(comparison)
-        look = look_of(measures.ACCURACY, accuracy, title)
+        notes = trial_marks(comparison)
+        look = look_of(measures.ACCURACY, accuracy, "validation accuracy", notes, styles)
         jobs += score_jobs(folder, measures.ACCURACY, "", accuracy, look, comparison)
     for measure, part in measures.parts_of(comparison):
         if part["cells"]:
-            jobs += part_jobs(folder, measure, part, comparison)
+            jobs += part_jobs(folder, measure, part, comparison, styles)
 
     # 3) Everything besides the scores.
     movement = comparison["movement"]
     if panels := curve_figures.find_movement_panels(movement):
         stem = folder / "comparison_movement"
-        jobs.append(partial(curve_figures.draw_movement, stem, movement, panels))
+        jobs.append(partial(curve_figures.draw_movement, stem, movement, panels, styles))
     if pairs := comparison["pairs"]:
         jobs.append(partial(pair_figures.draw_win_matrix, folder / "comparison_win_matrix", pairs))
     return jobs
 
 
+def study_styles(comparison: dict, runs: list[Run]) -> Styles:
+    """One colour a loss for all figures, also of those that show some of the losses alone."""
+    parts = [comparison["accuracy"], *(part for _, part in measures.parts_of(comparison))]
+    rows = [row for part in parts for row in part["cells"]]
+    rows += [
+        {"loss": run.loss, "tau": run.tau, "settings": None, "untrained": run.untrained}
+        for run in runs
+    ]
+    # A run that has no score may still have moved from the reference.
+    untrained = {row["loss"] for row in rows if row["untrained"]}
+    rows += [row for row in comparison["movement"] if row["loss"] not in untrained]
+    return styles_of(rows, comparison["baseline"])
+
+
 def part_jobs(
-    folder: Path, measure: Measure, part: dict, comparison: dict
+    folder: Path, measure: Measure, part: dict, comparison: dict, styles: Styles
 ) -> list[Callable[[], None]]:
     """The figures of one part of a measure."""
     suffix = judge_identity.file_suffix(part, comparison[measure.key])
-    title = measure.heading(part)
+    notes = [measure.heading(part)]
     if measure is measures.MT:
-        title = f"MT-Bench, {len(part['questions'])} questions, {part['title']}"
+        notes = [f"{len(part['questions'])} questions, {part['title']}"]
     if mark := judge_identity.smoke_mark(part) if measure.judged else "":
-        title += f"\n{mark}"
-    title += trial_mark(comparison)
-    look = look_of(measure, part, title)
+        notes.append(mark)
+    notes += trial_marks(comparison)
+    look = look_of(measure, part, measure.short, notes, styles)
     jobs = score_jobs(folder, measure, suffix, part, look, comparison)
     if part.get("categories"):
-        stem = folder / f"comparison_mt_bench_categories{suffix}"
-        jobs.append(partial(score_figures.draw_categories, stem, part, title))
+        stem = folder / f"comparison_{measure.key}_categories{suffix}"
+        jobs.append(partial(score_figures.draw_categories, stem, part, look))
     if len(part["frontier"]) > 1:
         stem = folder / f"comparison_{measure.key}_frontier{suffix}"
         jobs.append(partial(frontier_figures.draw_frontier, stem, part["frontier"], look))
     return jobs
 
 
-def look_of(measure: Measure, part: dict, title: str) -> Look:
-    limits = measure.limits
-    if limits is None:
-        values = [row[measure.value] for row in part["cells"] if row[measure.value] is not None]
-        limits = score_figures.limits_of(values)
+def look_of(measure: Measure, part: dict, title: str, notes: list[str], styles: Styles) -> Look:
     return Look(
         title=title,
         label=measure.label,
-        limits=limits,
+        limits=measure.limits,
         digits=measure.digits,
         se_over=measure.se.removeprefix("se_over_"),
         metric=measure.value,
+        notes=tuple(notes),
+        styles=styles,
     )
 
 
-def trial_mark(comparison: dict) -> str:
-    return f"\n{texts.TRIAL}" if comparison["trial"] else ""
+def trial_marks(comparison: dict) -> list[str]:
+    return [texts.TRIAL] if comparison["trial"] else []
 
 
 def score_jobs(
