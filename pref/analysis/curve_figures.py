@@ -91,8 +91,8 @@ def draw_learning_curves(stem: Path, runs: list[Run], styles: Styles) -> None:
         leftmost.set_ylabel(panel.label)
         if panel.key == "grad_norm":
             for axis in row:
-                if any(value > 0 for line in axis.get_lines() for value in line.get_ydata()):
-                    axis.set_yscale("log")
+                shown = [value for line in axis.get_lines() for value in line.get_ydata()]
+                drawing.plain_log(axis.yaxis, shown)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
     figure.align_ylabels(axes[:, 0])

@@ -12,6 +12,7 @@ from pref.files import drawing
 
 INTERVAL = "95 % interval over questions and seeds"
 FAR = 20  # distances that differ by more are shown on a log scale
+LONGEST_LABEL = 24  # characters that leave room for a panel in a figure of drawing.HALF
 DASHES = ("-", "--", ":", "-.")
 UNTRAINED = "untrained model"
 
@@ -98,6 +99,11 @@ class Look(NamedTuple):
         return title[:1].upper() + title[1:]
 
 
+def width_for(labels: Iterable[str]) -> float:
+    """The width of a figure whose rows have these labels and numbers beside them, in inches."""
+    return drawing.HALF if max(map(len, labels), default=0) <= LONGEST_LABEL else drawing.WIDE
+
+
 # ---- axes ---------------------------------------------------------------------------------------
 
 
@@ -144,14 +150,11 @@ def scale_distance(axis, distances: Iterable[float]) -> None:
     untrained model's 0, differ by more than a factor of FAR.
     """
     distances = [distance for distance in distances if distance]
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     if not distances:
         return
     low, high = min(distances), max(distances)
     if low > 0 and high > FAR * low:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axis.xaxis.set_minor_formatter(lambda x, _: "")
+        drawing.plain_log(axis.xaxis, distances)
         axis.set_xlim(low / 1.4, high * 1.4)
     else:
         axis.set_xlim(min(0.0, 1.05 * low), max(0.0, 1.05 * high))

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis.figure_parts import INTERVAL, Look, distinct, draw_cells
+from pref.analysis.figure_parts import INTERVAL, Look, distinct, draw_cells, width_for
 from pref.files import drawing
 
 COMPARISON_NAMES = {
@@ -34,11 +34,13 @@ def draw_differences(stem: Path, rows: list[dict], look: Look) -> None:
     if all(row["paired"] == "one seed" for row in rows):
         notes.append("One seed each: the interval is over questions alone.")
     title, height = look.headed("Differences in {}"), 0.6 + 0.21 * len(lines)
-    figure = drawing.new_figure(drawing.HALF, height, title, notes)
+    width = width_for(line.text for line in lines if line.row)
+    figure = drawing.new_figure(width, height, title, notes)
     axis = figure.subplots()
     for y, line in enumerate(lines):
         if line.row is None:
-            axis.axhline(y - 0.5, color=drawing.GREY, linewidth=0.6, alpha=0.6)
+            if y:
+                axis.axhline(y - 0.5, color=drawing.GREY, linewidth=0.6, alpha=0.6)
             axis.text(0, y, line.text, transform=axis.get_yaxis_transform(), **HEADING)
         else:
             draw_difference(axis, y, line.row, look)
@@ -110,7 +112,7 @@ def draw_win_matrix(stem: Path, rows: list[dict]) -> None:
     notes.append(f"In brackets: {INTERVAL}; below: wins / ties / losses.")
     if any(row["smoke_test"] for row in rows):
         notes.append("SMOKE TEST: a judge too small, or with warnings: these rates measure nothing")
-    width = drawing.HALF if len(columns) < 4 else drawing.WIDE
+    width = width_for(labels) if len(columns) < 4 else drawing.WIDE
     title, height = "Win rates in pairwise judgements", 0.9 + 0.42 * len(labels)
     figure = drawing.new_figure(width, height, title, notes)
     axis = figure.subplots()

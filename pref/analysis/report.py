@@ -3,7 +3,7 @@
     from pref.analysis.report import write_report
     write_report(Path("results/comparison/report.html"), {"title": "Four losses", "runs": [...]})
 
-Reads   report_template.{html,css,js} and the figures' PNG files; all else comes from analyze.py
+Reads   report_template.{html,css,js} and the figures' SVG files; all else comes from analyze.py
 Writes  the report
 
 Nothing is computed here, and nothing in a page is trusted: answers and judgements are what models
@@ -23,11 +23,11 @@ import html
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from pref.files import disk
 from pref.files.console import UserError
@@ -63,6 +63,8 @@ JUDGEMENT_FIELDS = (
 )
 # In the table of runs, longer arguments are cut; where two runs are compared, they are complete.
 MAX_CELL_CHARACTERS = 40
+WIDE_FIGURE = 700  # pixels: wider figures take both columns of the page
+UNQUOTED = " !$()*+,-./:;=?@_"  # characters that mean nothing in an address within an attribute
 
 
 def write_report(path: Path, page: dict) -> None:
@@ -81,7 +83,7 @@ def write_report(path: Path, page: dict) -> None:
       notes       [str]
       missing     [str]
       tables      [{id, title, note, headers, rows}]; a cell is str, int, float or None
-      figures     [{title, png (a path), alt}]
+      figures     [{title, svg (a path), alt}]
       runs        [{run_id, status, arguments {name: JSON value}, numbers {name: float or None}}]
       benches     [{name, title, left_out}]; left_out: questions that are not shown
       questions   {bench: {question id: {category, turns}}}; turns is None if the text is not
@@ -90,7 +92,7 @@ def write_report(path: Path, page: dict) -> None:
       judgements  [{bench, run_id, question_id, turn, choice, repeat, judge, grading, score, winner,
                   baseline, order, status, judgement, preference, label}], as in judgements.csv
 
-    Raises UserError if a figure is missing or not a PNG.
+    Raises UserError if a figure is missing or not an SVG.
     """
     style = TEMPLATE.with_suffix(".css").read_text(encoding="utf-8")
     script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
@@ -273,28 +275,43 @@ def figures_html(figures: list[dict]) -> str:
 
 
 def figure_html(figure: dict) -> str:
-    """A figure as a button that enlarges it."""
-    png = read_png(Path(figure["png"]))
-    # The size lets the browser reserve the place before it has decoded the image.
-    width, height = struct.unpack(">II", png[16:24])
-    title = escape(figure.get("title") or "")
+    """A figure as a button that enlarges it; its caption has the notes of the file's description.
+
+    The figure is an image of its own, not a part of the page: nothing in it can run.
+    """
+    svg = read_svg(Path(figure["svg"]))
+    width, height = (round(float(size) * 4 / 3) for size in svg["size"])  # points to pixels
+    title = escape(figure.get("title") or svg["title"])
+    notes = escape(svg["notes"])
     alt = escape(figure.get("alt") or figure.get("title") or "")
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    alt = f"{alt}. {notes}" if notes else alt
+    source = f"data:image/svg+xml,{quote(svg['text'], safe=UNQUOTED)}"
     image = f'<img src="{source}" width="{width}" height="{height}" alt="{alt}">'
+    wide = ' class="wide"' if width > WIDE_FIGURE else ""
     return (
-        f'<figure>\n<button type="button" class="enlarge" title="Enlarge">{image}</button>\n'
-        f"<figcaption>{title}</figcaption>\n</figure>\n"
+        f'<figure{wide}>\n<div class="drawing" tabindex="0" role="region" aria-label="{title}">'
+        f'<button type="button" class="enlarge" title="Enlarge">{image}</button></div>\n'
+        f"<figcaption><b>{title}</b> {notes}</figcaption>\n</figure>\n"
     )
 
 
-def read_png(path: Path) -> bytes:
+def read_svg(path: Path) -> dict:
+    """The text of an SVG file of drawing.py, its size in points, its title and its notes."""
     try:
-        data = path.read_bytes()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such figure; rerun analyze.py") from None
-    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 24:
-        raise UserError(f"{path}: not a PNG file; delete it and rerun analyze.py")
-    return data
+    except UnicodeDecodeError:
+        text = ""
+    size = re.match(r'<svg [^>]*width="([\d.]+)pt" height="([\d.]+)pt"', text)
+    if not size:
+        raise UserError(f"{path}: not an SVG file of analyze.py; delete it and rerun analyze.py")
+    found = {
+        name: re.search(f"<{tag}>(.*?)</{tag}>", text, flags=re.DOTALL)
+        for name, tag in (("title", "title"), ("notes", "desc"))
+    }
+    own = {name: html.unescape(match[1]) if match else "" for name, match in found.items()}
+    return {"text": text, "size": size.groups(), **own}
 
 
 # ---- tables -------------------------------------------------------------------------------------

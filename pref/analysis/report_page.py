@@ -31,7 +31,7 @@ def make_page(
     folder: results/comparison, with the figures. data: by benchmark; may be empty.
     """
     shown, folded = notes.fold_claims(comparison["claims"])
-    paths = sorted((folder / "figures").glob("comparison_*.png"), key=figures.figure_order)
+    paths = sorted((folder / "figures").glob("comparison_*.svg"), key=figures.figure_order)
     return {
         "title": "Preference-optimisation study",
         "facts": page_facts(runs, comparison),
@@ -46,7 +46,7 @@ def make_page(
         "missing": [notes.missing_text(gap) for gap in comparison["missing"]],
         "tables": [table.page() for table in tables if table.id != "verdicts"],
         "figures": [
-            {"title": figures.figure_title(path), "png": path, "alt": figures.figure_title(path)}
+            {"title": figures.figure_title(path), "svg": path, "alt": figures.figure_title(path)}
             for path in paths
         ],
         "runs": [page_run(run, comparison) for run in runs],

@@ -125,7 +125,7 @@ def draw_learning_rate(axis, steps: list[dict]) -> None:
     twin.tick_params(axis="y", colors=drawing.COLOURS[1])
     norms = [row["grad_norm"] for row in steps if row.get("grad_norm")]
     if norms and max(norms) > 50 * min(norms):
-        axis.set_yscale("log")
+        drawing.plain_log(axis.yaxis, norms)
         axis.set_ylabel("gradient norm (log scale)")
 
 

@@ -10,7 +10,7 @@ Each figure says below its title what its error bars are.
 from pathlib import Path
 from statistics import median
 
-from pref.analysis.figure_parts import Look, add_legend_below, distinct, span
+from pref.analysis.figure_parts import Look, add_legend_below, distinct, span, width_for
 from pref.files import drawing, mt_bench
 
 
@@ -20,7 +20,8 @@ def draw_bars(stem: Path, rows: list[dict], look: Look, reference_lines: dict[st
     rows: of "cells" in aggregated_metrics.json. reference_lines: name -> value, drawn across.
     """
     height = 0.75 + 0.21 * len(rows) + 0.2 * (len(reference_lines) + 1)
-    figure = drawing.new_figure(drawing.HALF, height, look.headed("{} by cell"), look.notes)
+    width = width_for(row["label"] for row in rows)
+    figure = drawing.new_figure(width, height, look.headed("{} by cell"), look.notes)
     axis = figure.subplots()
 
     # 1) A point for each cell, with its number to the right of the panel.

@@ -15,6 +15,7 @@ key should contain `drawing_version`: a change of the drawing code then redraws 
 
 import html
 import io
+import math
 import os
 import re
 import textwrap
@@ -151,6 +152,24 @@ def text_width(text: str, points: float) -> float:
 
     font = FontProperties(family="sans-serif", size=points)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
+
+
+def plain_log(axis, values: Iterable[float]) -> None:
+    """Make an axis of a panel logarithmic, with numbers such as 0.1 and 20, never 10^-1.
+
+    axis: `panel.xaxis` or `panel.yaxis`. values: those that are shown; if none is above 0, the axis
+    stays linear.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = [value for value in values if 0 < value < math.inf]
+    if not positive:
+        return
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    few = max(positive) < 100 * min(positive)  # less than two decades
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 # ---- files ---------------------------------------------------------------------------------------
