@@ -336,6 +336,11 @@ def draw_movement(
     down = math.ceil(len(panels) / across)
     title = "Gain of each run against its distance from the reference"
     notes = ["One point a run. Dotted: the untrained model."]
+    scores = distinct(panel.gain for panel in panels if panel.gain not in MOVEMENT_LABELS)
+    labels = dict(MOVEMENT_LABELS)
+    if len(scores) == 1:  # the judge's name is too long for an axis
+        labels[scores[0]] = "MT-Bench score"
+        notes.insert(0, f"MT-Bench {scores[0]}")
     figure = drawing.new_figure(drawing.HALF, 0.6 + 2.7 * down, title, notes)
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     trained = [row for row in rows if row["loss"] in styles.losses]
@@ -347,7 +352,7 @@ def draw_movement(
         draw_untrained(axis, untrained)
         scale_distance(axis, [row[panel.distance] for row in trained if panel.shows(row)])
         axis.set_xlabel(textwrap.fill(MOVEMENT_LABELS[panel.distance], 28), fontsize=9)
-        gain = MOVEMENT_LABELS.get(panel.gain, panel.gain)
+        gain = labels.get(panel.gain, panel.gain)
         axis.set_ylabel(textwrap.fill(gain, 28), fontsize=9)
         axis.grid(alpha=0.25)
     for unused in axes[len(panels) :]:

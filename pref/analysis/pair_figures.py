@@ -32,7 +32,7 @@ def draw_differences(stem: Path, rows: list[dict], look: Look) -> None:
     lines = forest_lines(rows)
     notes = [*look.notes, f"Error bar: {INTERVAL}. p: adjusted (Holm or BH)."]
     if all(row["paired"] == "one seed" for row in rows):
-        notes.append("One seed each: the interval is over questions alone.")
+        notes.append("One seed each: the interval is over questions or pairs alone.")
     title, height = look.headed("Differences in {}"), 0.6 + 0.21 * len(lines)
     width = width_for(line.text for line in lines if line.row)
     figure = drawing.new_figure(width, height, title, notes)

@@ -1,93 +1,25 @@
 """The tables of analyze.py: which exist, and which columns each shows of its rows.
 
 `list_tables` makes them from the structure of aggregated_metrics.json. report.py shows them,
-table_files.py writes them as files, and terminal.py prints a selection of its own.
-
-A `Layout` is what a table looks like: title, note, and columns with a header, the field of the row
-(or a function of the row), and the digits shown. A `Table` is a layout with rows.
+table_files.py writes them as files, and terminal.py prints a selection of its own. What a table is
+stands in table_parts.py.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from pref.analysis import judge_identity, measures, texts
 from pref.analysis.measures import Measure
-
-CELL_HEADER = "loss β τ"
-
-
-class Column(NamedTuple):
-    header: str
-    value: str | Callable[[dict], object]  # a field of the row, or a function of the row
-    digits: int | None = None  # of a float, after the decimal point
-
-    def of(self, row: dict) -> object:
-        """The row's value in this column, rounded."""
-        value = row.get(self.value) if isinstance(self.value, str) else self.value(row)
-        if isinstance(value, float) and self.digits is not None:
-            return round(value, self.digits)
-        return value
-
-
-class Layout(NamedTuple):
-    title: str
-    columns: list[Column]
-    note: str = ""
-    paper: tuple[str, ...] = ()  # headers of the columns that a paper prints; empty: all
-
-
-class Table(NamedTuple):
-    id: str  # the name of its files
-    title: str
-    note: str | None
-    columns: list[Column]
-    rows: list[dict]
-    judge: dict | None = None  # whose scores these are, for each row of the CSV
-    paper: tuple[str, ...] = ()  # headers of the columns that a paper prints; empty: all
-
-    def paper_columns(self) -> list[Column]:
-        return [one for one in self.columns if not self.paper or one.header in self.paper]
-
-    def headers(self) -> list[str]:
-        return [column.header for column in self.columns]
-
-    def values(self, row: dict) -> list:
-        return [column.of(row) for column in self.columns]
-
-    def page(self) -> dict:
-        """The table as `report.write_report` takes it."""
-        return {
-            "id": self.id,
-            "title": self.title,
-            "note": self.note,
-            "headers": self.headers(),
-            "rows": [self.values(row) for row in self.rows],
-        }
-
-
-# ---- kinds of columns ----------------------------------------------------------------------------
-
-
-def p_column(header: str, key: str) -> Column:
-    return Column(header, lambda row: texts.p_text(row.get(key)))
-
-
-def interval_column(header: str, digits: int, low: str = "low", high: str = "high") -> Column:
-    """An interval such as [0.12, 0.34]; low, high: the fields with its ends."""
-
-    def text(row: dict) -> str | None:
-        if row.get(low) is None:
-            return None
-        return f"[{row[low]:.{digits}f}, {texts.show(row.get(high), digits)}]"
-
-    return Column(header, text)
-
-
-def rate_interval(row: dict) -> str | None:
-    if row["rate_low"] is None:
-        return None
-    return f"[{texts.percent(row['rate_low'])}, {texts.percent(row['rate_high'])}]"
-
+from pref.analysis.table_parts import (
+    CELL_HEADER,
+    Column,
+    Layout,
+    Table,
+    by_category,
+    interval_column,
+    p_column,
+    pivot_categories,
+    rate_interval,
+)
 
 # ---- layouts: verdicts --------------------------------------------------------------------------
 
@@ -123,13 +55,13 @@ def score_columns(measure: Measure, counts: Iterable[Column] = ()) -> list:
     )
     return [
         Column(CELL_HEADER, "label"),
-        Column("seeds", "n_seeds"),
+        Column("seeds", "n_seeds", context=True),
         first,
         interval_column("95 % interval", digits),
         Column("SD over seeds", f"{first.value}_sd", digits),
         *rest,
         *counts,
-        Column("diverged", "n_diverged"),
+        Column("diverged", "n_diverged", context=True),
     ]
 
 
@@ -149,20 +81,13 @@ def scores_of(measure: Measure) -> Layout:
     return Layout("mean over seeds", columns, note, paper=paper)
 
 
-JUDGED = (Column("scored", "n_scored"), Column("judged", "n_judged"))
-BENCH_JUDGED = (*JUDGED, Column("of", "n_bench"), Column("failures", "failures"))
-BY_CATEGORY = Layout(
-    "by category",
-    [
-        Column(CELL_HEADER, "label"),
-        Column("category", "category"),
-        Column("score", "score", 2),
-        Column("SD over seeds", "score_sd", 2),
-        Column("seeds", "n_seeds"),
-        *JUDGED,
-    ],
-    paper=(CELL_HEADER, "category", "score", "SD over seeds", "seeds"),
+JUDGED = (Column("scored", "n_scored", context=True), Column("judged", "n_judged", context=True))
+BENCH_JUDGED = (
+    *JUDGED,
+    Column("of", "n_bench", context=True),
+    Column("failures", "failures", context=True),
 )
+
 
 # ---- layouts: comparisons of cells --------------------------------------------------------------
 
@@ -170,7 +95,7 @@ BY_CATEGORY = Layout(
 def difference_columns(digits: int, units: str, adjusted: str) -> list[Column]:
     """units: what the two are compared on. adjusted: the header of the adjusted p-value."""
     return [
-        Column("comparison", "comparison"),
+        Column("comparison", "comparison", context=True),
         Column("proposed", "proposed"),
         Column("baseline", "baseline"),
         Column("difference", "estimate", digits),
@@ -180,10 +105,10 @@ def difference_columns(digits: int, units: str, adjusted: str) -> list[Column]:
         Column("detectable difference", "detectable", digits),
         Column("improvement", lambda row: texts.percent(row["improvement_rate"])),
         Column("improvement, 95 % interval", rate_interval),
-        Column("seeds", "seeds_compared"),
-        Column(units.removeprefix("validation "), "n_units"),
-        Column("selected by", "selected_by"),
-        Column("differs in", "differs_in"),
+        Column("seeds", "seeds_compared", context=True),
+        Column(units.removeprefix("validation "), "n_units", context=True),
+        Column("selected by", "selected_by", context=True),
+        Column("differs in", "differs_in", context=True),
     ]
 
 
@@ -255,7 +180,7 @@ SENSITIVITY = Layout(
     "adjusted and are not meant as headline results.",
 )
 MCNEMAR = Layout(
-    "Accuracy on the same pairs, exact McNemar test by seed",
+    "Validation accuracy: exact McNemar test by seed",
     [
         Column("proposed", "proposed"),
         Column("baseline", "baseline"),
@@ -279,9 +204,9 @@ def selection(digits: int) -> Layout:
             Column("loss", "loss"),
             Column("cells", "cells"),
             Column("selected", "selected"),
-            Column("selected by", "selected_by"),
+            Column("selected by", "selected_by", context=True),
             Column("score", "value", digits),
-            Column("equal budget (cells)", "budget"),
+            Column("equal budget (cells)", "budget", context=True),
             Column("expected score", "expected_selected", digits),
             Column("expected score of the baseline", "baseline_expected_selected", digits),
             Column("expected difference", "expected_difference", digits),
@@ -300,8 +225,8 @@ SPREAD = Layout(
     [
         Column("loss", "loss"),
         Column("τ", "tau"),
-        Column("settings", "settings"),
-        Column("betas", lambda row: " ".join(f"{beta:g}" for beta in row["betas"])),
+        Column("settings", "settings", context=True),
+        Column("betas", lambda row: " ".join(f"{beta:g}" for beta in row["betas"]), context=True),
         Column("variance of observed means", "variance_of_means", 4),
         Column("noise variance", "of_it_noise", 4),
         Column("variance of true means", "variance", 4),
@@ -309,7 +234,7 @@ SPREAD = Layout(
         interval_column("ratio, 95 % interval", 2),
         Column("reduction %", "reduction_percent", 0),
         p_column("Brown-Forsythe p", "brown_forsythe_p"),
-        Column("differs in", "differs_in"),
+        Column("differs in", "differs_in", context=True),
     ],
     "Variance of the true means over beta: that of the observed means less the noise from seeds "
     "and questions. Ratio and reduction are relative to the baseline; they are missing where its "
@@ -355,9 +280,9 @@ TAX = Layout(
         interval_column("difference, 95 % interval", 2),
         p_column("p (BH)", "p_adjusted"),
         Column("detectable difference", "detectable", 2),
-        Column("seeds", "seeds_compared"),
-        Column("questions", "n_units"),
-        Column("selected by", "selected_by"),
+        Column("seeds", "seeds_compared", context=True),
+        Column("questions", "n_units", context=True),
+        Column("selected by", "selected_by", context=True),
     ],
     "Best cell of each loss, selected by validation accuracy where that is known. Paired by "
     "question; p: primary test, over questions and seeds, Benjamini-Hochberg over the losses.",
@@ -390,14 +315,18 @@ PAIRS = Layout(
         Column(CELL_HEADER, "label"),
         Column("against", "baseline"),
         Column("win rate", "win_rate", 3),
-        Column("smoke test", lambda row: "yes" if row["smoke_test"] else None),
-        Column("judge agrees with human votes as humans do", lambda row: row.get("as_humans")),
+        Column("smoke test", lambda row: "yes" if row["smoke_test"] else None, context=True),
+        Column(
+            "judge agrees with human votes as humans do",
+            lambda row: row.get("as_humans"),
+            context=True,
+        ),
         interval_column("95 % interval", 3),
         Column("wins", "wins"),
         Column("ties", "ties"),
         Column("losses", "losses"),
-        Column("questions", "n_questions"),
-        Column("seeds", "n_seeds"),
+        Column("questions", "n_questions", context=True),
+        Column("seeds", "n_seeds", context=True),
     ],
     "Each question is judged in both orders; a disagreement is a tie, which counts one half.",
     paper=(CELL_HEADER, "against", "win rate", "95 % interval", "seeds"),
@@ -435,8 +364,8 @@ def frontier(measure: Measure) -> Layout:
             Column("SD of KL over seeds", "kl_sd", 3),
             Column(measure.columns[measure.value], "score", measure.digits),
             Column("SD over seeds", "score_sd", measure.digits),
-            Column("seeds", "n_seeds"),
-            Column("KL of answers to", "kl_answers"),
+            Column("seeds", "n_seeds", context=True),
+            Column("KL of answers to", "kl_answers", context=True),
         ],
         "KL: of a run's own answers to the base model, in nats an answer (k1 estimator), mean over "
         "seeds; 0 of the untrained model.",
@@ -463,6 +392,7 @@ def score_table(
     return Table(
         id=f"{measure.key}_{kind}{suffix}",
         title=f"{measure.heading(part)}: {layout.title}",
+        group=measure.heading(part),
         note=" ".join(filter(None, notes)) or None,
         columns=layout.columns,
         rows=rows,
@@ -471,20 +401,22 @@ def score_table(
     )
 
 
-def plain_table(id: str, layout: Layout, rows: list[dict]) -> Table:
-    return Table(id, layout.title, layout.note or None, layout.columns, rows, paper=layout.paper)
+def plain_table(id: str, layout: Layout, rows: list[dict], group: str = "") -> Table:
+    note = layout.note or None
+    return Table(id, layout.title, note, layout.columns, rows, paper=layout.paper, group=group)
 
 
 def list_tables(comparison: dict) -> list[Table]:
     """Every table that has rows, verdicts first. comparison: aggregated_metrics.json."""
     accuracy = comparison["accuracy"]
     cells = scores_of(measures.ACCURACY)
-    title = "Validation accuracy: mean over seeds"
+    group = measures.ACCURACY.heading(accuracy)
+    title = f"{group}: mean over seeds"
     tables = [
         plain_table("verdicts", VERDICTS, comparison["claims"]),
-        plain_table("accuracy", cells._replace(title=title), accuracy["cells"]),
+        plain_table("accuracy", cells._replace(title=title), accuracy["cells"], group),
         *comparison_tables(measures.ACCURACY, accuracy, comparison),
-        plain_table("accuracy_mcnemar", MCNEMAR, mcnemar_rows(accuracy["improvement"])),
+        plain_table("accuracy_mcnemar", MCNEMAR, mcnemar_rows(accuracy["improvement"]), group),
     ]
     for measure, part in measures.parts_of(comparison):
         tables += measure_tables(measure, part, comparison)
@@ -506,9 +438,12 @@ def measure_tables(measure: Measure, part: dict, comparison: dict) -> list[Table
     lengths = {f"length_{key}": value for key, value in (part.get("length") or {}).items()}
     reliability = {**(part.get("retest") or {}), **lengths}
     kind = "by_turn" if measure is measures.MT else "cells"
+    categories = part.get("categories") or []
     return [
         table(kind, scores_of(measure), part["cells"]),
-        table("by_category", BY_CATEGORY, part.get("categories", [])),
+        table(
+            "by_category", by_category(measure, categories), pivot_categories(categories)
+        )._replace(data=categories),
         *comparison_tables(measure, part, comparison),
         table("frontier", frontier(measure), part["frontier"]),
         table("variance", VARIANCE, part["variance"]),

@@ -35,6 +35,7 @@ from pref.files.console import UserError
 TEMPLATE = Path(__file__).with_name("report_template.html")
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 NO_VALUE = "–"
+NUMBERS = re.compile(r"-|(?=.*\d)[-+<\d.,\[\] %±einf]*")  # of a column that is aligned to the right
 
 
 class Badge(NamedTuple):
@@ -282,9 +283,9 @@ def figure_html(figure: dict) -> str:
     svg = read_svg(Path(figure["svg"]))
     width, height = (round(float(size) * 4 / 3) for size in svg["size"])  # points to pixels
     title = escape(figure.get("title") or svg["title"])
-    notes = escape(svg["notes"])
+    notes = escape(" ".join(f"{note.rstrip('.')}." for note in svg["notes"].splitlines() if note))
     alt = escape(figure.get("alt") or figure.get("title") or "")
-    alt = f"{alt}. {notes}" if notes else alt
+    alt = f"{alt}. {notes}".strip()
     source = f"data:image/svg+xml,{quote(svg['text'], safe=UNQUOTED)}"
     image = f'<img src="{source}" width="{width}" height="{height}" alt="{alt}">'
     wide = ' class="wide"' if width > WIDE_FIGURE else ""
@@ -318,20 +319,29 @@ def read_svg(path: Path) -> dict:
 
 
 def tables_html(tables: list[dict]) -> str:
-    """The tables, below a list of links if there are more than two."""
+    """The tables under the headings of their groups, below a list of links if there are more than
+    two. A table without a group stands alone.
+    """
     if not tables:
         return none_html("There are no tables.")
-    links, sections = "", ""
+    links, sections, group = "", "", None
     for number, table in enumerate(tables, 1):
         link = anchor("table", table.get("id") or "", number)
         title = escape(table.get("title") or table.get("id") or "Table")
         content = table_html(table.get("headers") or [], table.get("rows") or [], title)
-        links += f'<li><a href="#{link}">{title}</a></li>\n'
+        own = escape(table.get("group") or "")
+        kind = escape(table.get("kind") or "") if own else title
+        if not own or own != group:
+            links += f"{'</li>' if links else ''}\n<li>{f'<b>{own}</b> ' if own else ''}"
+            sections += f'<h3 class="group">{own}</h3>\n' if own else ""
+        group = own
+        links += f'<a href="#{link}">{kind}</a> '
+        heading = f"<h4>{kind}</h4>" if own else f"<h3>{title}</h3>"
         sections += (
-            f'<section class="table" id="{link}">\n<h3>{title}</h3>\n'
+            f'<section class="table" id="{link}">\n{heading}\n'
             f"{note_html(table.get('note'))}{content}</section>\n"
         )
-    contents = f'<ul class="contents">\n{links}</ul>\n' if len(tables) > 2 else ""
+    contents = f'<ul class="contents">{links}</li>\n</ul>\n' if len(tables) > 2 else ""
     return contents + sections
 
 
@@ -380,8 +390,12 @@ def column_cells(column: Iterable, style: str, max_characters: int | None) -> li
 
 
 def is_number_column(column: Iterable) -> bool:
+    """Whether all values are numbers, or texts such as [0.12, 0.34], +3.1%, < 0.0001 and "-"."""
     values = [value for value in column if value is not None]
-    return bool(values) and all(map(disk.is_number, values))
+    return bool(values) and all(
+        disk.is_number(value) or (isinstance(value, str) and bool(NUMBERS.fullmatch(value)))
+        for value in values
+    )
 
 
 def column_digits(column: list) -> int:
@@ -416,27 +430,37 @@ def format_value(value, digits: int) -> str:
 
 
 def runs_html(runs: list[dict]) -> str:
-    """A table of all runs with their numbers and the arguments in which they differ, then the
-    arguments that are the same in all of them.
+    """A table of all runs with their numbers; behind titles that open them, the arguments in which
+    the runs differ and those that are the same in all of them.
     """
     if not runs:
         return none_html("There are no runs.")
     arguments = [flatten(run.get("arguments") or {}) for run in runs]
     differing, common = split_arguments(arguments)
     numbers = list(dict.fromkeys(key for run in runs for key in run.get("numbers") or {}))
-    headers = ["run", "status", *numbers, *differing]
     rows = [
         [
             run.get("run_id"),
             run.get("status"),
             *((run.get("numbers") or {}).get(key) for key in numbers),
-            *(as_cell(flat.get(key)) for key in differing),
         ]
+        for run in runs
+    ]
+    table = table_html(["run", "status", *numbers], rows, "Runs", MAX_CELL_CHARACTERS)
+    return table + differing_html(runs, arguments, differing) + common_html(common)
+
+
+def differing_html(runs: list[dict], arguments: list[dict], differing: list[str]) -> str:
+    if not differing:
+        return ""
+    rows = [
+        [run.get("run_id"), *(as_cell(flat.get(key)) for key in differing)]
         for run, flat in zip(runs, arguments)
     ]
-    note = "The arguments that differ between runs follow the numbers." if differing else ""
-    table = table_html(headers, rows, "Runs", MAX_CELL_CHARACTERS)
-    return note_html(note) + table + common_html(common)
+    title = "Arguments that differ between runs"
+    table = table_html(["run", *differing], rows, title, MAX_CELL_CHARACTERS)
+    summary = f"<summary>{len(differing)} arguments differ between runs</summary>"
+    return f"<details>{summary}\n{table}</details>\n"
 
 
 def flatten(arguments: dict, prefix: str = "") -> dict:

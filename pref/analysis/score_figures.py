@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import median
 
 from pref.analysis.figure_parts import Look, add_legend_below, distinct, span, width_for
-from pref.files import drawing, mt_bench
+from pref.analysis.table_parts import order_categories
+from pref.files import drawing
 
 
 def draw_bars(stem: Path, rows: list[dict], look: Look, reference_lines: dict[str, float]) -> None:
@@ -122,7 +123,7 @@ def draw_categories(stem: Path, part: dict, look: Look) -> None:
     labels += [row["selected"] for row in part["selection"]]
     labels = distinct(labels) or [row["label"] for row in part["cells"]][:6]
     rows = [row for row in part["categories"] if row["label"] in labels]
-    categories = order_categories(row["category"] for row in rows)
+    categories = order_categories(rows)
     notes = [
         *look.notes,
         "The cell of each loss that validation selects; error bar: SD over seeds.",
@@ -155,10 +156,3 @@ def draw_categories(stem: Path, part: dict, look: Look) -> None:
     axis.tick_params(axis="y", length=0)
     add_legend_below(figure, [axis], ncols=2)
     drawing.save_figure(figure, stem)
-
-
-def order_categories(names) -> list[str]:
-    """MT-Bench's categories in its order, then all others by name."""
-    names = set(names)
-    known = [name for name in mt_bench.CATEGORIES if name in names]
-    return known + sorted(names - set(known))

@@ -1,7 +1,8 @@
 """Tables as files: CSV to compute with, Markdown and LaTeX to paste.
 
-A CSV has every field of every row at full precision, under the names of aggregated_metrics.json.
-Markdown has the columns of the table's definition in paper_tables.py, rounded. LaTeX has those of
+A CSV has every field of every row at full precision, under the names of aggregated_metrics.json,
+also where the table that is shown is a pivot of these rows: by category.
+Markdown has the columns of the table's layout in paper_tables.py, rounded. LaTeX has those of
 them that a paper prints, five or fewer where there are many.
 """
 
@@ -11,7 +12,7 @@ import re
 from pathlib import Path
 
 from pref.analysis import texts
-from pref.analysis.paper_tables import Column, Table
+from pref.analysis.table_parts import Column, Table
 from pref.files import disk
 
 RECORDS = ("sensitivity", "mcnemar")  # lists of records, which have tables of their own
@@ -42,11 +43,12 @@ def csv_text(table: Table) -> str:
     if table.judge and "bench" in table.judge:
         # A table of differences has a column "baseline" of its own: the cell's.
         judge |= {f"judged_{key}": table.judge[key] for key in PLACE_FIELDS}
-    nested = {key for row in table.rows for key, value in row.items() if is_nested(value)}
+    data = table.rows if table.data is None else table.data
+    nested = {key for row in data for key, value in row.items() if is_nested(value)}
     nested |= set(RECORDS)
     rows = [
         judge | {key: csv_value(value) for key, value in row.items() if key not in nested}
-        for row in table.rows
+        for row in data
     ]
     fields = dict.fromkeys(key for row in rows for key in row)  # in order of first appearance
     buffer = io.StringIO()

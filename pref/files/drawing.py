@@ -225,7 +225,7 @@ def tidy_svg(svg: str, heading: Heading) -> str:
 
     # The upper part, with title and notes, is left out of what is seen.
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', start).groups())
-    top = max(0.0, heading.height * 72 - 5)
+    top = max(0.0, heading.height * 72 - 2)
     size = f'width="{width:g}pt" height="{height - top:g}pt" viewBox="0 {top:g} {width:g} '
     title, description = html.escape(heading.title), html.escape("\n".join(heading.notes))
     return (
