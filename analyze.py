@@ -267,7 +267,8 @@ def compare_part(
 ) -> Scores:
     """What the cells reached in one part of a measure, and what differs between them."""
     numbers, values = part.numbers, part.values
-    rows = [cell_rows.part_row(cell, numbers, tuple(measure.columns), measure.se) for cell in cells]
+    columns = tuple(measure.of_part(part.facts).columns)
+    rows = [cell_rows.part_row(cell, numbers, columns, measure.se) for cell in cells]
     scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
     results = dict(part.facts)
     if part.questions:
@@ -275,7 +276,7 @@ def compare_part(
             "questions": sorted(part.questions.common),
             "questions_left_out": sorted(part.questions.left_out),
         }
-    if measure is measures.MT:
+    if measure in (measures.MT, measures.TASK_SCORE):
         by_category = [row for cell in cells for row in cell_rows.category_rows(cell, numbers)]
         results["categories"] = by_category
     results |= compare_scores(measure, cells, scored, numbers, values, args)

@@ -15,7 +15,7 @@ from pathlib import Path
 from pref.analysis.runs import MT_BENCH
 from pref.files import benchmarks, mt_bench
 
-QUESTION_FILES = ("question.jsonl", "questions.json", "questions.jsonl")
+QUESTION_FILES = ("question.jsonl", "questions.json", "questions.jsonl", "test_questions.jsonl")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from pref.analysis import judge_validation
+from pref.analysis import judge_validation, texts
 from pref.analysis.runs import JudgeKey
 from pref.files import disk, judgements
 
@@ -34,6 +34,11 @@ def key_of(row: dict) -> JudgeKey:
     return JudgeKey(row["judge"], row["prompts"], row["refs"], judge_id)
 
 
+def is_program(judge: str) -> bool:
+    """Whether a judge is a task's program (judge.py --judge py:FILE): its scores are the truth."""
+    return judge.startswith("py:")
+
+
 def describe_judge(key: JudgeKey, rows: list[dict]) -> dict:
     """What a score depends on besides the answers, and whether it measures anything.
 
@@ -41,6 +46,8 @@ def describe_judge(key: JudgeKey, rows: list[dict]) -> dict:
     """
     params_b, too_small = judge_size(key.judge, rows)
     facts = judge_validation.judge_facts(key.judge, rows[0].get("validation"), too_small)
+    if is_program(key.judge):  # there is nothing that it could agree with
+        facts |= {"as_humans": None, "agreement_text": None}
     return {
         "judge": key.judge,
         "judge_params_b": params_b,
@@ -59,6 +66,8 @@ def judge_size(judge: str, rows: list[dict]) -> tuple[float | None, bool]:
     """Billions of parameters of a judge, None if unknown; and whether that is too few for the
     judgements of a judge that was not validated to measure anything.
     """
+    if is_program(judge):
+        return None, False
     sizes = [row.get("judge_params_b") for row in rows if row["judge"] == judge]
     sizes = [size for size in sizes if size is not None and 0 < size < math.inf]
     size = min(sizes) if sizes else judgements.params_from_name(judge)
@@ -93,6 +102,8 @@ def add_titles(rows: Iterable[dict]) -> None:
 
 
 def plain_title(key: JudgeKey) -> str:
+    if is_program(key.judge):  # is shown the answer alone
+        return f"judge {key.judge}"
     parts = [f"judge {key.judge}"]
     parts += [f"{name} {getattr(key, name)}" for name in ("prompts", "refs") if getattr(key, name)]
     return ", ".join(parts)
@@ -107,7 +118,7 @@ def differing_parts(key: JudgeKey, examples: list[dict]) -> list[str]:
         return []
     if key.judge_id is None:
         return ["settings not recorded"]
-    described = {key_of(row).judge_id: describe_settings(row) for row in examples}
+    described = {key_of(row).judge_id: flat(describe_settings(row)) for row in examples}
     described.pop(None, None)
     own = described[key.judge_id]
     names = sorted({name for settings in described.values() for name in settings})
@@ -134,6 +145,18 @@ def describe_settings(row: dict) -> dict[str, str]:
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for name, value in settings.items()
     }
+
+
+def flat(settings: dict[str, str]) -> dict[str, str]:
+    """`settings` with an object's entries beside the rest, and only the start of a hash: of a
+    program, one line for each of its files and packages.
+    """
+    found = {}
+    for name, text in settings.items():
+        value = json.loads(text) if text.startswith("{") else text
+        of_one = {f"{name} of {key}": one for key, one in value.items()} if value != text else {}
+        found |= of_one or {name: text}
+    return {name: texts.setting_text(value) for name, value in found.items()}
 
 
 def smoke_mark(judge: dict) -> str:

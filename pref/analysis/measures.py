@@ -14,9 +14,9 @@ a line to MEASURES.
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from pref.analysis import arena_sources, length_control, part_sources
+from pref.analysis import arena_sources, length_control, part_sources, task_sources
 from pref.analysis.parts import Part, Sources
-from pref.analysis.runs import MT_BENCH, Run
+from pref.analysis.runs import MT_BENCH, Run, Scores
 
 TASK = "task:"  # begins the name of an imported task as a metric of a claim
 
@@ -60,8 +60,13 @@ class Measure(NamedTuple):
 
     def of_part(self, part: dict) -> "Measure":
         """The measure as a part's tables and figures call it: without AlpacaEval's df_gamed.csv
-        there is no length-controlled win rate, and what there is must not pass for one.
+        there is no length-controlled win rate, and what there is must not pass for one. A task may
+        read its answers in other ways too, each of which is a column.
         """
+        if part.get("readings"):
+            first, *rest = self.columns.items()
+            others = {f"{task_sources.READING}{name}": name for name in part["readings"]}
+            return self._replace(columns=dict([first, *others.items(), *rest]))
         name = length_control.UNREGULARISED
         if part.get("definition") != name:
             return self
@@ -232,8 +237,30 @@ TASKS = Measure(
     find=part_sources.find_tasks,
 )
 
+TASK_SCORE = Measure(
+    name="task",
+    key="task",
+    title="Task",
+    short="Task score",
+    label="score by the task's program (0 to 1)",
+    unit="of score",
+    claim_unit="of score",
+    units="questions",
+    digits=3,
+    columns={
+        "score": "score",
+        "length": WINS["length"],
+        "distinct_2": "distinct-2",
+        "cut_off": "cut off",
+    },
+    limits=(0, 1),
+    missing="No scores by a task's program (judge.py --bench NAME --judge py:FILE).",
+    find=task_sources.find_task,
+)
+
 # In the order of the report. The answer begins with the first that was measured.
 MEASURES = (
+    TASK_SCORE,
     *(MT, ALPACA_EVAL_LC, ALPACA_EVAL, ARENA_HARD_STYLE, ARENA_HARD),
     *(WIN_RATE, RATING, REWARD, TASKS),
 )
@@ -241,10 +268,21 @@ BY_NAME = {measure.name: measure for measure in (*MEASURES, ACCURACY)}
 
 
 def of_metric(metric: str) -> Measure | None:
-    """The measure of a claim's metric; None if there is none of this name."""
+    """The measure of a claim's metric; None if there is none of this name. task:NAME may also be
+    TASK_SCORE on one benchmark: see `fits`.
+    """
     if metric.startswith(TASK):
         return TASKS if metric != TASK else None
     return BY_NAME.get(metric)
+
+
+def fits(metric: str, scores: Scores) -> bool:
+    """Whether a claim on `metric` is about these scores: task:NAME is one task, be it imported or
+    scored by a program here.
+    """
+    if scores.metric == TASK_SCORE.name and metric.startswith(TASK):
+        return metric == f"{TASK}{scores.results['bench']}"
+    return scores.metric == metric
 
 
 def metric_names() -> list[str]:

@@ -140,6 +140,8 @@ def note_judge(
         notes.append(judge["agreement_text"])
     if mark := judge_identity.smoke_mark(judge):
         notes.append(f"{name}: {mark}")
+    elif judge_identity.is_program(judge["judge"]):
+        pass
     elif judge["judge_params_b"] is None and judge["validation"] is None:
         notes.append(
             f"judge {judge['judge']}: its size is not known; taken as "

@@ -4,7 +4,8 @@ Those of Arena-Hard are in arena_sources.py.
 find_accuracy            training: summary.json and val_pairs.jsonl
 find_mt_bench            ratings of results/<run>/mt_bench/judgements.csv, by judge
 find_ratings             the same of other benchmarks
-find_rewards             scores by reward models, by benchmark
+find_rewards             scores by reward models, by benchmark (those by a task's program are in
+                         task_sources.py)
 find_alpaca_eval         preferences on AlpacaEval 2, against a baseline
 find_length_controlled   the same at equal length
 find_win_rates           preferences on any other benchmark
@@ -33,6 +34,7 @@ from pref.files import alpaca_eval, win_rates
 from pref.files.alpaca_eval_download import BASELINE, END, START
 
 ALPACA_EVAL, ARENA_HARD = "alpaca_eval", "arena_hard"
+HEADINGS = {"single": "Rating", "reward": "Reward", "program": "Task"}  # by column `grading`
 EQUAL = "equal"  # column `reading` of two answers that are the same text
 
 
@@ -97,8 +99,8 @@ def find_rewards(runs: list[Run], sources: Sources) -> list[Part]:
 def scored_parts(runs: list[Run], bench: str, sources: Sources, grading: str) -> list[Part]:
     """Parts of answers that were scored one by one, a mean over questions.
 
-    Of a reward model, against whichever baseline it was asked: its score of an answer does not
-    depend on that.
+    grading: one of HEADINGS. Of a reward model, against whichever baseline it was asked: its score
+    of an answer does not depend on that.
     """
 
     def key_of(row: dict) -> Source | None:
@@ -111,9 +113,7 @@ def scored_parts(runs: list[Run], bench: str, sources: Sources, grading: str) ->
         common = parts.keep_common(judged)
         scores = {run_id: question_means(rows) for run_id, rows in common.rows.items()}
         facts = parts.describe_source(source, [row for rows in judged.values() for row in rows])
-        facts["heading"] = f"{'Reward' if grading == 'reward' else 'Rating'}, " + parts.bench_title(
-            bench
-        )
+        facts["heading"] = f"{HEADINGS[grading]}, {parts.bench_title(bench)}"
         found.append(mean_part(source, facts, judged, common, scores, runs, sources))
     return found
 

@@ -319,7 +319,13 @@ def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: Be
     rewards = []
     for (key, baseline), rows in by_judge(files.rewards).items():
         if why := why_not_its_judgements(run, bench, rows, sides_of(baseline)):
-            stale.append(Stale(f"rewards by {key.judge}{of_bench(bench)}", why, again))
+            what, command = f"rewards by {key.judge}{of_bench(bench)}", again
+            if judge_identity.is_program(key.judge):
+                what, command = (
+                    f"scores{what.removeprefix('rewards')}",
+                    f"{again} --judge {key.judge}",
+                )
+            stale.append(Stale(what, why, command))
         else:
             rewards += rows
 

@@ -53,6 +53,8 @@ CURVE_KEYS = (
     *("eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean"),
     *("eval/margin/rho", "eval/margin/delta"),
 )
+# What the set of a task's train questions is called: <task>_train.
+TRAIN = "_train"
 JUDGED_ONCE = ("grading", "baseline", "order", "question_id", "turn", "choice", "repeat")
 VAL_KEYS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 
@@ -95,6 +97,7 @@ def load_runs(
     if bad and not (skip_bad and runs):
         raise UserError("\n       ".join(bad) + "; or leave out what cannot be read: --skip_bad")
     notes = [f"left out, cannot be read: {error}" for error in bad]
+    notes += note_train_sets([run.path for run in runs])
     if trial:
         notes.append(
             f"left out, trial runs (they test the path, not the method): {', '.join(trial)}"
@@ -299,9 +302,26 @@ def pair_margins(
 
 
 def find_benches(run: Path) -> list[str]:
-    """The benchmarks of which a run folder has answers or judgements."""
+    """The benchmarks of which a run folder has answers or judgements. A task's train questions are
+    none: pairs are made from the answers to them, and a score on them compares nothing.
+    """
+    return sorted(name for name in find_sets(run) if not name.endswith(TRAIN))
+
+
+def find_sets(run: Path) -> set[str]:
+    """The sets of questions of which a run folder has answers or judgements."""
     files = [*run.glob("*/answers.jsonl"), *run.glob("*/judgements.csv")]
-    return sorted({file.parent.name for file in files})
+    return {file.parent.name for file in files}
+
+
+def note_train_sets(paths: list[Path]) -> list[str]:
+    """Names the sets that are read as train questions, and so not compared."""
+    names = {name for path in paths for name in find_sets(path) if name.endswith(TRAIN)}
+    return [
+        f"not compared: answers to {name}, the questions that pairs are made from (a benchmark's "
+        f"name must not end in {TRAIN})"
+        for name in sorted(names)
+    ]
 
 
 def load_bench(folder: Path, run_id: str) -> BenchFiles:

@@ -31,6 +31,10 @@ def check_judgement(row: dict, path: Path, run_id: str) -> None:
         check_pair(row, path, run_id, of_mt_bench)
     if row["grading"] == "reward" and row["status"] == "ok" and not is_finite(row["score"]):
         raise UserError(f"{place}: status ok but reward {row['score']} is no number; {REWRITE}")
+    if row["grading"] == "program" and row["status"] == "ok" and not is_share(row["score"]):
+        raise UserError(
+            f"{place}: status ok but score {row['score']} is not from 0 to 1; {REWRITE}"
+        )
     preference = row["preference"]
     if preference is not None and not 1 <= preference <= 2:  # also NaN
         raise UserError(f"{place}: preference {preference} is not between 1 and 2; {REWRITE}")
@@ -85,6 +89,10 @@ def check_shape(text: str | None, place: str) -> None:
         raise UserError(
             f"{place}: shape {text[:60]!r} has no counts of both answers; {REWRITE}"
         ) from None
+
+
+def is_share(value) -> bool:
+    return is_finite(value) and 0 <= value <= 1
 
 
 def is_finite(value) -> bool:

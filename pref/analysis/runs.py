@@ -46,7 +46,7 @@ class BenchFiles:
     answers: dict[AnswerKey, dict] = field(default_factory=dict)  # rows of answers.jsonl
     judged: dict[JudgeKey, list[dict]] = field(default_factory=dict)  # single-answer ratings
     pairs: list[dict] = field(default_factory=list)  # comparisons with a baseline's answers
-    rewards: list[dict] = field(default_factory=list)  # scores by reward models
+    rewards: list[dict] = field(default_factory=list)  # scores by reward models, tasks' programs
     kl: dict | None = None  # on-policy KL to the base model, of these answers
 
     def judgements(self) -> list[dict]:

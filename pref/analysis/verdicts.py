@@ -38,6 +38,7 @@ class PendingVerdict(NamedTuple):
     """A tested claim; its verdict waits for the p-values of other claims on the same scores."""
 
     row: dict
+    scores: Scores
     difference: stats.Difference
     lost: str  # says which runs diverged and left no score, or ""
     gain: float  # how far chance may favour a, as the best of more cells; negative: it favours b
@@ -60,7 +61,7 @@ def judge_claims(
         elif "event" in claim:
             rows.append(judge_rate(claim, cells))
         else:
-            sources = [scores for scores in measured if scores.metric == claim["metric"]]
+            sources = [scores for scores in measured if measures.fits(claim["metric"], scores)]
             for scores in sources:
                 row, open_case = judge_scores(claim, cells, scores, draws)
                 rows.append(row)
@@ -105,6 +106,7 @@ def judge_scores(
             row = pending.row
     except NotMeasurable as reason:
         return verdict_row(claim, scores.judge, "not measured", str(reason)), None
+    row["unit"] = measures.of_metric(scores.metric).claim_unit
     if scores.smoke:  # the numbers are shown, but they measure nothing
         row |= {"verdict": "not measured", "why": f"{scores.smoke}."}
         pending = None
@@ -150,7 +152,7 @@ def estimate_difference(claim: dict, candidates: Candidates, scores: Scores) -> 
         n_seeds=difference.n_seeds,
     )
     lost = [lost_runs(cell, scores.values) for cell in (choice.a, choice.b)]
-    return PendingVerdict(row, difference, join_sentences(*lost), gain)
+    return PendingVerdict(row, scores, difference, join_sentences(*lost), gain)
 
 
 def count_measured(cells: list[Cell], values: Values) -> int:
@@ -191,7 +193,7 @@ def decide(pending: list[PendingVerdict]) -> None:
     """Set the verdicts of tested claims, Holm-adjusted over the claims on the same scores."""
     families: dict[tuple, list[PendingVerdict]] = {}
     for case in pending:
-        families.setdefault((case.row["metric"], case.row["judge"]), []).append(case)
+        families.setdefault((case.scores.metric, case.scores.judge), []).append(case)
     for family in families.values():
         p_values = [math.nan if case.row["p"] is None else case.row["p"] for case in family]
         p_opposite = stats.holm([opposite_p(case) for case in family])
