@@ -49,6 +49,7 @@ from pref.analysis import (
     estimates,
     figures,
     frontier,
+    gold_selection,
     judge_identity,
     length_control,
     measures,
@@ -285,7 +286,9 @@ def compare_part(
     smoke = ""
     if measure is not measures.ACCURACY:
         results["variance"] = estimates.variance_rows(cells, values, part.extra.get("retest"))
-        results["frontier"] = frontier.rows(scored, measure.value, part.facts.get("bench"), numbers)
+        results |= frontier.find(cells, scored, measure.value, part, args.baseline)
+    if measure is measures.TASK_SCORE:
+        results["gold_selection"] = gold_selection.rows(scored, measure.value, values)
         smoke = judge_identity.smoke_mark(part.facts)
     if are_trial([run for cell in cells for run in cell.runs]):
         smoke = texts.TRIAL

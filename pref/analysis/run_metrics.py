@@ -6,6 +6,7 @@ compared, so that a number has one definition.
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
@@ -230,30 +231,48 @@ def run_kl(answers: dict[mt_bench.AnswerKey, dict]) -> dict | None:
     per answer and per token, with the standard error over questions. Turns without finite
     log-probabilities are left out and counted in `n_nonfinite`.
     """
-    by_question: dict[int, list[float]] = defaultdict(list)
-    total, tokens, n_nonfinite = 0.0, 0, 0
+    turns = list(answered_turns(answers))
+    known = [turn for turn in turns if turn.log_ratio is not None]
+    if not known:
+        return None
+    means = list(kl_by_question(answers).values())
+    se = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+    total, tokens = sum(turn.log_ratio for turn in known), sum(turn.tokens for turn in known)
+    return {
+        "kl": fmean(means),
+        "kl_se": se,
+        "kl_per_token": total / tokens if tokens else None,
+        "n_questions": len(means),
+        "n_nonfinite": len(turns) - len(known),
+    }
+
+
+def kl_by_question(answers: dict[mt_bench.AnswerKey, dict]) -> dict[int, float]:
+    """question -> mean log-ratio of its turns and choices, in nats; see `run_kl`."""
+    log_ratios: dict[int, list[float]] = defaultdict(list)
+    for turn in answered_turns(answers):
+        if turn.log_ratio is not None:
+            log_ratios[turn.question].append(turn.log_ratio)
+    return {question: fmean(of_one) for question, of_one in log_ratios.items()}
+
+
+class AnsweredTurn(NamedTuple):
+    """A turn of an answer that carries log-probabilities."""
+
+    question: int
+    log_ratio: float | None  # of policy and base, in nats; None if it is not finite
+    tokens: int
+
+
+def answered_turns(answers: dict[mt_bench.AnswerKey, dict]) -> Iterable[AnsweredTurn]:
     for (question, index), row in answers.items():
         choice = next(choice for choice in row["choices"] if choice["index"] == index)
         columns = [choice.get(key) for key in ("logp", "logp_base", "logp_tokens")]
         if not all(isinstance(column, list) for column in columns):
             continue
         for policy, base, n in zip(*columns):
-            if not all(map(is_finite, (policy, base, n))):
-                n_nonfinite += 1
-                continue
-            by_question[question].append(policy - base)
-            total, tokens = total + policy - base, tokens + n
-    if not by_question:
-        return None
-    means = [fmean(log_ratios) for log_ratios in by_question.values()]
-    se = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
-    return {
-        "kl": fmean(means),
-        "kl_se": se,
-        "kl_per_token": total / tokens if tokens else None,
-        "n_questions": len(means),
-        "n_nonfinite": n_nonfinite,
-    }
+            known = all(map(is_finite, (policy, base, n)))
+            yield AnsweredTurn(question, policy - base if known else None, n if known else 0)
 
 
 def is_finite(value) -> bool:

@@ -1,0 +1,190 @@
+"""Scores of two losses at the same KL to the base model, by interpolation over beta.
+
+A loss is better if it scores more at the same distance; at its best beta it may only have gone
+further. A curve is a loss at one tau and one set of other settings, over its betas.
+
+1. For each seed, the runs of a curve are sorted by their KL. Between two neighbours the score is
+   taken to be linear in KL. Nothing is extrapolated, and the untrained model is no point of it.
+2. Two curves are compared at KLs that all of their seeds reach: at a quarter, half and three
+   quarters of the common range, in the root of the KL, with which scores rise about linearly
+   (Gao et al. 2022).
+3. The interpolated score is a weighted mean of two runs. So is its value for a question, and the
+   toolkit's test of questions and seeds applies (estimates.compare_cells).
+4. A run's KL is an estimate too. If a question's answers are further away than the average, the run
+   seems to have gone further, and its score belongs to a smaller KL: the value of a question is
+   lowered by the curve's slope times its excess of KL. On average that changes nothing; in the
+   error, it counts what is not known of the KL.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from pref.analysis import cell_rows, estimates, run_metrics, stats
+from pref.analysis.runs import Cell, Run, Values
+
+PLACES = (0.25, 0.5, 0.75)  # of the common range, in the root of the KL
+
+
+class Point(NamedTuple):
+    """A run of a curve: score and KL on the same questions, in the same order."""
+
+    run: Run
+    scores: np.ndarray  # (Q,)
+    distances: np.ndarray  # (Q,) nats an answer
+
+    @property
+    def kl(self) -> float:
+        return float(self.distances.mean())
+
+
+Curve = dict[float, list[Point]]  # seed -> its runs in order of KL
+
+
+class Between(NamedTuple):
+    """The two neighbours of a KL, and the weight of the further one."""
+
+    near: Point
+    far: Point
+    weight: float
+
+
+def rows(cells: list[Cell], bench: str, values: Values, baseline: str) -> list[dict]:
+    """Each curve of the other losses against the baseline's curve that differs in the fewest
+    settings, at three KLs; one row that says why where the two cannot be compared.
+
+    bench: whose answers were scored. p_adjusted: Holm over all rows.
+    """
+    series = estimates.beta_series(cells, values)
+    references = {one[0]: one for one in series if one[0].loss == baseline}
+    found = []
+    for one in series:
+        if not references or one[0].loss == baseline:
+            continue
+        reference = references[estimates.nearest(one[0], list(references))[0]]
+        found += compare_series(one, reference, bench, values)
+    tested = stats.holm([float("nan") if row["p"] is None else row["p"] for row in found])
+    return [row | {"p_adjusted": estimates.finite(p)} for row, p in zip(found, tested)]
+
+
+def compare_series(ours: list[Cell], theirs: list[Cell], bench: str, values: Values) -> list[dict]:
+    """The rows of one curve against the baseline's."""
+    first, other = ours[0], theirs[0]
+    facts = {
+        **{key: getattr(first, key) for key in ("loss", "tau")},
+        "curve": curve_name(first),
+        "baseline": curve_name(other),
+        "differs_in": estimates.differences_text(first, other),
+    }
+
+    def row(kl=None, score=None, baseline_score=None, compared=None, why=None) -> dict:
+        scores = {"kl": kl, "score": score, "baseline_score": baseline_score}
+        return (
+            facts | scores | estimates.comparison_columns(compared, has_rate=False) | {"why": why}
+        )
+
+    questions = shared_questions([*ours, *theirs], bench, values)
+    curves = [make_curve(one, bench, values, questions) for one in (ours, theirs)]
+    ranges = [range_of(curve) for curve in curves]
+    for name, span in zip((facts["curve"], facts["baseline"]), ranges):
+        if span is None:
+            return [row(why=f"{name}: no KL that all of its seeds reach, from below and above")]
+    low, high = max(span[0] for span in ranges), min(span[1] for span in ranges)
+    if not low < high:
+        reached = " and ".join(
+            f"{name} {span[0]:.2f} to {span[1]:.2f}"
+            for name, span in zip((facts["curve"], facts["baseline"]), ranges)
+        )
+        return [row(why=f"no common range of KL: {reached} nats")]
+    found = []
+    for kl in common_distances(low, high):
+        (a, values_a), (b, values_b) = (
+            cell_at(one[0], curve, kl, questions) for one, curve in zip((ours, theirs), curves)
+        )
+        compared = estimates.compare_cells(a, b, values_a | values_b)
+        means = (float(estimates.cell_table(*one).mean()) for one in ((a, values_a), (b, values_b)))
+        found.append(row(kl, *means, compared))
+    return found
+
+
+def curve_name(cell: Cell) -> str:
+    """E.g. "td_dpo τ=2 learning_rate=1e-05"."""
+    return cell_rows.cell_label(cell.loss, None, cell.tau, cell.settings)
+
+
+def common_distances(low: float, high: float) -> list[float]:
+    """PLACES of the range, to three digits where these still lie in it."""
+    low_root, high_root = max(low, 0.0) ** 0.5, high**0.5
+    exact = [(low_root + place * (high_root - low_root)) ** 2 for place in PLACES]
+    short = [float(f"{kl:.3g}") for kl in exact]
+    return [b if low <= b <= high else a for a, b in zip(exact, short)]
+
+
+# ---- curves -------------------------------------------------------------------------------------
+
+
+def shared_questions(cells: list[Cell], bench: str, values: Values) -> dict[int, set]:
+    """question -> parts of it that all runs with a KL have a score of; and that have a KL in all
+    of them.
+    """
+    runs = [run for cell in cells for run in measured(cell, bench, values)]
+    if not runs:
+        return {}
+    parts = estimates.shared_parts([values[run.run_id] for run in runs])
+    with_kl = set.intersection(*(set(distances(run, bench)) for run in runs))
+    return {question: of_one for question, of_one in parts.items() if question in with_kl}
+
+
+def measured(cell: Cell, bench: str, values: Values) -> list[Run]:
+    return [run for run in cell.runs if values.get(run.run_id) and run.bench(bench).kl]
+
+
+def distances(run: Run, bench: str) -> dict[int, float]:
+    return run_metrics.kl_by_question(run.bench(bench).answers)
+
+
+def make_curve(series: list[Cell], bench: str, values: Values, questions: dict[int, set]) -> Curve:
+    """The runs of a series by seed, in order of KL; empty if they share no question."""
+    curve: Curve = {}
+    for cell in series if questions else ():
+        for run in measured(cell, bench, values):
+            of_run, far = values[run.run_id], distances(run, bench)
+            scores = [estimates.mean_of_parts(of_run[q], parts) for q, parts in questions.items()]
+            point = Point(run, np.array(scores), np.array([far[q] for q in questions]))
+            curve.setdefault(run.seed, []).append(point)
+    return {seed: sorted(points, key=lambda point: point.kl) for seed, points in curve.items()}
+
+
+def range_of(curve: Curve) -> tuple[float, float] | None:
+    """The KLs that all seeds reach; None if there are none."""
+    if not curve:
+        return None
+    low = max(points[0].kl for points in curve.values())
+    high = min(points[-1].kl for points in curve.values())
+    return (low, high) if low < high else None
+
+
+def between(points: list[Point], kl: float) -> Between:
+    """points: in order of KL, from at most `kl` to at least `kl`."""
+    place = int(np.searchsorted([point.kl for point in points], kl))
+    far = points[min(max(place, 1), len(points) - 1)]
+    near = points[min(max(place, 1), len(points) - 1) - 1]
+    gap = far.kl - near.kl
+    return Between(near, far, (kl - near.kl) / gap if gap > 0 else 0.5)
+
+
+def cell_at(cell: Cell, curve: Curve, kl: float, questions: dict[int, set]) -> tuple[Cell, Values]:
+    """A cell whose runs are the curve's seeds at this KL, and the values of its questions."""
+    runs, values = [], {}
+    for seed, points in curve.items():
+        near, far, weight = between(points, kl)
+        run = replace(near.run, run_id=f"{curve_name(cell)}, seed {seed}, at KL {kl!r}")
+        of_questions = (1 - weight) * near.scores + weight * far.scores
+        gap = far.kl - near.kl
+        slope = (far.scores.mean() - near.scores.mean()) / gap if gap > 0 else 0.0
+        excess = (1 - weight) * (near.distances - near.kl) + weight * (far.distances - far.kl)
+        adjusted = of_questions - slope * excess
+        runs.append(run)
+        values[run.run_id] = {q: {0: float(one)} for q, one in zip(questions, adjusted)}
+    return replace(cell, runs=runs, label=f"{curve_name(cell)} at KL {kl:g}"), values
