@@ -36,7 +36,6 @@ import argparse
 import json
 import math
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +49,7 @@ from pref.analysis import (
     figures,
     frontier,
     gold_selection,
+    grouping,
     judge_identity,
     length_control,
     measures,
@@ -60,6 +60,7 @@ from pref.analysis import (
     report,
     report_page,
     results_folder,
+    rounds,
     run_metrics,
     stats,
     table_files,
@@ -167,70 +168,6 @@ def output_folder(args: argparse.Namespace) -> Path:
     return args.out
 
 
-# ---- cells: which runs differ in their seed alone -----------------------------------------------
-
-
-def make_cells(runs: list[Run]) -> list[Cell]:
-    """Group runs by loss, beta, tau and every other setting: what is left inside a cell is seeds.
-
-    Raises UserError if two runs of a cell have the same seed. The untrained model comes first.
-    """
-    differing = differing_settings(runs)
-    groups: dict[tuple, list[Run]] = defaultdict(list)
-    for run in runs:
-        settings = {key: run.settings.get(key) for key in differing[run.loss]}
-        group = groups[run.loss, run.beta, run.tau, json.dumps(settings)]
-        if twin := next((other for other in group if other.seed == run.seed), None):
-            raise UserError(
-                f"{twin.run_id} and {run.run_id} have the same loss, beta, tau, settings and seed: "
-                "one run would count twice; choose one with --run_ids"
-            )
-        group.append(run)
-    cells = sorted((make_cell(group, differing) for group in groups.values()), key=cell_order)
-    labels = Counter(cell.label for cell in cells)
-    return [
-        cell
-        if labels[cell.label] == 1
-        else replace(cell, label=f"{cell.label} ({cell.runs[0].run_id})")
-        for cell in cells
-    ]
-
-
-def make_cell(runs: list[Run], differing: dict[str, list[str]]) -> Cell:
-    """The cell of `runs`, which are alike in everything but their seed."""
-    first = runs[0]
-    settings = {key: first.settings.get(key) for key in differing[first.loss]}
-    accuracies = [run.summary["best_acc_ref"] for run in runs if run.summary]
-    return Cell(
-        loss=first.loss,
-        beta=first.beta,
-        tau=first.tau,
-        settings=settings,
-        runs=runs,
-        label=cell_rows.cell_label(first.loss, first.beta, first.tau, settings),
-        accuracy=stats.mean(accuracy for accuracy in accuracies if accuracy is not None),
-    )
-
-
-def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
-    """loss -> settings, besides beta and tau, that differ among its runs."""
-    all_keys = {key for run in runs for key in run.settings}
-    values: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
-    for run in runs:
-        for key in all_keys:
-            values[run.loss][key].add(run.settings.get(key))
-    return {
-        loss: sorted(key for key in by_key if len(by_key[key]) > 1)
-        for loss, by_key in values.items()
-    }
-
-
-def cell_order(cell: Cell) -> tuple:
-    """Sort key: the untrained model, then by loss, beta, tau and settings; None before numbers."""
-    numbers = [(value is not None, value or 0) for value in (cell.beta, cell.tau)]
-    return (not cell.untrained, cell.loss, *numbers, json.dumps(cell.settings))
-
-
 # ---- scores: what each cell reached -------------------------------------------------------------
 
 
@@ -287,9 +224,11 @@ def compare_part(
     if measure is not measures.ACCURACY:
         results["variance"] = estimates.variance_rows(cells, values, part.extra.get("retest"))
         results |= frontier.find(cells, scored, measure.value, part, args.baseline)
+        of_runs = results["frontier_runs"]
+        results["rounds"] = rounds.rows(scored, measure.value, of_runs, values)
+        smoke = judge_identity.smoke_mark(part.facts)
     if measure is measures.TASK_SCORE:
         results["gold_selection"] = gold_selection.rows(scored, measure.value, values)
-        smoke = judge_identity.smoke_mark(part.facts)
     if are_trial([run for cell in cells for run in cell.runs]):
         smoke = texts.TRIAL
     judged_by = parts.judged_by(part.facts)
@@ -315,10 +254,13 @@ def compare_scores(
     the same scores by question or pair, for estimates.
     """
     metric = measure.value
+    if measure is measures.ACCURACY:  # later rounds have pairs of their own: nothing to compare
+        cells = [cell for cell in cells if cell.round == 1]
     for cell, row in scored:
         row["low"], row["high"] = estimates.cell_interval(
             cell, row["runs"], values, measure.proportion
         )
+    compared = [one for one in scored if one.cell in cells]
     known = [
         run
         for cell in cells
@@ -331,8 +273,8 @@ def compare_scores(
             {"run_id": run.run_id, "loss": run.loss, "value": numbers[run.run_id][metric]}
             for run in known
         ],
-        "improvement": improvement_rows(measure, scored, values, args),
-        "selection": estimates.selection_rows(scored, metric, args.baseline),
+        "improvement": improvement_rows(measure, compared, values, args),
+        "selection": estimates.selection_rows(compared, metric, args.baseline),
         "spread": estimates.spread_rows(cells, values, args.baseline, args.draws),
     }
 
@@ -395,7 +337,8 @@ def pick_best(grid: list[ScoredCell], metric: str) -> BestCell:
     Selected by the score itself, the maximum would flatter the loss with the larger grid.
     """
     if metric != "best_acc_ref" and all(one.cell.accuracy is not None for one in grid):
-        return BestCell(max(grid, key=lambda one: one.cell.accuracy), "validation accuracy")
+        by = grouping.selector([one.cell for one in grid])
+        return BestCell(max(grid, key=lambda one: one.cell.rank), by)
     return BestCell(max(grid, key=lambda one: one.row[metric]), "the score itself")
 
 
@@ -494,8 +437,8 @@ def compare(
     """Compare the runs: the contents of aggregated_metrics.json."""
     # 1) Cells. An unfinished run has no result yet: it is named in the notes and left out.
     used = [run for run in runs if run.status != "unfinished"]
-    cells = make_cells(used)
-    all_notes = [*load_notes, *notes.note_runs(runs, cells)]
+    cells = grouping.make_cells(used)
+    all_notes = [*load_notes, *notes.note_runs(runs, cells), *grouping.note_rounds(runs)]
 
     # 2) Scores: validation accuracy, and every measure by each judge on its own.
     (part,) = measures.ACCURACY.find(used, sources)

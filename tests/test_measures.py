@@ -505,7 +505,7 @@ def test_every_measure_can_be_claimed_and_says_what_it_lacks(results):
         results / "claims.json", [{"id": m, "claim": m, "metric": m} | sides for m in metrics]
     )
     rows = {row["id"]: row for row in compared(results)["claims"]}
-    assert len(metrics) == 10
+    assert len(metrics) == 11
     assert all(rows[metric]["verdict"] == "not measured" for metric in metrics)
     assert "judge.py --bench alpaca_eval" in rows["alpaca_eval_lc"]["why"]
     assert "lm_eval" in rows["task:x"]["why"]

@@ -224,7 +224,7 @@ def best_cell(cells: list[Cell]) -> Cell | None:
     """The cell with the best validation accuracy; None if there are several and one has none."""
     if len(cells) > 1 and any(cell.accuracy is None for cell in cells):
         return None
-    return max(cells, key=lambda cell: cell.accuracy or 0)
+    return max(cells, key=lambda cell: (cell.accuracy or 0, cell.round))
 
 
 def choose_pair(claim: dict, candidates: Candidates, values: Values) -> PairChoice:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pref.analysis import power, stats, texts, usual_tests, variation
-from pref.analysis.runs import Cell, Run, ScoredCell, Values
+from pref.analysis import grouping, power, stats, texts, usual_tests, variation
+from pref.analysis.runs import LATER_OPTIONS, Cell, Run, ScoredCell, Values
 
 DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "seed_share")
 WITHOUT_GAMED = ("without_gamed", "without_gamed_low", "without_gamed_high")
@@ -71,14 +71,19 @@ def cell_table(cell: Cell, values: Values) -> np.ndarray:
 
 def differences(one: Cell, other: Cell) -> list[str]:
     """Settings that both cells have and that differ; None is "does not apply", not a difference."""
-    a, b = one.runs[0].settings, other.runs[0].settings
+    a, b = settings_of(one), settings_of(other)
     return sorted(
         key for key in a if a[key] is not None and b.get(key) is not None and a[key] != b[key]
     )
 
 
+def settings_of(cell: Cell) -> dict:
+    """The settings of a trained cell, with what older runs did not record."""
+    return (LATER_OPTIONS if not cell.untrained else {}) | cell.runs[0].settings
+
+
 def differences_text(one: Cell, other: Cell) -> str | None:
-    a, b = one.runs[0].settings, other.runs[0].settings
+    a, b = settings_of(one), settings_of(other)
     pairs = [
         f"{key} {setting_text(a[key])} / {setting_text(b[key])}" for key in differences(one, other)
     ]
@@ -398,15 +403,15 @@ class GridScores(NamedTuple):
     """Scores of a loss's cells, and what the best cell is selected by."""
 
     scores: list[float]
-    selector: list[float]
+    selector: list  # of floats, or of Cell.rank
     selected_by: str
 
 
 def grid_scores(grid: list[ScoredCell], metric: str) -> GridScores:
     scores = [one.row[metric] for one in grid]
-    accuracies = [one.cell.accuracy for one in grid]
-    if metric != "best_acc_ref" and None not in accuracies:
-        return GridScores(scores, accuracies, "validation accuracy")
+    cells = [one.cell for one in grid]
+    if metric != "best_acc_ref" and all(cell.accuracy is not None for cell in cells):
+        return GridScores(scores, [cell.rank for cell in cells], grouping.selector(cells))
     return GridScores(scores, scores, "the score itself")
 
 

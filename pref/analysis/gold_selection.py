@@ -49,7 +49,7 @@ def grid_row(name: str, grid: list[ScoredCell], metric: str, values: Values) -> 
     """One loss's grid. cost: what the cell that scores best would give above the selected one,
     without the flattery of having been selected on the same scores; apparent_cost: with it.
     """
-    by_accuracy = max(grid, key=selection_key)
+    by_accuracy = max(grid, key=lambda one: one.cell.rank)
     by_score = max(grid, key=lambda one: one.row[metric])
     accuracies, scores = [one.cell.accuracy for one in grid], [one.row[metric] for one in grid]
     cells = [one.cell for one in grid if estimates.runs_with_values(one.cell, values)]
@@ -71,11 +71,6 @@ def grid_row(name: str, grid: list[ScoredCell], metric: str, values: Values) -> 
         "cost": columns.pop("estimate"),
         **columns,
     }
-
-
-def selection_key(one: ScoredCell) -> tuple:
-    """The best cell has the largest: see analyze.pick_best."""
-    return one.cell.accuracy
 
 
 def rank_correlation(a: list[float], b: list[float]) -> dict:

@@ -149,13 +149,18 @@ def describe_settings(row: dict) -> dict[str, str]:
 
 def flat(settings: dict[str, str]) -> dict[str, str]:
     """`settings` with an object's entries beside the rest, and only the start of a hash: of a
-    program, one line for each of its files and packages.
+    program, one entry for each of its files and packages.
     """
     found = {}
     for name, text in settings.items():
-        value = json.loads(text) if text.startswith("{") else text
-        of_one = {f"{name} of {key}": one for key, one in value.items()} if value != text else {}
-        found |= of_one or {name: text}
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError):
+            entries = None
+        if isinstance(entries, dict) and entries:
+            found |= {f"{name} of {key}": value for key, value in entries.items()}
+        else:
+            found[name] = text
     return {name: texts.setting_text(value) for name, value in found.items()}
 
 

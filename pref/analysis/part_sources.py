@@ -43,7 +43,8 @@ EQUAL = "equal"  # column `reading` of two answers that are the same text
 
 def find_accuracy(runs: list[Run], sources: Sources) -> list[Part]:
     numbers = {run.run_id: cell_rows.accuracy_numbers(run) for run in runs if run.summary}
-    values = {run.run_id: run_metrics.accuracy_values(run) for run in runs}
+    # The pairs of later rounds are each run's own, whatever they are called.
+    values = {run.run_id: run_metrics.accuracy_values(run) for run in runs if run.round == 1}
     return [Part(facts={}, numbers=numbers, values=values)]
 
 

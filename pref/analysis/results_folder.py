@@ -27,7 +27,15 @@ from pref.analysis import (
     run_metrics,
 )
 from pref.analysis.bench_data import AllData
-from pref.analysis.runs import ACCURACIES, MT_BENCH, SUMMARY_KEYS, BenchFiles, Margins, Run
+from pref.analysis.runs import (
+    ACCURACIES,
+    LATER_OPTIONS,
+    MT_BENCH,
+    SUMMARY_KEYS,
+    BenchFiles,
+    Margins,
+    Run,
+)
 from pref.files import disk, judgements, mt_bench, run_folders
 from pref.files.console import UserError
 
@@ -46,8 +54,6 @@ NOT_SETTINGS = {
     *("planned_gib", "planned_steps", "truncated_prompts", "truncated_responses"),
     *("merged_boundaries", "dropped_pairs", "template_date", "template_thoughts"),
 }
-# Options that older runs lack, with the value that they had.
-LATER_OPTIONS = {"append_eos": False, "reference_model": "start", "round": 1}
 CURVE_KEYS = (
     *("loss", "rewards/accuracies", "margin/rho", "margin/delta", "grad_norm", "lr", "anchor"),
     *("eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean"),
@@ -176,10 +182,10 @@ def is_setting(key: str, value, args: dict) -> bool:
     """Whether a run that differs in argument `key` belongs to another cell."""
     if key in ("per_device_batch", "world_size") and args.get("couples_batch"):
         return True  # the value of such a loss depends on how its batches are cut
-    if key in LATER_OPTIONS and value == LATER_OPTIONS[key]:
+    if key in LATER_OPTIONS and value in (None, LATER_OPTIONS[key]):
         return False
     if key == "init_adapter_sha256" and (args.get("round") or 1) > 1:
-        return False  # each seed of a later round starts from its own adapter of the round before
+        return False  # each seed goes on from its own
     return key not in NOT_SETTINGS
 
 
@@ -371,19 +377,25 @@ def load_judgements(path: Path, run_id: str) -> BenchFiles:
 
 
 def check_same_model_and_data(runs: list[Run]) -> None:
-    """Raise UserError, listing the groups, if runs are of different models or different data."""
+    """Raise UserError, listing the groups, if runs are of different models or different data. Runs
+    of later rounds have data of their own, made from answers: they are compared by their answers.
+    """
     # A model is known by the hash of its files, wherever they are; of older runs, by its path.
     hashes = {run.args["model"]: sha for run in runs if (sha := run.args.get("model_sha256"))}
     paths: dict[str, str] = {}  # by model, for the message
     groups: dict[tuple, list[str]] = {}  # (model, hash of the data as JSON) -> run ids
-    for run in sorted(runs, key=lambda run: run.args.get("data_sha256") is None):
-        path, data = run.args["model"], run.args.get("data_sha256")
+
+    def data_of(run: Run):
+        return run.args.get("data_sha256") if run.round == 1 else None
+
+    for run in sorted(runs, key=lambda run: data_of(run) is None):
+        path, data = run.args["model"], data_of(run)
         model = run.args.get("model_sha256") or hashes.get(path, path)
         paths[model] = path
         key = (model, json.dumps(data, sort_keys=True))
         if data is None:
-            # The untrained model has seen no data: it belongs with the runs trained from it, which
-            # the sorting has put first.
+            # The untrained model, say, has seen no data: it belongs with the runs trained from it,
+            # which the sorting has put first.
             key = next((known for known in groups if known[0] == model), key)
         groups.setdefault(key, []).append(run.run_id)
     if len(groups) > 1:

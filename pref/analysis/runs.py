@@ -13,6 +13,8 @@ from pref.analysis.lm_eval_files import Imported
 from pref.files.benchmarks import MT_BENCH
 from pref.files.mt_bench import AnswerKey
 
+# Options that older runs lack, with the value that they had.
+LATER_OPTIONS = {"append_eos": False, "round": 1, "reference_model": "start"}
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
 SUMMARY_KEYS = (*ACCURACIES, "best_step", *TRAINING_NUMBERS)  # what is read of summary.json
@@ -121,6 +123,11 @@ class Run:
         return self.args["seed"]
 
     @property
+    def round(self) -> int:
+        """Which round of training on the model's own answers this is."""
+        return self.args.get("round") or 1
+
+    @property
     def untrained(self) -> bool:
         return self.args["loss"] is None
 
@@ -145,11 +152,24 @@ class Cell:
     settings: dict  # those in which the runs of this loss differ, besides beta and tau
     runs: list[Run]
     label: str  # its name in tables and figures
-    accuracy: float | None = None  # mean best_acc_ref over its runs; None if none has it
+    # Mean best_acc_ref over its runs, of a later round over those of round 1 that they come from;
+    # None if none has it.
+    accuracy: float | None = None
 
     @property
     def untrained(self) -> bool:
         return self.runs[0].untrained
+
+    @property
+    def round(self) -> int:
+        return self.runs[0].round
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """The best of several cells has the highest: validation accuracy, then the later round.
+        For cells whose accuracy is known.
+        """
+        return self.accuracy, self.round
 
 
 class ScoredCell(NamedTuple):

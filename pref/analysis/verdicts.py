@@ -38,10 +38,10 @@ class PendingVerdict(NamedTuple):
     """A tested claim; its verdict waits for the p-values of other claims on the same scores."""
 
     row: dict
-    scores: Scores
     difference: stats.Difference
     lost: str  # says which runs diverged and left no score, or ""
     gain: float  # how far chance may favour a, as the best of more cells; negative: it favours b
+    scores: tuple = ()  # metric and judge: claims on the same scores are adjusted together
 
 
 def judge_claims(
@@ -152,7 +152,8 @@ def estimate_difference(claim: dict, candidates: Candidates, scores: Scores) -> 
         n_seeds=difference.n_seeds,
     )
     lost = [lost_runs(cell, scores.values) for cell in (choice.a, choice.b)]
-    return PendingVerdict(row, scores, difference, join_sentences(*lost), gain)
+    of_scores = (scores.metric, scores.judge)
+    return PendingVerdict(row, difference, join_sentences(*lost), gain, of_scores)
 
 
 def count_measured(cells: list[Cell], values: Values) -> int:
@@ -193,7 +194,7 @@ def decide(pending: list[PendingVerdict]) -> None:
     """Set the verdicts of tested claims, Holm-adjusted over the claims on the same scores."""
     families: dict[tuple, list[PendingVerdict]] = {}
     for case in pending:
-        families.setdefault((case.scores.metric, case.scores.judge), []).append(case)
+        families.setdefault(case.scores, []).append(case)
     for family in families.values():
         p_values = [math.nan if case.row["p"] is None else case.row["p"] for case in family]
         p_opposite = stats.holm([opposite_p(case) for case in family])
