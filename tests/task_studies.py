@@ -5,6 +5,7 @@ program, with known effects, KL and validation accuracy.
 """
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def write_task(folder, level, kl=None, *, n=100, choices=2, bench=BENCH, lose=()
         answers.append(answer_row(question, texts, kl, cut=min(0.9, 0.05 * (kl or 0))))
         for choice, text in enumerate(texts):
             hard = level + 0.3 * noise("question", question)
-            met = sum(noise(folder.name, question, choice, i) < 2 * hard - 1 for i in range(2))
+            chance = random.Random(f"{folder.name} {question} {choice}")
+            met = sum(chance.random() < hard for _ in range(2))
             score = None if question in lose else met / 2
             rows.append(scored(question, choice, score, text, bench=bench))
     write_jsonl(folder / bench / "answers.jsonl", answers)
@@ -76,7 +78,7 @@ def words(run, question, choice, kl):
     """A text that repeats itself more, and is longer, the larger the KL."""
     few = WORDS[: max(3, round(len(WORDS) - kl))]
     count = 18 + round(2 * kl + 4 * noise("length", run, question))
-    chosen = (few[int(len(few) * abs(noise(run, question, choice, i)))] for i in range(count))
+    chosen = random.Random(f"{run} {question} {choice}").choices(few, k=count)
     return " ".join(chosen).capitalize() + "."
 
 

@@ -233,7 +233,8 @@ TASKS = Measure(
     digits=2,
     columns={"score": "score %"},
     limits=PERCENT,
-    missing="No imported results of this task (results/<run>/lm_eval/).",
+    missing="No scores on this task, by its program (judge.py --judge py:FILE) or imported "
+    "(results/<run>/lm_eval/).",
     find=part_sources.find_tasks,
 )
 
