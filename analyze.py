@@ -190,7 +190,8 @@ def measure_runs(
                 noted.add(name)
                 all_notes += notes.note_judge(part.facts, part.judged, part.questions, name)
                 gaps += bench_gaps.part_gaps(part, name, runs) if "bench" in part.facts else []
-            all_notes += [f"{measure.heading(part.facts)}: {note}" for note in part.notes]
+            part_notes = [*part.notes, *frontier.notes(scores[-1].results)]
+            all_notes += [f"{measure.heading(part.facts)}: {note}" for note in part_notes]
             if measure is measures.ARENA_HARD and (warning := part.facts["position_warning"]):
                 all_notes.append(f"{name}: {warning}")
     if sources.gamed and sources.gamed.note and any(s.metric == "alpaca_eval_lc" for s in scores):
@@ -228,7 +229,7 @@ def compare_part(
         results["rounds"] = rounds.rows(scored, measure.value, of_runs, values)
         smoke = judge_identity.smoke_mark(part.facts)
     if measure is measures.TASK_SCORE:
-        results["gold_selection"] = gold_selection.rows(scored, measure.value, values)
+        results |= gold_selection.find(scored, measure.value, values)
     if are_trial([run for cell in cells for run in cell.runs]):
         smoke = texts.TRIAL
     judged_by = parts.judged_by(part.facts)

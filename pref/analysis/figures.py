@@ -10,6 +10,8 @@ comparison_*
   win_matrix               Which answers does a judge prefer side by side?       pair_figures
   movement                 What was gained for moving away from the reference?   curve_figures
   <score>_frontier         What does it gain for its distance to the base?       frontier_figures
+  <score>_rounds           What does each round on its own answers gain?         task_figures
+  task_gold                What does selection by accuracy really select?        task_figures
   <score>_boxes            How much do runs of one loss differ?                  score_figures
   learning_curves          How did training go, by loss?                         curve_figures
 <run_id>_learning_curve    How did this run go?                                  run_figures
@@ -33,6 +35,7 @@ from pref.analysis import (
     pair_figures,
     run_figures,
     score_figures,
+    task_figures,
     texts,
 )
 from pref.analysis.figure_parts import Look, Styles, styles_of
@@ -47,6 +50,8 @@ KINDS = {  # of a score's figures, in the order of the report: caption
     "over_beta": "{} over beta",
     "heatmap": "{} over beta and tau",
     "frontier": "{} against KL to the base model",
+    "rounds": "{} from round to round",
+    "gold": "{} against validation accuracy",
     "categories": "{} by category",
 }
 LAST_KINDS = {"boxes": "{} of every run"}
@@ -206,7 +211,14 @@ def part_jobs(
         jobs.append(partial(score_figures.draw_categories, stem, part, look))
     if len(part["frontier"]) > 1:
         stem = folder / f"comparison_{measure.key}_frontier{suffix}"
-        jobs.append(partial(frontier_figures.draw_frontier, stem, part["frontier"], look))
+        jobs.append(partial(frontier_figures.draw_frontier, stem, part, look))
+    if part["rounds"]:
+        stem = folder / f"comparison_{measure.key}_rounds{suffix}"
+        untrained = [row[look.metric] for row in untrained_cells(part, look.metric)]
+        jobs.append(partial(task_figures.draw_rounds, stem, part["rounds"], untrained, look))
+    if len(part.get("gold_points", [])) > 1:
+        stem = folder / f"comparison_{measure.key}_gold{suffix}"
+        jobs.append(partial(task_figures.draw_gold, stem, part, look))
     return jobs
 
 

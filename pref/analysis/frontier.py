@@ -11,6 +11,8 @@ from pref.analysis import equal_kl, stats
 from pref.analysis.parts import Part
 from pref.analysis.runs import MT_BENCH, Cell, Run, ScoredCell
 
+MOST_NAMED = 8  # runs in a note
+
 
 def find(
     cells: list[Cell], scored: list[ScoredCell], metric: str, part: Part, baseline: str
@@ -32,6 +34,18 @@ def find(
         if of_answers and source == bench
         else [],
     }
+
+
+def notes(results: dict) -> list[str]:
+    """Names the runs whose KL is not known. results: a part of aggregated_metrics.json."""
+    if not (lacking := results["frontier_without"]):
+        return []
+    named = ", ".join(lacking[:MOST_NAMED])
+    more = f" and {len(lacking) - MOST_NAMED} more" if len(lacking) > MOST_NAMED else ""
+    return [
+        f"the KL of {named}{more} is not known (no log-probabilities in answers.jsonl): not in the "
+        "scores against KL; gen_mtbench.py --kl computes it"
+    ]
 
 
 def kl_source(runs: list[Run], bench: str) -> str | None:

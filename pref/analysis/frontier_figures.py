@@ -12,12 +12,17 @@ from pref.analysis.figure_parts import (
 from pref.files import drawing
 
 
-def draw_frontier(stem: Path, rows: list[dict], look: Look) -> None:
-    """A curve per loss, its cells in order of KL, with the SD over seeds as a band.
+def draw_frontier(stem: Path, part: dict, look: Look) -> None:
+    """A curve per loss and tau, its cells in order of KL, with the SD over seeds as a band, and a
+    small point for each run.
 
-    rows: of "frontier" in aggregated_metrics.json.
+    part: of a measure in aggregated_metrics.json.
     """
-    notes = [*look.notes, "Band and error bars: SD over seeds. Dotted: the untrained model."]
+    rows = part["frontier"]
+    notes = [
+        *look.notes,
+        "Small: a run. Line: mean over seeds; band: their SD. Dotted: the untrained model.",
+    ]
     title = look.headed("{} against KL to the base model")
     figure = drawing.new_figure(drawing.HALF, 4.2, title, notes)
     axis = figure.subplots()
@@ -27,7 +32,9 @@ def draw_frontier(stem: Path, rows: list[dict], look: Look) -> None:
         cells = [row for row in trained(rows) if (row["loss"], row["tau"], row["settings"]) == own]
         cells.sort(key=lambda row: row["kl"])
         name = " ".join(filter(None, (loss, tau is not None and f"τ={tau:g}", settings)))
-        draw_curve(axis, cells, name, look.styles.series(*own))
+        style = look.styles.series(*own)
+        draw_runs(axis, cells, part["frontier_runs"], style)
+        draw_curve(axis, cells, name, style)
     draw_untrained(axis, [row["score"] for row in rows if row["untrained"]])
     scale_distance(axis, [row["kl"] for row in trained(rows)])
     answers = rows[0]["kl_answers"]
@@ -42,12 +49,19 @@ def trained(rows: list[dict]) -> list[dict]:
     return [row for row in rows if not row["untrained"]]
 
 
+def draw_runs(axis, cells: list[dict], runs: list[dict], style: dict) -> None:
+    """The single runs of some cells."""
+    labels = {row["label"] for row in cells}
+    own = [row for row in runs if row["label"] in labels]
+    small = {"markersize": 3, "alpha": 0.45, "linestyle": ""}
+    axis.plot([row["kl"] for row in own], [row["score"] for row in own], **style | small)
+
+
 def draw_curve(axis, cells: list[dict], name: str, style: dict) -> None:
     """One curve; each point is labelled with its beta."""
     x, y = [row["kl"] for row in cells], [row["score"] for row in cells]
     spread = [row["score_sd"] or 0.0 for row in cells]
-    width = [row["kl_sd"] or 0.0 for row in cells]
-    axis.errorbar(x, y, xerr=width, yerr=spread, label=name, capsize=2, linewidth=1.4, **style)
+    axis.plot(x, y, label=name, linewidth=1.4, **style)
     low, high = ([a + sign * b for a, b in zip(y, spread)] for sign in (-1, 1))
     axis.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
     for row in cells:

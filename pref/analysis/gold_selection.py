@@ -28,15 +28,32 @@ ALL = "all losses"
 FEWEST_CELLS = 4  # of which a rank correlation is given
 
 
-def rows(scored: list[ScoredCell], metric: str, values: Values) -> list[dict]:
-    """One row for each loss with two cells or more that have a score and a validation accuracy, and
-    one for all of them together.
+def find(scored: list[ScoredCell], metric: str, values: Values) -> dict:
+    """What aggregated_metrics.json has of it: `gold_selection` (a row a loss) and `gold_points` (a
+    row a cell).
     """
     known = [
         one
         for one in scored
         if not one.cell.untrained and one.cell.accuracy is not None and one.row[metric] is not None
     ]
+    points = [
+        {
+            **{key: one.row[key] for key in ("label", "loss", "beta", "tau", "settings")},
+            "accuracy": one.cell.accuracy,
+            "score": one.row[metric],
+        }
+        for one in known
+    ]
+    selection = rows(known, metric, values)
+    return {"gold_selection": selection, "gold_points": points if selection else []}
+
+
+def rows(known: list[ScoredCell], metric: str, values: Values) -> list[dict]:
+    """One row for each loss with at least two cells, and one for all of them together.
+
+    known: trained cells with a score and a validation accuracy.
+    """
     grids: dict[str, list[ScoredCell]] = defaultdict(list)
     for one in known:
         grids[one.cell.loss].append(one)

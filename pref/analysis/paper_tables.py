@@ -7,7 +7,7 @@ stands in table_parts.py.
 
 from collections.abc import Iterable
 
-from pref.analysis import judge_identity, measures, texts
+from pref.analysis import distance_tables, judge_identity, measures, texts
 from pref.analysis.measures import Measure
 from pref.analysis.table_parts import (
     CELL_HEADER,
@@ -446,6 +446,13 @@ def measure_tables(measure: Measure, part: dict, comparison: dict) -> list[Table
         )._replace(data=categories),
         *comparison_tables(measure, part, comparison),
         table("frontier", frontier(measure), part["frontier"]),
+        table("equal_kl", distance_tables.equal_kl(measure), part["equal_kl"]),
+        table("rounds", distance_tables.rounds(measure), part["rounds"]),
+        table(
+            "gold_selection",
+            distance_tables.gold_selection(measure),
+            part.get("gold_selection", []),
+        ),
         table("variance", VARIANCE, part["variance"]),
         table("judge", JUDGE, [reliability] if reliability else []),
     ]
