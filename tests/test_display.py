@@ -23,7 +23,7 @@ def every_table() -> list[paper_tables.Table]:
     test = {"proposed": "a", "baseline": "b", "mcnemar": [{"seed": 1}]}
     part = {"cells": [{}], "improvement": differences, "selection": [{}], "spread": [{}]}
     judge = {"categories": [{}], "variance": [{}], "retest": {"n_items": 2}, "length": {"n": 3}}
-    judge["frontier"] = [{}]
+    judge |= {key: [{}] for key in ("frontier", "equal_kl", "rounds", "gold_selection")}
     comparison = {
         "trial": False,
         "claims": [{}],
@@ -46,7 +46,8 @@ def test_every_layout_has_a_table():
         *(f"{name}_{kind}" for name in ("accuracy", "mt_bench") for kind in shared),
         *(
             f"mt_bench_{kind}"
-            for kind in ("by_turn", "by_category", "frontier", "variance", "judge")
+            for kind in ("by_turn", "by_category", "frontier", "equal_kl", "rounds")
+            + ("gold_selection", "variance", "judge")
         ),
     }
 

@@ -11,7 +11,15 @@ from scipy import stats as scipy_stats
 from studies import a_cell, a_run, compared, find_gap, has_note, make_base, make_run, row_of
 from task_studies import PROGRAM, answer_row, make_task_study, scored, write_task
 
-from pref.analysis import equal_kl, gold_selection, grouping, measures, results_folder, task_sources
+from pref.analysis import (
+    cell_rows,
+    equal_kl,
+    gold_selection,
+    grouping,
+    measures,
+    results_folder,
+    task_sources,
+)
 from pref.analysis.runs import BenchFiles, ScoredCell
 from pref.files.console import UserError
 from pref.files.disk import write_json, write_jsonl
@@ -280,7 +288,8 @@ def grid(scores, accuracies, loss="dpo"):
         for run, row in zip(runs, table):
             values[run.run_id] = {q: {0: float(score)} for q, score in enumerate(row)}
         cell = a_cell(runs, f"{loss}{i}", accuracy)
-        found.append(ScoredCell(cell, {"score": float(np.mean(table)), "label": cell.label}))
+        row = cell_rows.cell_columns(cell) | {"score": float(np.mean(table))}
+        found.append(ScoredCell(cell, row))
     return found, values
 
 
@@ -289,7 +298,7 @@ def test_selection_costs_what_the_best_cell_would_give():
     level = np.array([0.2, 0.5, 0.8, 0.6])
     tables = level[:, None, None] + rng.normal(0, 0.05, (4, 3, 60))
     cells, values = grid(tables, [0.5, 0.7, 0.6, 0.55])
-    (row,) = gold_selection.rows(cells, "score", values)
+    (row,) = gold_selection.find(cells, "score", values)["gold_selection"]
     assert (row["by_accuracy"], row["by_score"], row["rank_of_selected"]) == ("dpo1", "dpo2", 3)
     # The best is so clear that both halves find it: then the cost is the plain difference.
     assert row["cost"] == pytest.approx(tables[2].mean() - tables[1].mean())
@@ -308,7 +317,7 @@ def test_the_best_of_equal_cells_costs_nothing_on_average():
     for _ in range(40):
         tables = rng.normal(0.5, 0.3, (12, 3, 40)) + rng.normal(0, 0.03, (12, 3, 1))
         cells, values = grid(tables, rng.uniform(0, 1, 12))
-        (row,) = gold_selection.rows(cells, "score", values)
+        (row,) = gold_selection.find(cells, "score", values)["gold_selection"]
         costs.append(row["cost"])
         apparent.append(row["apparent_cost"])
     assert np.mean(apparent) > 0.04
@@ -318,7 +327,9 @@ def test_the_best_of_equal_cells_costs_nothing_on_average():
 def test_all_losses_together_have_a_row_and_cells_without_accuracy_none():
     a, values_a = grid(np.ones((2, 1, 5)), [0.5, 0.6])
     b, values_b = grid(np.zeros((3, 1, 5)), [0.7, 0.8, None], "x")
-    rows = gold_selection.rows([*a, *b], "score", values_a | values_b)
+    found = gold_selection.find([*a, *b], "score", values_a | values_b)
+    rows = found["gold_selection"]
+    assert [point["label"] for point in found["gold_points"]] == ["dpo0", "dpo1", "x0", "x1"]
     assert [(row["loss"], row["cells"], row["by_accuracy"]) for row in rows] == [
         ("dpo", 2, "dpo1"),
         ("x", 2, "x1"),
