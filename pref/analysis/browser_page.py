@@ -7,7 +7,7 @@ browser, questions at equal distances are kept, the same ones in all runs.
 
 from collections.abc import Iterable
 
-from pref.analysis import bench_data, parts, provenance
+from pref.analysis import bench_data, parts, provenance, task_sources
 from pref.analysis.bench_data import AllData
 from pref.analysis.runs import MT_BENCH, Run
 
@@ -97,6 +97,8 @@ def page_judgements(runs: list[Run], bench: str = MT_BENCH) -> list[dict]:
     for run in runs:
         for row in run.bench(bench).judgements():
             fields = {key: row[key] for key in JUDGEMENT_FIELDS}
+            if row["grading"] == task_sources.PROGRAM:
+                fields["judgement"] = task_sources.explanation(row)
             judge = row["title"].removeprefix("judge ")
             rows.append({"bench": bench, "run_id": run.run_id, **fields, "judge": judge})
     return rows

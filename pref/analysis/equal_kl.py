@@ -174,17 +174,25 @@ def between(points: list[Point], kl: float) -> Between:
     return Between(near, far, (kl - near.kl) / gap if gap > 0 else 0.5)
 
 
+def interpolated(points: list[Point], kl: float) -> np.ndarray:
+    """(Q,) values of the questions at a KL, whose mean is the interpolated score. The module's
+    docstring says why a question's excess of KL lowers its value.
+
+    points: as for `between`.
+    """
+    near, far, weight = between(points, kl)
+    gap = far.kl - near.kl
+    slope = (far.scores.mean() - near.scores.mean()) / gap if gap > 0 else 0.0
+    excess = (1 - weight) * (near.distances - near.kl) + weight * (far.distances - far.kl)
+    return (1 - weight) * near.scores + weight * far.scores - slope * excess
+
+
 def cell_at(cell: Cell, curve: Curve, kl: float, questions: dict[int, set]) -> tuple[Cell, Values]:
     """A cell whose runs are the curve's seeds at this KL, and the values of its questions."""
     runs, values = [], {}
     for seed, points in curve.items():
-        near, far, weight = between(points, kl)
-        run = replace(near.run, run_id=f"{curve_name(cell)}, seed {seed}, at KL {kl!r}")
-        of_questions = (1 - weight) * near.scores + weight * far.scores
-        gap = far.kl - near.kl
-        slope = (far.scores.mean() - near.scores.mean()) / gap if gap > 0 else 0.0
-        excess = (1 - weight) * (near.distances - near.kl) + weight * (far.distances - far.kl)
-        adjusted = of_questions - slope * excess
-        runs.append(run)
-        values[run.run_id] = {q: {0: float(one)} for q, one in zip(questions, adjusted)}
+        name = f"{curve_name(cell)}, seed {seed}, at KL {kl!r}"
+        runs.append(replace(points[0].run, run_id=name))
+        at_kl = interpolated(points, kl)
+        values[name] = {q: {0: float(value)} for q, value in zip(questions, at_kl)}
     return replace(cell, runs=runs, label=f"{curve_name(cell)} at KL {kl:g}"), values

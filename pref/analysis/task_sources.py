@@ -63,16 +63,30 @@ def with_texts(part: Part, runs: list[Run]) -> Part:
 # ---- readings -----------------------------------------------------------------------------------
 
 
-def readings(row: dict) -> dict[str, float]:
-    """The other scores of an answer, by name, as the task's `explain` gave them."""
-    if row["status"] != "ok":
-        return {}
+def explained(row: dict) -> dict:
+    """What the task's `explain` gave: {"text", "scores"}; {} if it explained nothing, or failed."""
     try:
-        found = json.loads(row["judgement"] or "{}")
-        scores = found.get("scores") or {}
-        return {name: score for name, score in scores.items() if row_checks.is_share(score)}
-    except (ValueError, AttributeError, RecursionError):
-        return {}  # the program explained nothing
+        found = json.loads(row["judgement"] or "{}") if row["status"] == "ok" else {}
+    except (ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def readings(row: dict) -> dict[str, float]:
+    """The other scores of an answer, by name."""
+    scores = explained(row).get("scores")
+    if not isinstance(scores, dict):
+        return {}
+    return {name: score for name, score in scores.items() if row_checks.is_share(score)}
+
+
+def explanation(row: dict) -> str | None:
+    """The checker's words for a reader, then the other readings; of a failure, its reason."""
+    found = explained(row)
+    if not found:
+        return row["judgement"]
+    others = [f"{name}: {score:.3g}" for name, score in readings(row).items()]
+    return "\n".join([str(found.get("text") or ""), *others]).strip() or None
 
 
 def mean_reading(rows: list[dict], name: str) -> float | None:
