@@ -11,6 +11,8 @@ from pref.analysis.figure_parts import (
 )
 from pref.files import drawing
 
+LABEL = (0.11, 0.045)  # room that a beta takes, in shares of the panel
+
 
 def draw_frontier(stem: Path, part: dict, look: Look) -> None:
     """A curve per loss and tau, its cells in order of KL, with the SD over seeds as a band, and a
@@ -35,8 +37,13 @@ def draw_frontier(stem: Path, part: dict, look: Look) -> None:
         style = look.styles.series(*own)
         draw_runs(axis, cells, part["frontier_runs"], style)
         draw_curve(axis, cells, name, style)
-    draw_untrained(axis, [row["score"] for row in rows if row["untrained"]])
-    scale_distance(axis, [row["kl"] for row in trained(rows)])
+    untrained = [row["score"] for row in rows if row["untrained"]]
+    draw_untrained(axis, untrained)
+    scale_distance(axis, [row["kl"] for row in part["frontier_runs"]])
+    if axis.get_xscale() == "linear":  # a log axis has no 0
+        star = {"marker": "*", "markersize": 11, "linestyle": "", "color": drawing.GREY}
+        axis.plot([0.0] * len(untrained), untrained, clip_on=False, **star)
+    name_betas(axis, trained(rows), look)
     answers = rows[0]["kl_answers"]
     axis.set_xlabel(f"on-policy KL to the base model (nats an answer to {answers})")
     axis.set_ylabel(look.label)
@@ -58,14 +65,24 @@ def draw_runs(axis, cells: list[dict], runs: list[dict], style: dict) -> None:
 
 
 def draw_curve(axis, cells: list[dict], name: str, style: dict) -> None:
-    """One curve; each point is labelled with its beta."""
+    """One curve: the line through its cells, and a band of the SD over seeds."""
     x, y = [row["kl"] for row in cells], [row["score"] for row in cells]
     spread = [row["score_sd"] or 0.0 for row in cells]
     axis.plot(x, y, label=name, linewidth=1.4, **style)
     low, high = ([a + sign * b for a, b in zip(y, spread)] for sign in (-1, 1))
     axis.fill_between(x, low, high, color=style["color"], alpha=0.13, linewidth=0)
-    for row in cells:
-        if row["beta"] is not None:
-            place = (row["kl"], row["score"])
-            text = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(f"β={row['beta']:g}", place, color=style["color"], **text)
+
+
+def name_betas(axis, rows: list[dict], look: Look) -> None:
+    """The beta beside each point, from the furthest on; where it would cover another, none."""
+    placed: list[tuple[float, float]] = []  # in shares of the panel
+    for row in sorted(rows, key=lambda row: -row["kl"]):
+        if row["beta"] is None:
+            continue
+        point = (row["kl"], row["score"])
+        x, y = axis.transAxes.inverted().transform(axis.transData.transform(point))
+        if any(abs(x - a) < LABEL[0] and abs(y - b) < LABEL[1] for a, b in placed):
+            continue
+        placed.append((x, y))
+        text = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8}
+        axis.annotate(f"β={row['beta']:g}", point, color=look.styles.colour(row["loss"]), **text)
