@@ -4,6 +4,7 @@ against the truth, rounds. Numbers are worked by hand, or by a computation that 
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -290,6 +291,21 @@ def test_each_tau_is_a_curve_and_runs_without_kl_are_named(tmp_path):
     curves = {row["curve"]: row["why"] for row in part["equal_kl"]}
     # a seed of dpo has a single run left, which spans no range
     assert list(curves) == ["td_dpo τ=0.5", "td_dpo τ=2"] and "dpo: no KL" in curves["td_dpo τ=2"]
+
+
+def test_a_single_beta_is_a_curve_over_its_learning_rates():
+    runs, values = [], {}
+    for loss, gain in (("dpo", 0.0), ("x", 0.2)):
+        for rate, kl in ((1e-5, 1.0), (3e-5, 4.0)):
+            run, own = line(loss, 0.1, kl, 0.1, level=gain)
+            run = replace(run, run_id=f"{run.run_id}{rate}", settings={"learning_rate": rate})
+            runs.append(run)
+            values[run.run_id] = next(iter(own.values()))
+    cells = [a_cell([run], run.run_id) for run in runs]
+    rows = equal_kl.rows(cells, "t", values, "dpo")
+    assert [row["kl"] for row in rows] == [1.56, 2.25, 3.06]  # 1.25^2, 1.5^2, 1.75^2
+    assert {row["curve"] for row in rows} == {"x β=0.1 over learning_rate"}
+    assert [row["estimate"] for row in rows] == pytest.approx([0.2] * 3)
 
 
 # ---- what selection selects ---------------------------------------------------------------------

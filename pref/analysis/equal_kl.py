@@ -1,7 +1,8 @@
 """Scores of two losses at the same KL to the base model, by interpolation over beta.
 
 A loss is better if it scores more at the same distance; at its best beta it may only have gone
-further. A curve is a loss at one tau and one set of other settings, over its betas.
+further. A curve is a loss at one tau and one set of other settings, over its betas; where there is
+one beta alone, over the learning rates, for example drawn ones.
 
 1. For each seed, the runs of a curve are sorted by their KL. Between two neighbours the score is
    taken to be linear in KL. Nothing is extrapolated, and the untrained model is no point of it.
@@ -16,6 +17,7 @@ further. A curve is a loss at one tau and one set of other settings, over its be
    error, it counts what is not known of the KL.
 """
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ import numpy as np
 from pref.analysis import cell_rows, estimates, run_metrics, stats
 from pref.analysis.runs import Cell, Run, Values
 
+RATE = "learning_rate"
 PLACES = (0.25, 0.5, 0.75)  # of the common range, in the root of the KL
 
 
@@ -56,61 +59,72 @@ def rows(cells: list[Cell], bench: str, values: Values, baseline: str) -> list[d
 
     bench: whose answers were scored. p_adjusted: Holm over all rows.
     """
-    series = estimates.beta_series(cells, values)
-    references = {one[0]: one for one in series if one[0].loss == baseline}
+    with_values = [cell for cell in cells if estimates.runs_with_values(cell, values)]
+    curves = {name: curve for name, curve in list_curves(with_values).items() if len(curve) > 1}
+    references = {curve[0]: name for name, curve in curves.items() if curve[0].loss == baseline}
     found = []
-    for one in series:
-        if not references or one[0].loss == baseline:
+    for name, curve in curves.items():
+        if not references or curve[0].loss == baseline:
             continue
-        reference = references[estimates.nearest(one[0], list(references))[0]]
-        found += compare_series(one, reference, bench, values)
+        other = references[estimates.nearest(curve[0], list(references))[0]]
+        found += compare_series({name: curve, other: curves[other]}, bench, values)
     tested = stats.holm([float("nan") if row["p"] is None else row["p"] for row in found])
     return [row | {"p_adjusted": estimates.finite(p)} for row, p in zip(found, tested)]
 
 
-def compare_series(ours: list[Cell], theirs: list[Cell], bench: str, values: Values) -> list[dict]:
-    """The rows of one curve against the baseline's."""
-    first, other = ours[0], theirs[0]
+def list_curves(cells: list[Cell]) -> dict[str, list[Cell]]:
+    """Name -> cells of a curve, such as "td_dpo τ=2"; the untrained model is in none."""
+    over_beta: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if not cell.untrained:
+            name = cell_rows.cell_label(cell.loss, None, cell.tau, cell.settings)
+            over_beta[name].append(cell)
+    found: dict[str, list[Cell]] = defaultdict(list)
+    for name, curve in over_beta.items():
+        first = curve[0]
+        if len(curve) == 1 and RATE in first.settings:
+            others = {key: value for key, value in first.settings.items() if key != RATE}
+            label = cell_rows.cell_label(first.loss, first.beta, first.tau, others)
+            found[f"{label} over {RATE}"] += curve
+        else:
+            found[name] += curve
+    return dict(found)
+
+
+def compare_series(pair: dict[str, list[Cell]], bench: str, values: Values) -> list[dict]:
+    """The rows of one curve against the baseline's. pair: the two of `list_curves`, by name."""
+    (name, other), (ours, theirs) = pair, pair.values()
     facts = {
-        **{key: getattr(first, key) for key in ("loss", "tau")},
-        "curve": curve_name(first),
-        "baseline": curve_name(other),
-        "differs_in": estimates.differences_text(first, other),
+        **{key: getattr(ours[0], key) for key in ("loss", "tau")},
+        "curve": name,
+        "baseline": other,
+        "differs_in": estimates.differences_text(ours[0], theirs[0]),
     }
 
     def row(kl=None, score=None, baseline_score=None, compared=None, why=None) -> dict:
         scores = {"kl": kl, "score": score, "baseline_score": baseline_score}
-        return (
-            facts | scores | estimates.comparison_columns(compared, has_rate=False) | {"why": why}
-        )
+        columns = estimates.comparison_columns(compared, has_rate=False)
+        return facts | scores | columns | {"why": why}
 
     questions = shared_questions([*ours, *theirs], bench, values)
     curves = [make_curve(one, bench, values, questions) for one in (ours, theirs)]
-    ranges = [range_of(curve) for curve in curves]
-    for name, span in zip((facts["curve"], facts["baseline"]), ranges):
-        if span is None:
-            return [row(why=f"{name}: no KL that all of its seeds reach, from below and above")]
-    low, high = max(span[0] for span in ranges), min(span[1] for span in ranges)
+    ranges = dict(zip(pair, map(range_of, curves)))
+    if lacking := [one for one, span in ranges.items() if span is None]:
+        return [row(why=f"{lacking[0]}: no KL that all of its seeds reach, from below and above")]
+    low, high = max(span[0] for span in ranges.values()), min(span[1] for span in ranges.values())
     if not low < high:
-        reached = " and ".join(
-            f"{name} {span[0]:.2f} to {span[1]:.2f}"
-            for name, span in zip((facts["curve"], facts["baseline"]), ranges)
-        )
-        return [row(why=f"no common range of KL: {reached} nats")]
+        reached = [f"{one} {span[0]:.2f} to {span[1]:.2f}" for one, span in ranges.items()]
+        return [row(why=f"no common range of KL: {' and '.join(reached)} nats")]
     found = []
     for kl in common_distances(low, high):
-        (a, values_a), (b, values_b) = (
-            cell_at(one[0], curve, kl, questions) for one, curve in zip((ours, theirs), curves)
+        (a, of_a), (b, of_b) = (
+            cell_at(one, series[0], curve, kl, questions)
+            for (one, series), curve in zip(pair.items(), curves)
         )
-        compared = estimates.compare_cells(a, b, values_a | values_b)
-        means = (float(estimates.cell_table(*one).mean()) for one in ((a, values_a), (b, values_b)))
+        compared = estimates.compare_cells(a, b, of_a | of_b)
+        means = (float(estimates.cell_table(*one).mean()) for one in ((a, of_a), (b, of_b)))
         found.append(row(kl, *means, compared))
     return found
-
-
-def curve_name(cell: Cell) -> str:
-    """E.g. "td_dpo τ=2 learning_rate=1e-05"."""
-    return cell_rows.cell_label(cell.loss, None, cell.tau, cell.settings)
 
 
 def common_distances(low: float, high: float) -> list[float]:
@@ -187,12 +201,16 @@ def interpolated(points: list[Point], kl: float) -> np.ndarray:
     return (1 - weight) * near.scores + weight * far.scores - slope * excess
 
 
-def cell_at(cell: Cell, curve: Curve, kl: float, questions: dict[int, set]) -> tuple[Cell, Values]:
-    """A cell whose runs are the curve's seeds at this KL, and the values of its questions."""
+def cell_at(
+    name: str, cell: Cell, curve: Curve, kl: float, questions: dict[int, set]
+) -> tuple[Cell, Values]:
+    """A cell whose runs are the curve's seeds at this KL, and the values of its questions. name: of
+    the curve, of which `cell` is one.
+    """
     runs, values = [], {}
     for seed, points in curve.items():
-        name = f"{curve_name(cell)}, seed {seed}, at KL {kl!r}"
-        runs.append(replace(points[0].run, run_id=name))
+        run_id = f"{name}, seed {seed}, at KL {kl!r}"
+        runs.append(replace(points[0].run, run_id=run_id))
         at_kl = interpolated(points, kl)
-        values[name] = {q: {0: float(value)} for q, value in zip(questions, at_kl)}
-    return replace(cell, runs=runs, label=f"{curve_name(cell)} at KL {kl:g}"), values
+        values[run_id] = {q: {0: float(value)} for q, value in zip(questions, at_kl)}
+    return replace(cell, runs=runs, label=f"{name} at KL {kl:g}"), values

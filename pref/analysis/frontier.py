@@ -80,6 +80,11 @@ def rows_of_runs(
 
 def rows_of_cells(scored: list[ScoredCell], source: str, of_runs: list[dict]) -> list[dict]:
     """One row for each cell with a score whose runs have a KL: means over the runs with both."""
+    curve_of = {
+        cell.label: name
+        for name, curve in equal_kl.list_curves([one.cell for one in scored]).items()
+        for cell in curve
+    }
     found = []
     for _, row in scored:
         known = [one for one in of_runs if one["run_id"] in row["runs"] and one["kl"] is not None]
@@ -90,6 +95,7 @@ def rows_of_cells(scored: list[ScoredCell], source: str, of_runs: list[dict]) ->
             {
                 **{key: row[key] for key in ("label", "untrained", "loss", "beta", "tau")},
                 "settings": row["settings"],
+                "curve": curve_of.get(row["label"]),
                 "kl": stats.mean(distances),
                 "kl_sd": stats.sd(distances),
                 "kl_answers": source,

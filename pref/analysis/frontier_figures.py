@@ -1,7 +1,9 @@
 """The figure of a score against the KL to the base model: what is gained for leaving it?"""
 
+import re
 from pathlib import Path
 
+from pref.analysis import equal_kl
 from pref.analysis.figure_parts import (
     Look,
     add_legend_below,
@@ -28,13 +30,10 @@ def draw_frontier(stem: Path, part: dict, look: Look) -> None:
     title = look.headed("{} against KL to the base model")
     figure = drawing.new_figure(drawing.HALF, 4.2, title, notes)
     axis = figure.subplots()
-    lines = distinct((row["loss"], row["tau"], row["settings"]) for row in trained(rows))
-    for loss, tau, settings in lines:
-        own = (loss, tau, settings)
-        cells = [row for row in trained(rows) if (row["loss"], row["tau"], row["settings"]) == own]
+    for name in distinct(row["curve"] for row in trained(rows)):
+        cells = [row for row in trained(rows) if row["curve"] == name]
         cells.sort(key=lambda row: row["kl"])
-        name = " ".join(filter(None, (loss, tau is not None and f"τ={tau:g}", settings)))
-        style = look.styles.series(*own)
+        style = look.styles.series(*(cells[0][key] for key in ("loss", "tau", "settings")))
         draw_runs(axis, cells, part["frontier_runs"], style)
         draw_curve(axis, cells, name, style)
     untrained = [row["score"] for row in rows if row["untrained"]]
@@ -74,10 +73,12 @@ def draw_curve(axis, cells: list[dict], name: str, style: dict) -> None:
 
 
 def name_betas(axis, rows: list[dict], look: Look) -> None:
-    """The beta beside each point, from the furthest on; where it would cover another, none."""
+    """The beta beside each point, or the learning rate of a curve over these, from the furthest
+    on; where it would cover another, none.
+    """
     placed: list[tuple[float, float]] = []  # in shares of the panel
     for row in sorted(rows, key=lambda row: -row["kl"]):
-        if row["beta"] is None:
+        if (name := point_name(row)) is None:
             continue
         point = (row["kl"], row["score"])
         x, y = axis.transAxes.inverted().transform(axis.transData.transform(point))
@@ -85,4 +86,10 @@ def name_betas(axis, rows: list[dict], look: Look) -> None:
             continue
         placed.append((x, y))
         text = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8}
-        axis.annotate(f"β={row['beta']:g}", point, color=look.styles.colour(row["loss"]), **text)
+        axis.annotate(name, point, color=look.styles.colour(row["loss"]), **text)
+
+
+def point_name(row: dict) -> str | None:
+    if row["curve"].endswith(f"over {equal_kl.RATE}"):
+        return re.search(rf"{equal_kl.RATE}=(\S+)", row["settings"])[1]
+    return None if row["beta"] is None else f"β={row['beta']:g}"
