@@ -285,12 +285,15 @@ def test_each_tau_is_a_curve_and_runs_without_kl_are_named(tmp_path):
     make_task_study(
         tmp_path, losses=losses, betas=(0.1, 0.5), seeds=(1, 2), n=12, without_kl=("dpo_b0.1_s1",)
     )
-    (part,) = compared(tmp_path / "results")["task"]
+    comparison = compared(tmp_path / "results")
+    (part,) = comparison["task"]
+    assert has_note(comparison, "KL of dpo_b0.1_s1 is not known", "gen_mtbench.py --kl")
     assert part["frontier_without"] == ["dpo_b0.1_s1"]
     assert len(part["frontier_runs"]) == 12 and row_of(part["frontier"], "base")["kl"] == 0
-    curves = {row["curve"]: row["why"] for row in part["equal_kl"]}
-    # a seed of dpo has a single run left, which spans no range
-    assert list(curves) == ["td_dpo τ=0.5", "td_dpo τ=2"] and "dpo: no KL" in curves["td_dpo τ=2"]
+    # seed 1 of dpo has a single run left, which spans no range
+    assert {row["curve"] for row in part["equal_kl"]} == {"td_dpo τ=0.5", "td_dpo τ=2"}
+    assert {row["paired"] for row in part["equal_kl"]} == {"one seed"}
+    assert equal_kl.common_distances(-0.1, 0.3) == pytest.approx([0, 0.1, 0.2])
 
 
 def test_a_single_beta_is_a_curve_over_its_learning_rates():

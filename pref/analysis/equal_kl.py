@@ -128,9 +128,12 @@ def compare_series(pair: dict[str, list[Cell]], bench: str, values: Values) -> l
 
 
 def common_distances(low: float, high: float) -> list[float]:
-    """PLACES of the range, to three digits where these still lie in it."""
-    low_root, high_root = max(low, 0.0) ** 0.5, high**0.5
-    exact = [(low_root + place * (high_root - low_root)) ** 2 for place in PLACES]
+    """PLACES of the range, to three digits where these still lie in it. A KL near 0 may have been
+    estimated below 0, where there is no root.
+    """
+    power = 2 if low >= 0 else 1
+    low_root, high_root = (end ** (1 / power) for end in (low, high))
+    exact = [(low_root + place * (high_root - low_root)) ** power for place in PLACES]
     short = [float(f"{kl:.3g}") for kl in exact]
     return [b if low <= b <= high else a for a, b in zip(exact, short)]
 
@@ -159,7 +162,9 @@ def distances(run: Run, bench: str) -> dict[int, float]:
 
 
 def make_curve(series: list[Cell], bench: str, values: Values, questions: dict[int, set]) -> Curve:
-    """The runs of a series by seed, in order of KL; empty if they share no question."""
+    """The runs of a series by seed, in order of KL, of seeds with at least two; empty if the runs
+    share no question.
+    """
     curve: Curve = {}
     for cell in series if questions else ():
         for run in measured(cell, bench, values):
@@ -167,7 +172,11 @@ def make_curve(series: list[Cell], bench: str, values: Values, questions: dict[i
             scores = [estimates.mean_of_parts(of_run[q], parts) for q, parts in questions.items()]
             point = Point(run, np.array(scores), np.array([far[q] for q in questions]))
             curve.setdefault(run.seed, []).append(point)
-    return {seed: sorted(points, key=lambda point: point.kl) for seed, points in curve.items()}
+    return {
+        seed: sorted(points, key=lambda point: point.kl)
+        for seed, points in curve.items()
+        if len(points) > 1
+    }
 
 
 def range_of(curve: Curve) -> tuple[float, float] | None:
