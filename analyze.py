@@ -482,7 +482,7 @@ def compare(
         "notes": all_notes,
         "missing": [*notes.find_missing(runs, parts_of["mt_bench"], args), *gaps],
     }
-    return {"answer": answer.find_answers(comparison)} | comparison
+    return {"answers": answer.find_answers(comparison)} | comparison
 
 
 def read_data(args: argparse.Namespace) -> AllData:

@@ -224,7 +224,7 @@ def test_nothing_to_compare_says_why(losses, text):
 def test_the_answer_of_a_study(tmp_path):
     make_study(tmp_path)
     comparison = compared(tmp_path)
-    by_judge, accuracy = comparison["answer"]
+    by_judge, accuracy = comparison["answers"]
     assert by_judge["lead"].startswith("td_dpo β=")
     texts = [row["text"] for row in by_judge["rows"]]
     assert texts[-1].startswith("dpo β=") and "against base" in texts[-1]
@@ -238,7 +238,7 @@ def test_the_answer_of_a_study(tmp_path):
     rows = comparison["mt_bench"][0]["improvement"]
     text = terminal.improvement_table("Scores", measures.MT, {"improvement": rows}, "td_dpo")
     assert "; 12 questions, seeds: 3 paired" in text and "units" not in text
-    page = answers_html(comparison["answer"])
+    page = answers_html(comparison["answers"])
     assert "td_dpo β=" in page and page.count('class="badge') == len(texts) + len(accuracy["rows"])
 
 
@@ -260,7 +260,7 @@ def test_trial_runs_alone_work_and_are_marked_everywhere(tmp_path):
     assert [run["run_id"] for run in comparison["runs"]] == ["base", "a", "b"]
     assert has_note(comparison, "TRIAL RUNS") and comparison["trial"] is True
     assert {row["verdict"] for row in comparison["claims"]} == {"not measured"}
-    assert all(one["lead"].startswith("TRIAL RUNS") for one in comparison["answer"])
+    assert all(one["lead"].startswith("TRIAL RUNS") for one in comparison["answers"])
     marked = [t for t in paper_tables.list_tables(comparison) if (t.note or "")[:5] == "TRIAL"]
     assert {"accuracy_headline", "mt_bench_by_turn"} <= {table.id for table in marked}
     looks = [

@@ -126,9 +126,9 @@ def test_a_seed_pair_of_win_rates_is_compared_question_by_question(results):
     # all lengths are equal: nothing can be controlled for, which is said
     assert verdicts["y"]["verdict"] == "not measured"
     assert has_note(comparison, "dpo42", "no length-controlled win rate")
-    controlled = next(one for one in comparison["answer"] if "length-contr" in one["score"])
+    controlled = next(one for one in comparison["answers"] if "length-contr" in one["score"])
     assert controlled["lead"].startswith("Nothing is measured, although judgements have a verdict")
-    lead = next(one for one in comparison["answer"] if "AlpacaEval 2 win rate" in one["score"])
+    lead = next(one for one in comparison["answers"] if "AlpacaEval 2 win rate" in one["score"])
     assert "td_dpo β=0.1 is better than dpo β=0.1" in lead["lead"]
 
 
@@ -219,7 +219,7 @@ def test_a_length_controlled_difference_is_shown_without_the_gamed_rows(results,
     assert abs(row["estimate"] - without) > 0.1
     assert row["without_gamed_low"] < without < row["without_gamed_high"]
     shown = f"without the gamed rows {without:+.2f} [{row['without_gamed_low']:+.2f}, "
-    detail = next(one for one in comparison["answer"] if "length-controlled" in one["score"])
+    detail = next(one for one in comparison["answers"] if "length-controlled" in one["score"])
     assert shown in detail["rows"][0]["detail"]
     tables = {table.id: table for table in paper_tables.list_tables(comparison)}
     assert round(without, 2) in tables["alpaca_eval_lc_headline"].values(row)
@@ -350,7 +350,7 @@ def test_a_validation_stands_beside_every_number(
     sentence = f"judge {who['judge']} agrees with human votes as often as humans do: {said}"
     assert (judge["agreement_text"], judge["as_humans"]) == (sentence, said)
     assert judge["smoke_test"] == measures_nothing
-    assert comparison["answer"][0]["judge"] == sentence
+    assert comparison["answers"][0]["judge"] == sentence
     tables = [table for table in paper_tables.list_tables(comparison) if table.judge]
     assert tables and all(sentence in table.note for table in tables)
     mark = judge_identity.smoke_mark(judge)

@@ -189,7 +189,7 @@ def test_what_is_not_length_controlled_is_nowhere_called_so(results, capsys):
         for text in (table.title, *table.headers())
     ]
     assert any("lc_unregularised %" in text for text in shown)
-    answers = json.dumps(comparison["answer"])
+    answers = json.dumps(comparison["answers"])
     caption = figures.figure_title(results / "comparison_alpaca_eval_lc_bars.png")
     terminal.print_tables(comparison | {"claims": []}, "td_dpo")
     for text in ("".join([*shown, caption]), answers, capsys.readouterr().out):

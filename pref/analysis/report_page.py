@@ -35,7 +35,7 @@ def make_page(
     return {
         "title": "Preference-optimisation study",
         "facts": page_facts(runs, comparison),
-        "answer": comparison["answer"],
+        "answer": comparison["answers"],
         "caveats": [note for note in comparison["notes"] if notes.is_caveat(note)],
         "verdicts": [texts.verdict_texts(row) for row in shown],
         "folded": {

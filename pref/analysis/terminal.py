@@ -29,7 +29,7 @@ def print_tables(comparison: dict, proposed: str) -> None:
         tables.append(improvement_table(title, measure, part, proposed))
     tables.append(verdict_table(comparison["claims"]))
     tables.append(
-        "\n".join(["Answer", *(f"  {x}" for x in answer.text_lines(comparison["answer"]))])
+        "\n".join(["Answer", *(f"  {x}" for x in answer.text_lines(comparison["answers"]))])
     )
     print("".join(f"\n{table}\n" for table in tables if table), end="")
 
