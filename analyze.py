@@ -41,10 +41,12 @@ from typing import NamedTuple
 
 from pref.analysis import (
     answer,
+    arguments,
     bench_data,
     bench_gaps,
     cell_rows,
     claims,
+    decisions,
     estimates,
     figures,
     frontier,
@@ -54,6 +56,7 @@ from pref.analysis import (
     length_control,
     measures,
     notes,
+    opening,
     pairwise,
     paper_tables,
     parts,
@@ -79,93 +82,7 @@ COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
-    add = parser.add_argument
-    add("results_dir", type=Path, help="results folder: a folder of run folders")
-    add("--run_ids", nargs="+", metavar="RUN", help="the runs to use (default: all)")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for report, tables and figures (default: RESULTS_DIR/comparison)",
-    )
-    add("--baseline", default="dpo", help="loss that differences are measured from (default: dpo)")
-    add("--proposed", default="td_dpo", help="loss whose improvement is printed (default: td_dpo)")
-    add(
-        "--claims", type=Path, help="JSON file of claims (default: RESULTS_DIR/claims.json, if any)"
-    )
-    add(
-        "--mt_bench",
-        type=Path,
-        default=Path("data/mt_bench"),
-        metavar="DIR",
-        help="folder with question.jsonl for the report's texts (default: data/mt_bench, if any)",
-    )
-    add(
-        "--alpaca_eval",
-        type=Path,
-        default=Path("data/alpaca_eval"),
-        metavar="DIR",
-        help="folder with AlpacaEval's instructions, its baseline's answers, and df_gamed.csv, "
-        "which the length-controlled win rate needs (default: data/alpaca_eval, if any)",
-    )
-    add(
-        "--data",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="folder with the folders of other benchmarks, for the report's texts (default: data)",
-    )
-    add(
-        "--draws",
-        type=int,
-        default=stats.DRAWS,
-        help="draws for the interval of a ratio of variances over beta (default: %(default)s)",
-    )
-    add("--skip_bad", action="store_true", help="leave out runs whose files cannot be read")
-    args = parser.parse_args(argv)
-    args.run_ids = parse_run_ids(args.run_ids) if args.run_ids else None
-    if args.draws < 200:
-        raise UserError(f"--draws {args.draws}: a 95 % interval needs at least 200")
-    if args.baseline == args.proposed:
-        raise UserError(f"--baseline and --proposed are both {args.baseline}: name two losses")
-    return args
-
-
-def parse_run_ids(words: list[str]) -> list[str]:
-    """Run ids given one by one, or as a JSON list."""
-    text = " ".join(words)
-    run_ids: object = words
-    if text.lstrip().startswith(("[", '"', "{")):
-        try:
-            run_ids = json.loads(text)
-        except json.JSONDecodeError:
-            run_ids = None
-    if isinstance(run_ids, list) and run_ids and all(isinstance(one, str) for one in run_ids):
-        return [run_folders.check_run_id(run_id) for run_id in run_ids]
-    raise UserError(
-        f"--run_ids {text}: expected run ids, such as base dpo_b0.1_s42, or a JSON list of them in "
-        "quotes"
-    )
-
-
-def output_folder(args: argparse.Namespace) -> Path:
-    """Where the comparison is written. Raises UserError for a folder that holds anything else: old
-    tables and figures are removed there.
-    """
-    if args.out is None:
-        return args.results_dir / "comparison"
-    if args.out.is_file():
-        raise UserError(f"--out {args.out}: is a file")
-    if (args.out / "args.json").exists() or (
-        args.out.is_dir()
-        and any(args.out.iterdir())
-        and not (args.out / "aggregated_metrics.json").is_file()
-    ):
-        raise UserError(
-            f"--out {args.out}: holds other files than those of a comparison; name a new folder"
-        )
-    return args.out
+    return arguments.parse_args(argv, __doc__)
 
 
 # ---- scores: what each cell reached -------------------------------------------------------------
@@ -209,7 +126,7 @@ def compare_part(
     columns = tuple(measure.of_part(part.facts).columns)
     rows = [cell_rows.part_row(cell, numbers, columns, measure.se) for cell in cells]
     scored = [ScoredCell(cell, row) for cell, row in zip(cells, rows) if row]
-    results = dict(part.facts)
+    results = part.facts | {"judge_usd": parts.judge_usd(part.judged)}
     if part.questions:
         results |= {
             "questions": sorted(part.questions.common),
@@ -414,6 +331,8 @@ def difference_row(pair: CellPair, metric: str, values: Values, has_rate: bool) 
     if compared:
         row |= {"difference": row["estimate"], "improvement_rate": row["rate"]}
         row["seeds_compared"] += seeds_not_compared(compared, ours["n_seeds"], theirs["n_seeds"])
+    is_answer = pair.comparison in ("best of grid", "untrained model")
+    row |= decisions.sizes_to_decide(compared if is_answer else None)
     row["sensitivity"] = []
     if compared and pair.comparison == "best of grid":
         row["sensitivity"] = estimates.sensitivity_rows(ours["label"], theirs["label"], compared)
@@ -468,7 +387,7 @@ def compare(
         "baseline": args.baseline,
         "proposed": args.proposed,
         "draws": args.draws,
-        "runs": [{"run_id": run.run_id, "status": run.status} for run in runs],
+        "runs": [cell_rows.run_row(run) for run in runs],
         "unfinished": [run.run_id for run in runs if run.status == "unfinished"],
         "diverged": [run.run_id for run in runs if run.status == "diverged"],
         "claims": judged,
@@ -482,7 +401,8 @@ def compare(
         "notes": all_notes,
         "missing": [*notes.find_missing(runs, parts_of["mt_bench"], args), *gaps],
     }
-    return {"answers": answer.find_answers(comparison)} | comparison
+    answers = answer.find_answers(comparison)
+    return {"answer": opening.find_opening(comparison), "answers": answers} | comparison
 
 
 def read_data(args: argparse.Namespace) -> AllData:
@@ -501,7 +421,7 @@ def read_gamed(folder: Path) -> alpaca_eval.GamedFile | None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    folder = output_folder(args)
+    folder = arguments.output_folder(args)
 
     # 1) Read and check every run.
     data = read_data(args)

@@ -23,7 +23,7 @@ from studies import (
 )
 
 import analyze
-from pref.analysis import judge_identity, notes, report_page, terminal
+from pref.analysis import arguments, judge_identity, notes, report_page, terminal
 from pref.files.console import UserError
 from pref.files.disk import write_json
 
@@ -419,9 +419,9 @@ def test_run_ids_as_words_or_as_a_list(tmp_path, words):
 
 def test_another_folder_for_a_subset_but_not_one_with_other_files(tmp_path):
     def folder(out):
-        return analyze.output_folder(analyze.parse_args([str(tmp_path), "--out", str(out)]))
+        return arguments.output_folder(analyze.parse_args([str(tmp_path), "--out", str(out)]))
 
-    assert analyze.output_folder(analyze.parse_args([str(tmp_path)])) == tmp_path / "comparison"
+    assert arguments.output_folder(analyze.parse_args([str(tmp_path)])) == tmp_path / "comparison"
     assert folder(tmp_path / "new") == tmp_path / "new"
     (tmp_path / "own" / "tables").mkdir(parents=True)
     (tmp_path / "own" / "tables" / "mine.csv").write_text("kept")

@@ -12,7 +12,7 @@ from studies import (
     write_pairs,
 )
 
-from pref.analysis import answer, figures, measures, notes, paper_tables, terminal
+from pref.analysis import answer, figures, measures, notes, paper_tables, scores, terminal
 from pref.analysis.report import answers_html
 
 
@@ -22,6 +22,7 @@ def difference(proposed, estimate, low, high, p, comparison="best of grid", **fi
     row |= {"p_adjusted": p, "paired": "paired", "seeds_compared": "3 paired", "n_units": 80}
     row |= {"detectable": 0.5, "selected_by": "validation accuracy", "differs_in": None}
     row |= {"se": 0.2, "proposed_cells": 2, "baseline_cells": 4}
+    row |= {"proposed_score": 5.0 + estimate, "baseline_score": 5.0}
     return row | fields
 
 
@@ -141,7 +142,8 @@ def test_a_loss_without_a_score_is_not_passed_over():
 
 def test_judged_on_other_questions_is_not_called_unjudged():
     part = {"cells": [a_cell_row("dpo", None)], "questions_left_out": [81, 82]}
-    lead = answer.lead_without_comparison(part, measures.MT, "dpo", True)
+    comparison = {"baseline": "dpo", "accuracy": {"cells": []}}
+    lead = scores.without_comparison(scores.Score(measures.MT, part, ""), comparison)
     assert lead.startswith("Nothing is compared: no question was judged in all runs (2 questions")
 
 

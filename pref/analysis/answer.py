@@ -1,20 +1,15 @@
-"""The user's own answer, in short: which loss won, by how much, and what is not decided.
+"""The answer of each score: which loss won, by how much, and what is not decided.
 
-`find_answers` says it for each score, those of judges before validation accuracy, from the
-differences in aggregated_metrics.json. A difference is decided as a claim is: by the adjusted test
-and the interval together, never by one seed, never by a judge that is too small, never in trial
-runs; and the best of more cells must win by more than chance may give it. The report opens with
-the answers, and the terminal prints them last.
+`find_answers` says it for each score, the most trustworthy first (scores.py), from the differences
+in aggregated_metrics.json. A difference is decided as a claim is (decisions.py): never by one seed,
+never by a judge that is too small, never in trial runs. The first of them is what the report opens
+with (opening.py).
 """
 
-from typing import NamedTuple
-
-from pref.analysis import estimates, judge_identity, measures, stats, texts, variation
-from pref.analysis.measures import Measure
-from pref.analysis.texts import TRIAL
-
-MOST_NAMED = 5  # cells that a sentence names
-ONE_SEED = "one seed: how much another seed would differ is not known; train three"
+from pref.analysis import decisions, estimates, movement, opening, scores, texts
+from pref.analysis.movement import Moved
+from pref.analysis.opening import names, reaches
+from pref.analysis.scores import Score
 
 
 def find_answers(comparison: dict) -> list[dict]:
@@ -22,216 +17,84 @@ def find_answers(comparison: dict) -> list[dict]:
 
     Each has `score` (what was measured), `lead` (one sentence), and `rows`. A row is a comparison:
     `verdict` ("better", "worse", "not decided" or "not measured"), `text` and `detail`. Of what a
-    judge gave, `judge` says how well the judge agrees with human votes.
+    judge gave, `judge` says how well the judge agrees with human votes. `finding` has the numbers
+    of what the score decides: verdict, metric, estimate, low, high, a, b, as those of the opening,
+    and `name`, what a line calls the score.
 
     comparison: aggregated_metrics.json.
     """
-    trial = TRIAL if comparison["trial"] else ""
-    answers = []
-    for measure, part in measures.parts_of(comparison):
-        if part["cells"]:
-            mark = trial or (judge_identity.smoke_mark(part) if measure.judged else "")
-            found = answer(score_name(measure, part), measure, part, mark, comparison)
-            answers.append(found | {"judge": part.get("agreement_text")})
-    accuracy = comparison["accuracy"]
-    if any(row["best_acc_ref"] is not None for row in accuracy["cells"]):
-        name = "validation accuracy (share of pairs)"
-        found = answer(name, measures.ACCURACY, accuracy, trial, comparison)
-        answers.append(found | {"judge": None})
-    return answers or [no_answer(comparison)]
-
-
-def score_name(measure: Measure, part: dict) -> str:
-    """E.g. "MT-Bench by gpt-5-mini, prompts mt_bench"."""
-    if not part.get("title"):
-        return measure.heading(part)
-    heading = measure.heading(part | {"title": None})
-    return f"{heading} by {part['title'].removeprefix('judge ')}"
+    found = [answer(score, comparison) for score in scores.list_scores(comparison)]
+    return found or [no_answer(comparison)]
 
 
 def no_answer(comparison: dict) -> dict:
     """The answer of a study in which nothing has been measured."""
-    n_runs, n_diverged = len(comparison["runs"]), len(comparison["diverged"])
-    lead = "No run has a score or a validation accuracy yet: see what is missing below."
-    if n_diverged:
-        lead = f"{n_diverged} of {texts.count_text(n_runs, 'runs')} diverged. {lead}"
-    return {"score": "Nothing is measured", "lead": lead, "rows": [], "judge": None}
+    lead = scores.nothing_measured(comparison)
+    return {
+        "score": "Nothing is measured",
+        "lead": lead,
+        "rows": [],
+        "judge": None,
+        "finding": {"name": "nothing"} | opening.numbers_of(opening.NOT_MEASURED),
+    }
 
 
-def answer(name: str, measure: Measure, part: dict, mark: str, comparison: dict) -> dict:
-    """The answer for one score, whose name is `name`.
-
-    part: of the measure, in `comparison`. mark: why the scores measure nothing, or "".
-    """
-    baseline, cells = comparison["baseline"], part["cells"]
-    metric, unit, digits, units = measure.value, measure.unit, measure.digits, measure.units
-    if measure is measures.MT:
-        moved = movement_of(cells, comparison["movement"])
-    else:
-        moved = movement_of_part(part)
-    lost = lost_runs(cells, comparison["diverged"])
-    differences = [row for row in part["improvement"] if row["estimate"] is not None]
-    headline = [row for row in differences if row["comparison"] == "best of grid"]
-    headline.sort(key=lambda row: -row["estimate"])
-    untrained = [row for row in differences if row["comparison"] == "untrained model"]
-    shown = headline + [row for row in untrained if row["loss"] == baseline or not headline]
-    verdicts = [verdict_of(row, mark, lost) for row in shown]
-    if mark:
-        lead = f"{mark}."
+def answer(score: Score, comparison: dict) -> dict:
+    """The answer of one score."""
+    baseline, measure = comparison["baseline"], score.measure
+    moved = movement.movement_of(score, comparison)
+    compared = opening.compare_rows(score, comparison)
+    headline, untrained = compared.headline, compared.untrained
+    shown = headline + [one for one in untrained if one[0]["loss"] == baseline or not headline]
+    if score.mark:
+        lead = f"{score.mark}."
     elif headline:
-        lead = lead_of(headline, verdicts[: len(headline)], unit, digits)
+        lead = lead_of(headline, measure.unit, measure.digits)
     else:
-        has_baseline = any(cell["loss"] == baseline for cell in comparison["accuracy"]["cells"])
-        lead = lead_without_comparison(part, measure, baseline, has_baseline)
-    lead = " ".join(filter(None, [lead, unmeasured_text(part, metric, comparison)]))
-    rows = [
-        {
-            "verdict": verdict,
-            "text": f"{row['proposed']} against {row['baseline']}: {size(row, unit, digits)}",
-            "detail": "; ".join(details(row, verdict, digits, units, moved, lost)),
-        }
-        for row, verdict in zip(shown, verdicts)
-    ]
-    return {"score": name, "lead": lead, "rows": rows}
+        lead = scores.without_comparison(score, comparison)
+    finding = opening.find(score, comparison)
+    return {
+        "score": score.full_name,
+        "lead": " ".join(filter(None, [lead, scores.unmeasured_text(score, comparison)])),
+        "rows": [
+            {
+                "verdict": verdict,
+                "text": f"{row['proposed']} against {row['baseline']}: "
+                f"{size(row, measure.unit, measure.digits)}",
+                "detail": "; ".join(details(row, verdict, score, moved, compared.lost)),
+            }
+            for row, verdict in shown
+        ],
+        "judge": score.part.get("agreement_text"),
+        "finding": {"name": score.name}
+        | opening.numbers_of(finding.verdict, score.metric, finding.row),
+    }
 
 
-def lead_of(ranked: list[dict], verdicts: list[str], unit: str, digits: int) -> str:
-    """The answer in one sentence. ranked: the headline differences, the largest first."""
-    theirs = ranked[0]["baseline"]
+def lead_of(ranked: list[tuple[dict, str]], unit: str, digits: int) -> str:
+    """The answer in one sentence. ranked: the headline differences with their verdicts, the largest
+    first.
+    """
+    rows, verdicts = map(list, zip(*ranked))
+    theirs = rows[0]["baseline"]
     if "better" in verdicts:
-        won = ranked[verdicts.index("better")]
+        won = rows[verdicts.index("better")]
         lead = f"{won['proposed']} is better than {theirs}: {size(won, unit, digits)}."
-        close = [row for row in ranked if row is not won and reaches(row, won)]
-        if close:
+        if close := [row for row in rows if row is not won and reaches(row, won)]:
             lead += f" Whether it is the best of all is not decided against {names(close)}."
         return lead
     if set(verdicts) == {"worse"}:
-        return f"{theirs} is better than {names(ranked)}."
-    open_ones = [row for row, verdict in zip(ranked, verdicts) if verdict == "not decided"]
+        return f"{theirs} is better than {names(rows)}."
+    open_ones = [row for row, verdict in ranked if verdict == "not decided"]
     verb = "differs" if len(open_ones) == 1 else "differ"
     return f"Not decided: whether {names(open_ones)} {verb} from {theirs}."
 
 
-def unmeasured_text(part: dict, metric: str, comparison: dict) -> str:
-    """Names the trained cells without a score, of which the answer says nothing; "" if there are
-    none. A loss that diverged in all of its runs must not be passed over.
-    """
-    measured = {cell["label"] for cell in part["cells"] if cell[metric] is not None}
-    found = {}  # label -> text
-    for cell in [*part["cells"], *comparison["accuracy"]["cells"]]:
-        if cell["label"] not in measured and not cell["untrained"]:
-            runs = texts.count_text(cell["n_diverged"], "runs")
-            why = f" ({runs} diverged)" if cell["n_diverged"] else ""
-            found.setdefault(cell["label"], cell["label"] + why)
-    if not found or not measured:  # where nothing is measured, the answer says so itself
-        return ""
-    named = list(found.values())[:MOST_NAMED]
-    more = f" and {len(found) - len(named)} more" if len(found) > len(named) else ""
-    return f"Not measured: {', '.join(named)}{more}."
-
-
-def reaches(row: dict, won: dict) -> bool:
-    """Whether the interval of a difference reaches into the winner's."""
-    return row["high"] is None or row["high"] >= won["low"]
-
-
-def verdict_of(row: dict, mark: str, lost: dict[str, str]) -> str:
-    """What a row of "improvement" decides. A cell that lost runs looks better than it is: that it
-    is better is then not decided.
-    """
-    if mark:
-        return "not measured"
-    p, low, high = row["p_adjusted"], row["low"], row["high"]
-    if row.get("caveat"):  # the test's error rates are not known for such data
-        return "not decided"
-    if row["paired"] == "one seed" or None in (p, low, high) or p >= stats.ALPHA:
-        return "not decided"
-    gain = gain_by_selection(row)
-    if low > max(0.0, gain) and row["proposed"] not in lost:
-        return "better"
-    if high < min(0.0, gain) and row["baseline"] not in lost:
-        return "worse"
-    return "not decided"
-
-
-def gain_by_selection(row: dict) -> float:
-    """How far chance alone may favour the side that is the best of more cells (variation.py)."""
-    if None in (row["selected_by"], row["se"], row["p_adjusted"]):
-        return 0.0
-    return variation.chance_gain(row["se"], row["proposed_cells"], row["baseline_cells"])
-
-
-def lost_runs(cells: list[dict], diverged: list[str]) -> dict[str, str]:
-    """Label -> how many runs of the cell diverged and left no score; other cells have no key."""
-    lost = {}
-    for cell in cells:
-        count = cell["n_diverged"] - len(set(cell["runs"]) & set(diverged))
-        if count:
-            runs = texts.count_text(count, "runs")
-            lost[cell["label"]] = f"{runs} of {cell['label']} diverged and left no score"
-    return lost
-
-
-class Moved(NamedTuple):
-    """How far a cell has moved, mean over its runs; None where that was not measured."""
-
-    kl: float | None  # nats an answer, to the base
-    tokens: float | None  # length of an answer
-    cut_off: float | None  # share of answers that reached the limit of tokens
-    characters: float | None = None  # length of an answer, where tokens are not counted
-
-
-def movement_of(cells: list[dict], movement: list[dict]) -> dict[str, Moved]:
-    """Label -> how far the cell has moved: a score may be gained by leaving the reference behind,
-    or by writing more.
-
-    cells, movement: rows in aggregated_metrics.json.
-    """
-    row_of = {row["run_id"]: row for row in movement}
-
-    def mean_of(cell: dict, name: str) -> float | None:
-        values = [row_of[run_id][name] for run_id in cell["runs"]]
-        return stats.mean(value for value in values if value is not None)
-
-    names = ("kl", "tokens", "cut_off")
-    return {cell["label"]: Moved(*(mean_of(cell, name) for name in names)) for cell in cells}
-
-
-def movement_of_part(part: dict) -> dict[str, Moved]:
-    """The same of the answers that this part is of; nothing of validation accuracy and tasks."""
-    distance = {row["label"]: row["kl"] for row in part.get("frontier", ())}
-    return {
-        cell["label"]: Moved(distance.get(cell["label"]), None, None, cell.get("length"))
-        for cell in part["cells"]
-    }
-
-
-def moved_texts(ours: Moved, theirs: Moved) -> list[str]:
-    texts_of = []
-    if None not in (ours.kl, theirs.kl):
-        texts_of.append(f"KL to the base {ours.kl:.2f} against {theirs.kl:.2f} nats an answer")
-    elif ours.kl is not None:
-        texts_of.append(f"KL to the base {ours.kl:.2f} nats an answer")
-    if None not in (ours.characters, theirs.characters):
-        lengths = f"{ours.characters:.0f} against {theirs.characters:.0f}"
-        texts_of.append(f"answers of {lengths} characters")
-    if None not in (ours.tokens, theirs.tokens):
-        text = f"answers of {ours.tokens:.0f} against {theirs.tokens:.0f} tokens"
-        if None not in (ours.cut_off, theirs.cut_off) and max(ours.cut_off, theirs.cut_off) > 0:
-            text += f", {ours.cut_off:.1%} against {theirs.cut_off:.1%} of them cut off"
-        texts_of.append(text)
-    return texts_of
-
-
 def details(
-    row: dict,
-    verdict: str,
-    digits: int,
-    units: str,
-    moved: dict[str, Moved],
-    lost: dict[str, str],
+    row: dict, verdict: str, score: Score, moved: dict[str, Moved], lost: dict[str, str]
 ) -> list[str]:
     """What a comparison rests on, what the gain came with, and why it is open."""
+    digits, units = score.measure.digits, score.measure.units
     found = [texts.count_text(row["n_units"], units), f"seeds: {row['seeds_compared']}"]
     if row["p_adjusted"] is not None:
         method = "Holm" if row["comparison"] == "best of grid" else "Benjamini-Hochberg"
@@ -241,7 +104,7 @@ def details(
             f"best of {row['proposed_cells']} against best of {row['baseline_cells']}, "
             f"selected by {row['selected_by']}"
         )
-        if gain := gain_by_selection(row):
+        if gain := decisions.gain_by_selection(row):
             direction = "high" if gain > 0 else "low"
             found.append(
                 f"chance alone may have put the difference up to {abs(gain):.{digits}f} too "
@@ -250,11 +113,11 @@ def details(
     if row["differs_in"]:
         found.append(f"differs in {row['differs_in']} too")
     sides = (row["proposed"], row["baseline"])
-    found += moved_texts(*(moved[label] for label in sides))
+    found += movement.moved_texts(*(moved[label] for label in sides))
     found += without_gamed_texts(row, digits)
     found += [lost[label] for label in sides if label in lost]
     if verdict == "not decided" and not any(label in lost for label in sides):
-        found.append(why_open(row, digits))
+        found += decisions.why_open(row, digits, units)
     return found
 
 
@@ -272,72 +135,12 @@ def without_gamed_texts(row: dict, digits: int) -> list[str]:
     return [text]
 
 
-def why_open(row: dict, digits: int) -> str:
-    if row["paired"] == "one seed":
-        return ONE_SEED
-    if row.get("caveat"):
-        return row["caveat"]
-    if row["p_adjusted"] is None:
-        return "all differences are equal, or there is one question: nothing measures the error"
-    if row["low"] is not None and (row["low"] > 0 or row["high"] < 0):
-        if row["p_adjusted"] < stats.ALPHA:
-            return "the difference is not clear of what chance gives the best of more cells"
-        return "of so many comparisons, one such interval leaves out 0 by chance: p is adjusted"
-    if row["detectable"] is None:
-        return "the data do not say which is better"
-    if abs(row["estimate"]) >= row["detectable"]:
-        return "it was close: a study of this size decides such a difference four times in five"
-    detectable = f"{row['detectable']:.{digits}f}"
-    return f"a study of this size finds a difference of {detectable} in four cases of five"
-
-
 def size(row: dict, unit: str, digits: int) -> str:
     """E.g. "+0.98 MT-Bench points, 95 % interval [+0.70, +1.26]"."""
     if None in (row["low"], row["high"]):
         return f"{row['estimate']:+.{digits}f} {unit}"
     low, high = (f"{row[key]:+.{digits}f}" for key in ("low", "high"))
     return f"{row['estimate']:+.{digits}f} {unit}, 95 % interval [{low}, {high}]"
-
-
-def lead_without_comparison(part: dict, measure: Measure, baseline: str, has_baseline: bool) -> str:
-    """What can be said where no loss could be set against the baseline.
-
-    has_baseline: whether the baseline has runs at all, measured or not.
-    """
-    metric, digits = measure.value, measure.digits
-    scored = [row for row in part["cells"] if row[metric] is not None]
-    if not scored:
-        if left_out := part.get("questions_left_out"):
-            return (
-                "Nothing is compared: no question was judged in all runs "
-                f"({texts.count_text(len(left_out), 'questions')} in some); see the notes."
-            )
-        if any(row.get("n_scored") for row in part["cells"]):  # no length control, for example
-            return "Nothing is measured, although judgements have a verdict; see the notes."
-        return "Nothing is measured: no judgement has a score."
-    best = max(scored, key=lambda row: row[metric])
-    losses = list(dict.fromkeys(row["loss"] for row in scored if not row["untrained"]))
-    highest = f"the highest is {best['label']} with {best[metric]:.{digits}f}"
-    if baseline not in losses:
-        if has_baseline or any(cell["loss"] == baseline for cell in part["cells"]):
-            return (
-                f"No loss is compared: no run of the baseline {baseline} is measured ({highest})."
-            )
-        return (
-            f"No loss is compared: there is no run of the baseline {baseline} ({highest}); "
-            "name another with --baseline."
-        )
-    if len(losses) < 2:
-        return f"Only {losses[0]} was measured, so that no losses are compared ({highest})."
-    unit = "question that was rated in all runs"
-    if measure is measures.ACCURACY:
-        unit = "pair in val_pairs.jsonl"
-    return f"Nothing is tested: the losses share no {unit} ({highest})."
-
-
-def names(rows: list[dict]) -> str:
-    labels = [row["proposed"] for row in rows]
-    return " and ".join(filter(None, [", ".join(labels[:-1]), labels[-1]]))
 
 
 def text_lines(answers: list[dict]) -> list[str]:

@@ -161,6 +161,12 @@ def common_questions(judged: dict[str, list[dict]]) -> CommonQuestions:
     )
 
 
+def run_row(run: Run) -> dict:
+    """A run's status, and what its training took."""
+    cost = {key: run.summary and run.summary[key] for key in ("wall_s", "tokens")}
+    return {"run_id": run.run_id, "status": run.status, **cost}
+
+
 def movement_rows(runs: list[Run], judges: list[Scores]) -> list[dict]:
     """How far each run moved from the reference, and what it gained: KL of its own answers where
     they carry log-probs, their length and the share that was cut off, the anchor 0.5 (a^2 + b^2)

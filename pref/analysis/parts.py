@@ -6,6 +6,7 @@ lengths of answers.
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -147,6 +148,13 @@ def count_rows(rows: list[dict], scored: Iterable, size: int) -> dict:
         "n_bench": size,
         "failures": dict(sorted(failures.items())),
     }
+
+
+def judge_usd(judged: dict[str, list[dict]]) -> float | None:
+    """Dollars that the judgements cost; None where no price is recorded."""
+    costs = [row.get("cost_usd") for rows in judged.values() for row in rows]
+    costs = [cost for cost in costs if cost is not None]
+    return math.fsum(costs) if costs else None
 
 
 # ---- answers ------------------------------------------------------------------------------------
