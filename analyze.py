@@ -33,7 +33,6 @@ are stated is in pref/analysis/claims.py, how they are judged in pref/analysis/v
 import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
-import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -44,6 +43,7 @@ from pref.analysis import (
     arguments,
     bench_data,
     bench_gaps,
+    brief,
     cell_rows,
     claims,
     decisions,
@@ -76,7 +76,6 @@ from pref.analysis.measures import Measure
 from pref.analysis.parts import Part, Sources
 from pref.analysis.runs import Cell, Run, ScoredCell, Scores, Values
 from pref.files import alpaca_eval, console, disk, run_folders
-from pref.files.console import UserError
 
 COMPARISONS = ("best of grid", "matched beta", "best baseline", "untrained model")
 
@@ -402,7 +401,7 @@ def compare(
         "missing": [*notes.find_missing(runs, parts_of["mt_bench"], args), *gaps],
     }
     answers = answer.find_answers(comparison)
-    return {"answer": opening.find_opening(comparison), "answers": answers} | comparison
+    return {"answer": opening.find_opening(comparison).row(), "answers": answers} | comparison
 
 
 def read_data(args: argparse.Namespace) -> AllData:
@@ -427,16 +426,15 @@ def main(argv: list[str] | None = None) -> None:
     data = read_data(args)
     runs, load_notes = results_folder.load_runs(args.results_dir, args.run_ids, args.skip_bad, data)
 
+    printed = []
     if args.run_ids and args.out is None and (note := notes.note_replaced(folder, len(runs))):
-        print(note)
+        printed.append(note)
 
     # 2) Compare before anything is written: an error must not leave half of the results new.
     sources = Sources(data, read_gamed(args.alpaca_eval))
     comparison = compare(runs, args, load_notes, sources)
-    print(
-        f"{args.results_dir}: {len(runs)} runs; writing metrics, figures, tables and the report",
-        flush=True,
-    )
+    printed.append(brief.head_line(args.results_dir, comparison))
+    print("\n".join(printed), flush=True)
 
     # 3) Write. Figures come first: drawing them adds notes on what could not be drawn, the report
     #    embeds them, and if they fail, everything else is still that of the last analysis.
@@ -451,8 +449,11 @@ def main(argv: list[str] | None = None) -> None:
     report.write_report(folder / "report.html", page)
 
     # 4) The same in short on the terminal.
-    terminal.print_tables(comparison, args.proposed)
-    notes.print_summary(args.results_dir, folder, comparison)
+    if args.verbose:
+        terminal.print_tables(comparison, args.proposed)
+        notes.print_summary(args.results_dir, folder, comparison)
+    else:
+        print("\n".join(brief.lines(comparison, folder, len(printed))))
 
 
 if __name__ == "__main__":

@@ -92,9 +92,11 @@ def example_page(folder: Path) -> dict:
     return {
         "title": "Three runs",
         "facts": [["model", "tiny"], ["runs", 3], ["share", 0.25]],
+        "opening": {"sentences": ["dpo is better.", "A run took a minute."], "verdict": "decided"},
         "answer": [
             {
                 "score": "Score by judge-1",
+                "verdict": "decided",
                 "lead": "dpo is better than base.",
                 "rows": [{"verdict": "better", "text": "dpo against base", "detail": "3 seeds"}],
             }

@@ -91,7 +91,9 @@ def test_report_of_a_study(study):
     report = (study.results / "comparison" / "report.html").read_text()
     for text in ("SUPPORTED", "not measured", SHOWN_RUN, "Win rates", "data:image/png;base64,"):
         assert text.lower() in report.lower(), text
-    assert "Claims" in study.printed and "aggregated_metrics.json" in study.printed
+    lines = study.printed.splitlines()
+    assert len(lines) <= 25 and lines[2].startswith("DECIDED: td_dpo β=")
+    assert str(study.results / "comparison" / "report.html") in study.printed
 
 
 def test_tables_of_a_study(study):
@@ -145,7 +147,7 @@ def test_a_small_judge_is_marked_everywhere(tmp_path, capsys, unsaved):
     write_curve(folder, bad=(3,))
     make_run(tmp_path, "td_s42", "td_dpo", 0.1, 1, summary={}, ratings=flat_ratings(6, **small))
     make_run(tmp_path, "td2_s42", "td_dpo", 0.1, 2, summary={}, ratings=flat_ratings(7, **small))
-    assert analyze.main([str(tmp_path), *DRAWS]) is None
+    assert analyze.main([str(tmp_path), *DRAWS, "--verbose"]) is None
 
     # No figure over beta (one beta) and no differences of accuracy (no validation pairs).
     kinds = ["accuracy_bars", "accuracy_boxes", "accuracy_heatmap", "learning_curves"]

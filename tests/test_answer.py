@@ -236,7 +236,7 @@ def test_the_answer_of_a_study(tmp_path):
     shown, folded = notes.fold_claims(comparison["claims"])
     assert "4" in {row["id"] for row in shown} and "5a" in {row["id"] for row in folded}
     printed = terminal.verdict_table(comparison["claims"])
-    assert "dLRML" not in printed and "more claims, of the published study" in printed
+    assert "dLRML" not in printed and "more claims are of other studies: no run of" in printed
     rows = comparison["mt_bench"][0]["improvement"]
     text = terminal.improvement_table("Scores", measures.MT, {"improvement": rows}, "td_dpo")
     assert "; 12 questions, seeds: 3 paired" in text and "units" not in text

@@ -118,6 +118,8 @@ def test_hostile_text_is_escaped_and_complete(tmp_path):
         "Numbers",
         "A figure",
         "Score by judge-1",
+        "dpo is better.",
+        "A run took a minute.",
         "dpo is better than base.",
         "dpo against base",
         "3 seeds",
@@ -170,10 +172,9 @@ def test_an_empty_page_says_what_it_lacks(tmp_path):
 
 def test_the_answer_comes_first_and_claims_of_others_are_folded(tmp_path):
     text = write_page(tmp_path, example_page(tmp_path))
-    places = [
-        text.index(part) for part in ("is better than base.", "left out", "Claim a", "<details>")
-    ]
-    assert places == sorted(places) and text.index("Claim e") > places[-1]
+    parts = ("dpo is better.", "A run took", "is better than base.", "left out", "Claim a")
+    places = [text.index(part) for part in (*parts, "<summary>1 more claim", "Claim e")]
+    assert places == sorted(places)
     assert '<span aria-hidden="true">✓</span> better' in text
     assert "<details>" not in write_page(tmp_path, {}).split('id="notes"')[0]
 

@@ -18,8 +18,8 @@ def find_answers(comparison: dict) -> list[dict]:
     Each has `score` (what was measured), `lead` (one sentence), and `rows`. A row is a comparison:
     `verdict` ("better", "worse", "not decided" or "not measured"), `text` and `detail`. Of what a
     judge gave, `judge` says how well the judge agrees with human votes. `finding` has the numbers
-    of what the score decides: verdict, metric, estimate, low, high, a, b, as those of the opening,
-    and `name`, what a line calls the score.
+    of what the score decides: verdict, metric, estimate, low, high, a, b, as those of the opening;
+    `name` is what a line calls the score, `text` the numbers for people.
 
     comparison: aggregated_metrics.json.
     """
@@ -35,7 +35,7 @@ def no_answer(comparison: dict) -> dict:
         "lead": lead,
         "rows": [],
         "judge": None,
-        "finding": {"name": "nothing"} | opening.numbers_of(opening.NOT_MEASURED),
+        "finding": {"name": "nothing", "text": lead} | opening.numbers_of(opening.NOT_MEASURED),
     }
 
 
@@ -52,10 +52,10 @@ def answer(score: Score, comparison: dict) -> dict:
         lead = lead_of(headline, measure.unit, measure.digits)
     else:
         lead = scores.without_comparison(score, comparison)
-    finding = opening.find(score, comparison)
+    lead = " ".join(filter(None, [lead, scores.unmeasured_text(score, comparison)]))
     return {
         "score": score.full_name,
-        "lead": " ".join(filter(None, [lead, scores.unmeasured_text(score, comparison)])),
+        "lead": lead,
         "rows": [
             {
                 "verdict": verdict,
@@ -66,9 +66,19 @@ def answer(score: Score, comparison: dict) -> dict:
             for row, verdict in shown
         ],
         "judge": score.part.get("agreement_text"),
-        "finding": {"name": score.name}
-        | opening.numbers_of(finding.verdict, score.metric, finding.row),
+        "finding": finding_of(score, lead, comparison),
     }
+
+
+def finding_of(score: Score, lead: str, comparison: dict) -> dict:
+    verdict, _, row = opening.find(score, comparison)
+    text = lead
+    if row:
+        difference = opening.numbers_text(row, score.measure.digits)
+        judge = score.name.removeprefix(score.heading)
+        text = f"{difference} {row['proposed']} against {row['baseline']}{judge}"
+    numbers = opening.numbers_of(verdict, score.metric, row)
+    return {"name": score.heading, "text": text} | numbers
 
 
 def lead_of(ranked: list[tuple[dict, str]], unit: str, digits: int) -> str:

@@ -73,11 +73,6 @@ def load_claims(results_dir: Path, path: Path | None = None) -> list[dict]:
     return others + study
 
 
-def study_ids() -> set[str]:
-    """Ids of the published study's claims; all others are the user's own."""
-    return {claim["id"] for claim in read_claims(STUDY_CLAIMS)}
-
-
 def read_claims(path: Path) -> list[dict]:
     """Claims of one file, checked. Raises UserError with file, claim and fault."""
     claims = disk.read_json_value(path)
@@ -150,6 +145,21 @@ def unknown_arguments(claim: dict, cells: list[Cell]) -> list[str]:
     """
     known = {key for cell in cells for run in cell.runs for key in run.args}
     return sorted({key for side in ("a", "b") for key in claim.get(side, ())} - known)
+
+
+def concerns(claim: dict, cells: list[Cell], model: str) -> bool:
+    """Whether a claim is about cells that are there and their model, or could be: an argument that
+    no run has may be misspelt.
+
+    model: that the runs were trained from. A model is the same in another folder.
+    """
+    made_for = claim.get("model")
+    if made_for and Path(made_for).name.lower() != Path(model).name.lower():
+        return False
+    sides = [claim[side] for side in ("a", "b") if side in claim]
+    if unknown_arguments(claim, cells):
+        return all(any(cell.loss == side["loss"] for cell in cells) for side in sides)
+    return all(select_cells(cells, side) for side in sides)
 
 
 # ---- which cells --------------------------------------------------------------------------------

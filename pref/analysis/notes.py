@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import cell_rows, claims, judge_identity, texts
+from pref.analysis import cell_rows, judge_identity, texts
 from pref.analysis.cell_rows import CommonQuestions
 from pref.analysis.runs import Cell, JudgeKey, Run, Stale
 from pref.files import disk, judgements
@@ -224,20 +224,20 @@ def is_caveat(note: str) -> bool:
 
 
 def fold_claims(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(verdicts to show, those to fold): claims of the published study that these runs do not
-    measure are in the way of the user's own.
+    """(verdicts to show, those to fold): claims of other studies, of whose losses, model or scores
+    there is no run, are in the way of those on the runs that are there.
     """
-    study = claims.study_ids()
-    folded = [row for row in rows if row["id"] in study and row["verdict"] == "not measured"]
-    return [row for row in rows if row not in folded], folded
+    shown = [row for row in rows if row["concerns_runs"]]
+    return shown, [row for row in rows if not row["concerns_runs"]]
 
 
 def folded_text(folded: list[dict], others: bool) -> str:
     """others: whether claims are shown beside these."""
     ids = list(dict.fromkeys(row["id"] for row in folded))
+    verb = "are" if len(ids) > 1 else "is"
     return (
-        f"{len(ids)} {'more ' if others else ''}claims, of the published study that this toolkit "
-        f"was made for, are not measured by these runs ({', '.join(ids)})"
+        f"{texts.count_text(len(ids), 'more claims' if others else 'claims')} {verb} of other "
+        f"studies: no run of their losses, model or score ({', '.join(ids)})"
     )
 
 

@@ -43,37 +43,42 @@ class Compared(NamedTuple):
 # ---- the statement ------------------------------------------------------------------------------
 
 
-def find_opening(comparison: dict) -> dict:
-    """The key `answer` of aggregated_metrics.json: statement, verdict, metric, estimate, low, high,
-    a, b. The estimate is that of a - b, low and high its 95 % interval; None where nothing has
-    been measured.
-    """
+class Opening(NamedTuple):
+    """What the report opens with."""
+
+    sentences: list[str]
+    verdict: str  # DECIDED, UNDECIDED, NOT_MEASURED, SUPPORTED or CONTRADICTED
+    metric: str | None = None  # as claims name it
+    difference: dict | None = None  # row of "improvement", of proposed - baseline
+
+    def row(self) -> dict:
+        """The key `answer` of aggregated_metrics.json; a number that there is not is None."""
+        numbers = numbers_of(self.verdict, self.metric, self.difference)
+        return {"statement": " ".join(self.sentences)} | numbers
+
+
+def find_opening(comparison: dict) -> Opening:
+    """comparison: aggregated_metrics.json, with or without what is found here."""
     all_scores = scores.list_scores(comparison)
     if not all_scores:
-        return statement_of([scores.nothing_measured(comparison)], NOT_MEASURED)
+        return Opening([scores.nothing_measured(comparison)], NOT_MEASURED)
     score = all_scores[0]
     finding = find(score, comparison)
     sentences, verdict = list(finding.sentences), finding.verdict
     if finding.row is None:
         sentences += [beside(other, comparison) for other in all_scores[1:]]
-        return statement_of(sentences, NOT_MEASURED, score.metric)
+        return Opening(list(filter(None, sentences)), NOT_MEASURED, score.metric)
     if claim := deciding_claim(score, finding.row, comparison["claims"]):
         verdict = claim["verdict"]
         sentences[0] = f"{sentences[0].removesuffix('.')}; claim {claim['id']} is {verdict}."
     if comparison["diverged"]:
         sentences.append(scores.unmeasured_text(score, comparison))
     sentences.append(cost_text(score, finding.row["proposed"], comparison))
-    return statement_of(sentences, verdict, score.metric, finding.row)
-
-
-def statement_of(
-    sentences: list[str], verdict: str, metric: str | None = None, row: dict | None = None
-) -> dict:
-    statement = " ".join(filter(None, sentences))
-    return {"statement": statement} | numbers_of(verdict, metric, row)
+    return Opening(list(filter(None, sentences)), verdict, score.metric, finding.row)
 
 
 def numbers_of(verdict: str, metric: str | None = None, row: dict | None = None) -> dict:
+    """What a score decides: the estimate is that of a - b, low and high its 95 % interval."""
     numbers = row or {}
     return {
         "verdict": verdict,
@@ -91,7 +96,7 @@ def beside(other: Score, comparison: dict) -> str:
     finding = find(other, comparison)
     if finding.row is None:
         return ""
-    return f"{finding.sentences[0][:-1]}; validation accuracy says nothing about answers."
+    return f"{finding.sentences[0]} Validation accuracy says nothing about answers."
 
 
 def deciding_claim(score: Score, row: dict, claims: list[dict]) -> dict | None:
@@ -278,11 +283,7 @@ class Teller(NamedTuple):
         return f"{number:.{self.digits}f}"
 
     def numbers(self, row: dict) -> str:
-        """E.g. "+0.14 [+0.10, +0.18]"."""
-        estimate, low, high = (row[key] for key in ("estimate", "low", "high"))
-        if None in (low, high):
-            return f"{estimate:+.{self.digits}f}"
-        return f"{estimate:+.{self.digits}f} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
+        return numbers_text(row, self.digits)
 
     def scores_and_difference(self, row: dict) -> str:
         ours, theirs = (self.show(row[key]) for key in ("proposed_score", "baseline_score"))
@@ -304,6 +305,14 @@ class Teller(NamedTuple):
             return ""
         against = theirs is not None and row["comparison"] != "untrained model"
         return f", at {kl_text(ours)}{f' against {kl_text(theirs)}' if against else ''} nats of KL"
+
+
+def numbers_text(row: dict, digits: int) -> str:
+    """E.g. "+0.14 [+0.10, +0.18]"."""
+    estimate, low, high = (row[key] for key in ("estimate", "low", "high"))
+    if None in (low, high):
+        return f"{estimate:+.{digits}f}"
+    return f"{estimate:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def kl_text(nats: float) -> str:

@@ -50,6 +50,7 @@ BADGES = {
     "undecided": Badge("undecided", "≈"),
     "not measured": Badge("unmeasured", "○"),
     # Of the answer.
+    "decided": Badge("supported", "✓"),
     "better": Badge("supported", "✓"),
     "worse": Badge("contradicted", "✗"),
     "not decided": Badge("undecided", "≈"),
@@ -75,8 +76,11 @@ def write_report(path: Path, page: dict) -> None:
     page:
       title       str
       facts       [[label, value]]
-      answer      [{score, lead, judge, rows [{verdict, text, detail}]}], all str (judge: or
-                  None); verdict is better, worse, not decided or not measured
+      opening     {sentences, verdict}: [str], the first one large; verdict is decided, undecided,
+                  not measured, supported or contradicted
+      answer      [{score, verdict, lead, judge, rows [{verdict, text, detail}]}], all str (judge:
+                  or None); verdict of a score as in opening, that of a row is better, worse, not
+                  decided or not measured
       verdicts    [{id, claim, judge, verdict, estimate, interval, test, why}], all str or None;
                   verdict is supported, contradicted, undecided or not measured
       caveats     [str], what the answer is without; also among the notes
@@ -103,6 +107,7 @@ def write_report(path: Path, page: dict) -> None:
         "script": script,
         "script_hash": policy_hash(script),
         "title": escape(page.get("title") or "Comparison of runs"),
+        "opening": opening_html(page.get("opening") or {}),
         "facts": facts_html(page.get("facts") or []),
         "answer": answers_html(page.get("answer") or []) + caveats_html(page.get("caveats") or []),
         "verdicts": verdicts_html(page.get("verdicts") or []),
@@ -160,8 +165,18 @@ def note_html(note: str | None) -> str:
 # ---- the answer ---------------------------------------------------------------------------------
 
 
+def opening_html(opening: dict) -> str:
+    """The statement that the report opens with, its first sentence large."""
+    if not opening:
+        return ""
+    first, *rest = opening.get("sentences") or [""]
+    badge = badge_html(verdict_of(opening))
+    more = f"<p>{escape(' '.join(rest))}</p>\n" if rest else ""
+    return f'<div class="opening">\n{badge}\n<p class="won">{escape(first)}</p>\n{more}</div>'
+
+
 def answers_html(answers: list[dict]) -> str:
-    """For each score its answer in one sentence, and a card per comparison."""
+    """For each score its answer in one sentence; behind it a card per comparison."""
     if not answers:
         return none_html("Nothing was measured yet: see what is missing below.")
     return "\n".join(map(answer_html, answers))
@@ -172,12 +187,19 @@ def caveats_html(caveats: list[str]) -> str:
 
 
 def answer_html(answer: dict) -> str:
-    cards = "".join(map(comparison_html, answer.get("rows") or []))
+    rows = answer.get("rows") or []
+    cards = ""
+    if rows:
+        summary = f"{len(rows)} comparison{'s' if len(rows) > 1 else ''}: what each rests on"
+        cards = (
+            f'<details><summary>{summary}</summary>\n<div class="verdicts">\n'
+            f"{''.join(map(comparison_html, rows))}</div></details>"
+        )
+    badge = badge_html(answer["verdict"]) if answer.get("verdict") else ""
     return (
-        f'<div class="answer">\n<h3>{escape(answer.get("score") or "")}</h3>\n'
+        f'<div class="answer">\n<h3>{badge} {escape(answer.get("score") or "")}</h3>\n'
         f'<p class="lead">{escape(answer.get("lead") or "")}</p>\n'
-        f"{note_html(answer.get('judge'))}"
-        f'<div class="verdicts">\n{cards}</div>\n</div>'
+        f"{note_html(answer.get('judge'))}{cards}\n</div>"
     )
 
 

@@ -9,6 +9,7 @@ from pref.analysis import (
     judge_identity,
     measures,
     notes,
+    opening,
     paper_tables,
     run_metrics,
     texts,
@@ -35,7 +36,8 @@ def make_page(
     return {
         "title": "Preference-optimisation study",
         "facts": page_facts(runs, comparison),
-        "answer": comparison["answers"],
+        "opening": opening.find_opening(comparison)._asdict(),
+        "answer": [one | {"verdict": one["finding"]["verdict"]} for one in comparison["answers"]],
         "caveats": [note for note in comparison["notes"] if notes.is_caveat(note)],
         "verdicts": [texts.verdict_texts(row) for row in shown],
         "folded": {

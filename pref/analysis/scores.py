@@ -41,15 +41,18 @@ class Score(NamedTuple):
     @property
     def name(self) -> str:
         """What a sentence calls it: "MT-Bench by gpt-5-mini", "constraints" of a task's program."""
+        judge = None if self.is_program else self.part.get("judge")
+        return f"{self.heading} by {judge}" if judge else self.heading
+
+    @property
+    def heading(self) -> str:
+        """The same without the judge."""
         if self.measure is measures.ACCURACY:
             return "validation accuracy"
         if self.is_program:
             return self.part["bench"]
         heading = self.measure.heading(self.part | {"title": None})
-        if self.measure.limits == measures.PERCENT:
-            heading += " (%)"
-        judge = self.part.get("judge")
-        return f"{heading} by {judge}" if judge else heading
+        return f"{heading} (%)" if self.measure.limits == measures.PERCENT else heading
 
     @property
     def full_name(self) -> str:

@@ -1,4 +1,4 @@
-"""What analyze.py prints: scores by cell, the improvement of the proposed loss, and verdicts.
+"""What analyze.py --verbose prints: scores by cell, the improvement of the proposed loss, verdicts.
 
 All of it is in the report too, in more detail. Rows are those of aggregated_metrics.json.
 """
@@ -24,13 +24,12 @@ def print_tables(comparison: dict, proposed: str) -> None:
         if part["cells"]:
             tables.append(score_table(measure, part))
         if part.get("categories"):
-            tables.append(category_table(part))
+            tables.append(category_table(measure, part))
         title = score_title(measure, part, "improvement")
         tables.append(improvement_table(title, measure, part, proposed))
     tables.append(verdict_table(comparison["claims"]))
-    tables.append(
-        "\n".join(["Answer", *(f"  {x}" for x in answer.text_lines(comparison["answers"]))])
-    )
+    lines = [comparison["answer"]["statement"], *answer.text_lines(comparison["answers"])]
+    tables.append("\n".join(["Answer", *(f"  {line}" for line in lines)]))
     print("".join(f"\n{table}\n" for table in tables if table), end="")
 
 
@@ -81,19 +80,19 @@ def score_table(measure: Measure, part: dict) -> str:
     return format_table(score_title(measure, part, what), headers, lines)
 
 
-def category_table(judge: dict) -> str:
+def category_table(measure: Measure, part: dict) -> str:
     """A row per cell, a column per category."""
-    names = list(dict.fromkeys(row["category"] for row in judge["categories"]))
+    names = list(dict.fromkeys(row["category"] for row in part["categories"]))
     known = mt_bench.CATEGORIES
     names.sort(key=lambda name: known.index(name) if name in known else len(known))
     text_of: dict[str, dict[str, str]] = defaultdict(dict)  # label -> category -> text
-    for row in judge["categories"]:
+    for row in part["categories"]:
         unscored = row["n_judged"] - row["n_scored"]
-        text = texts.show(row["score"], 2) + (f" (-{unscored})" if unscored else "")
+        text = texts.show(row["score"], measure.digits) + (f" (-{unscored})" if unscored else "")
         text_of[row["label"]][row["category"]] = text
     lines = [[label, *(cells.get(name, "-") for name in names)] for label, cells in text_of.items()]
     what = "by category, mean over seeds; (-n): n judgements without a score"
-    title = score_title(measures.MT, judge, what)
+    title = score_title(measure, part, what)
     return format_table(title, [paper_tables.CELL_HEADER, *names], lines)
 
 

@@ -68,9 +68,11 @@ def judge_claims(
                 pending += [open_case] if open_case else []
             if not sources:
                 why = measures.of_metric(claim["metric"]).missing
-                rows.append(verdict_row(claim, None, "not measured", why))
+                rows.append(verdict_row(claim, None, "not measured", why, concerns_runs=False))
     decide(pending)
+    elsewhere = {one["id"] for one in study if not claims.concerns(one, cells, model)}
     for row in rows:
+        row["concerns_runs"] &= row["id"] not in elsewhere
         if row["model"] not in (None, model) and row["verdict"] != "not measured":
             row["why"] += f" Made for {row['model']}, measured here on {model}."
     return rows
@@ -85,6 +87,7 @@ def verdict_row(claim: dict, judge: str | None, verdict: str, why: str = "", **n
         "judge": judge,
         "verdict": verdict,
         **dict.fromkeys(NUMBERS),
+        "concerns_runs": True,  # or it is about other losses, settings, scores or another model
         **numbers,
         "why": why,
     }
