@@ -57,7 +57,7 @@ def lines(comparison: dict, folder: Path, printed: int) -> list[str]:
         Section(list(map(claim_line, shown)), 3, "claims"),
         Section(folded, 1, "claims"),
         Section(note_lines(comparison["notes"]), 2, "notes"),
-        Section(list(map(missing_line, comparison["missing"])), 2, "things missing"),
+        Section(list(map(missing_line, comparison["missing"])), 2, "missing things"),
     ]
     room = MOST_LINES - printed - len(first) - len(last)
     return [*first, *map(shortened, fit(sections, room)), *last]
@@ -74,7 +74,10 @@ def fit(sections: list[Section], room: int) -> list[str]:
             fitted += section.lines
         else:
             others = len(section.lines) - (size - 1)
-            fitted += [*section.lines[: size - 1], f"  ... and {others} {section.more}: the report"]
+            fitted += [
+                *section.lines[: size - 1],
+                f"  ... and {others} more {section.more} in the report",
+            ]
     return fitted
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pref.analysis import cell_rows, judge_identity, texts
 from pref.analysis.cell_rows import CommonQuestions
-from pref.analysis.runs import Cell, JudgeKey, Run, Stale
+from pref.analysis.runs import MT_BENCH, Cell, JudgeKey, Run, Stale
 from pref.files import disk, judgements
 from pref.files.console import UserError
 
@@ -284,7 +284,11 @@ def run_gaps(runs: list[Run], judges: list[dict]) -> list[Lack]:
         if not (run.steps or run.evals or (run.run_id, "learning curve") in taken)
     ]
     no_pairs = [run for run in ended if run in usable and not run.val and not run.stale]
-    no_judge = [run for run in usable if not run.judged and not run.stale]
+    # A study of another benchmark lacks nothing of MT-Bench.
+    of_mt_bench = any(MT_BENCH in run.benches for run in runs) or not any(
+        files.judgements() for run in runs for files in run.benches.values()
+    )
+    no_judge = [run for run in usable if of_mt_bench and not run.judged and not run.stale]
     lacks = [
         Lack("accuracy (unfinished)", unfinished, "the same train_pref.py command again"),
         Lack("accuracy (no summary.json)", unrecorded, "train_pref.py"),
@@ -359,7 +363,8 @@ def study_gaps(runs: list[Run], args: argparse.Namespace) -> list[dict]:
     def add(what: str, next_step: str) -> None:
         gaps.append({"what": what, "runs": [], "next": next_step})
 
-    if not any(files.pairs for run in runs for files in run.benches.values()):
+    benches = [files for run in runs for files in run.benches.values()]
+    if any(files.judged for files in benches) and not any(files.pairs for files in benches):
         add("win rates (no pairwise judgements)", "judge.py --grading pair")
     if not any(files.kl for run in usable_runs(runs) for files in run.benches.values()):
         add("score against KL (no log-probs in answers)", "gen_mtbench.py --kl")

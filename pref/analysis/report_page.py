@@ -64,7 +64,8 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
         if measure.judged:
             name = part["title"] if measure is measures.MT else f"judge {part['judge']}"
             judges[f"{name} {judge_identity.smoke_mark(part)}".strip()] = part["judge"]
-            agreement.setdefault(part["as_humans"], {})[part["judge"]] = None
+            if part["as_humans"]:  # of a program there is nothing to agree with
+                agreement.setdefault(part["as_humans"], {})[part["judge"]] = None
     named = list(judges.values())
     judges = [
         name for name, judge in judges.items() if name != f"judge {judge}" or named.count(judge) < 2
@@ -75,7 +76,7 @@ def page_facts(runs: list[Run], comparison: dict) -> list[list]:
         ["judges", "; ".join(judges) or "none"],
         *(
             [["agree with human votes as often as humans do", as_humans(agreement)]]
-            if judges
+            if agreement
             else []
         ),
         ["baseline", comparison["baseline"]],
