@@ -65,6 +65,7 @@ JUDGEMENT_FIELDS = (
 )
 # In the table of runs, longer arguments are cut; where two runs are compared, they are complete.
 MAX_CELL_CHARACTERS = 40
+SHORT_TEXT = 26  # characters: texts of a column that stay in one line
 WIDE_FIGURE = 700  # pixels: wider figures take both columns of the page
 UNQUOTED = " !$()*+,-./:;=?@_"  # characters that mean nothing in an address within an attribute
 
@@ -87,7 +88,9 @@ def write_report(path: Path, page: dict) -> None:
       folded      {title, verdicts}: claims that are shown only if asked for
       notes       [str]
       missing     [str]
-      tables      [{id, title, note, headers, rows}]; a cell is str, int, float or None
+      tables      [{id, title, note, headers, rows, digits, group, kind}]; a cell is str, int,
+                  float or None; the last three may be missing: digits of each column's floats,
+                  what consecutive tables have in common, and the title without that
       figures     [{title, svg (a path), alt}]
       runs        [{run_id, status, arguments {name: JSON value}, numbers {name: float or None}}]
       benches     [{name, title, left_out}]; left_out: questions that are not shown
@@ -350,7 +353,8 @@ def tables_html(tables: list[dict]) -> str:
     for number, table in enumerate(tables, 1):
         link = anchor("table", table.get("id") or "", number)
         title = escape(table.get("title") or table.get("id") or "Table")
-        content = table_html(table.get("headers") or [], table.get("rows") or [], title)
+        headers, rows = table.get("headers") or [], table.get("rows") or []
+        content = table_html(headers, rows, title, digits=table.get("digits"))
         own = escape(table.get("group") or "")
         kind = escape(table.get("kind") or "") if own else title
         if not own or own != group:
@@ -368,22 +372,28 @@ def tables_html(tables: list[dict]) -> str:
 
 
 def table_html(
-    headers: list[str], rows: list[list], title: str, max_characters: int | None = None
+    headers: list[str],
+    rows: list[list],
+    title: str,
+    max_characters: int | None = None,
+    digits: list[int | None] | None = None,
 ) -> str:
     """A table in a box that scrolls, with headers that are buttons to sort by.
 
     title: already escaped. max_characters: longer texts are cut and shown in full as a tooltip.
+    digits: of each column's floats, after the decimal point; None: as many as it needs.
     """
     if not rows:
         return none_html("This table has no rows.") + "\n"
     n_columns = max(map(len, [headers, *rows]))
     headers = [*headers, *[""] * (n_columns - len(headers))]
     rows = [[*row, *[None] * (n_columns - len(row))] for row in rows]
+    digits = [*(digits or []), *[None] * n_columns]
     head, columns = "", []
-    for name, column in zip(headers, zip(*rows)):
-        style = ' class="number"' if is_number_column(column) else ""
+    for name, column, n_digits in zip(headers, zip(*rows), digits):
+        style = column_style(column)
         head += f'<th scope="col"{style}><button type="button">{escape(name)}</button></th>'
-        columns.append(column_cells(column, style, max_characters))
+        columns.append(column_cells(column, style, max_characters, n_digits))
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in zip(*columns))
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">\n'
@@ -392,12 +402,21 @@ def table_html(
     )
 
 
-def column_cells(column: Iterable, style: str, max_characters: int | None) -> list[str]:
+def column_style(column: Iterable) -> str:
+    """Numbers are aligned to the right; short texts, such as names of cells, stay in one line."""
+    if is_number_column(column):
+        return ' class="number"'
+    return ' class="short"' if max(len(str(value)) for value in column) <= SHORT_TEXT else ""
+
+
+def column_cells(
+    column: Iterable, style: str, max_characters: int | None, digits: int | None
+) -> list[str]:
     """The <td> elements of a column. Those of numbers also carry the full value, which the script
     sorts by.
     """
     column = list(column)
-    digits = column_digits(column)
+    digits = column_digits(column) if digits is None else digits
     cells = []
     for value in column:
         text = escape(format_value(value, digits))

@@ -84,6 +84,7 @@ class Table(NamedTuple):
             "note": " ".join(filter(None, (self.note, note))) or None,
             "headers": [column.header for column in shown],
             "rows": [[column.of(row) for column in shown] for row in self.rows],
+            "digits": [column.digits for column in shown],
         }
 
 
