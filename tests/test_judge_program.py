@@ -221,6 +221,7 @@ def test_answers_that_take_for_ever_stop_the_command(folder, monkeypatch):
     loops = "while question['question_id'] > 3: pass\n    over = max"
     write_task(folder, WORDS.replace("over = max", loops))
     monkeypatch.setattr("pref.judging.program_judge.GIVE_UP_AFTER", 1)
+    monkeypatch.setattr("pref.judging.program_judge.CHECKED_S", 0)
     monkeypatch.setitem(tasks.open_task.__kwdefaults__, "seconds", 0.25)
     with pytest.raises(UserError, match="2 answers in a row took too long.*question 5.*next ans"):
         score("many.jsonl")

@@ -83,7 +83,8 @@ class Child:
             return
         if isinstance(values[2], int) and values[2] & os.O_ACCMODE != os.O_RDONLY:
             return
-        file = os.path.realpath(os.fsdecode(values[0]))
+        folder, name = os.path.split(os.fsdecode(values[0]))
+        file = os.path.join(os.path.realpath(folder), name)
         if file.startswith(self.folder + os.sep) and not file.endswith((".py", ".pyc")):
             self.opened.add(os.path.relpath(file, self.folder))
 
@@ -108,11 +109,8 @@ class Child:
 
     def set_limits(self, seconds: float) -> None:
         """The time that a request may take if nobody ends it earlier."""
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        most = math.ceil(time.process_time() + seconds) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
+        limit("RLIMIT_CPU", math.ceil(time.process_time() + seconds) + 1)
 
     def describe(self, error: BaseException) -> str:
         """'constraints.py:12: ValueError: no such kind'."""
@@ -251,6 +249,17 @@ def kind(value) -> str:
     return f"a value of type {type(value).__name__}"
 
 
+def limit(name: str, most: int) -> None:
+    """Set a limit of this process. Not every system has every one."""
+    try:
+        number = getattr(resource, name)
+        _, hard = resource.getrlimit(number)
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(number, (soft, hard))
+    except (AttributeError, OSError, ValueError):
+        pass
+
+
 def write_line(file: int, reply: dict) -> None:
     """A line of JSON; characters beyond ASCII are escaped, lone surrogates too."""
     data = json.dumps(reply).encode() + b"\n"
@@ -262,14 +271,10 @@ def main(
     path: str, seconds: str, open_seconds: str, memory_mib: str, requests: str, replies: str
 ) -> None:
     # 1) The limits that hold from here on.
-    limits = {"RLIMIT_AS": int(memory_mib) << 20, "RLIMIT_FSIZE": MOST_WRITTEN, "RLIMIT_CORE": 0}
-    for name, most in limits.items():
-        try:
-            _, hard = resource.getrlimit(getattr(resource, name))
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(getattr(resource, name), (most, hard))
-        except (AttributeError, OSError, ValueError):
-            continue  # not every system has every limit
+    limit("RLIMIT_AS", int(memory_mib) << 20)
+    limit("RLIMIT_FSIZE", MOST_WRITTEN)
+    limit("RLIMIT_CORE", 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the task may have a handler of its own
     sys.dont_write_bytecode = True
     os.chdir(os.path.dirname(path))
     # 2) The task, then one reply to each request.

@@ -85,7 +85,8 @@ class Scored(NamedTuple):
 def path_of(text: str | Path) -> Path:
     """The file of a task, given as a path or as py:PATH. Raises UserError if it is none."""
     given = str(text).removeprefix(PREFIX)
-    path = Path(given).expanduser().resolve()
+    path = Path(given).expanduser()
+    path = path.parent.resolve() / path.name  # a link to a file has a name of its own
     if path.is_dir():
         raise UserError(f"{given}: is a folder, expected a task's Python file")
     if not path.is_file():
@@ -228,7 +229,8 @@ class Task:
     def restart(self) -> None:
         """Start the process again. Raises UserError if the task is not the one that it was."""
         self.start()
-        if task_identity.identify(self.path, self.data_files) != self.identity:
+        hashes = self.identity["sha256"]
+        if task_identity.hashes(self.path.parent, hashes) != hashes:
             raise self.changed()
 
     def exchange(self, lines: list[bytes], seconds: float) -> Iterator[dict]:

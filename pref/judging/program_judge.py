@@ -81,8 +81,8 @@ class Queue:
     def check(self, key: Key, again: Task) -> None:
         """Score an answer here and in another process. One without a score has its reason later."""
         pair = self.questions[key[0]], key[1]
-        one, two = self.task.score_some([pair])[0], again.score_some([pair])[0]
-        if isinstance(one, Scored) and isinstance(two, Scored):
+        (one,) = self.task.score_some([pair])
+        if isinstance(one, Scored) and isinstance(two := again.score_some([pair])[0], Scored):
             tasks.check_same(self.task, *pair, one, two)
 
     def ask(self, request: dict) -> dict:
