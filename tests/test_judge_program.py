@@ -21,7 +21,7 @@ import prep_data
 from pref.files import disk, tasks
 from pref.files.console import UserError
 from pref.files.judgements import read_judgements
-from pref.judging import calls, judges, store
+from pref.judging import benchmarks, calls, judges, store
 
 pytest_plugins = ("judge_fixtures",)
 
@@ -282,6 +282,20 @@ def test_what_makes_no_sense_is_refused(folder, arguments, says):
         judge.main(["results", *arguments])
     assert says in str(caught.value)
     assert not (folder / "results/judgements.sqlite").exists()
+
+
+def test_a_reward_model_may_score_the_answers_to_a_tasks_questions(folder):
+    args = judge.parse_args(["results", "--bench", "words_train", "--judge", "rm:some/model"])
+    bench = benchmarks.read_bench(args)
+    assert (bench.name, bench.grading, len(bench.questions)) == ("words_train", "reward", 6)
+    assert bench.question_file.name == "train_questions.jsonl" and list(bench.turns) == [1]
+
+
+def test_questions_of_several_lengths_are_refused(folder):
+    rows = [{"question_id": n, "turns": ["Why?"] * n} for n in (1, 2)]
+    write_jsonl(folder / "mixed.jsonl", rows)
+    with pytest.raises(UserError, match="questions of 1 and of 2 turns"):
+        score("mixed.jsonl")
 
 
 def test_a_dry_run_costs_and_scores_nothing(folder, capsys):
