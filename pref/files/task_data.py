@@ -14,7 +14,7 @@ set, on an unseeded generator or on earlier calls differs between them.
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ MADE_UP = {
     "100,000 characters": "abcdefghi " * 10_000,
 }
 CHECKED_QUESTIONS = 24  # that made-up answers are given to
+SHOWN = 40  # characters of an answer
 SLOW_S = 1.0  # a score; worth a note
 
 
@@ -133,26 +134,26 @@ def check_scores(task: Task, again: Task, answers: Sequence[Answer]) -> Checked:
     Raises TaskFault for the first that has no score, and UserError for one that has two.
     """
     begun = time.monotonic()
-    scores = [checked(score) for score in scored_in_batches(task, answers)]
+    scores = scores_of(task, answers)
     seconds = (time.monotonic() - begun) / max(1, len(answers))
-    others = [checked(score) for score in scored_in_batches(again, answers[::-1])][::-1]
+    others = scores_of(again, answers[::-1])[::-1]
     for (row, answer), one, two in zip(answers, scores, others):
         tasks.check_same(task, row, answer, one, two)
     return Checked(scores, seconds)
 
 
-def scored_in_batches(task: Task, answers: Sequence[Answer]) -> Iterable[Scored | TaskFault]:
-    done = 0
-    while done < len(answers):
-        found = task.score_some(answers[done : done + tasks.BATCH])
-        done += len(found)
-        yield from found
-
-
-def checked(score: Scored | TaskFault) -> Scored:
-    if isinstance(score, TaskFault):
-        raise score
-    return score
+def scores_of(task: Task, answers: Sequence[Answer]) -> list[Scored]:
+    """The score of every answer. Raises TaskFault for the first that has none."""
+    scores: list[Scored] = []
+    while len(scores) < len(answers):
+        for found in task.score_some(answers[len(scores) :]):
+            if isinstance(found, TaskFault):
+                _, answer = answers[len(scores)]
+                length = f", {len(answer):,} characters" if len(answer) > SHOWN else ""
+                text = f"{found.text} (the answer: {answer[:SHOWN]!r}{length})"
+                raise TaskFault(found.status, text)
+            scores.append(found)
+    return scores
 
 
 # ---- the scores of real answers ------------------------------------------------------------------
@@ -292,13 +293,14 @@ def print_checks(task: Task, rows: dict[str, list[dict]], made_up: int, seconds:
     categories = {row["category"] for questions in rows.values() for row in questions}
     print(f"{task.path.name}: {' + '.join(counts)} questions of {len(categories)} categories")
     print("  questions  the same in another process; no prompt comes twice")
-    speed = f"{1e3 * seconds:.2g} ms a score"
+    speed = f"{1e3 * seconds:.2g} ms a score, long answers included"
     print(
         f"  score      {made_up} made-up answers: from 0 to 1, the same in another process; {speed}"
     )
     how = ", ".join(f"{name} {value:g}" for name, value in task.generation.items())
     print(f"  answers    {how}")
-    others = [f"{name} {version}" for name, version in task.identity["packages"].items()]
+    versions = task.identity["packages"].items()
+    others = [f"{name} {version or '(of no known version)'}" for name, version in versions]
     print(f"  depends on {', '.join([*task.identity['sha256'], *others])}")
     if seconds > SLOW_S:
         print(f"  note       1,000 answers take {1e3 * seconds / 60:.0f} minutes")
