@@ -3,6 +3,7 @@
     python bench/random_llama.py --pairs PAIRS.jsonl DIR      Llama-2-7B's shape, 13.5 GB in bf16
     python bench/random_llama.py --pairs PAIRS.jsonl --layers 2 --hidden 64 --heads 4 \\
         --intermediate 128 DIR
+    python bench/random_llama.py ... --initializer_range 0.3 DIR     some tokens are likely
 """
 
 import argparse
@@ -29,6 +30,8 @@ def parse_args() -> argparse.Namespace:
     add("--intermediate", type=int, default=11008, help="size of the MLP")
     add("--layers", type=int, default=32)
     add("--heads", type=int, default=32)
+    range_help = "SD of the weights; a larger one makes some tokens likely (default: 0.02)"
+    add("--initializer_range", type=float, default=0.02, metavar="SD", help=range_help)
     return parser.parse_args()
 
 
@@ -55,6 +58,7 @@ def main() -> None:
         intermediate_size=args.intermediate,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
+        initializer_range=args.initializer_range,
         max_position_embeddings=4096,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
