@@ -168,7 +168,7 @@ def test_two_rounds_and_a_sweep_killed_before_every_command(tmp_path, tiny_model
     run = "dpo_b0.5_s42_lr0.01_steps2_gb4_r4_float32"
     assert found["base/vowels_train/answers.jsonl"] != found[f"{run}/vowels_train/answers.jsonl"]
     args = disk.read_json(tmp_path / "cut" / f"{run}_round2" / "args.json")
-    assert args["round"] == 2 and args["init_adapter"].endswith(run)
+    assert args["round"] == 2 and args["init_adapter"].endswith(f"{run}/adapter")
     made_of = disk.read_json(tmp_path / "cut" / run / "vowels_train/pairs/manifest.json")
     assert args["data"].endswith(f"{run}/vowels_train/pairs")
     assert made_of["from_answers"]["run"] == run

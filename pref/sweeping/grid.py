@@ -221,6 +221,11 @@ def load_study(args: argparse.Namespace) -> Study:
         if settings[key] and not re.fullmatch(r"[1-9]\d*", settings[key]):
             raise UserError(f"{key}={settings[key]}: must be a whole number above 0")
     points = expand(settings)
+    if settings["ROUNDS"] and args.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            "--nodes: with ROUNDS only within Slurm, where one machine answers, scores and makes "
+            "pairs for all"
+        )
     study = Study(
         args=args,
         settings=settings,
