@@ -376,6 +376,7 @@ def test_a_run_that_diverged_has_no_next_round(tmp_path, monkeypatch, capsys):
     ("said", "is_result"),
     [
         ("error: r/run/vowels_train: no pairs left for train; dropped: 12 tie", True),
+        ("error: r/run/vowels_train: all pairs left have the same prompt; two are needed", True),
         ("error: [Errno 28] No space left on device", False),
     ],
 )

@@ -11,6 +11,8 @@ from pref.files.audit import Audit, PlacedPair, drop_record
 from pref.files.console import UserError
 from pref.files.row_pairs import prompt_key
 
+# In messages, for whoever has to tell these from other mistakes: there is nothing to train on.
+NO_PAIRS, ONE_PROMPT = "no pairs left", "all pairs left have the same prompt"
 # What to do if every row is dropped for a reason that this pattern is found in.
 REMEDIES = {
     "begins with the assistant": (
@@ -112,8 +114,7 @@ def split_by_prompt(
     )
     if len(prompts) < 2:
         raise UserError(
-            f"{source}: all pairs left have the same prompt; two are needed, one to train on and "
-            "one for validation"
+            f"{source}: {ONE_PROMPT}; two are needed, one to train on and one for validation"
         )
     val_count = min(max(1, round(draw.val_fraction * len(prompts))), len(prompts) - 1)
     val_keys = set(prompts[:val_count])
@@ -131,7 +132,7 @@ def check_not_empty(
     empty = [name for name, pairs in sides.items() if not pairs]
     if not empty:
         return
-    text = f"{source}: no pairs left for {empty[0]}; dropped: {reasons_text(dropped)}"
+    text = f"{source}: {NO_PAIRS} for {empty[0]}; dropped: {reasons_text(dropped)}"
     if dropped:
         most = next(iter(count_reasons(dropped)))
         example = next(record for record in dropped if record["reason"] == most)

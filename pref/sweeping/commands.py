@@ -11,6 +11,7 @@ import torch
 
 from pref import ROOT
 from pref.files.console import UserError
+from pref.judging import judges
 from pref.sweeping.grid import Point, Study
 
 SCRIPTS = {
@@ -152,9 +153,8 @@ def judge_of(study: Study, bench: str | None) -> list[str]:
 
 
 def judge_name(study: Study, bench: str) -> str:
-    """The judge of a benchmark as judgements name it: a task's file without its folder."""
-    prefix, colon, path = study.of_bench("JUDGE", bench).partition(":")
-    return f"{prefix}:{Path(path).name}" if prefix == "py" else f"{prefix}{colon}{path}"
+    """The judge of a benchmark as judgements name it."""
+    return judges.recorded_name(study.of_bench("JUDGE", bench))
 
 
 def bench_folder(study: Study, bench: str) -> Path:

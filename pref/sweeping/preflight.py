@@ -247,7 +247,7 @@ def check_judge(study: Study, name: str) -> str:
     args = judge.parse_args(commands.stage_arguments(study, "judge", name))
     bench = benchmarks.read_bench(args)
     text = f"judge of {bench.title}: {args.judge}"
-    if args.judge.startswith("py:"):
+    if judges.kind_of(args.judge) == judges.PROGRAM:
         return f"{text}, no dollars"
     if judges.kind_of(args.judge) != judges.SERVER:
         check_model("JUDGE", judges.path_of(args.judge))

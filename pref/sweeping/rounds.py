@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gen_mtbench
-from pref.files import disk, mt_bench
+from pref.files import disk, mt_bench, sides
 from pref.files.console import UserError
 from pref.judging import store
 from pref.model import weights
@@ -26,7 +26,6 @@ from pref.sweeping.grid import Point, Study
 from pref.sweeping.scheduler import Scheduler
 from pref.training import arguments
 
-NO_PAIRS = "no pairs left"  # sides.py
 NOTED = "rounds.json"  # in the results folder: what the rounds' pairs are made with
 
 
@@ -85,7 +84,7 @@ def check_pairs(runner: Scheduler, point: Point) -> bool:
         return True
     whys = (runner.reasons.get(name) for name in (pairs_name(point.start), point.start))
     why = next(filter(None, whys), "no pairs were made of its answers")
-    if NO_PAIRS in why:  # a result, like a run that diverged
+    if sides.NO_PAIRS in why or sides.ONE_PROMPT in why:  # a result, like a run that diverged
         runner.reasons.pop(pairs_name(point.start), None)
         runner.drop(point.run_id, f"{point.start}: {why}")
     else:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from pref.files import run_folders
+from pref.files import benchmarks, run_folders
 from pref.files.console import UserError
 from pref.judging.benchmarks import BENCHMARKS
 
@@ -39,7 +39,7 @@ def rounds_of(settings: Mapping[str, str]) -> int:
 
 def train_set(settings: Mapping[str, str]) -> str:
     """What the answers to the task's train questions are called."""
-    return f"{name_of(settings)}_train"
+    return name_of(settings) + benchmarks.TRAIN_SET
 
 
 def pairs_folder(settings: Mapping[str, str], run_id: str) -> Path:
