@@ -143,6 +143,18 @@ def test_distinct_2_is_of_blocks_of_one_size(monkeypatch):
     assert distinct("a b c d e f g h i") == 1.0
 
 
+def test_answers_that_were_made_otherwise_and_a_broken_model_are_noted(results):
+    for run_id, tokens in (("a", 64), ("b", 128)):
+        folder = make_run(results, run_id, "dpo", seed=ord(run_id), summary={})
+        rows = [answer_row(q, ["text"], 1.0) | {"settings": {"max": tokens}} for q in (1, 2)]
+        if run_id == "b":
+            rows[0]["choices"][0]["logp"] = [None]
+        write_jsonl(folder / "constraints" / "answers.jsonl", rows)
+    comparison = compared(results)
+    assert has_note(comparison, "answers of constraints were made with different max (64: a; 128:")
+    assert has_note(comparison, "b: 1 turns of constraints have no finite log-probability")
+
+
 def test_claims_are_on_all_tasks_or_on_one(results):
     sides = {"a": {"loss": "td_dpo"}, "b": {"loss": "dpo"}, "kind": "difference", "at_least": 0.05}
     wanted = ("task", "task:constraints", "task:gsm8k")

@@ -36,13 +36,16 @@ def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
                 "counted as wrong"
             )
     for run in runs:
-        if run.kl and run.kl["n_nonfinite"]:
-            notes.append(
-                f"{run.run_id}: {run.kl['n_nonfinite']} turns have no finite log-probability; its "
-                "KL is over the others, and too small where the model broke down"
-            )
+        for bench, files in run.benches.items():
+            if files.kl and files.kl["n_nonfinite"]:
+                notes.append(
+                    f"{run.run_id}: {files.kl['n_nonfinite']} turns{of_bench(bench)} have no "
+                    "finite log-probability; its KL is over the others, and too small where the "
+                    "model broke down"
+                )
     notes += dict.fromkeys(note for run in runs if run.imported for note in run.imported.notes)
-    notes += note_answer_settings(runs)
+    for bench in sorted({name for run in runs for name in run.benches}):
+        notes += note_answer_settings(runs, bench)
     trained = [cell for cell in cells if not cell.untrained]
     notes += [note for cell in trained if (note := note_token_ids(cell))]
     seeds = {seed for cell in trained for seed in cell_seeds(cell)}
@@ -72,17 +75,23 @@ def group_stale(runs: list[Run]) -> dict[Stale, list[str]]:
     return groups
 
 
-def note_answer_settings(runs: list[Run]) -> list[str]:
+def of_bench(bench: str) -> str:
+    """What a note adds where it is not about MT-Bench."""
+    return "" if bench == MT_BENCH else f" of {bench}"
+
+
+def note_answer_settings(runs: list[Run], bench: str) -> list[str]:
     """Settings, batch size or device that the answers of some runs were made with and those of
     others were not: part of a difference in score may come from these.
     """
     runs_of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        settings = next((row.get("settings") for row in run.answers.values()), None)
+        answers = run.bench(bench).answers.values()
+        settings = next((row.get("settings") for row in answers), None)
         for name, value in settings.items() if isinstance(settings, dict) else ():
             runs_of[name][json.dumps(value, sort_keys=True)].append(run.run_id)
         for name in ("batch_size", "device"):
-            values = {json.dumps(row.get(name)) for row in run.answers.values()} - {"null"}
+            values = {json.dumps(row.get(name)) for row in answers} - {"null"}
             if values:
                 runs_of[name][", ".join(sorted(values))].append(run.run_id)
     notes = []
@@ -92,7 +101,8 @@ def note_answer_settings(runs: list[Run]) -> list[str]:
             effect = "differences in score include what that changes"
             if name in ("batch_size", "device"):
                 effect = "in bf16 that alone changes some of the answers"
-            notes.append(f"answers were made with different {name} ({listed}): {effect}")
+            answers = f"answers{of_bench(bench)}"
+            notes.append(f"{answers} were made with different {name} ({listed}): {effect}")
     return notes
 
 
