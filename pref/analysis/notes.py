@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.analysis import cell_rows, judge_identity, texts
+from pref.analysis import cell_rows, judge_identity, provenance, texts
 from pref.analysis.cell_rows import CommonQuestions
 from pref.analysis.runs import MT_BENCH, Cell, JudgeKey, Run, Stale
 from pref.files import disk, judgements
@@ -39,7 +39,7 @@ def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
         for bench, files in run.benches.items():
             if files.kl and files.kl["n_nonfinite"]:
                 notes.append(
-                    f"{run.run_id}: {files.kl['n_nonfinite']} turns{of_bench(bench)} have no "
+                    f"{run.run_id}: {files.kl['n_nonfinite']} turns{provenance.of_bench(bench)} have no "
                     "finite log-probability; its KL is over the others, and too small where the "
                     "model broke down"
                 )
@@ -75,11 +75,6 @@ def group_stale(runs: list[Run]) -> dict[Stale, list[str]]:
     return groups
 
 
-def of_bench(bench: str) -> str:
-    """What a note adds where it is not about MT-Bench."""
-    return "" if bench == MT_BENCH else f" of {bench}"
-
-
 def note_answer_settings(runs: list[Run], bench: str) -> list[str]:
     """Settings, batch size or device that the answers of some runs were made with and those of
     others were not: part of a difference in score may come from these.
@@ -101,7 +96,7 @@ def note_answer_settings(runs: list[Run], bench: str) -> list[str]:
             effect = "differences in score include what that changes"
             if name in ("batch_size", "device"):
                 effect = "in bf16 that alone changes some of the answers"
-            answers = f"answers{of_bench(bench)}"
+            answers = f"answers{provenance.of_bench(bench)}"
             notes.append(f"{answers} were made with different {name} ({listed}): {effect}")
     return notes
 
