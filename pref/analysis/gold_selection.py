@@ -30,12 +30,13 @@ FEWEST_CELLS = 4  # of which a rank correlation is given
 
 def find(scored: list[ScoredCell], metric: str, values: Values) -> dict:
     """What aggregated_metrics.json has of it: `gold_selection` (a row a loss) and `gold_points` (a
-    row a cell).
+    row a cell). Later rounds are left out: their accuracies are on pairs of their own.
     """
     known = [
         one
         for one in scored
-        if not one.cell.untrained and one.cell.accuracy is not None and one.row[metric] is not None
+        if not one.cell.untrained and one.cell.round == 1
+        if one.cell.accuracy is not None and one.row[metric] is not None
     ]
     points = [
         {

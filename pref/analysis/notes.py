@@ -38,10 +38,10 @@ def note_runs(runs: list[Run], cells: list[Cell]) -> list[str]:
     for run in runs:
         for bench, files in run.benches.items():
             if files.kl and files.kl["n_nonfinite"]:
+                turns = f"{files.kl['n_nonfinite']} turns{provenance.of_bench(bench)}"
                 notes.append(
-                    f"{run.run_id}: {files.kl['n_nonfinite']} turns{provenance.of_bench(bench)} have no "
-                    "finite log-probability; its KL is over the others, and too small where the "
-                    "model broke down"
+                    f"{run.run_id}: {turns} have no finite log-probability; its KL is over the "
+                    "others, and too small where the model broke down"
                 )
     notes += dict.fromkeys(note for run in runs if run.imported for note in run.imported.notes)
     for bench in sorted({name for run in runs for name in run.benches}):
