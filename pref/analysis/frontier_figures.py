@@ -76,6 +76,7 @@ def name_betas(axis, rows: list[dict], look: Look) -> None:
     """The beta beside each point, or the learning rate of a curve over these, from the furthest
     on; where it would cover another, none.
     """
+    axis.get_ylim()  # settles the limits, which the transforms below do not
     placed: list[tuple[float, float]] = []  # in shares of the panel
     for row in sorted(rows, key=lambda row: -row["kl"]):
         if (name := point_name(row)) is None:
