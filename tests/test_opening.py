@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from studies import compared, make_base, make_grid, make_run, rating
 
-from pref.analysis import brief, decisions, notes, opening, power, report_page, scores, stats
+from pref.analysis import (
+    answer,
+    brief,
+    decisions,
+    notes,
+    opening,
+    power,
+    report_page,
+    scores,
+    stats,
+)
 from pref.analysis.estimates import Comparison
 from pref.files.disk import write_json
 
@@ -86,6 +96,17 @@ def test_the_best_setting_against_the_untrained_model():
         "a": "dpo β=0.1",
         "b": "base",
     }
+
+
+def test_the_answer_of_a_score_does_not_contradict_its_badge():
+    (one,) = answer.find_answers(study(part_of(RAISED, OPEN | SIZES)))
+    assert one["finding"]["verdict"] == "decided"
+    assert one["lead"].startswith("dpo β=0.1 raises constraints from 0.410 to 0.550: +0.140 [")
+    assert one["lead"].endswith(" Not decided: whether td_dpo β=0.5 τ=1 differs from dpo β=0.1.")
+    assert one["finding"]["text"] == "+0.140 [+0.100, +0.180] dpo β=0.1 against base"
+    row = one["rows"][0]
+    assert row["verdict"] == "not decided" and "6 more seeds (9 in all) or 3 times" in row["detail"]
+    assert row["detail"].endswith("finds a difference of 0.060 in four cases of five")
 
 
 def test_a_loss_that_won():
@@ -312,7 +333,7 @@ def test_claims_of_other_studies_are_folded(tmp_path):
         "misspelt": {"a": {"loss": "td_dpo", "lora_q": 3}},
         "other_model": {"model": "other/model"},
         "other_loss": {"a": {"loss": "kto"}},
-        "other_beta": {"b": {"loss": "dpo", "beta": 9}},
+        "other_beta": {"b": {"loss": "dpo", "beta": 9, "lora_q": 3}},
         "other_score": {"metric": "alpaca_eval"},
     }
     write_json(tmp_path / "claims.json", [claim | {"id": key} | one for key, one in others.items()])

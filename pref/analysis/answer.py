@@ -8,7 +8,7 @@ with (opening.py).
 
 from pref.analysis import decisions, estimates, movement, opening, scores, texts
 from pref.analysis.movement import Moved
-from pref.analysis.opening import names, reaches
+from pref.analysis.opening import Finding, names, reaches
 from pref.analysis.scores import Score
 
 
@@ -52,7 +52,12 @@ def answer(score: Score, comparison: dict) -> dict:
         lead = lead_of(headline, measure.unit, measure.digits)
     else:
         lead = scores.without_comparison(score, comparison)
-    lead = " ".join(filter(None, [lead, scores.unmeasured_text(score, comparison)]))
+    finding = opening.find(score, comparison)
+    helped = ""  # what is decided where nothing is between losses
+    if finding.verdict == opening.DECIDED and finding.row["comparison"] == "untrained model":
+        helped = finding.sentences[0]
+    unmeasured = scores.unmeasured_text(score, comparison)
+    lead = " ".join(filter(None, [helped, lead, unmeasured]))
     return {
         "score": score.full_name,
         "lead": lead,
@@ -66,12 +71,12 @@ def answer(score: Score, comparison: dict) -> dict:
             for row, verdict in shown
         ],
         "judge": score.part.get("agreement_text"),
-        "finding": finding_of(score, lead, comparison),
+        "finding": finding_of(score, finding, lead),
     }
 
 
-def finding_of(score: Score, lead: str, comparison: dict) -> dict:
-    verdict, _, row = opening.find(score, comparison)
+def finding_of(score: Score, finding: Finding, lead: str) -> dict:
+    verdict, _, row = finding
     text = lead
     if row:
         difference = opening.numbers_text(row, score.measure.digits)

@@ -22,7 +22,11 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
         help="folder for report, tables and figures (default: RESULTS_DIR/comparison)",
     )
     add("--baseline", default="dpo", help="loss that differences are measured from (default: dpo)")
-    add("--proposed", default="td_dpo", help="loss whose improvement is printed (default: td_dpo)")
+    add(
+        "--proposed",
+        default="td_dpo",
+        help="loss whose improvement --verbose prints (default: td_dpo)",
+    )
     add(
         "--claims", type=Path, help="JSON file of claims (default: RESULTS_DIR/claims.json, if any)"
     )

@@ -148,18 +148,18 @@ def unknown_arguments(claim: dict, cells: list[Cell]) -> list[str]:
 
 
 def concerns(claim: dict, cells: list[Cell], model: str) -> bool:
-    """Whether a claim is about cells that are there and their model, or could be: an argument that
-    no run has may be misspelt.
+    """Whether a claim is about cells that are there and their model, whatever it says of arguments
+    that no run has: they may be misspelt.
 
     model: that the runs were trained from. A model is the same in another folder.
     """
     made_for = claim.get("model")
     if made_for and Path(made_for).name.lower() != Path(model).name.lower():
         return False
+    unknown = unknown_arguments(claim, cells)
     sides = [claim[side] for side in ("a", "b") if side in claim]
-    if unknown_arguments(claim, cells):
-        return all(any(cell.loss == side["loss"] for cell in cells) for side in sides)
-    return all(select_cells(cells, side) for side in sides)
+    known = [{key: side[key] for key in side if key not in unknown} for side in sides]
+    return all(select_cells(cells, side) for side in known)
 
 
 # ---- which cells --------------------------------------------------------------------------------
