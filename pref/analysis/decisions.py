@@ -60,7 +60,7 @@ def why_open(row: dict, digits: int, units: str) -> list[str]:
     if row["paired"] == "one seed":
         return [ONE_SEED]
     if row.get("caveat"):
-        return [row["caveat"]]
+        return [f"{row['caveat']}; take at least {estimates.FEWEST_QUESTIONS} {units}"]
     if row["p_adjusted"] is None:
         return ["all differences are equal, or there is one question: nothing measures the error"]
     if row["low"] is not None and (row["low"] > 0 or row["high"] < 0):

@@ -194,7 +194,8 @@ def find(score: Score, comparison: dict) -> Finding:
     for row, _ in (*compared.headline, *compared.untrained):
         others = [other for other, _ in compared.headline if other is not row]
         return Finding(UNDECIDED, [tell.undecided(row), tell.others_undecided(others)], row)
-    return Finding(NOT_MEASURED, [scores.without_comparison(score, comparison)])
+    why = scores.without_comparison(score, comparison)
+    return Finding(NOT_MEASURED, [f"{score.name}: {why}"])
 
 
 def marked(score: Score) -> str:
