@@ -293,6 +293,12 @@ def improvement_rows(
         adjust = stats.holm if comparison == "best of grid" else stats.benjamini_hochberg
         for row, p in zip(family, adjust(p_values)):
             row["p_adjusted"] = estimates.finite(p)
+            row |= dict.fromkeys(decisions.SIZES)
+    for pair, row in zip(pairs, rows):
+        if pair.comparison in decisions.ANSWERING and decisions.is_open(row):
+            compared = estimates.compare_cells(pair.proposed.cell, pair.baseline.cell, values)
+            n_pairs = sum(other.comparison == pair.comparison for other in pairs)
+            row |= decisions.sizes_to_decide(row, compared, n_pairs)
     if metric == "best_acc_ref":  # each unit is right or wrong: there is an exact test as well
         for pair, row in zip(pairs, rows):
             headline = pair.comparison == "best of grid"
@@ -330,8 +336,6 @@ def difference_row(pair: CellPair, metric: str, values: Values, has_rate: bool) 
     if compared:
         row |= {"difference": row["estimate"], "improvement_rate": row["rate"]}
         row["seeds_compared"] += seeds_not_compared(compared, ours["n_seeds"], theirs["n_seeds"])
-    is_answer = pair.comparison in ("best of grid", "untrained model")
-    row |= decisions.sizes_to_decide(compared if is_answer else None)
     row["sensitivity"] = []
     if compared and pair.comparison == "best of grid":
         row["sensitivity"] = estimates.sensitivity_rows(ours["label"], theirs["label"], compared)

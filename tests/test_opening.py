@@ -168,7 +168,14 @@ def test_nothing_is_decided_says_what_would():
         (SIZES | {"seeds_to_decide": None, "units_to_decide": 600}, "twice the questions (600) w"),
         (SIZES | {"seeds_to_decide": None, "units_to_decide": 900_000}, "no feasible number of s"),
         (SIZES | {"seeds_to_decide": 3}, "it was close: a study of this size"),
-        ({"detectable": 0.005}, "it was close"),
+        (
+            {"low": 0.001, "p_adjusted": 0.08} | SIZES,
+            "p is adjusted; 6 more seeds (9 in all) or 3 ",
+        ),
+        (
+            {"low": 0.001, "p_adjusted": 0.02, "selected_by": "x", "proposed_cells": 12} | SIZES,
+            "more cells; 6 more s",
+        ),
         ({"paired": "one seed"}, "over 300 questions, at 8.50 against 12.0 nats of KL; one seed: "),
         ({"caveat": "fewer than 10 pairs"}, "fewer than 10 pairs; take at least 10 questions."),
         ({"p_adjusted": None}, "nothing measures the error"),
@@ -376,11 +383,14 @@ def test_what_would_decide_is_the_power_of_the_very_test():
         for level in (0.06, 0.0)
     )
     of_seeds = stats.difference(a, b, True)
-    found = decisions.sizes_to_decide(Comparison(of_seeds, a, b))
+    test = {"p_adjusted": 0.3, "low": of_seeds.low, "high": of_seeds.high, "se": of_seeds.se}
+    row = test | {"selected_by": None, "paired": "paired", "proposed": "a", "baseline": "b"}
+    assert decisions.is_open(row)
+    found = decisions.sizes_to_decide(row, Comparison(of_seeds, a, b), 1)
     seeds, questions = power.required_sizes(of_seeds, abs(of_seeds.estimate))
     assert list(found.values()) == [seeds, questions, 3] and seeds > 3 and questions > 60
-    row = {"estimate": of_seeds.estimate, "detectable": 0.2, "n_units": 60} | found
-    assert decisions.would_decide(row, "questions").startswith(
+    shown = {"estimate": of_seeds.estimate, "detectable": 0.2, "n_units": 60} | found
+    assert decisions.would_decide(shown, "questions").startswith(
         "7 more seeds (10 in all) or 7.1 times the questions (425) would decide it"
     )
     decided = 0
@@ -390,12 +400,18 @@ def test_what_would_decide_is_the_power_of_the_very_test():
         )
         decided += stats.difference(ours, theirs, True).low > 0
     assert 0.7 < decided / 200 < 0.9
+    # Of two comparisons, and as the best of twelve cells against one, it takes more.
+    of_two = decisions.sizes_to_decide(row, Comparison(of_seeds, a, b), 2)
+    cells = {"selected_by": "the score itself", "proposed_cells": 12, "baseline_cells": 1}
+    of_best = decisions.sizes_to_decide(row | cells, Comparison(of_seeds, a, b), 1)
+    assert seeds < of_two["seeds_to_decide"] < of_best["seeds_to_decide"] < 3 * seeds
+    swapped = cells | {"proposed_cells": 1, "baseline_cells": 12}
+    assert decisions.sizes_to_decide(row | swapped, Comparison(of_seeds, a, b), 1) == found
     # Compared with one untrained model, the seeds are those of the trained cell.
     one = stats.difference(a, b[:1], False)
-    assert one.low < 0 and decisions.sizes_to_decide(Comparison(one, a, b[:1]))["seeds_now"] == 3
-    clear = stats.difference(a + 1, b, True)
-    assert set(decisions.sizes_to_decide(Comparison(clear, a + 1, b)).values()) == {None}
-    assert set(decisions.sizes_to_decide(None).values()) == {None}
+    assert decisions.sizes_to_decide(row, Comparison(one, a, b[:1]), 1)["seeds_now"] == 3
+    assert not decisions.is_open(row | {"paired": "one seed"})
+    assert not decisions.is_open(row | {"p_adjusted": 0.01, "low": 0.1})
 
 
 def test_what_judging_cost_is_summed(tmp_path):

@@ -6,10 +6,14 @@ best of more cells must win by more than chance may give it. `why_open` says why
 decided, with the seeds or questions that would do (power.py).
 """
 
+import math
+
 from pref.analysis import estimates, power, stats, texts, variation
 
 ONE_SEED = "one seed: how much another seed would differ is not known; train three"
 CLOSE = "it was close: a study of this size decides such a difference four times in five"
+ANSWERING = ("best of grid", "untrained model")  # comparisons that answers are about
+SIZES = ("seeds_to_decide", "units_to_decide", "seeds_now")  # of a row of "improvement"
 OUT_OF_REACH = 100  # times the questions or seeds of the study
 
 
@@ -63,16 +67,17 @@ def why_open(row: dict, digits: int, units: str) -> list[str]:
         return [f"{row['caveat']}; take at least {estimates.FEWEST_QUESTIONS} {units}"]
     if row["p_adjusted"] is None:
         return ["all differences are equal, or there is one question: nothing measures the error"]
-    if row["low"] is not None and (row["low"] > 0 or row["high"] < 0):
-        if row["p_adjusted"] < stats.ALPHA:
-            return ["the difference is not clear of what chance gives the best of more cells"]
-        return ["of so many comparisons, one such interval leaves out 0 by chance: p is adjusted"]
     if row["detectable"] is None:
         return ["the data do not say which is better"]
-    detectable = f"{row['detectable']:.{digits}f}"
     would = would_decide(row, units)
+    if row["low"] is not None and (row["low"] > 0 or row["high"] < 0):
+        why = "of so many comparisons, one such interval leaves out 0 by chance: p is adjusted"
+        if row["p_adjusted"] < stats.ALPHA:
+            why = "the difference is not clear of what chance gives the best of more cells"
+        return [f"{why}; {would}"]
     if would == CLOSE:
         return [would]
+    detectable = f"{row['detectable']:.{digits}f}"
     return [
         would,
         f"a study of this size finds a difference of {detectable} in four cases of five",
@@ -87,11 +92,10 @@ def would_decide(row: dict, units: str) -> str:
     """
     seeds, n_seeds = row.get("seeds_to_decide"), row.get("seeds_now")
     needed, n_units = row.get("units_to_decide"), row["n_units"]
-    if (
-        abs(row["estimate"]) >= row["detectable"]
-        or (seeds and seeds <= n_seeds)
-        or (needed and needed <= n_units)
-    ):
+    unknown = seeds is None and needed is None
+    if (seeds and seeds <= n_seeds) or (needed and needed <= n_units):
+        return CLOSE
+    if unknown and abs(row["estimate"]) >= row["detectable"]:
         return CLOSE
     ways = []
     if seeds and seeds <= OUT_OF_REACH * n_seeds:
@@ -111,19 +115,26 @@ def times_text(ratio: float) -> str:
     return f"{ratio:.0f} times"
 
 
-def sizes_to_decide(compared: estimates.Comparison | None) -> dict:
-    """Columns of a row of "improvement": the seeds or units with which a study would decide it with
-    80 % power, if the difference is as measured, and the seeds that it has now. None where the
-    interval leaves out 0, and where no number would do.
+def is_open(row: dict) -> bool:
+    """Whether more seeds or questions may decide a row: it has seeds and a test."""
+    measures_both = row["p_adjusted"] is not None and row["paired"] != "one seed"
+    return measures_both and verdict_of(row, "", {}) == "not decided"
+
+
+def sizes_to_decide(row: dict, compared: estimates.Comparison, n_comparisons: int) -> dict:
+    """SIZES of a row: the seeds or units with which a study would decide it with 80 % power, if the
+    difference is as measured, and the seeds that it has now. None where no number would do.
+
+    n_comparisons: with which the row's p is adjusted; the strictest level of Holm is taken.
     """
-    names = ("seeds_to_decide", "units_to_decide", "seeds_now")
-    if compared is None:
-        return dict.fromkeys(names)
     difference = compared.difference
-    measures_both = difference.measurable() and difference.seeds != "one seed"
-    if not measures_both or not difference.low <= 0 <= difference.high:
-        return dict.fromkeys(names)
-    seeds, units = power.required_sizes(difference, abs(difference.estimate))
+    gain = gain_by_selection(row) / row["se"] if row["se"] else 0.0
+    found = power.required_sizes(
+        difference,
+        abs(difference.estimate),
+        alpha=stats.ALPHA / n_comparisons,
+        gain=max(0.0, math.copysign(1.0, difference.estimate) * gain),
+    )
     now = sorted((len(compared.table_a), len(compared.table_b)))
     # An untrained model has one run: the other's seeds count, as in required_sizes.
-    return dict(zip(names, (seeds, units, now[0] if now[0] > 1 else now[1])))
+    return dict(zip(SIZES, (*found, now[0] if now[0] > 1 else now[1])))

@@ -67,9 +67,13 @@ def chi2_nodes(df: float, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Power:
-    """How often the 95 % interval of a study decides, given the study's true design."""
+    """How often the 1 - alpha interval of a study decides, given the study's true design.
 
-    def __init__(self, design: Design) -> None:
+    gain: standard errors by which an estimate must be clear of a value besides (the best of more
+    cells, see variation.chance_gain).
+    """
+
+    def __init__(self, design: Design, alpha: float = ALPHA, gain: float = 0.0) -> None:
         question_nodes, question_weights = chi2_nodes(design.questions_df, 9)
         seed_nodes, seed_weights = chi2_nodes(design.seeds_df, 60)
         measured = MeanError(
@@ -79,9 +83,9 @@ class Power:
             seeds_df=design.seeds_df,
             chance=design.chance,
         )
-        self.half_widths = measured.half_width()  # (question nodes, seed nodes)
         self.weights = question_weights[:, None] * seed_weights
         self.se = math.sqrt(design.questions + design.seeds)
+        self.half_widths = measured.half_width(alpha) + gain * self.se  # (question, seed nodes)
 
     def finds(self, gap: float) -> float:
         """Probability that the interval leaves out a value at distance `gap` from the truth."""
@@ -118,7 +122,13 @@ class RequiredSizes(NamedTuple):
     questions: int | None  # with the seeds of this study
 
 
-def required_sizes(measured: Difference, gap: float, equivalent: bool = False) -> RequiredSizes:
+def required_sizes(
+    measured: Difference,
+    gap: float,
+    equivalent: bool = False,
+    alpha: float = ALPHA,
+    gain: float = 0.0,
+) -> RequiredSizes:
     """Number of seeds, or of questions, at which a claim is decided with probability POWER.
 
     Parameters
@@ -129,6 +139,10 @@ def required_sizes(measured: Difference, gap: float, equivalent: bool = False) -
         Distance of the true difference from the claim's limit.
     equivalent : bool
         Whether both limits of an equivalence test are `gap` away.
+    alpha : float
+        Level of the interval that decides; below 5 % where there are several comparisons.
+    gain : float
+        Standard errors by which the estimate must exceed 0 besides (`Power`).
 
     Returns
     -------
@@ -158,7 +172,7 @@ def required_sizes(measured: Difference, gap: float, equivalent: bool = False) -
             seeds_df=now.seeds_df * scale,
             chance=chance,
         )
-        power = Power(design)
+        power = Power(design, alpha, gain)
         return (power.finds_equal(gap) if equivalent else power.finds(gap)) >= POWER
 
     seeds = None
