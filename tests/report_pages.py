@@ -1,7 +1,6 @@
 """Pages for report.py: an example with something in each part, and the same with hostile text."""
 
-import struct
-import zlib
+import html
 from pathlib import Path
 
 HOSTILE = (
@@ -16,18 +15,13 @@ HOSTILE = (
 EVERYTHING = " ".join(HOSTILE)
 
 
-def tiny_png(width: int = 3, height: int = 2) -> bytes:
-    """A white PNG."""
-    rows = b"".join(b"\0" + b"\xff" * width for _ in range(height))
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
-        (b"IDAT", zlib.compress(rows)),
-        (b"IEND", b""),
-    ]
-    body = b"".join(
-        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks
+def tiny_svg(notes: str = "One line a run.", width: float = 400.5) -> str:
+    """A white SVG of `width` x 216 points with a title and notes, as drawing.py writes them."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}pt" height="216pt" role="img">'
+        f"<title>A title</title><desc>{html.escape(notes)}</desc>"
+        '<text style="font-size: 9px" x="5" y="9">100 % of #1</text></svg>'
     )
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def judgement(run: str, question: int, turn: int, score: float | None, **fields) -> dict:
@@ -55,7 +49,7 @@ def example_page(folder: Path) -> dict:
     question 4    7 and 7.5; turn 2 of dpo has no score
     question 5    9 and 1; the first answer of dpo is empty
     """
-    (folder / "figure.png").write_bytes(tiny_png())
+    (folder / "figure.svg").write_text(tiny_svg())
     runs = ["base", "dpo", "td_dpo"]
     scores = {1: (5, 8), 2: (8, 5), 3: (6, 6), 4: (7, 7.5), 5: (9, 1)}
     judged = [
@@ -125,7 +119,7 @@ def example_page(folder: Path) -> dict:
                 ],
             },
         ],
-        "figures": [{"title": "A figure", "png": folder / "figure.png", "alt": "white"}],
+        "figures": [{"title": "A figure", "svg": folder / "figure.svg", "alt": "white"}],
         "runs": [
             {
                 "run_id": run,

@@ -33,9 +33,9 @@ def coarse_figures():
     """
     save_figure = drawing.save_figure
 
-    def save_coarsely(figure, stem, key=None, dpi=None):
+    def save_coarsely(figure, stem, key=None, dpi=None, suffixes=drawing.PAGE_FILES):
         matplotlib.rcParams["pdf.fonttype"] = 3  # within drawing.own_style, which puts it back
-        save_figure(figure, stem, key, dpi=40)
+        save_figure(figure, stem, key, dpi=40, suffixes=suffixes)
 
     with mock.patch.object(drawing, "save_figure", save_coarsely):
         yield

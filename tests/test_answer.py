@@ -270,7 +270,7 @@ def test_trial_runs_alone_work_and_are_marked_everywhere(tmp_path):
         for job in figures.comparison_jobs(tmp_path, comparison, [])
         if job.func.__name__ == "draw_bars"
     ]
-    assert len(looks) == 2 and all("TRIAL RUNS" in look.title for look in looks)
+    assert len(looks) == 2 and all("TRIAL RUNS" in " ".join(look.notes) for look in looks)
 
 
 # ---- one comparison, one p-value ----------------------------------------------------------------

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from pref.analysis import figures, paper_tables, table_files
+from pref.analysis import figures, measures, paper_tables, table_files
 from pref.files import drawing
 
 JUDGE = {"judge": "judge-1", "judge_params_b": 0.1, "smoke_test": True, "prompts": "own"}
@@ -22,8 +22,10 @@ def every_table() -> list[paper_tables.Table]:
     ]
     test = {"proposed": "a", "baseline": "b", "mcnemar": [{"seed": 1}]}
     part = {"cells": [{}], "improvement": differences, "selection": [{}], "spread": [{}]}
-    judge = {"categories": [{}], "variance": [{}], "retest": {"n_items": 2}, "length": {"n": 3}}
+    by_category = {"label": "a", "category": "math", "score": 5.0, "n_judged": 2, "n_scored": 2}
+    judge = {"variance": [{}], "retest": {"n_items": 2}, "length": {"n": 3}}
     judge |= {key: [{}] for key in ("frontier", "equal_kl", "rounds", "gold_selection")}
+    judge["categories"] = [by_category]
     comparison = {
         "trial": False,
         "claims": [{}],
@@ -74,6 +76,51 @@ def test_a_table_for_a_paper_has_at_most_five_columns_that_it_has(name):
         assert len(columns) >= min(4, len(table.columns))
 
 
+ROWS_BY_CATEGORY = [  # label, category, score, judged without a score
+    ("base", "math", 4.0, 0),
+    ("base", "writing", 5.0, 0),
+    ("dpo", "writing", 6.25, 1),
+    ("dpo", "jokes", None, 2),
+]
+
+
+def test_scores_by_category_are_a_pivot_and_the_csv_has_the_rows_behind_it():
+    rows = [
+        {"label": label, "category": category, "score": score, "n_judged": 4, "n_scored": 4 - n}
+        for label, category, score, n in ROWS_BY_CATEGORY
+    ]
+    part = {"cells": [], "improvement": [], "selection": [], "spread": [], "frontier": []}
+    part |= {"variance": [], "categories": rows, **JUDGE}
+    comparison = {"trial": False, "mt_bench": [part]}
+    tables = paper_tables.measure_tables(measures.MT, part, comparison)
+    (table,) = [table for table in tables if table.rows]
+    page = table.page()
+    # MT-Bench's order of categories, then others; a cell without a score in one is empty there.
+    assert page["headers"] == ["loss β τ", "writing", "math"]
+    assert page["rows"] == [["base", 5.0, 4.0], ["dpo", 6.25, None]]
+    assert page["digits"] == [None, 2, 2] and page["kind"] == "by category"
+    assert "3 judgements have no score" in page["note"]
+    assert table_files.markdown_text(table).splitlines()[-1] == "| dpo | 6.25 |  |  |"
+    long = list(csv.DictReader(io.StringIO(table_files.csv_text(table))))
+    assert [(row["label"], row["category"]) for row in long] == [r[:2] for r in ROWS_BY_CATEGORY]
+
+
+def test_what_all_rows_share_is_said_once_and_empty_columns_are_left_out():
+    column = paper_tables.Column
+    columns = [column("cell", "cell"), column("score", "score", 1), column("SD", "sd", 1)]
+    columns += [column("seeds", "n", context=True), column("by", "by", context=True)]
+    rows = [{"cell": "a", "score": 1.0, "sd": None, "n": 3, "by": "x"}]
+    rows.append({"cell": "b", "score": 1.0, "sd": None, "n": 3, "by": "y"})
+    table = paper_tables.Table("t", "T", "A note.", columns, rows)
+    page = table.page()
+    assert page["headers"] == ["cell", "score", "by"]  # a result stays, whatever it is
+    assert page["rows"] == [["a", 1.0, "x"], ["b", 1.0, "y"]]
+    assert page["note"] == "A note. In all rows: seeds: 3."
+    assert table_files.markdown_text(table).splitlines()[-1] == "| b | 1.0 |  | 3 | y |"
+    one_row = table._replace(rows=rows[:1]).page()
+    assert one_row["headers"] == ["cell", "score", "seeds", "by"]
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_headers_of_a_csv_are_unique_and_not_padded(name):
     rows = csv.reader(io.StringIO(table_files.csv_text(TABLES[name])))
@@ -110,9 +157,11 @@ def test_a_figure_is_the_same_bytes_and_carries_its_key(tmp_path):
 
     draw("a", "one")
     draw("b", "one")
-    for suffix in (".pdf", ".png"):
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"a.pdf", "a.png", "b.pdf", "b.png"}
+    suffixes = ("pdf", "png", "svg")
+    for suffix in suffixes:
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+    names = {f"{name}.{suffix}" for name in "ab" for suffix in suffixes}
+    assert {path.name for path in tmp_path.iterdir()} == names
     assert drawing.is_drawn(tmp_path / "a", "one")
     assert not drawing.is_drawn(tmp_path / "a", "another")
     (tmp_path / "a.pdf").unlink()

@@ -9,9 +9,10 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
-from report_pages import EVERYTHING, HOSTILE, example_page, hostile_page, judgement, tiny_png
+from report_pages import EVERYTHING, HOSTILE, example_page, hostile_page, judgement, tiny_svg
 
 from pref.analysis.report import TEMPLATE, column_digits, escape, fill, format_value, write_report
 from pref.files.console import UserError
@@ -216,19 +217,45 @@ def test_sorting_uses_the_full_value_of_a_number(tmp_path):
 
 def test_figures_are_embedded_and_a_missing_one_is_named(tmp_path):
     page = example_page(tmp_path)
-    (image,) = [
-        attrs
-        for tag, attrs in Reader(write_page(tmp_path, page)).elements
-        if tag == "img" and "src" in attrs
+    text = write_page(tmp_path, page)
+    (image,) = [attrs for tag, attrs in Reader(text).elements if tag == "img" and "src" in attrs]
+    kind, _, content = image["src"].partition(",")
+    assert kind == "data:image/svg+xml" and unquote(content) == tiny_svg()
+    assert not set(content) & set("#<>\"'&\n")  # what ends an attribute or an address
+    assert (image["width"], image["height"]) == ("534", "288")  # of 400.5 x 216 points
+    assert image["alt"] == "white. One line a run."
+    assert "<figcaption><b>A figure</b> One line a run.</figcaption>" in text
+    assert '<figure class="wide">' not in text
+    (tmp_path / "figure.svg").write_text(tiny_svg("judge <script>, 1 % & more\nSMOKE", 842))
+    text = write_page(tmp_path, page)
+    assert "</b> judge &lt;script&gt;, 1 % &amp; more. SMOKE.</figcaption>" in text
+    assert '<figure class="wide">' in text  # both columns
+    (tmp_path / "figure.svg").write_text("<svg>")
+    with pytest.raises(UserError, match="figure.svg: not an SVG file of analyze.py"):
+        write_report(tmp_path / "report.html", page)
+    (tmp_path / "figure.svg").unlink()
+    with pytest.raises(UserError, match="figure.svg: no such figure"):
+        write_report(tmp_path / "report.html", page)
+
+
+def test_tables_of_a_group_stand_under_one_heading(tmp_path):
+    tables = [
+        {"id": f"t{i}", "title": f"Score by J: {kind}", "group": "Score by J", "kind": kind}
+        for i, kind in enumerate(("means", "differences"))
     ]
-    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == tiny_png()
-    assert (image["width"], image["height"], image["alt"]) == ("3", "2", "white")
-    (tmp_path / "figure.png").write_text("<svg>")
-    with pytest.raises(UserError, match="figure.png: not a PNG"):
-        write_report(tmp_path / "report.html", page)
-    (tmp_path / "figure.png").unlink()
-    with pytest.raises(UserError, match="figure.png: no such figure"):
-        write_report(tmp_path / "report.html", page)
+    for table in tables:
+        table |= {"headers": ["cell", "score", "interval"], "digits": [None, 2, None]}
+        table["rows"] = [["dpo β=0.1", 5.0, "[4.10, 5.90]"], ["dpo β=0.5", 6.5, None]]
+    text = write_page(tmp_path, {"tables": [*tables, {"id": "u", "title": "Alone"}]})
+    own = text[text.index('<section id="tables">') : text.index('<section id="runs">')]
+    assert own.count('<h3 class="group">Score by J</h3>') == 1
+    assert own.count("<b>Score by J</b>") == 1  # in the list of links
+    assert "<h4>means</h4>" in own and "<h4>differences</h4>" in own and "<h3>Alone</h3>" in own
+    # Digits of the column, numbers and intervals to the right, names in one line.
+    assert '<td class="number" data-value="5.0">5.00</td>' in own
+    assert '<td class="number">[4.10, 5.90]</td>' in own
+    assert '<td class="short">dpo β=0.1</td>' in own
+    assert own.count('<div class="scroll"') == own.count("<table") == 2  # none without a box
 
 
 def test_differing_arguments_are_columns_and_the_others_are_listed_once(tmp_path):

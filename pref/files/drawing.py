@@ -204,7 +204,7 @@ def save_figure(
         figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata[suffix])
         content = buffer.getvalue()
         if suffix == "svg":
-            content = tidy_svg(content.decode(), heading_of(figure)).encode()
+            content = tidy_svg(content.decode(), heading_of(figure)).encode(errors="replace")
 
         # 3) Rename into place: a reader finds the old file or the new one, never a part.
         temporary = stem.with_name(f".{stem.name}.{suffix}.{os.getpid()}.tmp")
@@ -217,6 +217,7 @@ def tidy_svg(svg: str, heading: Heading) -> str:
     description: a page writes them beside it, in its own letters. Coordinates are cut to 0.01
     points, and ids that nothing refers to go: less than half of the bytes are left.
     """
+    svg = re.sub("[^\t\n\r\x20-\ufffd\U00010000-\U0010ffff]", "?", svg)  # what XML forbids
     start, body = svg[svg.index("<svg") :].split(">", 1)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r"<[^>]*>", tidy_tag, body)  # tags alone: in the text, < and > are escaped
