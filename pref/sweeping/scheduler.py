@@ -433,11 +433,13 @@ class Scheduler:
         answers = {run: mt_bench.read_answers(run / bench / "answers.jsonl", None) for run in runs}
         all_keys = set().union(*answers.values())
         turns = BENCHMARKS[bench].turns if bench in BENCHMARKS else 1  # of a task
+        # A task's function has a score for an empty answer too.
+        empty_counts = not self.study.of_bench("JUDGE", bench).startswith("py:")
         accepted = []
         for run, of_run in answers.items():
             try:
                 run_answers.check_adapter(run, of_run, bench)
-                run_answers.check_complete({run: of_run}, bench, turns)
+                run_answers.check_complete({run: of_run}, bench, turns, empty_counts)
             except UserError as error:
                 self.reasons[run.resolve().name] = str(error)
                 continue
