@@ -137,26 +137,19 @@ def test_another_version_of_the_task_is_another_judge(folder):
     assert score("words") == 0
     before = {(row["question_id"], row["choice"]): row["score"] for row in rows_of("words")}
     write_task(folder, WORDS.replace("1 / (1 + over)", "1 / (1 + over) / 2"))
+    # The checker's fields are no part of what the model was asked, and decide the score.
+    path = folder / "data/words/test_questions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_jsonl(path, [row | {"most": 0} for row in rows[:1]] + rows[1:])
     assert score("words") == 0
     by_judge: dict[str, dict] = {}
     for row in rows_of("words"):
         of_judge = by_judge.setdefault(row["judge_id"], {})
         of_judge[row["question_id"], row["choice"]] = row["score"]
     old, new = sorted(by_judge.values(), key=lambda scores: -sum(scores.values()))
-    assert old == before and new == {key: value / 2 for key, value in before.items()}
-
-
-def test_a_changed_row_is_scored_again(folder):
-    """The checker's fields are no part of what the model was asked, and decide the score."""
-    assert score("words") == 0
-    path = folder / "data/words/test_questions.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row | {"most": 0}) + "\n" for row in rows))
-    assert score("words") == 0
-    for row in rows_of("words"):
-        number = by_script("words", "test")[row["question_id"], row["choice"]][0]
-        assert row["score"] == number
-    assert len(rows_of("words")) == 20
+    assert old == before
+    assert new == {key: number for key, (number, _) in by_script("words", "test").items()}
+    assert new[2, 0] == before[2, 0] / 2 and new[1, 1] < before[1, 1] / 2
 
 
 def test_faults_are_failures_with_reasons_and_can_be_tried_again(folder, capsys, monkeypatch):

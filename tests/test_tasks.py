@@ -273,7 +273,6 @@ def test_the_questions_are_written_and_found_by_name_and_file(tmp_path, monkeypa
 BROKEN = {
     "set order": ('("strict", "loose")', "list({'strict', 'loose', 'x', 'y'})", "other rows"),
     "both splits": ('f"{split} {n}:', 'f"{n}:', "prompt of train question 1; .*in both splits"),
-    "random": ("1 / (1 + over)", "random.random()", "score.* for the same answer"),
     "remembers": ("1 / (1 + over)", "1 / (SEEN.append(1) or len(SEEN))", "for the same answer"),
     "by chance": ('f"{count} words', 'f"{random.random()} words', "explain.* different words"),
     "no empty answer": ("over = max", "answer.split()[0]; over = max", "IndexError"),
