@@ -51,6 +51,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pref.files import console, disk, run_folders
+from pref.files.benchmarks import TRAIN_SET
 from pref.files.console import UserError
 from pref.judging import (
     arguments,
@@ -288,8 +289,17 @@ def print_next_step(items: list[Item], results: dict[str, Result], results_dir: 
             "to ask for those not judged yet; add --retry_failed to repeat those that failed as "
             "well"
         )
-    print(f"next: python analyze.py {results_dir}")
+    print(f"next: {next_command(items, results_dir)}")
     return 1 if missing else 0
+
+
+def next_command(items: list[Item], results_dir: Path) -> str:
+    """Scores of answers to a task's train questions make pairs; all others are analysed."""
+    runs = sorted({item.model_id for item in items if item.bench.endswith(TRAIN_SET)})
+    if not runs:
+        return f"python analyze.py {results_dir}"
+    answers = f"{results_dir}/{runs[0] if len(runs) == 1 else 'RUN'}/{items[0].bench}"
+    return f"python prep_data.py --from_answers {answers}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import closing
 
 import pytest
@@ -72,7 +73,7 @@ def by_script(bench: str, file: str, run: str = "base") -> dict:
             for choice in row["choices"]:
                 key = (row["question_id"], choice["index"])
                 (text,) = choice["turns"]
-                scores[key] = (task.score(question, text), task.explain(question, text))
+                scores[key] = (task.score(question, text), task.explain(question, text), text)
     return scores
 
 
@@ -88,19 +89,42 @@ def test_scores_are_those_of_a_script_of_its_own(folder, capsys, bench, name, fi
         found = {(row["question_id"], row["choice"]): row for row in rows}
         assert len(rows) == len(expected) == {"test": 20, "train": 24}[file]
         assert found.keys() == expected.keys()
-        for key, (number, words) in expected.items():
+        for key, (number, words, _) in expected.items():
             assert found[key]["score"] == number
             assert json.loads(found[key]["judgement"]) == words
         assert {(r["grading"], r["judge"], r["bench"], r["status"]) for r in rows} == {
             ("program", "py:words.py", name, "ok")
         }
         assert {row["category"] for row in rows} == {"strict", "loose"}
-        mean = sum(number for number, _ in expected.values()) / len(expected)
+        mean = sum(number for number, _, _ in expected.values()) / len(expected)
         (line,) = (line for line in lines if line.startswith(f"{run} "))
         assert line.split()[1:3] == [f"{mean:.4f}", f"{len(rows)}/{len(rows)}"]
     with tasks.open_task("words.py") as task:
         settings = {"method": "program", **task.identity}
     assert json.loads(rows[0]["judge_settings"]) == settings
+
+
+def test_scores_become_pairs_of_the_answers(folder, capsys):
+    assert score("words_train") == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("next: "))
+    assert line == "next: python prep_data.py --from_answers results/RUN/words_train"
+    prep_data.main(line.replace("RUN", "base").split()[3:])
+    scores = defaultdict(dict)  # of what can be trained on
+    for (number, _), (value, _, text) in by_script("words_train", "train").items():
+        if text.strip() and "\0" not in text:
+            scores[number][text] = value
+    found = {}
+    for side in ("train", "val"):
+        path = folder / "results/base/words_train/pairs" / f"{side}.jsonl"
+        for _, row in disk.read_jsonl(path):
+            texts = [row[name][0]["content"] for name in ("chosen", "rejected")]
+            found[row["question_id"]] = [scores[row["question_id"]][text] for text in texts]
+    assert found == {
+        number: [max(by_text.values()), min(by_text.values())]
+        for number, by_text in scores.items()
+        if len(set(by_text.values())) > 1
+    }
+    assert len(found) > 3
 
 
 def test_words_of_any_characters_are_kept(folder):

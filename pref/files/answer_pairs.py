@@ -186,20 +186,15 @@ def check_adapter(folder: Path, answers: dict[AnswerKey, dict]) -> None:
 
 
 def find_questions(name: str) -> Path:
-    """The file of questions that the set `name` answers: a benchmark's in data/<name>/, or those to
-    train on of data/<task>/ for <task>_train. Raises UserError if there is none.
+    """The file of questions that the set `name` answers, in data/<name>/ or, of <task>_train, in
+    data/<task>/. Raises UserError if there is none.
     """
-    if (benchmarks.DATA / name).is_dir():
-        return benchmarks.open_folder(name).questions_file
-    folder = benchmarks.DATA / name.removesuffix("_train")
-    if folder.name != name and (folder / "manifest.json").is_file():
-        file = disk.read_json(folder / "manifest.json").get("train_questions")
-        if isinstance(file, str) and Path(file).name == file:
-            return folder / file
-    raise UserError(
-        f"{benchmarks.DATA / name}: no such folder, so the questions of the set {name} are not "
-        "known; give the file that was answered: --questions FILE"
-    )
+    if not benchmarks.usual_folder(name).is_dir():
+        raise UserError(
+            f"{benchmarks.DATA / name}: no such folder, so the questions of the set {name} are not "
+            "known; give the file that was answered: --questions FILE"
+        )
+    return benchmarks.open_folder(name).questions_file
 
 
 def read_prompts(path: Path, answers_path: Path, answers: dict[AnswerKey, dict]) -> dict[int, str]:
