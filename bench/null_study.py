@@ -28,7 +28,7 @@ from pref.files import disk
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = Path(__file__).with_name("null_losses.py")
 SEEDS = {"dpo": (1, 2, 3), "dpo_again": (4, 5, 6), "noisy_dpo": (1, 2, 3)}
-TRAIN = "--global_batch 8 --per_device_batch 8 --learning_rate 1e-3 --lora_r 16 --lora_dropout 0"
+TRAIN = "--global_batch 8 --per_device_batch 8 --lora_r 16 --lora_dropout 0"
 METRIC = "task"
 
 
@@ -87,6 +87,7 @@ def study(args: argparse.Namespace) -> dict:
         which = ["--loss dpo"] if loss == "dpo" else ["--loss_file", f"{LOSSES}:{loss}"]
         for seed in seeds:
             steps = f"--max_steps {args.steps} --eval_steps {args.steps} --seed {seed}"
+            steps += f" --learning_rate {args.learning_rate}"
             data = ["--model", model, "--data", pairs / "pairs", "--results_dir", results]
             stages.run("train_pref.py", *which, *data, TRAIN, steps)
 
@@ -141,6 +142,7 @@ def main() -> None:
     add("--model", type=Path, required=True, help="folder of a chat model")
     add("--task", type=Path, default=ROOT / "examples/tasks/sentiment.py", metavar="FILE")
     add("--steps", type=int, default=8, help="optimiser steps of 8 pairs (default: 8)")
+    add("--learning_rate", type=float, default=1e-3, metavar="LR", help="(default: %(default)s)")
     add("--tokens", type=int, default=24, help="longest answer (default: 24)")
     add("--train_questions", type=int, default=80, help="(default: 80)")
     add("--test_questions", type=int, default=64, help="(default: 64)")
