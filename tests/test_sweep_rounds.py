@@ -208,6 +208,9 @@ def test_runs_of_later_rounds(tmp_path, capsys, monkeypatch):
     study = study_of(path, "--index", "1")
     assert [point.run_id for point in study.points] == [first[1], later[1], later[3]]
     assert all(run_id_from(point.arguments) == point.run_id for point in study.points)
+    (tmp_path / "r" / first[1]).mkdir(parents=True)  # a run that has just begun
+    (tmp_path / "r" / first[1] / ".lock").touch()
+    assert study_of(path, "--index", "1").points == study.points
     last = " ".join(study.points[2].arguments)
     assert f"--data {tmp_path}/r/{later[1]}/vowels_train/pairs " in last
     end = f"--init_adapter {tmp_path}/r/{later[1]} --reference base --round 3"

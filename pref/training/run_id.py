@@ -84,7 +84,10 @@ def run_id_from(argv: list[str]) -> str:
     """
     args = arguments.parse_args(argv)
     arguments.check_args(args, world=1)
-    parameters, started = arguments.loss_parameters(args), start_adapter.with_start(args)
+    parameters = arguments.loss_parameters(args)
+    if args.init_adapter and (args.round or 1) > 1:  # whose folder may be one that has just begun
+        return choose(args, settings.replaced(args, init_adapter_sha256=None), parameters)
+    started = start_adapter.with_start(args)
     if start_adapter.is_missing(started) and not args.run_id and (args.round or 1) == 1:
         raise start_adapter.missing(started.init_adapter)
     return choose(args, started, parameters)
