@@ -60,21 +60,21 @@ def test_a_narrow_range_gives_different_values_of_three_digits():
 
 
 def test_every_loss_gets_the_same_draws(tmp_path, monkeypatch):
-    text = "LOSSES dpo td_dpo\nBETAS 0.1 0.5\nTAUS 1 2\nLRS loguniform 5e-6 5e-5 x 6\n"
+    text = "LOSSES dpo td_dpo\nBETAS 0.1\nTAUS 1 2\nLRS loguniform 5e-6 5e-5 x 6\n"
     points = points_of(tmp_path, text)
     rates = {
         loss: {argument(p, "--learning_rate") for p in points if argument(p, "--loss") == loss}
         for loss in ("dpo", "td_dpo")
     }
     assert len(rates["dpo"]) == 6 and rates["dpo"] == rates["td_dpo"]
-    assert len(points) == 6 * (2 + 4)
+    assert len(points) == 6 * (1 + 2)
     alone = points_of(tmp_path, text.replace("dpo td_dpo", "simpo"))  # other losses, other axes
     assert {argument(p, "--learning_rate") for p in alone} == rates["dpo"]
     monkeypatch.setenv("DRAW_SEED", "7")
     again = {argument(p, "--learning_rate") for p in points_of(tmp_path, text)}
     assert len(again) == 6 and not again & rates["dpo"]
     monkeypatch.setenv("LRS", "loguniform 1e-3 2e-3 x 2")
-    assert len(points_of(tmp_path, text)) == 2 * (2 + 4)
+    assert len(points_of(tmp_path, text)) == 2 * (1 + 2)
 
 
 def test_drawn_axes_are_combined_and_listed(tmp_path, capsys):
