@@ -29,7 +29,7 @@ def equal_kl(measure: Measure) -> Layout:
         "Each loss and tau over its betas, interpolated between runs of one seed, at three KLs "
         "(nats an answer) that both reach. Test and interval are the primary ones, over questions "
         "and seeds, and count that a run's KL is an estimate too. Holm-adjusted over all rows.",
-        paper=("loss τ", "KL", "score", "difference", "difference, 95 % interval", "p (Holm)"),
+        paper=("loss τ", "KL", "difference", "difference, 95 % interval", "p (Holm)"),
     )
 
 
@@ -58,8 +58,7 @@ def gold_selection(measure: Measure) -> Layout:
         "selecting by the score would have given above selecting by accuracy. The apparent cost is "
         "flattered, as every maximum is; the cost is measured on questions and seeds that had no "
         "part in selecting by score (with one seed, on questions alone), and can be negative.",
-        paper=("loss", "cells", "rank correlation", "its score", "best score", "cost")
-        + ("cost, 95 % interval",),
+        paper=("loss", "rank correlation", "its score", "best score", "cost"),
     )
 
 
@@ -84,5 +83,5 @@ def rounds(measure: Measure) -> Layout:
         "Gain: over the round before, of the same seeds; of round 1, over the untrained model. KL: "
         "to the base model, in nats an answer. Accuracy: best acc_ref; above round 1 on validation "
         "pairs of each run's own, so that rounds cannot be compared by it. p is not adjusted.",
-        paper=(CELL_HEADER, "round", "score", "95 % interval", "KL", "gain"),
+        paper=(CELL_HEADER, "round", "score", "95 % interval", "KL"),
     )
