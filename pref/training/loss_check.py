@@ -5,6 +5,7 @@ train_pref.py runs the self-test, `check`, on a loss from --loss_file before it 
 
 import argparse
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -376,15 +377,24 @@ def draw_curves(axes, rho: Tensor, curves: dict[str, tuple[Tensor, Tensor]]) -> 
     for axis in axes:
         axis.set_xlabel("margin rho = delta (nats)")
         axis.grid(alpha=0.3)
-        axis.axvline(0, color=drawing.GREY, linewidth=0.8)
+        axis.axvline(0, color=drawing.GREY, linewidth=0.8, zorder=0)
 
 
 def scale_values(axis, linear: float) -> None:
     """A scale that is linear up to about `linear` and logarithmic far above, without a kink where
-    the one becomes the other; with plain numbers.
+    the one becomes the other; with plain numbers at powers of ten.
     """
+    curves = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    values = [float(y) for line in curves for y in line.get_ydata()]
+    values = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = (math.asinh(end / linear) for end in (min(values), max(values)))
+    room = 0.05 * (high - low) or 1.0
     axis.set_yscale("asinh", linear_width=linear)
+    powers = [linear * 10**k for k in range(9)]
+    axis.set_yticks([*(-power for power in powers[::-1]), 0, *powers])
     axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axis.minorticks_off()
+    axis.set_ylim(linear * math.sinh(low - room), linear * math.sinh(high + room))
 
 
 @drawing.own_style()
