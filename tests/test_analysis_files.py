@@ -119,7 +119,7 @@ def test_figures_of_a_study(study):
     assert stems >= {"comparison_mt_bench_over_beta", "comparison_learning_curves"}
     assert len(drawn) == 3 * len(stems)  # PDF, PNG and SVG
     drawn += (study.results / SHOWN_RUN / "figures").iterdir()
-    assert len(drawn) == 3 * len(stems) + 2 and all(path.stat().st_size > 5000 for path in drawn)
+    assert len(drawn) == 3 * len(stems) + 2 and all(path.stat().st_size > 2000 for path in drawn)
 
 
 def test_metrics_of_a_run(study):

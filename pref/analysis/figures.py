@@ -2,6 +2,7 @@
 
 file name                  question                                              drawn by
 comparison_*
+  <score>_frontier         What does it gain for its distance to the base?       frontier_figures
   <score>_bars             How good is each cell?                                score_figures
   <score>_differences      Is it better than the baseline, and how sure is that? pair_figures
   <score>_over_beta        Does that depend on beta?                             curve_figures
@@ -9,7 +10,6 @@ comparison_*
   <score>_categories       What is it good at?                                   score_figures
   win_matrix               Which answers does a judge prefer side by side?       pair_figures
   movement                 What was gained for moving away from the reference?   curve_figures
-  <score>_frontier         What does it gain for its distance to the base?       frontier_figures
   <score>_rounds           What does each round on its own answers gain?         task_figures
   task_gold                What does selection by accuracy really select?        task_figures
   <score>_boxes            How much do runs of one loss differ?                  score_figures
@@ -45,11 +45,11 @@ from pref.files import console, drawing
 
 WORTH_PROCESSES = 40  # figures: a process takes seconds to import what it draws with
 KINDS = {  # of a score's figures, in the order of the report: caption
+    "frontier": "{} against KL to the base model",
     "bars": "{} by cell",
     "differences": "Differences in {}",
     "over_beta": "{} over beta",
     "heatmap": "{} over beta and tau",
-    "frontier": "{} against KL to the base model",
     "rounds": "{} from round to round",
     "gold": "{} against validation accuracy",
     "categories": "{} by category",
