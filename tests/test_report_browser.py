@@ -173,7 +173,7 @@ def test_a_figure_is_enlarged_and_closed(browser, tmp_path):
     browser.click(".enlarge")
     assert browser.run("return document.getElementById('enlarged').open")
     assert browser.run("return document.getElementById('enlarged-image').complete")
-    assert text_of(browser, "#enlarged-title") == ["A figure"]
+    assert text_of(browser, "#enlarged-title") == ["A figure One line a run."]
     browser.press("\ue00c")  # Escape
     assert not browser.run("return document.getElementById('enlarged').open")
 

@@ -392,7 +392,10 @@ def table_html(
     head, columns = "", []
     for name, column, n_digits in zip(headers, zip(*rows), digits):
         style = column_style(column)
-        head += f'<th scope="col"{style}><button type="button">{escape(name)}</button></th>'
+        # Headers break between words, longer words anywhere.
+        broken = ' class="broken"' if max(map(len, name.split()), default=0) > SHORT_TEXT else ""
+        button = f'<button type="button"{broken}>{escape(name)}</button>'
+        head += f'<th scope="col"{style}>{button}</th>'
         columns.append(column_cells(column, style, max_characters, n_digits))
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in zip(*columns))
     return (

@@ -90,7 +90,7 @@ function enlargeFigure(button) {
   const image = button.querySelector("img");
   find("enlarged-image").src = image.src;
   find("enlarged-image").alt = image.alt;
-  find("enlarged-title").textContent = button.parentElement.querySelector("figcaption").textContent;
+  find("enlarged-title").textContent = button.closest("figure").querySelector("figcaption").textContent;
   find("enlarged").showModal();
 }
 
