@@ -161,6 +161,13 @@ def test_labels_with_settings_make_a_figure_wide_rather_than_its_panel_narrow():
     assert figures.score_figures.width_for([one["label"] for one in CELLS]) == drawing.HALF
 
 
+def test_a_difference_is_written_beside_its_row():
+    row = {"estimate": 0.5, "low": 0.1, "high": None, "p_adjusted": 0.0234}
+    assert pair_figures.difference_text(row, 2) == "+0.50 [+0.10, ?]  p 0.023"
+    assert pair_figures.difference_text(row | {"p_adjusted": 3e-7}, 1).endswith("  p < 0.0001")
+    assert pair_figures.difference_text(row | {"p_adjusted": None}, 1).endswith("  no test")
+
+
 def test_shades_of_a_loss_go_from_light_to_dark():
     def light(colour):
         return sum(int(colour[i : i + 2], 16) for i in (1, 3, 5))

@@ -96,7 +96,8 @@ def difference_text(row: dict, digits: int) -> str:
         "?" if row[key] is None else f"{row[key]:+.{digits}f}"
         for key in ("estimate", "low", "high")
     )
-    p = "no test" if row["p_adjusted"] is None else f"p {row['p_adjusted']:.2g}"
+    p = row["p_adjusted"]
+    p = "no test" if p is None else "p < 0.0001" if p < 1e-4 else f"p {p:.2g}"
     return f"{estimate} [{low}, {high}]  {p}"
 
 

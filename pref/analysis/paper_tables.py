@@ -95,9 +95,9 @@ BENCH_JUDGED = (
 def difference_columns(digits: int, units: str, adjusted: str) -> list[Column]:
     """units: what the two are compared on. adjusted: the header of the adjusted p-value."""
     return [
-        Column("comparison", "comparison", context=True),
-        Column("proposed", "proposed"),
+        Column("proposed", "proposed"),  # stays in sight where the table scrolls
         Column("baseline", "baseline"),
+        Column("comparison", "comparison", context=True),
         Column("difference", "estimate", digits),
         interval_column("difference, 95 % interval", digits),
         p_column("p", "p"),
