@@ -212,7 +212,7 @@ def part_jobs(
     if len(part["frontier"]) > 1:
         stem = folder / f"comparison_{measure.key}_frontier{suffix}"
         jobs.append(partial(frontier_figures.draw_frontier, stem, part, look))
-    if part["rounds"]:
+    if part.get("rounds"):
         stem = folder / f"comparison_{measure.key}_rounds{suffix}"
         untrained = [row[look.metric] for row in untrained_cells(part, look.metric)]
         jobs.append(partial(task_figures.draw_rounds, stem, part["rounds"], untrained, look))

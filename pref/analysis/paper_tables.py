@@ -446,8 +446,8 @@ def measure_tables(measure: Measure, part: dict, comparison: dict) -> list[Table
         )._replace(data=categories),
         *comparison_tables(measure, part, comparison),
         table("frontier", frontier(measure), part["frontier"]),
-        table("equal_kl", distance_tables.equal_kl(measure), part["equal_kl"]),
-        table("rounds", distance_tables.rounds(measure), part["rounds"]),
+        table("equal_kl", distance_tables.equal_kl(measure), part.get("equal_kl", [])),
+        table("rounds", distance_tables.rounds(measure), part.get("rounds", [])),
         table(
             "gold_selection",
             distance_tables.gold_selection(measure),
