@@ -70,7 +70,15 @@ def clipped(pairs, *, beta: float = 0.1, clip: float = 1.0):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("tddpo", 60), ("dlrml", 33), ("instability", 30), ("losses", 31), ("quick", 6)],
+    [
+        ("tddpo", 60),
+        ("dlrml", 33),
+        ("instability", 30),
+        ("losses", 31),
+        ("quick", 12),
+        ("controlled", 87),
+        ("sentiment_rounds", 1),
+    ],
 )
 def test_every_grid_is_made_of_runs_that_train_pref_takes(name, count):
     points = points_of(name)
@@ -181,7 +189,7 @@ def test_a_wrong_grid_is_named(tmp_path, text, message):
 def test_seeds_are_paired(tiny_model, pairs_folder):
     """At one seed every loss starts from the same LoRA matrices and sees the same batches."""
     starts, ranks = {}, init_ranks()
-    for point in points_of("quick")[::2] + points_of("quick")[:1]:
+    for point in points_of("quick")[:4] + points_of("quick")[:1]:
         args = parse_args(
             [*point.arguments, "--model", str(tiny_model), "--dtype", "float32", "--quant", "none"]
         )
@@ -663,17 +671,17 @@ def test_sweep_sh_finds_the_environment_beside_it(tmp_path):
 def test_the_commands_that_only_look(capsys, monkeypatch):
     assert sweeping.main(["quick", "--list"]) == 0
     listed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert [int(number) for number, _ in listed] == list(range(6))
+    assert [int(number) for number, _ in listed] == list(range(12))
     monkeypatch.setattr(sweeping, "sweep", lambda study: [p.run_id for p in study.points])
     assert sweeping.main(["quick", "--index", "3"]) == [listed[3][1]]
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
     assert sweeping.main(["quick"]) == [listed[4][1]]
     assert sweeping.parse_args(["quick", "--stages", "gen,judge"]).index is None
-    with pytest.raises(UserError, match="--index 6: the grid has points 0 to 5"):
-        sweeping.main(["quick", "--index", "6"])
+    with pytest.raises(UserError, match="--index 12: the grid has points 0 to 11"):
+        sweeping.main(["quick", "--index", "12"])
     with pytest.raises(UserError, match="JUDGE is not set"):
         sweeping.main(["tddpo", "--stages", "judge", "--dry_run"])
-    with pytest.raises(UserError, match="no such grid; use one of dlrml, instability"):
+    with pytest.raises(UserError, match="no such grid; use one of controlled, dlrml, instability"):
         sweeping.main(["nothing", "--list"])
 
 

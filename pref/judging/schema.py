@@ -57,7 +57,7 @@ CREATE TABLE IF NOT EXISTS asked (
     turn INTEGER,         -- from 1
     choice INTEGER,       -- number of the answer, if a run has several per question
     category TEXT,        -- of the question
-    grading TEXT,         -- "single", "pair", "reward" or "program"
+    grading TEXT,         -- "single", "pair" or "reward"
     "order" TEXT,         -- of a pair: "1" shows the run's answer as A, "2" as B
     baseline TEXT,        -- whose the other answer is: a run's id, or an outside model's name
     judge TEXT,
