@@ -13,13 +13,14 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same, stop_at
-from test_train import metrics_of, train, train_args, val_pairs
+from test_train import ONE, metrics_of, train, train_args, val_pairs
 from transformers import AutoModelForCausalLM
 
 import train_pref
 from pref.files.console import UserError
 from pref.model import lora
-from pref.training import reference
+from pref.training import reference, start_adapter
+from pref.training.arguments import parse_args
 from pref.training.run_id import run_id_from
 
 # DPO at beta 0.1, its loss apart from a divergence whose reference runs in every step.
@@ -216,6 +217,8 @@ def test_starts_that_cannot_be_are_refused(tiny_model, data, results, tmp_path):
     refused(given("--round", "0"), "--round 0: must be above 0")
     run = shutil.copytree(results / "first", tmp_path / "first")
     record = record_of(run)
+    (run / "args.json").write_text(json.dumps(record | {"round": "two"}))
+    refused(given(init=run), "args.json: 'round' must be a number, found 'two'")
     (run / "args.json").write_text(json.dumps(record | {"mode": "trial"}))
     refused(given(init=run / "adapter"), "is a trial run, .* train it in full, or add --mode trial")
     (run / "args.json").write_text(json.dumps(record | {"model_sha256": "ab" * 32}))
@@ -227,6 +230,17 @@ def test_starts_that_cannot_be_are_refused(tiny_model, data, results, tmp_path):
     refused(given(init=run), "first: its training ended without an adapter")
     (run / "summary.json").unlink()
     refused(given(init=run), "first: its training has not finished, and an adapter is only")
+
+
+def test_pairs_of_another_models_answers_are_named(results, tmp_path, capsys):
+    sha256 = record_of(results / "start")["init_adapter_sha256"]
+    args = parse_args(["--data", str(tmp_path), "--init_adapter", str(results / "first")])
+    args = start_adapter.with_start(args)
+    for adapter, warned in ((sha256, False), (None, True), ("ab" * 32, True)):
+        made_of = {"run": "other", "adapter_sha256": adapter}
+        (tmp_path / "manifest.json").write_text(json.dumps({"from_answers": made_of}))
+        start_adapter.check_pairs(args, ONE)
+        assert ("its pairs are answers of other" in capsys.readouterr().out) is warned
 
 
 def train_args_of_round_2(tiny_model, data, results) -> list[str]:

@@ -98,7 +98,10 @@ def next_round(given: Path, origin: Origin) -> int:
     """
     if not is_run(given):
         return 1 if given.exists() else 2
-    return 1 if origin.record.get("loss") == "sft" else origin.record.get("round", 1) + 1
+    before = origin.record.get("round", 1)
+    if not isinstance(before, int):
+        raise UserError(f"{origin.run / 'args.json'}: 'round' must be a number, found {before!r}")
+    return 1 if origin.record.get("loss") == "sft" else before + 1
 
 
 def is_same(given: int | str, found: int | str, default: int | str) -> bool:
@@ -130,6 +133,24 @@ def check_run(args: argparse.Namespace, origin: Origin) -> None:
         raise UserError(
             f"--init_adapter {origin.run}: is a trial run, whose adapter was trained for a few "
             "steps to test a set-up; train it in full, or add --mode trial"
+        )
+
+
+def check_pairs(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Warn if the pairs in --data are answers of another model than the one that training starts
+    from: such training is not on-policy.
+    """
+    path = args.data / "manifest.json"
+    made_of = disk.read_json(path).get("from_answers") if path.is_file() else None
+    if args.init_adapter is None or is_missing(args) or not isinstance(made_of, dict):
+        return
+    ours = disk.sha256_file(args.init_adapter / "adapter_model.safetensors")
+    theirs = made_of.get("adapter_sha256")
+    if theirs != ours:
+        ranks.print(
+            f"warning: --data {args.data}: its pairs are answers of {made_of.get('run')} (adapter "
+            f"{theirs[:8] if theirs else 'none'}), and training starts from another adapter "
+            f"({ours[:8]}): it is not on-policy"
         )
 
 
