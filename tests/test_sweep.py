@@ -672,6 +672,7 @@ def test_the_commands_that_only_look(capsys, monkeypatch):
     assert sweeping.main(["quick", "--list"]) == 0
     listed = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [int(number) for number, _ in listed] == list(range(12))
+    monkeypatch.setattr(sweeping.task_folder, "prepare", lambda study: None)
     monkeypatch.setattr(sweeping, "sweep", lambda study: [p.run_id for p in study.points])
     assert sweeping.main(["quick", "--index", "3"]) == [listed[3][1]]
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
