@@ -297,6 +297,9 @@ def test_gpus_in_groups(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(commands, "gpus", list)
     assert commands.slots_of(study_of(tmp_path, 1, JOBS="2")) == [[], []]
+    on_cpu = study_of(tmp_path, 1, JOBS="2")
+    assert "--nproc_per_node 2" in shlex.join(commands.stage_command(on_cpu, "gen", "mt_bench"))
+    assert "--nproc_per_node" not in commands.stage_command(on_cpu, "judge", "mt_bench")
 
 
 def test_a_crash_is_retried_once_a_mistake_is_not_and_the_rest_goes_on(tmp_path, monkeypatch):

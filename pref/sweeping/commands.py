@@ -118,11 +118,13 @@ def stage_command(
 
 
 def stage_process(study: Study, stage: str, given: list[str]) -> list[str]:
-    """What starts a stage with the arguments `given`: answers are made on all GPUs."""
-    start, devices = [sys.executable], gpus()
-    if stage == "gen" and "--base_url" not in given and len(devices) > 1:
+    """What starts a stage with the arguments `given`: answers are made on all GPUs, or on a CPU by
+    JOBS processes, which share its cores better than one process does.
+    """
+    start, ranks = [sys.executable], len(gpus()) or int(study.settings["JOBS"] or 1)
+    if stage == "gen" and "--base_url" not in given and ranks > 1:
         one_machine = study._replace(args=argparse.Namespace(nodes=1))
-        start = launcher(one_machine, len(devices), "gen")
+        start = launcher(one_machine, ranks, "gen")
     return [*start, str(ROOT / SCRIPTS[stage]), *given]
 
 

@@ -154,7 +154,9 @@ class Scheduler:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=self.environment_of(slot, point),
+                env=self.environment_of(
+                    slot, is_one_of_jobs=point is not None or "--nproc_per_node" in command
+                ),
                 start_new_session=True,  # Ctrl-C reaches the scheduler alone, which forwards it
                 preexec_fn=partial(prepare_child, os.getpid(), stop_signal_of(point)),
             )
@@ -162,13 +164,13 @@ class Scheduler:
         self.jobs.append(job)
         return job
 
-    def environment_of(self, slot: list[str], point: Point | None) -> dict[str, str]:
+    def environment_of(self, slot: list[str], is_one_of_jobs: bool) -> dict[str, str]:
         environment = commands.TORCHRUN_ENVIRONMENT | os.environ
         settings = self.study.settings
         jobs = int(settings["JOBS"] or 1)
         if slot:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot)
-        elif point and jobs > 1:  # otherwise every run would use all cores
+        elif is_one_of_jobs and jobs > 1:  # otherwise each process would use all cores
             threads = console.usable_cores() // (jobs * commands.ranks_of(settings, []))
             environment.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
         return environment
