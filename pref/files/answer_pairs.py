@@ -202,11 +202,8 @@ def read_prompts(path: Path, answers_path: Path, answers: dict[AnswerKey, dict])
     questions = mt_bench.read_questions(path, mt_bench=False)
     turns_of = {question["question_id"]: question["turns"] for question in questions}
     for (question_id, _), row in answers.items():
-        turns, recorded = turns_of.get(question_id), row.get("question_sha256")
-        # Answers of other programs have no hash of their question.
-        if turns is None or (
-            recorded and recorded != mt_bench.question_sha256(turns, row.get("temperature"))
-        ):
+        turns = turns_of.get(question_id)
+        if turns is None or not mt_bench.is_answer_to(row, turns):
             raise UserError(
                 f"{answers_path}: question {question_id} is not the one in {path}: give the file "
                 "that was answered (--questions FILE)"

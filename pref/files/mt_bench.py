@@ -170,6 +170,14 @@ def question_sha256(turns: list[str], temperature: float) -> str:
     return disk.sha256_json([turns, temperature])
 
 
+def is_answer_to(row: dict, turns: list[str]) -> bool:
+    """Whether a row of answers.jsonl answers a question with these turns. A row without a hash of
+    its question, as other programs write them, cannot be checked, and is taken to.
+    """
+    asked = row.get("question_sha256")
+    return not asked or asked == question_sha256(turns, row.get("temperature"))
+
+
 def read_answers(path: Path, turns: int | None = 2) -> dict[AnswerKey, dict]:
     """Answers by question and choice: the row of the file with `choice` (int) and the choice's
     `turns` (strings) added.

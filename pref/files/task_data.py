@@ -181,10 +181,8 @@ def read_real_answers(task: Task, path: Path, data: Path) -> list[Answer]:
     rows = {row["question_id"]: row for row in mt_bench.read_questions(file, mt_bench=False)}
     found = []
     for key, answer in answers.items():
-        row, asked = rows.get(key.question_id), answer.get("question_sha256")
-        if row is None or (
-            asked and asked != mt_bench.question_sha256(row["turns"], answer.get("temperature"))
-        ):
+        row = rows.get(key.question_id)
+        if row is None or not mt_bench.is_answer_to(answer, row["turns"]):
             raise UserError(
                 f"{path}: question {key.question_id} is not the one in {file}; give --out DIR, the "
                 "folder whose questions were answered"

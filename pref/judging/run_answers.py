@@ -103,8 +103,7 @@ def check_questions(path: Path, answers: dict, bench: Bench) -> None:
     changed = {
         question_id
         for (question_id, _), row in answers.items()
-        if (asked := row.get("question_sha256"))
-        and asked != mt_bench.question_sha256(turns_of[question_id], row.get("temperature"))
+        if not mt_bench.is_answer_to(row, turns_of[question_id])
     }
     if changed:
         number = "" if len(changed) == 1 else f" (and {len(changed) - 1} others)"
