@@ -248,7 +248,8 @@ def test_settings_that_do_not_fit(tmp_path, line, message):
     [
         ("LOSSES dpo\nROUNDS 2\n", "ROUNDS: is for a study with a task; set TASK"),
         ("LOSSES dpo\nTASK my_task\n", "TASK=my_task: must be a Python file"),
-        ("LOSSES dpo\nTASK mt_bench.py\n", "mt_bench is a benchmark; give the file another name"),
+        ("LOSSES dpo\nTASK mt_bench.py\n", "TASK=mt_bench.py: .* mt_bench is a benchmark's name"),
+        ("LOSSES dpo\nTASK my_train.py\n", "TASK=my_train.py: .* ends with _train"),
         ("LOSSES dpo\nTASK a.py\nROUNDS -1\n", "ROUNDS=-1: must be a number of rounds"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pref.analysis import stats
@@ -11,6 +12,16 @@ from pref.files.console import UserError
 
 def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
     """Raises UserError for values that make no analysis."""
+    args = make_parser(description).parse_args(argv)
+    args.run_ids = parse_run_ids(args.run_ids) if args.run_ids else None
+    if args.draws < 200:
+        raise UserError(f"--draws {args.draws}: a 95 % interval needs at least 200")
+    if args.baseline == args.proposed:
+        raise UserError(f"--baseline and --proposed are both {args.baseline}: name two losses")
+    return args
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=console.HelpFormatter)
     add = parser.add_argument
     add("results_dir", type=Path, help="results folder: a folder of run folders")
@@ -27,6 +38,24 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
         default="td_dpo",
         help="loss whose improvement --verbose prints (default: td_dpo)",
     )
+    add_files(add)
+    add(
+        "--draws",
+        type=int,
+        default=stats.DRAWS,
+        help="draws for the interval of a ratio of variances over beta (default: %(default)s)",
+    )
+    add(
+        "--verbose",
+        action="store_true",
+        help="print the tables, claims, notes and names of files too, which are in the report",
+    )
+    add("--skip_bad", action="store_true", help="leave out runs whose files cannot be read")
+    return parser
+
+
+def add_files(add: Callable) -> None:
+    """The files that are read besides the runs."""
     add(
         "--claims", type=Path, help="JSON file of claims (default: RESULTS_DIR/claims.json, if any)"
     )
@@ -52,25 +81,6 @@ def parse_args(argv: list[str] | None, description: str) -> argparse.Namespace:
         metavar="DIR",
         help="folder with the folders of other benchmarks, for the report's texts (default: data)",
     )
-    add(
-        "--draws",
-        type=int,
-        default=stats.DRAWS,
-        help="draws for the interval of a ratio of variances over beta (default: %(default)s)",
-    )
-    add(
-        "--verbose",
-        action="store_true",
-        help="print the tables, claims, notes and names of files too, which are in the report",
-    )
-    add("--skip_bad", action="store_true", help="leave out runs whose files cannot be read")
-    args = parser.parse_args(argv)
-    args.run_ids = parse_run_ids(args.run_ids) if args.run_ids else None
-    if args.draws < 200:
-        raise UserError(f"--draws {args.draws}: a 95 % interval needs at least 200")
-    if args.baseline == args.proposed:
-        raise UserError(f"--baseline and --proposed are both {args.baseline}: name two losses")
-    return args
 
 
 def parse_run_ids(words: list[str]) -> list[str]:

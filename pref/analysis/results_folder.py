@@ -37,6 +37,7 @@ from pref.analysis.runs import (
     Run,
 )
 from pref.files import disk, judgements, mt_bench, run_folders
+from pref.files.benchmarks import TRAIN_SET
 from pref.files.console import UserError
 
 # Arguments that do not make another cell. Any other argument that differs does: a setting that
@@ -59,8 +60,6 @@ CURVE_KEYS = (
     *("eval/loss", "eval/acc_ref", "eval/acc_sum", "eval/acc_mean"),
     *("eval/margin/rho", "eval/margin/delta"),
 )
-# What the set of a task's train questions is called: <task>_train.
-TRAIN = "_train"
 JUDGED_ONCE = ("grading", "baseline", "order", "question_id", "turn", "choice", "repeat")
 VAL_KEYS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 
@@ -311,7 +310,7 @@ def find_benches(run: Path) -> list[str]:
     """The benchmarks of which a run folder has answers or judgements. A task's train questions are
     none: pairs are made from the answers to them, and a score on them compares nothing.
     """
-    return sorted(name for name in find_sets(run) if not name.endswith(TRAIN))
+    return sorted(name for name in find_sets(run) if not name.endswith(TRAIN_SET))
 
 
 def find_sets(run: Path) -> set[str]:
@@ -322,10 +321,10 @@ def find_sets(run: Path) -> set[str]:
 
 def note_train_sets(paths: list[Path]) -> list[str]:
     """Names the sets that are read as train questions, and so not compared."""
-    names = {name for path in paths for name in find_sets(path) if name.endswith(TRAIN)}
+    names = {name for path in paths for name in find_sets(path) if name.endswith(TRAIN_SET)}
     return [
         f"not compared: answers to {name}, the questions that pairs are made from (a benchmark's "
-        f"name must not end in {TRAIN})"
+        f"name must not end in {TRAIN_SET})"
         for name in sorted(names)
     ]
 

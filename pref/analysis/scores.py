@@ -4,8 +4,7 @@
    often as humans do.
 2) Other judges' scores, in the order of measures.py.
 3) Imported tasks: what the training was not for.
-4) Scores on a task's train questions, whose answers made the pairs.
-5) Validation accuracy, which says nothing about answers.
+4) Validation accuracy, which says nothing about answers.
 
 What measures nothing, because the judge is too small or no trained run is scored, comes behind what
 does.
@@ -87,8 +86,6 @@ def list_scores(comparison: dict) -> list[Score]:
 
 
 def distrust(score: Score) -> int:
-    if score.is_program and score.part["bench"].endswith("_train"):
-        return 3
     if not score.measure.judged:
         return 2
     validated = score.part.get("as_humans") == judge_validation.YES

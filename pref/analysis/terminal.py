@@ -5,9 +5,9 @@ All of it is in the report too, in more detail. Rows are those of aggregated_met
 
 from collections import defaultdict
 
-from pref.analysis import answer, judge_identity, measures, notes, paper_tables, texts
+from pref.analysis import answer, judge_identity, measures, notes, table_parts, texts
 from pref.analysis.measures import Measure
-from pref.files import console, mt_bench
+from pref.files import console
 
 
 def print_tables(comparison: dict, proposed: str) -> None:
@@ -43,7 +43,7 @@ def format_table(title: str, headers: list[str], rows: list[list[str]]) -> str:
 
 def accuracy_table(rows: list[dict]) -> str:
     names = measures.ACCURACY.columns
-    headers = [paper_tables.CELL_HEADER, "seeds", *names.values(), "diverged"]
+    headers = [table_parts.CELL_HEADER, "seeds", *names.values(), "diverged"]
     lines = [
         [
             row["label"],
@@ -61,7 +61,7 @@ def score_table(measure: Measure, part: dict) -> str:
     names = measure.columns
     counts = [name for name in ("n_scored", "n_judged", "n_bench") if name in part["cells"][0]]
     fields = ("scored", "judged", "of")
-    headers = [paper_tables.CELL_HEADER, "seeds", *names.values()]
+    headers = [table_parts.CELL_HEADER, "seeds", *names.values()]
     headers += ["/".join(fields[: len(counts)]), "diverged"]
     if failed := any(row.get("failures") for row in part["cells"]):
         headers.append("failures")
@@ -82,9 +82,7 @@ def score_table(measure: Measure, part: dict) -> str:
 
 def category_table(measure: Measure, part: dict) -> str:
     """A row per cell, a column per category."""
-    names = list(dict.fromkeys(row["category"] for row in part["categories"]))
-    known = mt_bench.CATEGORIES
-    names.sort(key=lambda name: known.index(name) if name in known else len(known))
+    names = table_parts.order_categories(part["categories"])
     text_of: dict[str, dict[str, str]] = defaultdict(dict)  # label -> category -> text
     for row in part["categories"]:
         unscored = row["n_judged"] - row["n_scored"]
@@ -93,7 +91,7 @@ def category_table(measure: Measure, part: dict) -> str:
     lines = [[label, *(cells.get(name, "-") for name in names)] for label, cells in text_of.items()]
     what = "by category, mean over seeds; (-n): n judgements without a score"
     title = score_title(measure, part, what)
-    return format_table(title, [paper_tables.CELL_HEADER, *names], lines)
+    return format_table(title, [table_parts.CELL_HEADER, *names], lines)
 
 
 def score_title(measure: Measure, part: dict, what: str) -> str:
@@ -145,7 +143,7 @@ def improvement_table(title: str, measure: Measure, part: dict, proposed: str) -
     if not lines:
         return None
     headers = [
-        paper_tables.CELL_HEADER,
+        table_parts.CELL_HEADER,
         "proposed",
         "against the baseline at the same beta",
         "against the best baseline",

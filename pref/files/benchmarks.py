@@ -64,12 +64,14 @@ def name_of(text: str) -> str:
     return usual if usual in PREPARED_BY else run_folders.check_run_id(text)
 
 
-def check_task_name(name: str, path: Path) -> None:
-    """Raise UserError for a task whose name is another benchmark's, or cannot name a folder."""
-    run_folders.check_run_id(name, path)
+def check_task_name(name: str, place: str | Path) -> None:
+    """Raise UserError for a task whose name is another benchmark's, or cannot name a folder. place:
+    the task's file, for the message.
+    """
+    run_folders.check_run_id(name, place)
     if name_of(name) in PREPARED_BY or name.endswith(TRAIN_SET):
         raise UserError(
-            f"{path}: the file's name is the task's, and {name} is a benchmark's name, or ends "
+            f"{place}: the file's name is the task's, and {name} is a benchmark's name, or ends "
             f"with {TRAIN_SET} as the sets of train questions do; rename the file"
         )
 

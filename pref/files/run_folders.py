@@ -14,15 +14,15 @@ def is_run_id(name: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", name)) and ".." not in name
 
 
-def check_run_id(run_id: str, path: Path | None = None) -> str:
+def check_run_id(run_id: str, place: str | Path | None = None) -> str:
     """Return `run_id` if it is a plain folder name, which cannot lead out of its results folder.
 
-    path: file that the id comes from, for the message. Raises UserError for any other id.
+    place: file that the id comes from, for the message. Raises UserError for any other id.
     """
     if not is_run_id(run_id):
-        place = f"{path}: " if path else ""
+        where = f"{place}: " if place else ""
         raise UserError(
-            f"{place}run id {run_id!r}: use letters, digits and . _ + - only, at most 128 of them, "
+            f"{where}run id {run_id!r}: use letters, digits and . _ + - only, at most 128 of them, "
             "a letter or digit first, and no '..'"
         )
     return run_id

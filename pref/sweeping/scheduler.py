@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from pref.files import console, disk, mt_bench, run_folders
 from pref.files.console import UserError
-from pref.judging import run_answers, store
+from pref.judging import judges, run_answers, store
 from pref.judging.benchmarks import BENCHMARKS
 from pref.sweeping import commands, grid, status
 from pref.sweeping.grid import Point, Study
@@ -436,7 +436,8 @@ class Scheduler:
         all_keys = set().union(*answers.values())
         turns = BENCHMARKS[bench].turns if bench in BENCHMARKS else 1  # of a task
         # A task's function has a score for an empty answer too.
-        empty_counts = not self.study.of_bench("JUDGE", bench).startswith("py:")
+        judge = self.study.of_bench("JUDGE", bench)
+        empty_counts = judges.kind_of(judge) != judges.PROGRAM
         accepted = []
         for run, of_run in answers.items():
             try:

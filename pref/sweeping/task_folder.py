@@ -7,12 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import prep_data
-from pref.files import disk
+from pref.files import disk, task_data, tasks
 from pref.files.console import UserError
 from pref.sweeping import commands, grid
 from pref.sweeping.grid import Study
 
-TRAIN_QUESTIONS = "train_questions.jsonl"  # before there is a manifest that names the file
 POLL_S = 0.5
 
 
@@ -32,8 +31,8 @@ def is_missing(study: Study) -> bool:
 
 
 def train_questions(study: Study) -> Path:
-    """The file of the task's train questions."""
-    return folder(study) / manifest_of(study).get("train_questions", TRAIN_QUESTIONS)
+    """The file of the task's train questions, which may still be to be written."""
+    return folder(study) / manifest_of(study).get("train_questions", task_data.FILES[tasks.TRAIN])
 
 
 def hashes(study: Study) -> dict[str, str]:

@@ -11,9 +11,8 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from pref.files import benchmarks, run_folders
+from pref.files import answer_pairs, benchmarks, run_folders
 from pref.files.console import UserError
-from pref.judging.benchmarks import BENCHMARKS
 
 DEFAULTS = {
     "TASK": "",
@@ -44,7 +43,7 @@ def train_set(settings: Mapping[str, str]) -> str:
 
 def pairs_folder(settings: Mapping[str, str], run_id: str) -> Path:
     """Where the pairs made of a run's answers are."""
-    return Path(settings["RESULTS"]) / run_id / train_set(settings) / "pairs"
+    return Path(settings["RESULTS"]) / run_id / train_set(settings) / answer_pairs.FOLDER
 
 
 def complete(settings: dict[str, str], chosen: Collection[str]) -> dict[str, str]:
@@ -107,7 +106,6 @@ def check_rounds(settings: Mapping[str, str]) -> None:
 
 def check_name(file: str, name: str) -> None:
     """Raise UserError for a task's file whose name cannot be that of its benchmark."""
-    if not file.endswith(".py") or not run_folders.is_run_id(name):
+    if not file.endswith(".py"):
         raise UserError(f"TASK={file}: must be a Python file; its name names the task's benchmark")
-    if name in BENCHMARKS:
-        raise UserError(f"TASK={file}: {name} is a benchmark; give the file another name")
+    benchmarks.check_task_name(name, f"TASK={file}")
