@@ -13,7 +13,7 @@ from pref.files.benchmarks import name_of
 from pref.files.console import UserError
 from pref.judging import bench_folder, benchmarks, costs, human_votes, judges
 from pref.judging.identity import TOKEN_LIMITS
-from pref.judging.judges import GIVE_SCORES, LOCAL, PROGRAM, SCORE, SERVER
+from pref.judging.judges import LOCAL, PROGRAM, SCORE, SCORE_KINDS, SERVER
 from pref.judging.reading import FIRST, MIN_RATING_MASS
 
 IMPORTS = ("import_results", "import_fastchat", "import_annotations")
@@ -31,7 +31,7 @@ def add_judge_arguments(add: Callable) -> None:
     add(
         "--judge",
         help="model of an OpenAI-compatible server, hf:PATH (folder or hub id), rm:PATH (a "
-        "reward model, which scores each answer), or py:FILE (a task, whose function does)",
+        "reward model, which scores each answer), or py:FILE (a task, whose function scores it)",
     )
     add("--base_url", help="e.g. http://localhost:8000/v1; default OPENAI_BASE_URL, else OpenAI's")
     add(
@@ -228,7 +228,7 @@ def imported(args: argparse.Namespace) -> list[str]:
 def check_bench(args: argparse.Namespace) -> None:
     """Raise UserError for arguments of another benchmark, or that do not fit together."""
     chosen = benchmarks.BENCHMARKS.get(args.bench)
-    gives_scores = judges.kind_of(args.judge) in GIVE_SCORES
+    gives_scores = judges.kind_of(args.judge) in SCORE_KINDS
     if chosen is None and not gives_scores:
         raise UserError(
             f"--bench {args.bench}: judge.py has no prompts for it; it knows "
@@ -359,7 +359,7 @@ def check_money(args: argparse.Namespace) -> None:
         raise UserError("--price_in and --price_out: give both or neither")
     if args.max_usd is None:
         return
-    if judges.kind_of(args.judge) in GIVE_SCORES:
+    if judges.kind_of(args.judge) in SCORE_KINDS:
         raise UserError(f"--max_usd: {args.judge} is run here, and costs nothing; leave it out")
     # The cap counts a call in flight at the most it can cost: one answer of limited length.
     if args.parameters is not None and (

@@ -15,7 +15,7 @@ from pref.judging.reading import Reply, Verdict
 
 # Column `grading`; REWARD: by a reward model, PROGRAM: by a task's function.
 SINGLE, PAIR, REWARD, PROGRAM = "single", "pair", "reward", "program"
-GIVE_SCORES = (REWARD, PROGRAM)  # asked for with no prompt
+SCORE_GRADINGS = (REWARD, PROGRAM)  # asked for with no prompt
 
 
 class Ask(NamedTuple):

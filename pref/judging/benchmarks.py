@@ -29,7 +29,7 @@ def read_bench(args: argparse.Namespace) -> Bench:
     if args.max_tokens is not None:
         limits = {"max_tokens": args.max_tokens}
         bench = bench._replace(parameters=bench.parameters | limits)
-    if (kind := judges.kind_of(args.judge)) in judges.GIVE_SCORES:  # it sees the answers alone
+    if (kind := judges.kind_of(args.judge)) in judges.SCORE_KINDS:  # it sees the answers alone
         grading = REWARD if kind == judges.SCORE else PROGRAM
         bench = bench._replace(
             grading=grading, prompts={}, references={}, refs="original", options={}, samples=1

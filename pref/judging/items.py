@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 from pref.files import disk, mt_bench
 from pref.judging import run_answers
-from pref.judging.benchmark import GIVE_SCORES, PAIR, PROGRAM, SINGLE, Ask, Bench, question_sha256
+from pref.judging.benchmark import (
+    PAIR,
+    PROGRAM,
+    SCORE_GRADINGS,
+    SINGLE,
+    Ask,
+    Bench,
+    question_sha256,
+)
 from pref.judging.benchmarks import DEFAULT
 from pref.judging.identity import Identity
 from pref.judging.run_answers import Baselines
@@ -89,7 +97,7 @@ def asks_of(
     """What the judge is asked about a turn. A score judge gets the conversation, and the
     baseline's, in place of the benchmark's prompts; a program the question's whole row.
     """
-    if bench.grading not in GIVE_SCORES:
+    if bench.grading not in SCORE_GRADINGS:
         return bench.benchmark.asks(bench, question, turn, answer, other)
     extra = {}
     if bench.grading == PROGRAM:

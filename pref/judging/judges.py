@@ -16,7 +16,7 @@ from pref.files import disk, win_rates
 
 SERVER, LOCAL, SCORE, PROGRAM = "server", "local", "score", "program"
 KIND_OF_PREFIX = {"hf": LOCAL, "rm": SCORE, "py": PROGRAM}
-GIVE_SCORES = (SCORE, PROGRAM)  # these see the answers alone, and no prompt
+SCORE_KINDS = (SCORE, PROGRAM)  # these see the answers alone, and no prompt
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ The score of an answer is what `score(question, answer)` in FILE returns, a numb
 its `explain` says is kept as the judgement. FILE runs in a process with limits
 (pref/files/tasks.py). An answer on which it fails has a reason and no score.
 
-judge.py asks for one score at a time, a pipe is fast with many. So the judge is told of all answers
-beforehand (`prepare`), and asked for one it scores those that come next as well. Some of them are
-scored in two processes first: a task that draws its scores is refused.
+judge.py asks for one score at a time, and a pipe is fast with many. So the judge is told of all
+answers beforehand (`prepare`), and when it is asked for one it scores the next ones too. Some of
+them are scored in two processes first: a task that draws its scores is refused.
 
-Who judged is told by the file's content, that of the modules beside it, and the versions of its
-packages. Another version of the file is another judge; another path to it is not.
+The judge is identified by the content of the file and of the modules beside it, and by the versions
+of its packages. Another version of the file is another judge; another path to it is not.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pref.judging.judges import Judge
 BATCH_S = 0.5  # what a kill may cost, and how long Ctrl-C waits
 # Answers, spread over all, that are scored in a second process too; and how long that may take.
 CHECKED, CHECKED_S = 32, 3.0
-# Answers in a row on which the task takes too long: the rest would, too.
+# Answers in a row on which the task takes too long: so would the rest.
 GIVE_UP_AFTER = 20
 
 Key = tuple[str, str]  # hash of the question, answer
@@ -86,7 +86,7 @@ class Queue:
             tasks.check_same(self.task, *pair, one, two)
 
     def ask(self, request: dict) -> dict:
-        """The reply to a request. Raises UserError when the task does not come back any more."""
+        """The reply to a request. Raises UserError when too many in a row have taken too long."""
         key = key_of(request)
         if key not in self.replies:
             self.compute(key)

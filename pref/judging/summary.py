@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from pref.files import console, judgements, mt_bench, tasks, win_rates
 from pref.judging.benchmark import (
-    GIVE_SCORES,
     PAIR,
     PROGRAM,
+    SCORE_GRADINGS,
     SINGLE,
     Bench,
     preference_of,
@@ -84,7 +84,7 @@ def announce(
             if item.known is not None
         }
         print(f"answers that equal the baseline's: {len(equal)}; half a win each, not asked about")
-    if bench.benchmark.notes is not None and bench.grading not in GIVE_SCORES:
+    if bench.benchmark.notes is not None and bench.grading not in SCORE_GRADINGS:
         print("".join(f"{note}\n" for note in bench.benchmark.notes(bench, items)), end="")
     done = len({item.request_sha256 for item in items}) - len(pending) - len(known)
     print(
@@ -129,7 +129,7 @@ def announce_other_servers(who: Identity, servers: list[str]) -> None:
 
 def prompts_note(bench: Bench) -> str:
     """Whose prompts the judge is asked with; a score judge is asked with none."""
-    return "" if bench.grading in GIVE_SCORES else f", prompts {bench.label}"
+    return "" if bench.grading in SCORE_GRADINGS else f", prompts {bench.label}"
 
 
 def reading_note(who: Identity) -> str:
@@ -188,7 +188,7 @@ def print_results(
 
 def pick_summary(bench: Bench, results: dict[str, Result]) -> Callable:
     """What makes a run's line of the table."""
-    if bench.grading in GIVE_SCORES:
+    if bench.grading in SCORE_GRADINGS:
         return summarise_scores
     if bench.benchmark.summarise is not None:
         return functools.partial(with_costs, bench.benchmark.summarise)
