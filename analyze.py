@@ -15,7 +15,7 @@ Reads   results/<run_id>/args.json                      without it, a folder is 
 Writes  results/comparison/report.html                  start here; one file, opens from disk; or
                                                         another folder than comparison/ with --out
         results/comparison/aggregated_metrics.json      every number of the report
-        results/comparison/tables/*.{csv,md,tex}, figures/*.{pdf,png}
+        results/comparison/tables/*.{csv,md,tex}, figures/*.{pdf,png,svg}
         results/<run_id>/metrics.json, figures/<run_id>_learning_curve.{pdf,png}
 
 It trains, generates and judges nothing. It works with whatever is there, names what is missing and

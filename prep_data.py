@@ -385,6 +385,11 @@ the scores of a judge: a program (py:FILE), a reward model (rm:PATH), ratings. -
 answers become pairs, --min_margin how far apart their scores are at least. Equal answers count
 once. Answers without a score are left out, and listed in dropped.jsonl.
 
+--task writes the questions of a task: a Python file with questions(split, number, seed), which
+gives the rows of "train" and "test", and score(question, answer), which gives a number from 0 to 1.
+Its code runs in a process of its own. First it scores made-up answers twice: a task that fails,
+leaves the range or contradicts itself is refused. pref/files/README.md has an example.
+
 A source with a validation split ({", ".join(sources.VAL_NAMES)}, also with _prefs)
 keeps it. Any other is split by prompt, so that no prompt is on both sides.
 
@@ -401,7 +406,8 @@ Examples:
   python prep_data.py --alpaca_eval                data/alpaca_eval/ (CC BY-NC 4.0)
   python prep_data.py --arena_hard v0.1            data/arena_hard_v0.1/
   python prep_data.py --arena_hard v2.0 copied     the same without network, from a folder
-  python prep_data.py --task my_task.py            data/my_task/: questions that a program scores"""
+  python prep_data.py --task my_task.py            data/my_task/: questions that a program scores
+  python prep_data.py --task my_task.py --check --answers results/base/my_task_train"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

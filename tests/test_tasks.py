@@ -4,11 +4,13 @@ works; and prep_data.py --task, which checks them and writes their questions.
 
 import json
 import os
+import re
 import time
 from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from task_files import LIARS, WORDS, liar, write_answers, write_task
 
 import prep_data
@@ -17,6 +19,7 @@ from pref.files import benchmarks, disk, task_child, task_data, tasks
 from pref.files.console import UserError
 from pref.files.tasks import Scored, TaskFault
 
+README = ROOT / "pref" / "files" / "README.md"
 QUESTION = {"question_id": 7, "turns": ["Say hello."], "most": 2, "category": "strict"}
 
 
@@ -267,6 +270,14 @@ def test_the_questions_are_written_and_found_by_name_and_file(tmp_path, monkeypa
             assert [row.pop("temperature") for row in bench.questions] == [1.0] * count
             assert bench.questions == rows
         assert benchmarks.task_file(bench.folder) == "words.py"
+
+
+def test_the_example_in_the_readme_passes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    write_task(tmp_path, text)
+    prep_data.main(["--task", "words.py", "--num_train", "8", "--num_test", "5", "--check"])
+    assert "8 train + 5 test questions of one category" in capsys.readouterr().out
 
 
 # What of WORDS is replaced, by what, and what the message says.

@@ -2,18 +2,18 @@
 
     python task_child.py FILE SECONDS OPEN_SECONDS MEMORY_MIB REQUESTS REPLIES
 
-SECONDS may a score take, OPEN_SECONDS the import and `questions`. REQUESTS and REPLIES are file
-descriptors of pipes. The first reply says what FILE holds; then each line of JSON that is read is
-answered by one. What the task prints goes nowhere, and reaches neither pipe. This file imports
-nothing of the toolkit: the task's process has nothing of it.
+A score may take SECONDS, the import and a call of `questions` OPEN_SECONDS. REQUESTS and REPLIES
+are file descriptors of pipes. The first reply says what FILE holds; after that, each line of
+JSON is answered by one. What the task prints is dropped. This file imports nothing of the toolkit,
+so that the task cannot see it either.
 
 Who ends what:
 
     a call that takes too long            the parent kills this process and its children
     the same after the parent has died    SIGALRM, which no Python code needs to run for
-    children that compute for ever        RLIMIT_CPU, which they inherit
+    children that compute forever         RLIMIT_CPU, which they inherit
     more memory, or larger files          RLIMIT_AS, RLIMIT_FSIZE
-    the parent has died or closed         the end of REQUESTS
+    the parent has died, or is done       the end of REQUESTS
 """
 
 import importlib.util

@@ -222,14 +222,17 @@ NUMBER = 300  # of questions in each split
 
 def add_arguments(add: Callable) -> None:
     """prep_data.py's arguments of --task."""
-    add("--num_train", type=int, metavar="N", help=f"questions to sample from (default: {NUMBER})")
-    add("--num_test", type=int, metavar="N", help=f"questions to measure on (default: {NUMBER})")
-    add("--check", action="store_true", help="check the task, write nothing")
+    train_help = f"questions to sample from and make pairs of (default: {NUMBER})"
+    add("--num_train", type=int, metavar="N", help=train_help)
+    test_help = f"other questions, to measure on (default: {NUMBER})"
+    add("--num_test", type=int, metavar="N", help=test_help)
+    add("--check", action="store_true", help="check the task and write nothing")
     add(
         "--answers",
         type=Path,
         metavar="RESULTS/RUN/SET",
-        help="also score these answers to the questions in its data folder: each category's rate",
+        help="also score a run's answers to the questions in the task's data folder, and print "
+        "each category's scores: which ones are always or never met",
     )
 
 
@@ -289,7 +292,8 @@ def check_folder(out: Path, task: Task) -> None:
 def print_checks(task: Task, rows: dict[str, list[dict]], made_up: int, seconds: float) -> None:
     counts = [f"{len(questions):,} {split}" for split, questions in rows.items()]
     categories = {row["category"] for questions in rows.values() for row in questions}
-    print(f"{task.path.name}: {' + '.join(counts)} questions of {len(categories)} categories")
+    of = "one category" if len(categories) == 1 else f"{len(categories)} categories"
+    print(f"{task.path.name}: {' + '.join(counts)} questions of {of}")
     print("  questions  the same in another process; no prompt comes twice")
     speed = f"{1e3 * seconds:.2g} ms a score, long answers included"
     print(

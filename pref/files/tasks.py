@@ -173,8 +173,8 @@ class Task:
         return found
 
     def score_some(self, answers: Sequence[tuple[dict, str]]) -> list[Scored | TaskFault]:
-        """The same of the first answers, at least of one: up to BATCH, or up to a fault that has
-        ended the process. So long does a caller wait who may be interrupted.
+        """The same of the first answers only, at least one: up to BATCH, or up to a fault that has
+        ended the process. A caller that may be interrupted waits no longer than that.
         """
         answers = answers[:BATCH]
         replies = self.exchange([encode({"score": pair}) for pair in answers], self.seconds)
@@ -362,7 +362,7 @@ def child_environment(hash_seed: int) -> dict[str, str]:
 def end_process(owner: int, process: subprocess.Popen, *pipes: int) -> None:
     """Kill a task's process with those that it has started, and close this side of its pipes.
 
-    owner: the process that may: a fork of it ends without.
+    owner: the process that may do so; a fork of it must not.
     """
     if os.getpid() != owner:
         return
