@@ -319,13 +319,10 @@ def check_judgements(run: Run, bench: str, answers_of: dict[str, dict], data: Be
     rewards = []
     for (key, baseline), rows in by_judge(files.rewards).items():
         if why := why_not_its_judgements(run, bench, rows, sides_of(baseline)):
-            what, command = f"rewards by {key.judge}{of_bench(bench)}", again
+            what, command = "rewards", again
             if judge_identity.is_program(key.judge):
-                what, command = (
-                    f"scores{what.removeprefix('rewards')}",
-                    f"{again} --judge {key.judge}",
-                )
-            stale.append(Stale(what, why, command))
+                what, command = "scores", f"{again} --judge {key.judge}"
+            stale.append(Stale(f"{what} by {key.judge}{of_bench(bench)}", why, command))
         else:
             rewards += rows
 
