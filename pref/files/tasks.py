@@ -317,7 +317,7 @@ def check_generation(given, name: str) -> dict:
     unknown = disk.as_object(given, where).keys() - GENERATION.keys()
     if unknown:
         raise UserError(
-            f"{where}: unknown {', '.join(sorted(unknown))}; {' and '.join(GENERATION)}"
+            f"{where}: unknown {', '.join(sorted(unknown))}; it may have {' and '.join(GENERATION)}"
         )
     return benchmarks.check_generation(GENERATION | given, where)
 

@@ -136,8 +136,8 @@ def check_complete(
     """Raise UserError for a run that lacks answers another run has, or has many empty ones.
 
     Mean scores over different questions are not comparable. A run with many empty answers is more
-    likely broken than bad, and not worth the money; empty_counts False, for a task's function,
-    which costs none and has a score for them: such answers belong to what is measured.
+    likely broken than bad, and judging it wastes money. empty_counts: False for a task's function,
+    which costs nothing: that answers are empty is part of what it measures.
     """
     all_keys = set().union(*runs.values())
     for run, answers in runs.items():

@@ -36,7 +36,7 @@ REMEDIES = {
     "too_long": "the conversation, or the baseline's, is longer than the reward model reads; it is "
     "never cut, and another try changes nothing",
     "program_error": "the task's function raised, or ended its process; the column judgement says "
-    "where. A corrected file is another judge, and scores all answers",
+    "where. A corrected file is another judge, and scores all answers anew",
     "program_range": "the task's function gave something else than a number from 0 to 1",
     "program_timeout": f"one score may take {tasks.SECONDS:g} s",
     "program_memory": f"the task's process may have {tasks.MEMORY_MIB} MiB of address space",

@@ -148,7 +148,7 @@ def report(study: Study, scheduler: Scheduler) -> int:
     for name in diverged:
         print(f"diverged, which is a result: {name}, after {summaries[name]['steps']} steps")
     for name, why in status.dropped_runs(study).items():
-        print(f"dropped, which follows from a result: {name}: {why}")
+        print(f"dropped from its round, which is a result: {name}: {why}")
     if missing:
         status.print_missing(study, missing)
     return 1 if missing else 0

@@ -42,8 +42,8 @@ def train(runner: Scheduler) -> None:
 
 
 def with_pairs(runner: Scheduler, number: int, points: list[Point]) -> list[Point]:
-    """Make the pairs of a round. Returns the points that can be trained; what keeps the others from
-    it is noted.
+    """Make the pairs of a round. Returns the points that can be trained; why the others cannot is
+    noted.
     """
     todo = [point for point in points if status.summary_of(runner.study.folder(point)) is None]
     todo = [point for point in todo if can_start(runner, point)]
@@ -60,7 +60,7 @@ def with_pairs(runner: Scheduler, number: int, points: list[Point]) -> list[Poin
 
 
 def can_start(runner: Scheduler, point: Point) -> bool:
-    """Whether there is an adapter to start from. If not, it is noted why."""
+    """Whether there is an adapter to start from. If not, the reason is noted."""
     if point.round == 1:
         return True
     folder = runner.study.results / point.start
@@ -79,7 +79,7 @@ def can_start(runner: Scheduler, point: Point) -> bool:
 
 
 def check_pairs(runner: Scheduler, point: Point) -> bool:
-    """Whether a point has pairs to train on. If not, it is noted why."""
+    """Whether a point has pairs to train on. If not, the reason is noted."""
     if has_pairs(runner.study, runner.study.results / point.start):
         return True
     whys = (runner.reasons.get(name) for name in (pairs_name(point.start), point.start))
@@ -126,7 +126,7 @@ def make_pairs(runner: Scheduler, number: int, runs: list[Path]) -> None:
 
 
 def complete_runs(runner: Scheduler, runs: list[Path]) -> list[Path]:
-    """Those of `runs` that have answered all train questions. Why others have not is noted."""
+    """Those of `runs` that have answered all train questions. What the others lack is noted."""
     name = task_settings.train_set(runner.study.settings)
     asked = round_questions(runner.study)
     needed = {(q["question_id"], n) for q in asked.questions for n in range(asked.choices)}

@@ -1,4 +1,4 @@
-"""The data folder of a study's task: made where it is missing, compared with the task where not."""
+"""The data folder of a study's task: made if it is missing, else compared with the task."""
 
 import shlex
 import subprocess
