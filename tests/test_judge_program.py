@@ -172,7 +172,7 @@ def test_another_version_of_the_task_is_another_judge(folder):
         of_judge[row["question_id"], row["choice"]] = row["score"]
     old, new = sorted(by_judge.values(), key=lambda scores: -sum(scores.values()))
     assert old == before
-    assert new == {key: number for key, (number, _) in by_script("words", "test").items()}
+    assert new == {key: number for key, (number, *_) in by_script("words", "test").items()}
     assert new[2, 0] == before[2, 0] / 2 and new[1, 1] < before[1, 1] / 2
 
 
