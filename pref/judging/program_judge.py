@@ -6,7 +6,8 @@ its `explain` says is kept as the judgement. FILE runs in a process with limits
 
 judge.py asks for one score at a time, and a pipe is fast with many. So the judge is told of all
 answers beforehand (`prepare`), and when it is asked for one it scores the next ones too. Some of
-them are scored in two processes first: a task that draws its scores is refused.
+them are scored in two processes first: a task that draws its scores is refused, and one whose
+scores depend on what it has scored before.
 
 The judge is identified by the content of the file and of the modules beside it, and by the versions
 of its packages. Another version of the file is another judge; another path to it is not.
@@ -27,8 +28,9 @@ from pref.judging.benchmark import Bench, question_sha256, question_up_to
 from pref.judging.judges import Judge
 
 BATCH_S = 0.5  # what a kill may cost, and how long Ctrl-C waits
-# Answers, spread over all, that are scored in a second process too; and how long that may take.
-CHECKED, CHECKED_S = 32, 3.0
+# Answers, spread over all, that are scored in a second process too; and how long their first
+# scores may take: fewer are checked of a slow task, but at least two.
+CHECKED, CHECKED_S = 32, 1.0
 # Answers in a row on which the task takes too long: so would the rest.
 GIVE_UP_AFTER = 20
 
@@ -71,19 +73,11 @@ class Queue:
         gives an answer two scores: no number of such a task is kept.
         """
         self.waiting |= dict.fromkeys(map(key_of, requests))
-        keys, until = list(self.waiting), time.monotonic() + CHECKED_S
+        keys = list(self.waiting)
+        keys = keys[:: max(1, len(keys) // CHECKED)][:CHECKED]
+        answers = [(self.questions[sha256], text) for sha256, text in keys]
         with tasks.open_task(self.task.path, hash_seed=1) as again:
-            for key in keys[:: max(1, len(keys) // CHECKED)][:CHECKED]:
-                self.check(key, again)
-                if time.monotonic() > until:
-                    break
-
-    def check(self, key: Key, again: Task) -> None:
-        """Score an answer here and in another process. One without a score has its reason later."""
-        pair = self.questions[key[0]], key[1]
-        (one,) = self.task.score_some([pair])
-        if isinstance(one, Scored) and isinstance(two := again.score_some([pair])[0], Scored):
-            tasks.check_same(self.task, *pair, one, two)
+            check_answers(self.task, again, answers)
 
     def ask(self, request: dict) -> dict:
         """The reply to a request. Raises UserError when too many in a row have taken too long."""
@@ -113,6 +107,25 @@ class Queue:
         for name in sorted(self.task.late_files - self.reported):
             print(f"{self.task.path.name}: {tasks.late_file_note(name)}", file=sys.stderr)
         self.reported |= self.task.late_files
+
+
+def check_answers(task: Task, again: Task, answers: list[tuple[dict, str]]) -> None:
+    """Raise UserError if a task gives one of `answers` two scores. again: the same task in another
+    process, which scores them backwards and then once more: a task that remembers what it has
+    scored would otherwise give both the same. An answer without a score has its reason later.
+    """
+    until = time.monotonic() + CHECKED_S
+    scored = []
+    for number, answer in enumerate(answers, 1):
+        (one,) = task.score_some([answer])
+        if isinstance(one, Scored):
+            scored.append((answer, one))
+        if number > 1 and time.monotonic() > until:
+            break
+    for answer, one in [*scored[::-1], *scored]:
+        (two,) = again.score_some([answer])
+        if isinstance(two, Scored):
+            tasks.check_same(task, *answer, one, two)
 
 
 def key_of(request: dict) -> Key:
