@@ -302,7 +302,21 @@ def test_comparisons_are_no_scores(folder):
         prepare(folder)
 
 
+def test_equal_scores_are_a_tie_however_often_an_answer_came(folder):
+    """The sum of three 0.1 by 3 is above 0.1 in binary, and that of three 0.7 below 0.7."""
+    answers = {n: [("a", x), ("b", x), ("b", x), ("b ", x)] for n, x in ((1, 0.1), (2, 0.7))}
+    pairs, _, manifest = prepare(make_set(folder, answers | {3: POEMS[1], 4: POEMS[2]}))
+    assert said(pairs).keys() == {3, 4} and manifest["drops"] == {"tie": 2}
+
+
 # ---- answers -------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_reads_as_a_missing_value_leaves_the_others(folder):
+    answers = {n: [("None", 1.0), ("b", 0.5), ("c", 0.0)] for n in (1, 2)}
+    pairs, dropped, _ = prepare(make_set(folder, answers))
+    assert said(pairs) == {1: {("b", "c")}, 2: {("b", "c")}}
+    assert {d["reason"] for d in dropped} == {"answer: a missing value written as text"}
 
 
 def test_answers_cut_off_are_kept_and_counted(folder, capsys):

@@ -10,6 +10,7 @@ that the question keeps its others. answer_scores.py reads the scores.
 """
 
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,7 @@ from pref.files.audit import PlacedPair
 from pref.files.console import UserError
 from pref.files.mt_bench import AnswerKey
 from pref.files.pairs import visible
+from pref.files.row_pairs import MISSING
 from pref.files.tables import Rows
 
 RULE = "best_worst"  # where --rule is not given
@@ -261,6 +263,8 @@ def why_unusable(row: dict, text: str, key: AnswerKey, scores: Scores) -> str | 
         text.encode()
     except UnicodeEncodeError:
         return "not valid Unicode (half a surrogate pair)"
+    if text.strip() in MISSING:
+        return "a missing value written as text"
     if token := control_tokens.find_carried(text):
         return f"{audit.CARRIED} ({token})"
     return None
@@ -277,8 +281,9 @@ def distinct(answers: list[Answer]) -> list[Answer]:
     same: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         same[visible(answer.text)].append(answer)
+    # statistics.mean is exact: the sum of three 0.1 by 3 is above 0.1, and would beat another 0.1.
     return [
-        group[0]._replace(score=math.fsum(answer.score for answer in group) / len(group))
+        group[0]._replace(score=statistics.mean(answer.score for answer in group))
         for group in same.values()
     ]
 

@@ -5,6 +5,7 @@ answers does not.
 """
 
 import math
+import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +75,7 @@ def read_scores(path: Path, answers: dict[AnswerKey, dict], wanted: str | None) 
             failures[key] = row["status"]
         else:
             scores[key].append(checked_score(path, row))
-    means = {key: math.fsum(given) / len(given) for key, given in scores.items()}
+    means = {key: statistics.mean(given) for key, given in scores.items()}  # exact, also of 0.1s
     failed = {key: status for key, status in failures.items() if key not in means}
 
     # 3) What the user should know of it.
