@@ -57,6 +57,9 @@ def test_a_narrow_range_gives_different_values_of_three_digits():
     drawn = draws.values("uniform 1 1.04 x 5", "BETAS", whole=False, seed="42")
     assert sorted(drawn) == ["1", "1.01", "1.02", "1.03", "1.04"]
     assert sorted(draws.values("uniform 3 5 x 3", "AXIS_lora_r", True, "42")) == ["3", "4", "5"]
+    # Each as likely as the others: of 300 first draws 100 (SD 8) are at the lower end.
+    firsts = [draws.values("uniform 3 5 x 1", "AXIS_lora_r", True, str(n))[0] for n in range(300)]
+    assert all(70 < firsts.count(value) < 130 for value in "345")
 
 
 def test_every_loss_gets_the_same_draws(tmp_path, monkeypatch):

@@ -34,11 +34,12 @@ def values(text: str, axis: str, whole: bool, seed: str) -> list[str]:
         raise UserError(f"DRAW_SEED={seed}: must be a whole number, 0 or more")
     kind, low, high, number = read(text, axis, whole)
     found: list[str] = []
+    above = high + 1 if whole else high  # rounded down, so that the ends are as likely as the rest
     for draw in draws(f"{seed} {axis}", TRIES * number):
-        value = low + (high - low) * draw
+        value = low + (above - low) * draw
         if kind == "loguniform":
-            value = low * (high / low) ** draw
-        value = round(value) if whole else float(f"{value:.{DIGITS}g}")
+            value = low * (above / low) ** draw
+        value = math.floor(value) if whole else float(f"{value:.{DIGITS}g}")
         # Rounding may leave the range, or meet a value that is there already.
         if low <= value <= high and (name := f"{value:.10g}") not in found:
             found.append(name)
