@@ -243,6 +243,17 @@ def test_pairs_of_another_models_answers_are_named(results, tmp_path, capsys):
         assert ("its pairs are answers of other" in capsys.readouterr().out) is warned
 
 
+def test_a_start_that_diverged_is_named(results, tmp_path, capsys):
+    run = shutil.copytree(results / "first", tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    for how in ("finished", "diverged"):
+        (run / "summary.json").write_text(json.dumps(summary | {"status": how}))
+        start_adapter.warn_of_divergence(parse_args(["--init_adapter", str(run)]), ONE)
+        assert ("diverged; training starts from the best" in capsys.readouterr().out) is (
+            how == "diverged"
+        )
+
+
 def train_args_of_round_2(tiny_model, data, results) -> list[str]:
     return [str(a) for a in train_args(tiny_model, data, results, "--round", "2")]
 

@@ -58,6 +58,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
     args = settings.replaced(started, run_id=run_id.choose(args, started, parameters))
     if start_adapter.is_missing(args):
         args = start_adapter.check_missing(args, ranks)
+    start_adapter.warn_of_divergence(args, ranks)
     start_adapter.check_pairs(args, ranks)
     files = weights.find_model(args.model, needs_weights=args.dry_run is None)
     args = settings.for_device(args, files, ranks)

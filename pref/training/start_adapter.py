@@ -136,6 +136,17 @@ def check_run(args: argparse.Namespace, origin: Origin) -> None:
         )
 
 
+def warn_of_divergence(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Warn if the run that training starts from diverged: its adapter is the best before that."""
+    run = origin_of(args.init_adapter).run if args.init_adapter else None
+    path = run / "summary.json" if run else None
+    if path and path.is_file() and disk.read_json(path).get("status") == "diverged":
+        ranks.print(
+            f"warning: --init_adapter {run}: diverged; training starts from the best adapter that "
+            "it had before"
+        )
+
+
 def check_pairs(args: argparse.Namespace, ranks: Ranks) -> None:
     """Warn if the pairs in --data are answers of another model than the one that training starts
     from: such training is not on-policy.
