@@ -232,9 +232,10 @@ def verdicts_of(study: Study, bench: str) -> dict[str, store.Verdicts]:
 
 
 def questions_of(study: Study, bench: str) -> list[dict]:
-    """The questions that the study's runs answer; none if their folder is not there yet."""
-    if not commands.bench_folder(study, bench).is_dir():
-        return []
+    """The questions that the study's runs answer; none if they are not there yet."""
+    folder = commands.bench_folder(study, bench)
+    if not folder.is_dir() or (bench == study.task and not (folder / "manifest.json").is_file()):
+        return []  # of a task the sweep writes them, the manifest last
     args = gen_mtbench.parse_args(commands.stage_arguments(study, "gen", bench))
     return gen_mtbench.load_bench(args).questions
 
