@@ -207,7 +207,17 @@ def settings_of(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if name in given:  # likewise JUDGE and the file's JUDGE_alpaca_eval, but not JUDGE_ARGS
             in_file.pop(f"{name}_{bench}", None)
     chosen = in_file | given
+    check_quotes(chosen)
     return task_settings.complete(DEFAULTS | chosen, set(chosen)), given
+
+
+def check_quotes(chosen: dict[str, str]) -> None:
+    """Raise UserError for arguments of a stage that a shell could not read."""
+    for name, value in chosen.items():
+        try:
+            shlex.split(value if "_ARGS" in name else "")
+        except ValueError as error:
+            raise UserError(f"{name}={value}: {error}; close what is open") from None
 
 
 def load_study(args: argparse.Namespace) -> Study:
@@ -221,7 +231,7 @@ def load_study(args: argparse.Namespace) -> Study:
         if settings[key] and not re.fullmatch(r"[1-9]\d*", settings[key]):
             raise UserError(f"{key}={settings[key]}: must be a whole number above 0")
     points = expand(settings)
-    if settings["ROUNDS"] and args.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
+    if task_settings.rounds_of(settings) and args.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
         raise UserError(
             "--nodes: with ROUNDS only within Slurm, where one machine answers, scores and makes "
             "pairs for all"
@@ -293,6 +303,7 @@ def expand(settings: dict[str, str]) -> list[Point]:
             axis: values_of(settings, axis, parameter, name) for axis, parameter in axes.items()
         }
         values["LOSSES"] = [loss]
+        check_not_given_twice(settings, axes, values, name)
         for choice in itertools.product(*values.values()):
             chosen = dict(zip(axes, choice))
             position = [values[axis].index(chosen[axis]) for axis in SLOW_AXES]
@@ -339,6 +350,21 @@ def load_loss(loss: str, settings: dict[str, str]) -> str:
             "names one of your own"
         )
     return name
+
+
+def check_not_given_twice(
+    settings: dict[str, str], axes: dict[str, str], values: dict[str, list[str]], loss: str
+) -> None:
+    """Raise UserError if TRAIN_ARGS give an argument that an axis has several values of: theirs
+    would take the place of all of them.
+    """
+    flags = {word.partition("=")[0] for word in extra_arguments(settings, loss)}
+    for axis, parameter in axes.items():
+        if len(values[axis]) > 1 and f"--{parameter}" in flags:
+            raise UserError(
+                f"{draws.name_of(axis)}: TRAIN_ARGS have --{parameter} too, which would take the "
+                "place of all values; leave one of them out"
+            )
 
 
 def loss_name(loss: str) -> str:

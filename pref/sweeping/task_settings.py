@@ -8,6 +8,7 @@ models' own answers to its train questions:
 """
 
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -23,6 +24,17 @@ DEFAULTS = {
     "PAIRS_ARGS": "",
 }
 REFERENCES = ("start", "base")
+# Arguments of train_pref.py that follow from the settings of a study with rounds.
+OF_ROUNDS = {
+    "--init_adapter": "with ROUNDS round 1 starts from the base model, and later rounds from the "
+    "one before; leave it out",
+    "--data": "with ROUNDS the pairs are made of the models' own answers; leave it out",
+    "--run_id": "with ROUNDS runs are named by what was varied and by their round; leave it out",
+    "--reference": "with ROUNDS the setting REFERENCE says it; set REFERENCE",
+    "--round": "with ROUNDS each run's round is known; leave it out",
+    "--model": "with ROUNDS the model that answers is the one that is trained; set MODEL",
+    "--results_dir": "with ROUNDS the runs are in RESULTS; set RESULTS",
+}
 OF_THE_JUDGE = ("JUDGE", "BASE_URL", "JUDGE_ARGS")
 
 
@@ -78,18 +90,26 @@ def complete(settings: dict[str, str], chosen: Collection[str]) -> dict[str, str
     # 2) With rounds, DATA is where the first one's pairs are.
     if not rounds_of(settings):
         return settings
-    for name, value in settings.items():
-        if name.startswith("TRAIN_ARGS") and "--init_adapter" in value:
-            raise UserError(
-                f"{name}: with ROUNDS round 1 starts from the base model, and later rounds from "
-                "the one before; leave --init_adapter out"
-            )
+    check_train_args(settings)
     if "DATA" in chosen:
         raise UserError(
             "DATA: with ROUNDS the pairs are made of the models' own answers; leave one of them out"
         )
     base_pairs = pairs_folder(settings, run_folders.BASE_RUN)
     return settings | {"DATA": str(base_pairs)}
+
+
+def check_train_args(settings: Mapping[str, str]) -> None:
+    """Raise UserError for an argument in TRAIN_ARGS that is the rounds' own: it would be passed
+    over, or train on other pairs than the models' own answers.
+    """
+    for name, value in settings.items():
+        if not name.startswith("TRAIN_ARGS"):
+            continue
+        flags = {word.partition("=")[0] for word in shlex.split(value)}
+        for flag, remedy in OF_ROUNDS.items():
+            if flag in flags:
+                raise UserError(f"{name}: {flag}: {remedy}")
 
 
 def check_rounds(settings: Mapping[str, str]) -> None:
