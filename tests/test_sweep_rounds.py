@@ -235,7 +235,15 @@ def test_every_round_draws_its_answers_with_a_seed_of_its_own(tmp_path):
         ("REFERENCE first", "REFERENCE=first: must be start"),
         ("JUDGE_ARGS_consonants x", "JUDGE_ARGS_consonants is not an axis or setting"),
         ("BENCHES vowels consonants", "there is no benchmark 'consonants'"),
-        ("TRAIN_ARGS_dpo --init_adapter sft", "TRAIN_ARGS_dpo: with ROUNDS round 1 starts from"),
+        (
+            "TRAIN_ARGS_dpo --init_adapter sft",
+            "TRAIN_ARGS_dpo: --init_adapter: with ROUNDS round 1",
+        ),
+        ("TRAIN_ARGS_dpo --reference=base", "TRAIN_ARGS_dpo: --reference: .* set REFERENCE"),
+        ("TRAIN_ARGS_dpo --data data/mine", "TRAIN_ARGS_dpo: --data: with ROUNDS the pairs are"),
+        ("TRAIN_ARGS_dpo --run_id mine", "--run_id: with ROUNDS runs are named by what was varied"),
+        ("AXIS lora_r 4 8", "AXIS lora_r: TRAIN_ARGS have --lora_r too, which would take the"),
+        ("PAIRS_ARGS --rule 'all", "PAIRS_ARGS=--rule 'all: No closing quotation; close what is"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, line, message):
@@ -296,10 +304,37 @@ def test_a_study_whose_pairs_were_made_otherwise_is_refused(tmp_path):
     rounds.train(runner_of(study_of(path)._replace(points=[])))
     rounds.check_unchanged(study_of(path))
     Path(path).write_text(Path(path).read_text() + "PAIRS_ARGS --min_margin 0.5\n")
+    rounds.check_unchanged(study_of(path))  # no pairs yet: these arguments may have given none
+    disk.write_json(tmp_path / "r/base/vowels_train/pairs/manifest.json", {})
     with pytest.raises(
         UserError, match="began with PAIRS_ARGS '', not '--min_margin 0.5'; restore"
     ):
         rounds.check_unchanged(study_of(path))
+    disk.write_json(tmp_path / "r/base/args.json", {"model": "other/base"})
+    with pytest.raises(UserError, match="args.json: .* began with MODEL 'other/base', not '"):
+        rounds.check_unchanged(study_of(path))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--min_margn 1", "PAIRS_ARGS=--min_margn 1: prep_data.py does not take this"),
+        ("--min_margin -1", "PAIRS_ARGS: --min_margin -1.0: must be above 0"),
+        ("--out elsewhere", "leave out --from_answers, --judge, --questions and --out"),
+    ],
+)
+def test_arguments_of_pairs_are_checked_before_there_are_answers(tmp_path, given, message):
+    study = study_of(write_grid(tmp_path, tmp_path, "r", f"PAIRS_ARGS {given}\n"))
+    with pytest.raises(UserError, match=message):
+        rounds.train(runner_of(study))
+
+
+def test_questions_that_are_being_written_are_none_yet(tmp_path, capsys):
+    """The manifest comes last. --status must not ask for what the sweep is about to write."""
+    study = study_of(write_grid(tmp_path, tmp_path, "r"))
+    disk.write_jsonl(task_folder.folder(study) / "test_questions.jsonl", [{"question_id": 1}])
+    assert status.print_status(study) == 1
+    assert "4 runs: 4 waiting" in capsys.readouterr().out
 
 
 def test_a_plan_before_there_are_pairs(tmp_path, tiny_model):
@@ -403,6 +438,18 @@ def test_answers_without_pairs_are_a_result_and_a_full_disk_is_none(
     assert (point.run_id in runner.reasons) != is_result
     where = runner.dropped if is_result else runner.reasons
     assert where[point.run_id] == f"{point.start}: {said}"
+
+
+def test_a_study_without_any_pairs_is_not_done(tmp_path, monkeypatch):
+    """All scores of the base's answers are equal: nothing is trained, and the end says so."""
+    study = study_of(write_grid(tmp_path, tmp_path, "r"))
+    runner = runner_of(study)
+    monkeypatch.setattr(
+        rounds, "make_pairs", lambda *_: runner.fail("pairs_base", "no pairs left for train")
+    )
+    assert rounds.with_pairs(runner, 1, study.points[:2]) == [] and not runner.dropped
+    missing = status.missing_of(study._replace(stages=["train"]), runner.reasons)
+    assert missing[study.points[0].run_id].endswith("not trained: base: no pairs left for train")
 
 
 def test_scores_of_a_judge_that_was_ended_give_no_pairs(tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def preflight(study: Study) -> None:
     if todo and not problems:
         with collecting(problems):
             if study.rounds:
+                rounds.check_pairs_args(study)
                 rounds.check_unchanged(study)
                 print(rounds.estimate_sampling(study, todo), flush=True)
             plan = plan_of(study, todo[0])

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gen_mtbench
-from pref.files import disk, mt_bench, sides
+import prep_data
+from pref.answering import work
+from pref.files import disk, mt_bench, run_folders, sides
 from pref.files.console import UserError
 from pref.judging import store
 from pref.model import weights
@@ -31,6 +33,7 @@ NOTED = "rounds.json"  # in the results folder: what the rounds' pairs are made 
 
 def train(runner: Scheduler) -> None:
     """Run the rounds, one after another."""
+    check_pairs_args(runner.study)
     check_unchanged(runner.study)
     disk.write_json(runner.study.results / NOTED, settings_now(runner.study))
     for number in range(1, runner.study.rounds + 1):
@@ -84,7 +87,9 @@ def check_pairs(runner: Scheduler, point: Point) -> bool:
         return True
     whys = (runner.reasons.get(name) for name in (pairs_name(point.start), point.start))
     why = next(filter(None, whys), "no pairs were made of its answers")
-    if sides.NO_PAIRS in why or sides.ONE_PROMPT in why:  # a result, like a run that diverged
+    # A later round without pairs is a result, like a run that diverged. Without any in the first
+    # one there is no study.
+    if point.round > 1 and (sides.NO_PAIRS in why or sides.ONE_PROMPT in why):
         runner.reasons.pop(pairs_name(point.start), None)
         runner.drop(point.run_id, f"{point.start}: {why}")
     else:
@@ -162,10 +167,23 @@ def check_unchanged(study: Study) -> None:
     """Raise UserError if this study's pairs were made otherwise when it began: its rounds could
     not be compared.
     """
+    # 1) The base model, by its name: weights are compared where they are loaded.
+    path = study.results / run_folders.BASE_RUN / "args.json"
+    base = disk.read_json(path).get("model") if path.is_file() else None
+    if not work.may_be_same_model(base or study.settings["MODEL"], study.settings["MODEL"]):
+        raise UserError(
+            f"{path}: this study's rounds began with MODEL {base!r}, not "
+            f"{study.settings['MODEL']!r}; restore it, or give another RESULTS"
+        )
+
+    # 2) Settings. Those of pairs may still change where none could be made.
     path = study.results / NOTED
     begun = disk.read_json(path) if path.is_file() else {}
+    pairs = task_settings.pairs_folder(study.settings, "*").relative_to(study.results)
+    if not any(study.results.glob(f"{pairs}/manifest.json")):
+        begun.pop("PAIRS_ARGS", None)
     for name, value in settings_now(study).items():
-        if begun and begun.get(name) != value:
+        if name in begun and begun[name] != value:
             was = "another file" if name == "TASK" else f"{begun.get(name)!r}, not {value!r}"
             raise UserError(
                 f"{path}: this study's rounds began with {name} {was}; restore it, or give another "
@@ -256,6 +274,26 @@ def commands_of_round(study: Study, number: int) -> Iterator[list[str]]:
 
 
 # ---- before there are pairs ---------------------------------------------------------------------
+
+
+def check_pairs_args(study: Study) -> None:
+    """Raise UserError for PAIRS_ARGS that prep_data.py would refuse after all answers are there,
+    and for those that the rounds say themselves.
+    """
+    folder, text = "RUN/SET", study.settings["PAIRS_ARGS"]
+    try:
+        args = prep_data.parse_args(["--from_answers", folder, *shlex.split(text)])
+    except SystemExit:  # it has said why
+        raise UserError(f"PAIRS_ARGS={text}: prep_data.py does not take this, see above") from None
+    if args.from_answers != folder or args.out or args.judge or args.questions:
+        raise UserError(
+            f"PAIRS_ARGS={text}: leave out --from_answers, --judge, --questions and --out, which "
+            "the rounds say themselves"
+        )
+    try:
+        prep_data.check_pair_args(args, Path(folder))
+    except UserError as error:
+        raise UserError(f"PAIRS_ARGS: {error}") from None
 
 
 class RoundQuestions(NamedTuple):
