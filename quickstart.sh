@@ -4,7 +4,7 @@
 #
 #   bash quickstart.sh    about ten minutes on two cores after the installs; rerun to continue
 #
-# Everything goes to quickstart/. A program checks the instructions (examples/tasks/constraints.py), so that the score is the
+# Everything goes to quickstart/. A program checks the instructions (examples/tasks/brevity.py), so that the score is the
 # truth and costs nothing. The model has 135M parameters: which loss wins here says little about larger models.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -27,8 +27,8 @@ cat <<TEXT
 
 quickstart finished in $((elapsed / 60)) min $((elapsed % 60)) s after the installs
   report     quickstart/results/comparison/report.html    opens from disk; tables/ and figures/ next to it
-  pairs      quickstart/results/base/constraints_train/   answers.jsonl, judgements.csv, pairs/
-  one run    quickstart/results/dpo_b0.5_*/               args.json, metrics.jsonl, adapter/, constraints/, figures/
+  pairs      quickstart/results/base/brevity_train/   answers.jsonl, judgements.csv, pairs/
+  one run    quickstart/results/dpo_b0.1_*/               args.json, metrics.jsonl, adapter/, brevity/, figures/
 What to run next, after source .venv/bin/activate:
   your task      python prep_data.py --task my_task.py --check
   your data      python prep_data.py --dataset my_pairs.jsonl
