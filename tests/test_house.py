@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "gen_mtbench": ("files", "model", "answering"),
     "judge": ("files", "model", "judging"),
     "analyze": ("files", "analysis"),
-    "sweeping": ("files", "model", "training", "judging", "losses", *STAGES),
+    "sweeping": ("files", "model", "training", "answering", "judging", "losses", *STAGES),
 }
 # A user may keep scripts of their own at the top; these are not looked at.
 SCRIPTS = [ROOT / f"{name}.py" for name in (*STAGES, "losses")]
