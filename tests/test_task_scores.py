@@ -395,10 +395,12 @@ def make_rounds(results, n=12):
         for seed in (1, 2):
             first = f"dpo_b{beta}_s{seed}"
             run = make_run(
-                results, first, "dpo", beta, None, seed, summary={"best_acc_ref": accuracy}
-            )
+                results, first, "dpo", beta, None, seed,
+                summary={"best_acc_ref": accuracy}, lora_targets="all-linear",
+            )  # fmt: skip
             write_task(run, 0.4, 1.0, n=n)
-            own = {"data_sha256": {"train": first, "val": first}, "round": 2}
+            own = {"lora_targets": "down_proj,up_proj"}  # as the adapter names them
+            own |= {"data_sha256": {"train": first, "val": first}, "round": 2}
             own |= {"init_adapter": f"elsewhere/{first}/adapter", "init_adapter_sha256": first}
             run = make_run(
                 results, f"{first}_round2", "dpo", beta, None, seed,

@@ -22,6 +22,7 @@ def make_cells(runs: list[Run]) -> list[Cell]:
 
     Raises UserError if two runs of a cell have the same seed. The untrained model comes first.
     """
+    runs = with_targets_of_first_round(runs)
     differing = differing_settings(runs)
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
@@ -60,6 +61,21 @@ def make_cell(runs: list[Run], differing: dict[str, list[str]], by_id: dict[str,
         label=cell_rows.cell_label(first.loss, first.beta, first.tau, settings),
         accuracy=stats.mean(accuracy for accuracy in accuracies if accuracy is not None),
     )
+
+
+def with_targets_of_first_round(runs: list[Run]) -> list[Run]:
+    """`runs`, those of later rounds with the lora_targets of their first round: the adapter that
+    they started from names its layers one by one, where the first round says "all-linear".
+    """
+    by_id = {run.run_id: run for run in runs}
+    found = []
+    for run in runs:
+        first = first_round(run, by_id) if run.round > 1 else None
+        if first and "lora_targets" in first.settings:
+            targets = {"lora_targets": first.settings["lora_targets"]}
+            run = replace(run, settings=run.settings | targets)
+        found.append(run)
+    return found
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
