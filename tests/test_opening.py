@@ -54,7 +54,8 @@ def part_of(*rows, cells=None, **facts):
     """The scores of a task's program on the cells of these rows."""
     sides = {row[side]: row[f"{side}_score"] for row in rows for side in ("proposed", "baseline")}
     cells = cells or [cell(label, score) for label, score in sides.items()]
-    frontier = [{"label": one["label"], "kl": KL.get(one["label"])} for one in cells]
+    of_answers = {"kl_answers": "constraints"}
+    frontier = [{"label": one["label"], "kl": KL.get(one["label"])} | of_answers for one in cells]
     facts = {"bench": "constraints", "grading": "program", "judge": "py:constraints.py"} | facts
     facts = {"title": f"judge {facts['judge']}", "category": None, "as_humans": None} | facts
     return facts | {"cells": cells, "improvement": list(rows), "frontier": frontier}
@@ -208,7 +209,17 @@ def test_a_difference_on_fewer_questions_than_the_scores_says_so():
 
 def test_a_kl_that_was_not_measured_is_named():
     part = part_of(RAISED) | {"frontier": []}
-    assert "KL was not measured (gen_mtbench.py --kl)." in open_study(part)["statement"]
+    said = "KL was not measured on these answers (gen_mtbench.py --kl)."
+    assert said in open_study(part)["statement"]
+
+
+def test_the_kl_of_answers_to_another_benchmark_is_not_that_of_the_score():
+    part = part_of(RAISED)
+    assert "nats of KL" in open_study(part)["statement"]
+    of_mt_bench = [row | {"kl_answers": "mt_bench"} for row in part["frontier"]]
+    statement = open_study(part | {"frontier": of_mt_bench})["statement"]
+    assert "nats of KL" not in statement
+    assert "KL was not measured on these answers" in statement
 
 
 # ---- which score --------------------------------------------------------------------------------

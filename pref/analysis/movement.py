@@ -38,8 +38,15 @@ def movement_of_runs(cells: list[dict], movement: list[dict]) -> dict[str, Moved
 
 
 def movement_of_part(part: dict) -> dict[str, Moved]:
-    """By the answers that this part is of; nothing of validation accuracy and imported tasks."""
-    distance = {row["label"]: row["kl"] for row in part.get("frontier", ())}
+    """By the answers that this part is of; nothing of validation accuracy and imported tasks.
+
+    A frontier may be over the KL of the answers to MT-Bench, which is not that of these answers.
+    """
+    distance = {
+        row["label"]: row["kl"]
+        for row in part.get("frontier", ())
+        if row["kl_answers"] == part.get("bench")
+    }
     return {
         cell["label"]: Moved(distance.get(cell["label"]), None, None, cell.get("length"))
         for cell in part["cells"]

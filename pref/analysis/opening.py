@@ -131,7 +131,7 @@ def cost_text(score: Score, label: str, comparison: dict) -> str:
     if dollars := score.part.get("judge_usd"):
         found.append(f"judging all runs cost {dollars:,.2f} dollars")
     if score.measure.judged and movement.movement_of(score, comparison)[label].kl is None:
-        found.append("KL was not measured (gen_mtbench.py --kl)")
+        found.append("KL was not measured on these answers (gen_mtbench.py --kl)")
     text = "; ".join(found)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
