@@ -246,8 +246,6 @@ def score_all(
     under their adapter and under the base model. unscored: (position in `items`, turn).
     """
     score = author.engine.score
-    # Adapter by adapter: each is read from disk when the pass before was another's.
-    unscored = sorted(unscored, key=lambda place: items[place[0]].run.adapter_name or "")
     total = workers.share(len(unscored))
     with console.Progress("log-probabilities", "turns", total, enabled=workers.is_main) as bar:
         for index in workers.take("scores", len(unscored)):
