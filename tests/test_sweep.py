@@ -300,6 +300,9 @@ def test_gpus_in_groups(tmp_path, monkeypatch):
     on_cpu = study_of(tmp_path, 1, JOBS="2")
     assert "--nproc_per_node 2" in shlex.join(commands.stage_command(on_cpu, "gen", "mt_bench"))
     assert "--nproc_per_node" not in commands.stage_command(on_cpu, "judge", "mt_bench")
+    for served in ("--base_url http://here/v1", "--base_url=http://here/v1"):
+        on_cpu.settings["GEN_ARGS"] = served
+        assert "--nproc_per_node" not in commands.stage_command(on_cpu, "gen", "mt_bench")
 
 
 def test_a_crash_is_retried_once_a_mistake_is_not_and_the_rest_goes_on(tmp_path, monkeypatch):

@@ -122,7 +122,8 @@ def stage_process(study: Study, stage: str, given: list[str]) -> list[str]:
     JOBS processes, which share its cores better than one process does.
     """
     start, ranks = [sys.executable], len(gpus()) or int(study.settings["JOBS"] or 1)
-    if stage == "gen" and "--base_url" not in given and ranks > 1:
+    by_server = any(argument.partition("=")[0] == "--base_url" for argument in given)
+    if stage == "gen" and not by_server and ranks > 1:
         one_machine = study._replace(args=argparse.Namespace(nodes=1))
         start = launcher(one_machine, ranks, "gen")
     return [*start, str(ROOT / SCRIPTS[stage]), *given]
