@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,12 @@ def pairs_folder(tmp_path_factory) -> Path:
     write_jsonl(folder / "train.jsonl", rows[:30])
     write_jsonl(folder / "val.jsonl", rows[30:])
     return folder
+
+
+@pytest.fixture(scope="module")
+def own_pairs(pairs_folder, tmp_path_factory) -> Path:
+    """A data folder whose reference/ is not shared with other test files."""
+    return shutil.copytree(pairs_folder, tmp_path_factory.mktemp("own") / "pairs")
 
 
 @pytest.fixture(autouse=True)

@@ -586,12 +586,6 @@ def test_status_shows_how_to_continue(undisturbed, stopped, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def own_pairs(pairs_folder, tmp_path_factory):
-    """A data folder whose reference/ is not shared with other test files."""
-    return shutil.copytree(pairs_folder, tmp_path_factory.mktemp("own") / "pairs")
-
-
-@pytest.fixture(scope="module")
 def sft(tiny_model, own_pairs, tmp_path_factory):
     """The adapter of a short SFT run, different from the base."""
     results = tmp_path_factory.mktemp("sft")

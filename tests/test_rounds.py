@@ -28,26 +28,20 @@ LIVE = ["--loss", "td_dpo", "--margin", "ref", "--tau", "10", "--kl", "full_rev"
 
 
 @pytest.fixture(scope="module")
-def data(pairs_folder, tmp_path_factory):
-    """A data folder whose reference/ is not shared with other test files."""
-    return shutil.copytree(pairs_folder, tmp_path_factory.mktemp("rounds") / "pairs")
-
-
-@pytest.fixture(scope="module")
-def results(tiny_model, data, tmp_path_factory):
+def results(tiny_model, own_pairs, tmp_path_factory):
     """Three runs: `first`, and second rounds named by their references, `start` and `base`."""
     folder = tmp_path_factory.mktemp("results")
     more = "--loss dpo --learning_rate 2e-2 --lora_r 8 --max_steps 2 --run_id first"
-    assert train(*train_args(tiny_model, data, folder, *more.split())) == 0
+    assert train(*train_args(tiny_model, own_pairs, folder, *more.split())) == 0
     for name, more in (("start", ("--max_steps", "1")), ("base", ())):
-        assert train_pref.main(second(tiny_model, data, folder, name, *LIVE, *more)) == 0
+        assert train_pref.main(second(tiny_model, own_pairs, folder, name, *LIVE, *more)) == 0
     return folder
 
 
-def second(tiny_model, data, results, name, *more, init=None) -> list[str]:
+def second(tiny_model, own_pairs, results, name, *more, init=None) -> list[str]:
     """Arguments of a second round that starts from the run `first`, with its own r."""
     given = ["--run_id", name, "--reference", name, "--init_adapter", init or results / "first"]
-    args = [str(a) for a in train_args(tiny_model, data, results, *given, *more)]
+    args = [str(a) for a in train_args(tiny_model, own_pairs, results, *given, *more)]
     place = args.index("--lora_r")
     return [*args[:place], *args[place + 2 :]]
 
@@ -62,12 +56,12 @@ def rows_at(run, step: int) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model, data, results):
+def plain(tiny_model, own_pairs, results):
     """In double precision, without code of ours: log-probabilities over the vocabulary (tokens, V)
     of each validation pair's responses, by the base and by PEFT with the adapters of two runs.
     """
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64).eval()
-    pairs = val_pairs(tiny_model, data)
+    pairs = val_pairs(tiny_model, own_pairs)
 
     @torch.no_grad()
     def vocabulary(model) -> list[dict]:
@@ -149,13 +143,13 @@ def test_the_base_is_the_reference_of_all_rounds(results, plain):
     assert summary["best_step"] == 4 and summary["step0_difference"] < 1e-4
 
 
-def test_an_interrupted_round_continues(tiny_model, data, results, tmp_path, monkeypatch):
+def test_an_interrupted_round_continues(tiny_model, own_pairs, results, tmp_path, monkeypatch):
     """The adapter is found by its content: here it is a copy, behind a link."""
     copy = shutil.copytree(results / "first" / "adapter", tmp_path / "a copy" / "of it")
     link = tmp_path / "link"
     link.symlink_to(copy, target_is_directory=True)
     more = (*LIVE, "--round", "2")
-    given = second(tiny_model, data, tmp_path, "base", *more, init=link)
+    given = second(tiny_model, own_pairs, tmp_path, "base", *more, init=link)
     assert stop_at(monkeypatch, given, 5) == 75
     # What is there is not continued from another adapter, nor without one.
     (path,) = copy.glob("*.safetensors")
@@ -165,7 +159,7 @@ def test_an_interrupted_round_continues(tiny_model, data, results, tmp_path, mon
     path.write_bytes(whole)
     link.unlink()
     refused(given, "--init_adapter .*link: no such folder; give a finished run")
-    given = second(tiny_model, data, tmp_path, "base", *more, init=copy)
+    given = second(tiny_model, own_pairs, tmp_path, "base", *more, init=copy)
     assert train_pref.main(given) == 0
     assert_same(tmp_path / "base", results / "base")
     # A finished run does not miss it.
@@ -185,9 +179,9 @@ def refused(given, message) -> None:
 
 
 def test_a_stale_reference_is_noticed_where_the_policy_does_not_start_from_it(
-    tiny_model, data, results, tmp_path
+    tiny_model, own_pairs, results, tmp_path
 ):
-    stale = shutil.copytree(data, tmp_path / "data")
+    stale = shutil.copytree(own_pairs, tmp_path / "data")
     for path in (stale / "reference").iterdir():
         with safe_open(path, framework="pt") as file:
             tokens = file.get_tensor("logps") + 0.01
@@ -198,21 +192,25 @@ def test_a_stale_reference_is_noticed_where_the_policy_does_not_start_from_it(
 
 
 def test_an_adapter_that_is_computed_otherwise_than_by_peft_is_noticed(
-    tiny_model, data, results, tmp_path, monkeypatch
+    tiny_model, own_pairs, results, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(lora, "lora_forward", lambda layer, x: layer.base_layer(x))
-    given = second(tiny_model, data, tmp_path, "base", init=results / "first")
+    given = second(tiny_model, own_pairs, tmp_path, "base", init=results / "first")
     refused(given, "differ by .* from the own forward of LlamaForCausalLM and PEFT")
 
 
 # ---- what cannot be a start ---------------------------------------------------------------------
 
 
-def test_starts_that_cannot_be_are_refused(tiny_model, data, results, tmp_path):
+def test_starts_that_cannot_be_are_refused(tiny_model, own_pairs, results, tmp_path):
     def given(*more, init=None):
-        return second(tiny_model, data, tmp_path, "start", *more, init=init or results / "first")
+        return second(
+            tiny_model, own_pairs, tmp_path, "start", *more, init=init or results / "first"
+        )
 
-    refused(train_args_of_round_2(tiny_model, data, tmp_path), "--round 2: a later round starts")
+    refused(
+        train_args_of_round_2(tiny_model, own_pairs, tmp_path), "--round 2: a later round starts"
+    )
     refused(given("--lora_alpha", "3"), "--lora_alpha 3: the adapter in --init_adapter has 16")
     refused(given("--round", "0"), "--round 0: must be above 0")
     run = shutil.copytree(results / "first", tmp_path / "first")
@@ -254,14 +252,14 @@ def test_a_start_that_diverged_is_named(results, tmp_path, capsys):
         )
 
 
-def train_args_of_round_2(tiny_model, data, results) -> list[str]:
-    return [str(a) for a in train_args(tiny_model, data, results, "--round", "2")]
+def train_args_of_round_2(tiny_model, own_pairs, results) -> list[str]:
+    return [str(a) for a in train_args(tiny_model, own_pairs, results, "--round", "2")]
 
 
-def test_a_round_is_planned_before_its_start_is_there(tiny_model, data, tmp_path, capsys):
+def test_a_round_is_planned_before_its_start_is_there(tiny_model, own_pairs, tmp_path, capsys):
     plan = tmp_path / "plan.json"
     more = ("--init_adapter", "results/x", "--round", "2", "--dry_run", "--plan_json", plan)
-    assert train(*train_args(tiny_model, data, tmp_path, *more)) == 0
+    assert train(*train_args(tiny_model, own_pairs, tmp_path, *more)) == 0
     assert "results/x: does not exist yet; planned with r 4 on all" in capsys.readouterr().out
     assert json.loads(plan.read_text())["steps"] == 4
 
