@@ -2,7 +2,7 @@
 # A controlled study in miniature: does training on its own answers make the embedded model follow instructions better, with
 # which loss, at what distance from where it started? No hub, no API key, no GPU.
 #
-#   bash quickstart.sh    about ten minutes on two cores after the installs; rerun to continue
+#   bash quickstart.sh    about eleven minutes on two cores after the installs; rerun to continue
 #
 # Everything goes to quickstart/. A program checks the instructions (examples/tasks/brevity.py), so that the score is the
 # truth and costs nothing. The model has 135M parameters: which loss wins here says little about larger models.
