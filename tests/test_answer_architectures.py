@@ -8,7 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from pref.answering import fitness
-from pref.answering.generation import Engine, Request
+from pref.answering.generation import Engine, Request, TurnTokens
 from pref.answering.plain import PlainEngine
 
 SIZES = {
@@ -146,10 +146,12 @@ def check(model, kind: type) -> None:
     engine.run(iter(requests), lambda request: None)
     assert [request.tokens for request in requests] == expected
     token = expected[1][0]
-    with torch.inference_mode():
-        assert engine.score(prompts[1], [token], None) == pytest.approx(
-            logits.log_softmax(-1)[token].item(), abs=1e-4
-        )
+    turns = [TurnTokens(prompt, answer) for prompt, answer in zip(prompts, expected)]
+    turns.append(TurnTokens(prompts[1], [token]))
+    scores = [score for turn in turns for score in engine.score([turn], None)]
+    assert scores[2] == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-4)
+    together = engine.score(turns[:2], None)  # in one pass, where the engine can
+    assert together == pytest.approx(scores[:2], abs=1e-4)
 
 
 @pytest.mark.slow

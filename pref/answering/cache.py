@@ -4,8 +4,8 @@ The buffers of a layer have one row per answer: (rows, K, length, D) with K key-
 channels. A pass through the model carries no padding: it is one flat sequence of N tokens, and the
 cache knows row and position of each. There are two kinds of pass:
 
-    a prompt      rows      [2 2 2 2]     the tokens of one row, from its start
-                  positions [0 1 2 3]
+    prompts       rows      [2 2 2 2]     the tokens of a row, from its start; then, to score
+                  positions [0 1 2 3]     answers, those of the next row
     next tokens   rows      [0 1 2]       one token of every row, in order
                   positions [8 3 4]
 
@@ -65,9 +65,12 @@ class Cache:
 
     def begin(self, rows: Tensor, positions: Tensor, groups: list[Group] | None) -> None:
         """Announce a pass: row and position of each token, (N,) both. groups: of next tokens, for
-        rows 0 to N - 1; rows in none of them are free. None for a prompt.
+        rows 0 to N - 1; rows in none of them are free. None for prompts.
         """
         self.token_rows, self.positions, self.groups = rows, positions, groups
+        if groups is None:
+            found, counts = torch.unique_consecutive(rows, return_counts=True)
+            self.prompts = list(zip(found.tolist(), counts.tolist(), strict=True))
         self.masks: dict[tuple, Tensor] = {}  # shared by the layers of the pass
         end = rounded_up(int(positions.max()) + 1)
         if end > self.zeroed:
@@ -145,13 +148,19 @@ class Cache:
         scaling: float | None,
         softcap: float | None,
     ) -> Tensor:
-        """The prompt of one row."""
-        row, count, group = self.token_rows[0], query.shape[2], query.shape[1] // keys.shape[1]
-        row_keys, row_values = (
-            buffer[row, :, :count].repeat_interleave(group, 0)[None] for buffer in (keys, values)
-        )  # (1, H, N, D)
-        mask = self.prompt_mask(window)
-        return weigh(query, row_keys, row_values, mask, scaling, softcap).transpose(1, 2)
+        """Prompts, one after the other, each in its own row."""
+        group = query.shape[1] // keys.shape[1]
+        outputs, begin = [], 0
+        for row, count in self.prompts:
+            row_keys, row_values = (
+                buffer[row, :, :count].repeat_interleave(group, 0)[None]
+                for buffer in (keys, values)
+            )  # (1, H, n, D)
+            part = query[:, :, begin : begin + count]
+            mask = self.prompt_mask(count, window)
+            outputs.append(weigh(part, row_keys, row_values, mask, scaling, softcap))
+            begin += count
+        return torch.cat(outputs, dim=2).transpose(1, 2)
 
     def next_mask(self, number: int, window: int | None) -> Tensor:
         """(n, 1, 1, length) bool: what the next token of each row of a group sees."""
@@ -161,11 +170,12 @@ class Cache:
             self.masks[number, window] = mask[:, None, None]
         return self.masks[number, window]
 
-    def prompt_mask(self, window: int | None) -> Tensor:
-        """(N, N) bool."""
-        if ("prompt", window) not in self.masks:
-            self.masks["prompt", window] = visible(self.positions, len(self.positions), window)
-        return self.masks["prompt", window]
+    def prompt_mask(self, count: int, window: int | None) -> Tensor:
+        """(count, count) bool: what the tokens of a prompt see."""
+        if ("prompt", count, window) not in self.masks:
+            positions = torch.arange(count, device=self.positions.device)
+            self.masks["prompt", count, window] = visible(positions, count, window)
+        return self.masks["prompt", count, window]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of row `source` to row `target`."""

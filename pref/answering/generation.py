@@ -26,6 +26,7 @@ tokens (free rows carry a token that nobody reads), and a row attends over its o
 up to a fixed step. Only the experts of a mixture still see tokens of other rows.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,6 +68,13 @@ class Slot:
 
     request: Request
     length: int = 0  # tokens whose keys and values the row holds
+
+
+class TurnTokens(NamedTuple):
+    """Token ids of an answered turn."""
+
+    context: list[int]  # everything before the answer, of at least one token
+    answer: list[int]
 
 
 class Pass(NamedTuple):
@@ -160,7 +168,7 @@ class Engine:
     def prefill(self, row: int, slot: Slot) -> Tensor:
         """Run the prompt of one row. Returns (1, V) logits of its first token."""
         prompt, adapter = slot.request.prompt, slot.request.adapter
-        hidden = self.read(row, prompt, adapter)  # (N, H)
+        hidden = self.read([prompt], adapter, first_row=row)  # (N, H)
         slot.length = len(prompt)
         # The head sees one token instead of N, and may carry an adapter too.
         self.adapters.begin([adapter])
@@ -183,10 +191,14 @@ class Engine:
             slot.length += 1
         return self.head(hidden)[: len(slots)]
 
-    def read(self, row: int, tokens: list[int], adapter: str | None) -> Tensor:
-        """(N, H) last hidden states of N tokens that fill `row` from its start."""
-        count = len(tokens)
-        flat = Pass(tokens, [row] * count, list(range(count)), [adapter] * count)
+    def read(self, texts: list[list[int]], adapter: str | None, first_row: int = 0) -> Tensor:
+        """(N, H) last hidden states of N tokens: of texts that fill one row each from its start."""
+        flat = Pass(
+            tokens=[token for text in texts for token in text],
+            rows=[row for row, text in enumerate(texts, first_row) for _ in text],
+            positions=[position for text in texts for position in range(len(text))],
+            adapters=[adapter for text in texts for _ in text],
+        )
         return self.forward(flat, groups=None)
 
     def forward(self, flat: Pass, groups: list[Group] | None) -> Tensor:
@@ -217,24 +229,30 @@ class Engine:
         return logps.capped(logits, getattr(config, "final_logit_softcapping", None))
 
     @torch.inference_mode()
-    def score(self, prompt: list[int], answer: list[int], adapter: str | None) -> float:
-        """Log-probability (nats) of `answer` after `prompt`, in one pass. Uses row 0 of the cache,
-        so nothing may be in flight.
+    def score(self, turns: list[TurnTokens], adapter: str | None) -> list[float]:
+        """Log-probability (nats) of each turn's answer after its context, in one pass. Takes at
+        most `rows` turns, with answers of at least one token. Uses the rows of the cache, so
+        nothing may be in flight.
         """
-        tokens = [*prompt, *answer[:-1]]  # the last token is predicted, never read
         self.adapters.use({adapter})
-        hidden = self.read(0, tokens, adapter)
-        hidden = hidden[len(prompt) - 1 :]  # (len(answer), H): each predicts one answer token
-        targets = torch.tensor(answer, device=hidden.device)
+        # The last token of an answer is predicted, never read.
+        texts = [[*context, *answer[:-1]] for context, answer in turns]
+        hidden = self.read(texts, adapter)  # (N, H)
+        ends = itertools.accumulate(len(text) for text in texts)
+        # Each of these predicts one answer token.
+        hidden = torch.cat(
+            [hidden[end - len(turn.answer) : end] for end, turn in zip(ends, turns, strict=True)]
+        )
+        targets = torch.tensor([token for turn in turns for token in turn.answer])
+        targets = targets.to(hidden.device)
         # The logits in chunks: a long answer over a large vocabulary is gigabytes of them.
         size = max(1, logps.LOGITS_CHUNK // self.model.config.get_text_config().vocab_size)
-        total = 0.0
-        for start in range(0, len(answer), size):
-            part = slice(start, start + size)
-            self.adapters.begin([adapter] * len(answer[part]))
-            losses = F.cross_entropy(self.head(hidden[part]), targets[part], reduction="sum")
-            total -= losses.double().item()
-        return finite(total, adapter)
+        losses = []
+        for chunk, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            self.adapters.begin([adapter] * len(chunk))
+            losses.append(F.cross_entropy(self.head(chunk), wanted, reduction="none"))
+        by_turn = torch.cat(losses).double().split([len(turn.answer) for turn in turns])
+        return [finite(-part.sum().item(), adapter) for part in by_turn]
 
 
 def pick(logits: Tensor, requests: list[Request]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pref.answering import fitness, work
-from pref.answering.generation import Engine, Request
+from pref.answering.generation import Engine, Request, TurnTokens
 from pref.answering.plain import PlainEngine
 from pref.answering.turns import Store
 from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
@@ -23,6 +23,7 @@ from pref.files.console import UserError
 from pref.model import chat, loading, weights
 
 ROWS_ON_CPU, MOST_ROWS = 32, 128
+SCORED_TOGETHER = 8  # turns in one pass of --kl
 CACHE_SHARE = 0.8  # of the GPU memory that the weights leave, for keys and values
 
 
@@ -232,32 +233,49 @@ def answer_all(author: Author, items: list[Item], workers: Workers) -> None:
 # ---- log-probabilities ---------------------------------------------------------------------------
 
 
-class TurnTokens(NamedTuple):
-    """Token ids of an answered turn."""
-
-    context: list[int]  # everything before the answer, of at least one token
-    answer: list[int]  # may be empty
-
-
 def score_all(
     author: Author, items: list[Item], unscored: list[tuple[int, int]], workers: Workers
 ) -> None:
     """For --kl: store log-probabilities (nats, summed over the answer's tokens) of answered turns
     under their adapter and under the base model. unscored: (position in `items`, turn).
     """
-    score = author.engine.score
-    total = workers.share(len(unscored))
+    total, missing = workers.share(len(unscored)), set(unscored)
+    batches = scoring_batches(author, items, missing)
     with console.Progress("log-probabilities", "turns", total, enabled=workers.is_main) as bar:
-        for index in workers.take("scores", len(unscored)):
-            number, turn = unscored[index]
-            item = items[number]
-            context, answer = turn_tokens(author, item, turn)
-            logp, logp_base = (
-                score(context, answer, adapter) if answer else 0.0
-                for adapter in (item.run.adapter_name, None)
-            )
-            author.store.add(item, turn, logp=logp, logp_base=logp_base, logp_tokens=len(answer))
-            bar.update()
+        for index in workers.take("scores", len(batches)):
+            score_batch(author, [(items[number], turn) for number, turn in batches[index]])
+            bar.update(len(missing.intersection(batches[index])))
+
+
+def scoring_batches(
+    author: Author, items: list[Item], missing: set[tuple[int, int]]
+) -> list[list[tuple[int, int]]]:
+    """The answered turns of each run, SCORED_TOGETHER at a time, but for batches without
+    `missing` ones. What goes together does not depend on what is scored already, since in bf16 a
+    result can change with its batch.
+    """
+    size = min(SCORED_TOGETHER, author.engine.rows)
+    by_run: dict[str, list[tuple[int, int]]] = {}
+    for number, item in enumerate(items):
+        turns = [(number, turn) for turn in range(len(author.store.texts(item)))]
+        by_run.setdefault(item.run.run_id, []).extend(turns)
+    batches = (turns[i : i + size] for turns in by_run.values() for i in range(0, len(turns), size))
+    return [batch for batch in batches if not missing.isdisjoint(batch)]
+
+
+def score_batch(author: Author, batch: list[tuple[Item, int]]) -> None:
+    """Store the log-probabilities of answered turns of one run."""
+    tokens = [turn_tokens(author, item, turn) for item, turn in batch]
+    written = [turn for turn in tokens if turn.answer]
+    adapter = batch[0][0].run.adapter_name
+    under_base = author.engine.score(written, None) if written else []
+    under_run = under_base
+    if adapter is not None and written:
+        under_run = author.engine.score(written, adapter)
+    scores = iter(zip(under_run, under_base, strict=True))
+    for (item, turn), (_, answer) in zip(batch, tokens, strict=True):
+        logp, logp_base = next(scores) if answer else (0.0, 0.0)
+        author.store.add(item, turn, logp=logp, logp_base=logp_base, logp_tokens=len(answer))
 
 
 def turn_tokens(author: Author, item: Item, turn: int) -> TurnTokens:

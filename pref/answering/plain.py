@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from pref.answering.adapters import Adapters
-from pref.answering.generation import Request, finite, pick
+from pref.answering.generation import Request, TurnTokens, finite, pick
 
 
 class PlainEngine:
@@ -58,11 +58,15 @@ class PlainEngine:
         request.tokens = output[0, len(request.prompt) :].tolist()
 
     @torch.inference_mode()
-    def score(self, prompt: list[int], answer: list[int], adapter: str | None) -> float:
-        """See `Engine.score`."""
+    def score(self, turns: list[TurnTokens], adapter: str | None) -> list[float]:
+        """See `Engine.score`. One turn after the other."""
         self.announce(adapter)
-        ids = torch.tensor([[*prompt, *answer[:-1]]], device=self.model.device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+        return [self.score_one(turn, adapter) for turn in turns]
+
+    def score_one(self, turn: TurnTokens, adapter: str | None) -> float:
+        context, answer = turn
+        ids = torch.tensor([[*context, *answer[:-1]]], device=self.model.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 :]
         targets = torch.tensor(answer, device=logits.device)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return finite(-losses.double().sum().item(), adapter)
