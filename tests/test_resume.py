@@ -266,7 +266,7 @@ def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, 
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert "the same command continues:\n  torchrun --nproc_per_node 2" in output
-    done = run_script("train_pref.py", *given, torchrun=2, launcher=True)
+    done = run_script("train_pref.py", *given, torchrun=2)
     assert done.returncode == 0, done.stderr
     starts = json.loads((run / "args.json").read_text())["starts"]
     assert [start["world_size"] for start in starts] == [1, 2, 2]
