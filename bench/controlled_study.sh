@@ -5,7 +5,7 @@
 #
 # Everything goes to controlled/. The grid is grids/controlled: the default grid (dpo at four betas, td_dpo at four betas and
 # three taus, discopop at four betas) and dLRML's nine settings, three seeds each. The pairs are made of the base model's own
-# answers to instructions that a program checks (examples/tasks/constraints.py); answers to 100 other instructions are scored.
+# answers to instructions that a program checks (examples/tasks/constraints.py); answers to 60 other instructions are scored.
 # The claims of the study, translated to this score, are in controlled_claims.json next to this file. They were written before
 # the first run. SEEDS, BETAS, ... in the environment make it smaller or larger.
 set -euo pipefail
