@@ -2,7 +2,7 @@
 the earlier ones.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +38,9 @@ class Known:
     genome: dict | None
     round: int
     size: int  # steps of the program
+    gradient: dict[str, float]  # by rho, relative to DPO's
     field: np.ndarray | None = None  # fingerprint.py
     cell: str | None = None
-    gradient: dict[str, float] = field(default_factory=dict)  # by rho, relative to DPO's
     gain: float | None = None  # shrunk difference to DPO in accuracy, as a fraction
     se: float | None = None
     measured: str | None = None  # "proxy" or "trained"
