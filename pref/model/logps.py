@@ -220,7 +220,19 @@ class ResponseLogps(nn.Module):
         if kl in token_scores.FULL_KL:
             with torch.no_grad(), lora.adapter_off(self.model):
                 reference = self.hidden(batch)
-        hidden = self.hidden(batch)
+        return self.from_hidden(self.hidden(batch), batch, reference, kl, score)
+
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        reference: Tensor | None = None,
+        kl: str | None = None,
+        score: dict | None = None,
+    ) -> TokenValues:
+        """What `forward` gives, from the hidden states (N, H) of the batch's response tokens; of
+        the reference too, where a divergence is asked for.
+        """
         linear = self.causal[0].get_output_embeddings()
         is_frozen = type(linear) is nn.Linear and not linear.weight.requires_grad
         if reference is None and score is None and is_frozen and self.is_plain_head:
