@@ -120,8 +120,9 @@ OPTIMISATION = (
     Argument("max_grad_norm", float, 1.0, range=NORMS, tag="clip").describe(
         "L2 norm that the gradient of a step is clipped to (0: no clipping)"
     ),
-    Argument("eval_steps", int, 20, range=ABOVE_0).describe(
-        "optimiser steps between evaluations; each epoch also ends with one"
+    Argument("eval_steps", int, 20, range=STEPS).describe(
+        "optimiser steps between evaluations; each epoch also ends with one (0: only after the "
+        "last step, whose adapter is then kept, not the best one's)"
     ),
     Argument("max_nonfinite", int, 10, range=ABOVE_0).describe(
         "consecutive non-finite steps that end the run"

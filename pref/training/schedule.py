@@ -42,13 +42,12 @@ def pairs_of_step(step: int, pairs: int, global_batch: int, seed: int) -> list[i
 
 def is_evaluated(step: int, steps: int, pairs: int, args: argparse.Namespace) -> bool:
     """Whether an evaluation follows optimiser step `step` (from 1): every eval_steps, at the end of
-    each epoch, and after the last step.
+    each epoch, and after the last step. With eval_steps 0 only then, and before the first.
     """
-    return (
-        step == steps
-        or step % args.eval_steps == 0
-        or step % steps_per_epoch(pairs, args.global_batch) == 0
-    )
+    if step in (0, steps) or not args.eval_steps:
+        return step in (0, steps)
+    every = (args.eval_steps, steps_per_epoch(pairs, args.global_batch))
+    return any(step % number == 0 for number in every)
 
 
 def warmup_steps(steps: int, args: argparse.Namespace) -> int:
