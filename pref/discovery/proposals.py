@@ -46,6 +46,7 @@ class Known:
     measured: str | None = None  # "proxy" or "trained"
     seeds: int = 0  # trained with
     stopped: dict | None = None
+    bits: float | None = None  # over chance, higher is better; where gains tie
 
 
 class View(NamedTuple):
