@@ -47,6 +47,7 @@ class Known:
     seeds: int = 0  # trained with
     stopped: dict | None = None
     bits: float | None = None  # over chance, higher is better; where gains tie
+    usd: float = 0.0  # what the proposal cost
 
 
 class View(NamedTuple):

@@ -145,23 +145,28 @@ def ask_server(client, request: dict) -> dict:
     body = {"model": request["judge"], "messages": request["messages"], **request["parameters"]}
     try:
         text = server.complete(client, body)
-    except openai.APITimeoutError as error:
+    except (openai.APIConnectionError, openai.APIStatusError) as error:
+        return failed_call(client, "--judge", request["judge"], error)
+    return read_reply(functools.partial(server.clean, client), text, request)
+
+
+def failed_call(client, option: str, name: str, error) -> dict:
+    """The reply (see `judges.Judge`) in place of one that did not come. option, name: as for
+    `server.explain`. Raises UserError for what no later request would escape.
+    """
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
         return {"status": "timeout", "unsent": server.is_unsent(error)}
-    except openai.APIConnectionError as error:
+    if isinstance(error, openai.APIConnectionError):
         cause = server.clean(client, str(error.__cause__ or error))
         return {"status": "connection", "judgement": cause, "unsent": server.is_unsent(error)}
-    except openai.APIStatusError as error:
-        code = error.status_code
-        if (
-            code in FATAL_STATUS
-            or server.is_out_of_credit(error)
-            or server.is_limit_of_the_day(error)
-        ):
-            raise UserError(server.explain(client, "--judge", request["judge"], error)) from None
-        message = server.clean(client, server.message_of(error))[:MOST_ERROR_CHARS]
-        status = "refused" if is_moderation(error) else f"http_{code}"
-        return {"status": status, "judgement": message, "http_status": code}
-    return read_reply(functools.partial(server.clean, client), text, request)
+    code = error.status_code
+    if code in FATAL_STATUS or server.is_out_of_credit(error) or server.is_limit_of_the_day(error):
+        raise UserError(server.explain(client, option, name, error)) from None
+    message = server.clean(client, server.message_of(error))[:MOST_ERROR_CHARS]
+    status = "refused" if is_moderation(error) else f"http_{code}"
+    return {"status": status, "judgement": message, "http_status": code}
 
 
 def is_moderation(error) -> bool:

@@ -4,9 +4,11 @@ Shared by answers (gen_mtbench.py) and judgements (judge.py). A message to the u
 (which argument, which server), the fact and the remedy, and never shows the key.
 """
 
+import functools
 import json
 import os
 import re
+import time
 import urllib.request
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -38,8 +40,17 @@ TOO_LONG = re.compile(
 STATUS_WITHOUT_CREDIT = (400, 403, 412, 429)
 
 
-def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: int):
+def open_client(
+    what: str,
+    base_url: str | None,
+    timeout_s: float,
+    max_retries: int,
+    most_bytes: int | None = None,
+):
     """An `openai.OpenAI` client. what: needs it, named in the error if the package is missing.
+
+    most_bytes: of a reply, which ends there, and `timeout_s` after its first byte: `timeout_s`
+    alone only bounds each pause, so that a server that sends a little for ever is waited for.
 
     The key is read from OPENAI_API_KEY only, never from an argument: arguments end up in the
     shell's history. Raises UserError without package or key.
@@ -71,7 +82,7 @@ def open_client(what: str, base_url: str | None, timeout_s: float, max_retries: 
         default_query=query or None,
         # Azure's deployments want the key under this name.
         default_headers={"api-key": key} if "api-version" in query else None,
-        http_client=open_http_client(openai.DefaultHttpxClient, host),
+        http_client=open_http_client(openai.DefaultHttpxClient, host, timeout_s, most_bytes),
     )
 
 
@@ -95,15 +106,18 @@ def split_url(url: str) -> tuple[str, dict, str]:
     return urlunsplit(parts._replace(path=path, query="", fragment="")), query, parts.hostname
 
 
-def open_http_client(factory, host: str | None):
+def open_http_client(factory, host: str | None, timeout_s: float, most_bytes: int | None):
     """The client's connections, through the proxy that the environment names for `host`.
 
     A redirect is not followed: it would turn a POST into a GET, or take the key elsewhere. Raises
     UserError for a proxy that cannot be used.
     """
+    hooks = [stop_retries_without_credit]
+    if most_bytes is not None:
+        hooks.insert(0, functools.partial(bound_reply, timeout_s, most_bytes))
     try:
         return factory(
-            event_hooks={"response": [stop_retries_without_credit]},
+            event_hooks={"response": hooks},
             follow_redirects=False,
             trust_env=not is_loopback(host),  # no proxy stands before this machine
         )
@@ -117,6 +131,37 @@ def open_http_client(factory, host: str | None):
             f"{proxies}: this proxy cannot be used ({first_line(error)}); correct the variable, "
             "unset it, or list the server in NO_PROXY"
         ) from None
+
+
+MOST_COMPRESSION = 100  # times; zlib reaches 1,000 with nothing but zeros
+
+
+def bound_reply(timeout_s: float, most_bytes: int, response) -> None:
+    """Let the body of a response end after so many bytes and seconds, whatever the server sends.
+
+    It ends without an error, which the client would answer with another try, paid for again; what
+    is missing is noticed by whoever reads the JSON.
+    """
+    if response.headers.get("content-encoding", "identity") != "identity":
+        most_bytes //= MOST_COMPRESSION
+    whole, until_s = response.stream, time.monotonic() + timeout_s
+
+    class Bounded(type(whole)):
+        def __init__(self):
+            pass
+
+        def __iter__(self):
+            left = most_bytes
+            for chunk in whole:
+                yield chunk[:left]
+                left -= len(chunk)
+                if left <= 0 or time.monotonic() > until_s:
+                    return
+
+        def close(self):
+            whole.close()
+
+    response.stream = Bounded()
 
 
 def is_loopback(host: str | None) -> bool:

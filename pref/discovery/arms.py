@@ -1,0 +1,182 @@
+"""Which proposer is asked next, and a round of proposals from all of them.
+
+Each proposer is an arm of a bandit. A proposal succeeds if it enters the upper half of all measured
+candidates, as the archive stands now. An arm with s successes in n of N proposals has the index
+
+    (s / n + sqrt(log N / (2 n))) / (1 + price / fair)
+
+The numerator is Hoeffding's upper limit for its rate of success, exceeded with probability 1 / N.
+A proposal takes two things that are scarce, a place among --max_proposals and dollars: `price` is
+what this arm's have cost on average, `fair` what --max_usd leaves for each place, or without a cap
+the average price of the arms that have one. So an arm without a price is preferred to an equally
+good one that costs the fair price until that one is twice as good.
+
+Everything follows from the archive at the start of the round and from the seed. Replies come in any
+order; a search that was killed asks the same again, and finds what it has paid for in the store.
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+from pref.discovery.model_proposer import ModelProposer
+from pref.discovery.proposals import Proposal, View
+from pref.discovery.requests import OutOfBudget
+from pref.files import console
+from pref.files.console import UserError
+
+
+class Proposer(Protocol):
+    """evolve.py's, or a ModelProposer."""
+
+    name: str
+
+    def propose(self, view: View, *, round: int, number: int, rng: random.Random) -> Proposal: ...
+
+
+class Breeding(NamedTuple):
+    """A round of proposals."""
+
+    proposals: list[Proposal]  # in order of number; fewer than asked for once all arms have ended
+    ended: dict[str, str]  # why a proposer is not asked any more, by name
+
+
+class Arm(NamedTuple):
+    """What the archive says about a proposer."""
+
+    name: str
+    proposals: int
+    successes: float
+    price: float  # mean dollars of a proposal
+
+    def rate(self) -> float:
+        return self.successes / self.proposals
+
+
+class Arms:
+    """The proposers of a search.
+
+    cap: --max_usd. most_proposals: --max_proposals. concurrency: requests in flight at a time.
+    """
+
+    def __init__(
+        self,
+        proposers: Sequence[Proposer],
+        *,
+        most_proposals: int,
+        cap: float | None = None,
+        concurrency: int = 8,
+    ):
+        self.proposers = {proposer.name: proposer for proposer in proposers}
+        self.most_proposals, self.cap, self.concurrency = most_proposals, cap, concurrency
+
+    def check(self) -> None:
+        """Ask each model one short question, before anything takes time. Raises UserError."""
+        for proposer in self.proposers.values():
+            if isinstance(proposer, ModelProposer):
+                try:
+                    proposer.check()
+                except OutOfBudget as out:
+                    if len(self.proposers) == 1:
+                        raise UserError(str(out)) from None
+
+    def propose(self, view: View, *, round: int, size: int, seed: int) -> Breeding:
+        """`size` proposals, from the archive as of the end of the round before.
+
+        Raises UserError for what each later request would meet, and if no proposer is left for
+        another reason than the cap.
+        """
+        # 1) Who is still asked.
+        ended = {
+            name: why
+            for name, proposer in self.proposers.items()
+            if isinstance(proposer, ModelProposer) and (why := proposer.useless(view))
+        }
+        if len(ended) == len(self.proposers):
+            raise UserError(" ".join(ended.values()))
+        arms = [arm_of(name, view) for name in self.proposers if name not in ended]
+        fair = self.fair_price(arms, view)
+        waiting: list[Proposal | Future] = []
+        jobs: list[tuple[ModelProposer, object, Future]] = []
+        paid = any(isinstance(self.proposers[arm.name], ModelProposer) for arm in arms)
+        with (
+            ThreadPoolExecutor(self.concurrency) as pool,
+            console.Progress("asking models", "proposals", enabled=paid) as bar,
+        ):
+            try:
+                # 2) In order: which arm, its request, room for it under the cap.
+                for number in range(size):
+                    while arms:
+                        arm = choose(arms, fair)
+                        proposer = self.proposers[arm.name]
+                        rng = random.Random(f"{seed}:{round}:{number}")
+                        where = {"round": round, "number": number, "rng": rng}
+                        if not isinstance(proposer, ModelProposer):
+                            waiting.append(proposer.propose(view, **where))
+                            break
+                        try:
+                            job = proposer.prepare(view, **where)
+                        except OutOfBudget as out:
+                            ended[arm.name] = str(out)
+                            arms.remove(arm)
+                            continue
+                        # 3) Meanwhile the threads ask.
+                        future = pool.submit(proposer.finish, job)
+                        future.add_done_callback(lambda _: bar.update())
+                        jobs.append((proposer, job, future))
+                        waiting.append(future)
+                        break
+                    else:
+                        break
+                    arms[arms.index(arm)] = arm._replace(
+                        proposals=arm.proposals + 1,
+                        successes=arm.successes + (arm.rate() if arm.proposals else 0.5),
+                    )
+                # 4) The proposals, in order.
+                found = [one.result() if isinstance(one, Future) else one for one in waiting]
+            except BaseException:
+                # Calls in flight are waited for and stored; no further one begins.
+                for proposer, job, future in jobs:
+                    proposer.requests.stop("the search is ending")
+                    if future.cancel():
+                        proposer.cancel(job)
+                raise
+        return Breeding(found, ended)
+
+    def fair_price(self, arms: list[Arm], view: View) -> float:
+        """Dollars; see the module's text. 0 if no arm has a price."""
+        prices = [arm.price for arm in arms if arm.price > 0]
+        if self.cap is None or not prices:
+            return statistics.mean(prices) if prices else 0.0
+        left = self.cap - sum(one.usd for one in view.known)
+        places = self.most_proposals - sum(one.by in self.proposers for one in view.known)
+        return max(left, 0.0) / max(places, 1)
+
+
+def arm_of(name: str, view: View) -> Arm:
+    """What the archive says about a proposer."""
+    gains = [one.gain for one in view.known if one.gain is not None]
+    middle = statistics.median(gains) if gains else 0.0
+    own = [one for one in view.known if one.by == name]
+    return Arm(
+        name,
+        proposals=len(own),
+        successes=sum(one.gain is not None and one.gain > middle for one in own),
+        price=statistics.fmean(one.usd for one in own) if own else 0.0,
+    )
+
+
+def choose(arms: Sequence[Arm], fair: float) -> Arm:
+    """The arm with the highest index; the first of those that were never asked, or are equal."""
+    total = sum(arm.proposals for arm in arms)
+
+    def index(arm: Arm) -> float:
+        if not arm.proposals:
+            return math.inf
+        upper = arm.rate() + math.sqrt(math.log(total) / (2 * arm.proposals))
+        return upper / (1 + arm.price / fair) if arm.price > 0 and fair > 0 else upper
+
+    return max(arms, key=index)
