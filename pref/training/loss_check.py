@@ -313,12 +313,14 @@ def couples(loss: Callable) -> bool:
     return False
 
 
-def check_coupling(name: str, loss: Callable, notes: list[str], failures: list[str]) -> None:
+def check_coupling(
+    loss: Callable, declared: bool | None, notes: list[str], failures: list[str]
+) -> None:
     """Whether the batch is coupled, as COUPLES_BATCH states for the losses of losses.py."""
     is_coupled = couples(loss)
     if is_coupled:
         notes.append("couples the pairs of a micro-batch: results depend on --per_device_batch")
-    if is_coupled != (name in COUPLES_BATCH) and name not in loss_options.FROM_FILES:
+    if declared is not None and is_coupled != declared:
         failures.append(
             f"{'couples' if is_coupled else 'does not couple'} the batch, COUPLES_BATCH says "
             "otherwise"
@@ -335,10 +337,16 @@ def try_parameters(loss: Callable[[PairLogps], tuple], size: int = 4) -> str | N
 
 
 def check(name: str) -> Report:
-    """Self-test loss `name` at its default parameters. An exception that the loss raises is
-    reported as a failure.
+    """Self-test loss `name` at its default parameters."""
+    declared = None if name in loss_options.FROM_FILES else name in COUPLES_BATCH
+    return check_function(LOSSES[name], declared)
+
+
+def check_function(loss: Callable, declared: bool | None = None) -> Report:
+    """Self-test a loss at its default parameters. An exception that it raises is reported as a
+    failure. declared: whether it is said to couple the batch; None where nothing is.
     """
-    loss, notes, failures = LOSSES[name], [], []
+    notes, failures = [], []
     try:
         check_shapes(loss, notes, failures)
         if not failures:  # the other checks rely on the shapes
@@ -346,7 +354,7 @@ def check(name: str) -> Report:
             check_precision(loss, notes, failures)
             check_start(loss, notes, failures)
             check_sign(loss, notes, failures)
-            check_coupling(name, loss, notes, failures)
+            check_coupling(loss, declared, notes, failures)
     except RAISED as error:
         failures.append(f"raises {type(error).__name__}: {first_line(error)}")
     if failures:
