@@ -12,7 +12,7 @@ to scale:
    drown the rest.
 
 `distance` is the weighted RMS of the difference of two fields, and below NEAR two losses are the
-same for the search. `range_problem` says of the same grid whether a loss can be trained with at all.
+same for the search. `range_problem` says from the same grid why a loss cannot be trained with.
 """
 
 import functools
@@ -116,7 +116,7 @@ def field(loss: Loss, scale: float) -> np.ndarray:
     """The gradient field of a loss, (1210,) float64: see the module's text. A loss without any
     gradient has a field of zeros.
 
-    scale: nats, above 0. Raises ValueError where a gradient is not finite; range_problem says where.
+    scale: nats, above 0. Raises ValueError if a gradient is not finite; range_problem says where.
     """
     pairs = grid()
     found, weight = gradients(loss, pairs), weights(pairs, scale)
@@ -155,8 +155,8 @@ def range_problem(loss: Loss) -> str | None:
     share = (wrong.sum() / badly.sum()).item()
     if share > MOST_WRONG:
         return (
-            f"pushes {share:.0%} of the badly ranked pairs (rho < 0) further the wrong way: lowering "
-            "the loss must raise the chosen response against the rejected one"
+            f"pushes {share:.0%} of the badly ranked pairs (rho < 0) the wrong way; lowering the "
+            "loss must raise the chosen response against the rejected one"
         )
     return None
 
@@ -178,7 +178,7 @@ def gradients_at(loss: Loss, a: Sequence[float], b: Sequence[float]) -> Gradient
 
 def profile(loss: Loss, scale: float) -> dict[str, float]:
     """The gradient in rho at the margins of PROFILE, relative to dpo's (beta 0.1) when both are
-    scaled to the same field: 1 pulls as dpo does, 0 not at all, and a negative number the wrong way.
+    scaled to the same size of field: 1 pulls as dpo does, 0 not at all, below 0 the wrong way.
     """
     relative = scaled_slopes(loss, scale) / dpo_slopes(scale)
     return {f"{margin:g}": round(x, 3) for margin, x in zip(PROFILE, relative.tolist())}
