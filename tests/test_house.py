@@ -26,8 +26,11 @@ MAY_IMPORT = {
     "judge": ("files", "model", "judging"),
     "analyze": ("files", "analysis"),
     "sweeping": ("files", "model", "training", "answering", "judging", "losses", *STAGES),
-    "discovery": ("files", "model", "training", "analysis", "sweeping", "losses"),
-    "discover": ("files", "model", "training", "analysis", "sweeping", "losses", "discovery"),
+    "discovery": ("files", "model", "training", "analysis", "sweeping", "losses", "judging"),
+    "discover": (
+        *("files", "model", "training", "analysis", "sweeping", "losses", "judging"),
+        "discovery",
+    ),
 }
 # A user may keep scripts of their own at the top; these are not looked at.
 SCRIPTS = [ROOT / f"{name}.py" for name in (*STAGES, "losses")]

@@ -134,7 +134,9 @@ def trained_differences(state: State) -> dict[str, tuple[float, float]]:
         if entry.runs and not diverged(entry)
     }
     compared = {id: one for id, one in compared.items() if one is not None}
-    several = [one.error.seed_variance() * one.n_seeds for one in compared.values() if one.n_seeds > 1]
+    several = [
+        one.error.seed_variance() * one.n_seeds for one in compared.values() if one.n_seeds > 1
+    ]
     others = float(np.mean(several)) if several else 0.0
     found = {}
     for id, one in compared.items():

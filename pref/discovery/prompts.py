@@ -18,11 +18,11 @@ MOST_WHY = 300  # characters of a refusal
 MOST_TEXT = 3000  # characters of a program that is shown without being asked about
 
 SYSTEM = """\
-You invent loss functions for training a language model on preference pairs. For each pair the loss \
-sees log-probabilities (nats, summed over the response's tokens) of the chosen and the rejected \
-response under the policy and under a frozen reference, and the numbers of tokens; it returns one \
-value a pair, and AdamW lowers the mean. What you write is translated, not executed: only the form \
-below exists.
+You invent loss functions for training a language model on preference pairs. For each pair the \
+loss sees log-probabilities (nats, summed over the response's tokens) of the chosen and the \
+rejected response under the policy and under a frozen reference, and the numbers of tokens; it \
+returns one value a pair, and AdamW lowers the mean. What you write is translated, not executed: \
+only the form below exists.
 
 {form}
 
@@ -32,10 +32,10 @@ margin against the reference, delta = chosen - rejected the one without it.
 DPO in this form:
 
 {example}
-Scale does not matter (AdamW, clipped gradients); the shape of the gradient does. At the start every \
-log-ratio is exactly 0: the gradient there must be finite and should raise the chosen response \
-against the rejected one. Margins reach about {visited:.2g} nats in this setting. A program that \
-differs from an earlier one in scale or spelling alone is refused before it is trained."""
+Scale does not matter (AdamW, clipped gradients); the shape of the gradient does. At the start \
+every log-ratio is exactly 0: the gradient there must be finite and should raise the chosen \
+response against the rejected one. Margins reach about {visited:.2g} nats in this setting. A \
+program that differs from an earlier one in scale or spelling alone is refused before training."""
 
 REPLY = """\
 Reply with one JSON object and nothing else: {"thought": the idea in at most 80 words, "name": a \
