@@ -1,0 +1,393 @@
+"""Rungs: the best candidates are trained with train_pref.py, by the same scheduler as any grid.
+
+    candidates, seeds -> rungs/<name>.grid -> python -m pref.sweeping -> results/<run_id>/
+                      -> val_pairs.jsonl -> `trained` events
+
+Successive halving with racing: rung 0 trains many candidates with one seed, each later rung fewer
+of them with more seeds, and DPO is trained with every seed. Who is behind the best beyond chance
+goes no further, whatever its rank.
+"""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pref import ROOT
+from pref.discovery import archive, estimates, fingerprint
+from pref.discovery.archive import Entry, State
+from pref.discovery.search import Search, Step, instalments
+from pref.files import console, disk
+from pref.files.console import UserError
+from pref.sweeping import grid, scheduler
+
+APART = 0.1  # distance in behaviour between candidates that are trained
+MOST_OF_A_CELL = 3
+AT_RANDOM = 2  # of rung 0's candidates, where it has this many times three
+POLL_S = 0.2
+SECRETS = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)($|_)", re.IGNORECASE)
+
+
+def seeds_of(settings, rung: int) -> list[int]:
+    """The training seeds of a rung: others for each."""
+    return [100 * (rung + 1) + n for n in range(1, settings.seeds_per_rung[rung] + 1)]
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+def take(search: Search, step: Step) -> bool:
+    """Take a step "rung" or "fresh". Returns False if a signal stopped it."""
+    if step.kind == "fresh":
+        return take_fresh(search, step)
+    if step.number == 0:
+        count = instalments(search.settings)[step.part]
+        return train_step(search, step, first_choice(search, step, count), [])
+    ids, left = promoted(search.state, search.settings, step.number)
+    events = [stopped_event(id, step.number - 1, why) for id, why in left.items()]
+    return train_step(search, step, ids, events)
+
+
+def take_fresh(search: Search, step: Step) -> bool:
+    """A candidate that is the best of all trained ones with the seeds of rung 0 alone is trained
+    with those of rung 1, before its rank is bred from.
+    """
+    ranked = [id for id in ranking(search.state) if id != search.state.dpo.id]
+    fresh = set(seeds_of(search.settings, 1))
+    ids = [id for id in ranked[:1] if not fresh & search.state.entries[id].runs.keys()]
+    if not ids:
+        search.archive.append_step(step.name, [])
+        return True
+    return train_step(search, step, ids, [], rung=1)
+
+
+def train_step(
+    search: Search, step: Step, ids: list[str], events: list[dict], rung: int | None = None
+) -> bool:
+    """Train the candidates `ids`, and DPO, with the seeds of a rung; add the events of that, which
+    follow `events`.
+    """
+    rung = step.number if rung is None else rung
+    seeds = seeds_of(search.settings, rung)
+    if ids:
+        search.log(
+            f"{step.name}: training {', '.join(search.state.entries[id].label for id in ids)} and "
+            f"dpo, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        )
+        results = train(search, step.name.replace(" ", "_"), ids, seeds)
+        if results is None:
+            return False
+        events = [*events, {"event": "rung", "k": rung, "ids": ids, "seeds": seeds}]
+        events += trained_events(search.state, results, rung)
+    search.archive.append_step(step.name, events)
+    for line in rung_lines(search.state, ids):
+        search.log(line)
+    return True
+
+
+def trained_events(state: State, results: list[dict], rung: int) -> list[dict]:
+    """A `trained` event of each run that the archive does not have, and a `stopped` one of each
+    candidate that diverged.
+    """
+    events = []
+    for result in results:
+        if result["seed"] not in state.entries[result["id"]].runs:
+            events.append({"event": "trained", **result, "rung": rung})
+    for id in dict.fromkeys(r["id"] for r in results if r["correct"] is None):
+        if id == state.dpo.id:
+            raise UserError("dpo diverged in training; lower --learning_rate (--train_args)")
+        events.append(stopped_event(id, rung, "diverged in training"))
+    return events
+
+
+def stopped_event(id: str, rung: int, why: str) -> dict:
+    return {"event": "stopped", "id": id, "at": f"rung{rung}", "why": why}
+
+
+def rung_lines(state: State, ids: list[str]) -> list[str]:
+    """What training said, a line a candidate."""
+    gains = estimates.gains(state)
+    lines = []
+    for id in ids:
+        label = state.entries[id].label
+        if id not in gains:
+            lines.append(f"  {label}: {state.entries[id].stopped['why']}")
+            continue
+        gain = gains[id]
+        lines.append(
+            f"  {label}: {100 * gain.difference:+.1f} ± {100 * gain.se:.1f} points over dpo, "
+            f"shrunk {100 * gain.gain:+.1f} ({gain.seeds} seed{'s' * (gain.seeds > 1)})"
+        )
+    return lines
+
+
+# ---- who is trained -----------------------------------------------------------------------------
+
+
+def first_choice(search: Search, step: Step, count: int) -> list[str]:
+    """Candidates for an instalment of rung 0: the best by proxy, apart in behaviour from all that
+    are trained, at most three of a cell; and the instalment's share of those that are drawn from
+    all that reached the proxy, so that the proxy can be compared with training.
+    """
+    settings, state = search.settings, search.state
+    dice = random.Random(f"{settings.seed}:{step.name}")
+    trained = [entry.id for entry in state.entries.values() if entry.runs] or [state.dpo.id]
+    waiting = [
+        entry.id
+        for entry in state.entries.values()
+        if entry.reached_proxy and not entry.stopped and entry.id not in trained
+    ]
+    drawn = dice.sample(waiting, min(len(waiting), at_random(settings, step.part)))
+    by_proxy = settings.proxy == "on" and estimates.proxy_ranks(state)
+    gains = estimates.gains(state) if by_proxy else {}
+    order = [id for id in waiting if id not in drawn]
+    dice.shuffle(order)  # decides between equals; without the proxy, all
+    if by_proxy:
+        order.sort(key=lambda id: -gains[id].gain)
+    chosen = apart(search, order, [*trained, *drawn], count - len(drawn))
+    return sorted([*chosen, *drawn])
+
+
+def at_random(settings, part: int) -> int:
+    """How many of an instalment are drawn: in all AT_RANDOM, the first ones of them first."""
+    if settings.rung[0] < 3 * AT_RANDOM or settings.proxy != "on":
+        return 0
+    parts = len(instalments(settings))
+    return AT_RANDOM // parts + (part < AT_RANDOM % parts)
+
+
+def apart(search: Search, order: list[str], taken: list[str], count: int) -> list[str]:
+    """The first `count` of `order` that are apart from each other and from `taken`; if there are
+    too few, the first of the others too.
+    """
+    entries, chosen = search.state.entries, []
+    for id in order:
+        others = [*taken, *chosen]
+        same_cell = sum(entries[other].cell == entries[id].cell for other in chosen)
+        if len(chosen) < count and same_cell < MOST_OF_A_CELL and is_apart(search, id, others):
+            chosen.append(id)
+    rest = [id for id in order if id not in chosen]
+    return [*chosen, *rest[: count - len(chosen)]]
+
+
+def is_apart(search: Search, id: str, others: Iterable[str]) -> bool:
+    own = search.field_of(id)
+    fields = (search.field_of(other) for other in others)
+    return all(fingerprint.distance(own, other) >= APART for other in fields if other is not None)
+
+
+def ranking(state: State) -> list[str]:
+    """Trained candidates that are still in the race, by shrunk gain."""
+    gains = estimates.gains(state)
+    in_race = [
+        entry for entry in state.entries.values() if entry.runs and not entry.stopped
+    ]
+    in_race = [entry for entry in in_race if entry.id in gains]
+    return [e.id for e in sorted(in_race, key=lambda e: (-gains[e.id].gain, -len(e.runs), e.id))]
+
+
+def promoted(state: State, settings, rung: int) -> tuple[list[str], dict[str, str]]:
+    """Who goes on to `rung`, and why the others of the race do not, by id."""
+    ranked = [id for id in ranking(state) if id != state.dpo.id]
+    left: dict[str, str] = {}
+    if ranked:
+        best = state.entries[ranked[0]]
+        for id in ranked[1:]:
+            if estimates.is_behind(state.entries[id], best):
+                left[id] = f"behind {best.label} beyond chance (90 %)"
+    ids = [id for id in ranked if id not in left]
+    for id in ids[settings.rung[rung] :]:
+        left[id] = f"not among the best {settings.rung[rung]} of rung {rung - 1}"
+    return sorted(ids[: settings.rung[rung]]), left
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def train(search: Search, name: str, ids: list[str], seeds: list[int]) -> list[dict] | None:
+    """Train candidates and DPO on the search's pairs. Returns id, seed, run_id, status, acc_ref and
+    correct of each run, in order; None if a signal stopped it. Raises UserError if a run is
+    missing.
+    """
+    entries = search.state.entries
+    for id in ids:
+        search.archive.check_program(id)
+    losses = {id: loss_spec(search, entries[id]) for id in [search.state.dpo.id, *ids]}
+    path = search.folder / "rungs" / f"{name}.grid"
+    write_grid(search, path, list(losses.values()), seeds)
+    if not run_grid(search, path):
+        return None
+    runs = index_of_runs(search.folder / "results")
+    found = []
+    for id, loss in losses.items():
+        for seed in seeds:
+            key = (grid.loss_name(loss), seed)
+            if key not in runs:
+                raise UserError(
+                    f"{search.folder / 'results'}: no finished run of {key[0]} with seed {seed}; "
+                    "the same command trains it again"
+                )
+            found.append({"id": id, "seed": seed, **outcome_of(runs[key])})
+    return found
+
+
+def loss_spec(search: Search, entry: Entry) -> str:
+    """The loss as a grid names it. DPO is the one of losses.py."""
+    if entry.id == search.state.dpo.id:
+        return "dpo"
+    return f"{search.archive.loss_file(entry.id)}:{entry.label}"
+
+
+def write_grid(
+    search: Search,
+    path: Path,
+    losses: list[str],
+    seeds: list[int],
+    data: str = "data/search",
+    results: str = "results",
+    betas: Iterable[float] = (),
+) -> None:
+    """A grid file. data, results: in the search's folder. betas: of dpo."""
+    folder, settings = search.folder, search.settings
+    lines = {
+        "MODEL": settings.model,
+        "DATA": folder / data,
+        "RESULTS": folder / results,
+        "LOSSES": " ".join(losses),
+        "SEEDS": " ".join(map(str, seeds)),
+        **({"BETAS_dpo": " ".join(f"{beta:g}" for beta in betas)} if betas else {}),
+        "STAGES": "train",
+        "JOBS": default_jobs(),
+        "TRAIN_ARGS": shlex.join(settings.given_train_args()),
+    }
+    disk.write_text(path, "".join(f"{name:<10} {value}\n" for name, value in lines.items()))
+
+
+def default_jobs() -> int:
+    """Runs at a time on a CPU, where JOBS does not say it: a run of a small model gains little from
+    a second core.
+    """
+    return min(4, console.usable_cores())
+
+
+def run_grid(search: Search, path: Path) -> bool:
+    """Run a grid in a process of its own. Returns False if a signal stopped it. Raises UserError if
+    it ended without all runs.
+    """
+    wait_for_earlier(search)
+    log = path.with_suffix(".log")
+    command = [sys.executable, "-m", "pref.sweeping", str(path), "--yes"]
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment(),
+            start_new_session=True,
+            preexec_fn=partial(scheduler.prepare_child, os.getpid(), signal.SIGTERM),
+        )
+    told = 0
+    while process.poll() is None:
+        told = tell(process, search, told)
+        time.sleep(POLL_S)
+    if search.is_stopped():
+        return False
+    if process.returncode:
+        raise UserError(
+            f"{path}: exit code {process.returncode}: {scheduler.last_error(log)} (log: {log}); "
+            "correct it, then run the same command again: what is trained is kept"
+        )
+    return True
+
+
+def tell(process: subprocess.Popen, search: Search, told: int) -> int:
+    """Pass a signal on: save and stop; at a second Ctrl-C, kill. Returns what it has been told."""
+    level = search.is_stopped()
+    while told < level:
+        process.send_signal(signal.SIGTERM if told == 0 else signal.SIGINT)
+        if told:
+            process.send_signal(signal.SIGINT)
+        told += 1
+    return told
+
+
+def wait_for_earlier(search: Search) -> None:
+    """Runs of a search that was killed may still be saving."""
+    said = False
+    while not search.is_stopped():
+        holders = [
+            disk.lock_holder(path.parent, path.name)
+            for path in search.folder.glob("*/.sweep.lock")
+        ]
+        if not any(holders):
+            return
+        if not said:
+            search.log(f"waiting for {next(filter(None, holders))}, which still trains")
+            said = True
+        time.sleep(POLL_S)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, without keys and without settings of grids, but for those that
+    say how many runs there are at a time.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not SECRETS.search(name)
+        and (name in grid.PLACEMENT_DEFAULTS or not grid.is_setting(name))
+    }
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+# ---- what was trained ---------------------------------------------------------------------------
+
+
+def index_of_runs(results: Path, beta: float | None = None) -> dict[tuple[str, int], Path]:
+    """Folders of finished runs by loss and seed. beta: of dpo; None: its default."""
+    found = {}
+    for path in sorted(results.glob("*/summary.json")):
+        record = disk.read_json(path.parent / "args.json")
+        if record["loss"] == "dpo" and record["beta"] != (0.1 if beta is None else beta):
+            continue
+        found[record["loss"], record["seed"]] = path.parent
+    return found
+
+
+def outcome_of(run: Path) -> dict:
+    """run_id, status, acc_ref and correct of a run. A run that diverged has no accuracy."""
+    summary = disk.read_json(run / "summary.json")
+    found = {"run_id": run.name, "status": summary["status"], "acc_ref": None, "correct": None}
+    if summary["status"] != "finished":
+        return found
+    correct = correct_pairs(run / "val_pairs.jsonl")
+    accuracy = float(correct.mean())
+    if abs(accuracy - summary["final_acc_ref"]) > 1e-6:
+        raise UserError(
+            f"{run}/val_pairs.jsonl: accuracy {accuracy:.4f}, summary.json says "
+            f"{summary['final_acc_ref']:.4f}; remove {run} to have it trained again"
+        )
+    return found | {"acc_ref": summary["final_acc_ref"], "correct": archive.encode(correct)}
+
+
+def correct_pairs(path: Path) -> np.ndarray:
+    """(pairs,) of 1, 0.5 for a tie, and 0, in the order of val.jsonl. Margins are computed in
+    float32, as train_pref.py does, so that a tie stays one.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    names = ("policy_chosen", "ref_chosen", "policy_rejected", "ref_rejected")
+    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float32)
+    margin = (table[:, 0] - table[:, 1]) - (table[:, 2] - table[:, 3])
+    return (margin > 0) + 0.5 * (margin == 0)
