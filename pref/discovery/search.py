@@ -15,7 +15,6 @@ search that was killed takes up the step that had not ended, and neither the num
 the order in which they finish has a part in the result.
 """
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ import numpy as np
 from pref.analysis import stats
 from pref.discovery import estimates, fingerprint, seeds
 from pref.discovery.archive import SEED, Archive, Entry, State
+from pref.discovery.arms import Arms
 from pref.discovery.evolve import RandomSearch
 from pref.discovery.proposals import Known, Proposal, View
 from pref.discovery.settings import Settings
@@ -91,7 +91,7 @@ class Search:
     folder: Path
     settings: Settings
     archive: Archive
-    proposers: list
+    arms: Arms
     open_workers: Callable  # () -> Workers, a context manager
     visited: float  # nats
     setting: str  # three lines for a model's prompt
@@ -99,7 +99,6 @@ class Search:
     proxy_rate: float
     is_stopped: Callable[[], bool] = lambda: False
     until: float | None = None  # time.monotonic(): no step begins after it
-    label: str = "search"  # of its dice; "control" for the random search beside it
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # of the archive, by id
     workers: object = None
 
@@ -187,18 +186,14 @@ def propose(search: Search, number: int) -> tuple[list[Proposal], list[dict]]:
     """The round's proposals, and events about proposers that have none left."""
     if number == 0:
         return [seed_proposal(name) for name in search.settings.seeds_from], []
-    wanted, view = search.settings.proposals_of(number), view_of(search)
-    return draw(search, view, number, wanted)
-
-
-def draw(search: Search, view: View, number: int, wanted: int) -> tuple[list[Proposal], list[dict]]:
-    """`wanted` proposals, each with dice of its own."""
-    active = [p for p in search.proposers if p.name not in search.state.ended]
-    proposals = []
-    for k in range(wanted if active else 0):
-        dice = random.Random(f"{search.label}:{search.settings.seed}:{number}:{k}")
-        proposals.append(active[0].propose(view, round=number, number=k, rng=dice))
-    return proposals, []
+    size, seed = search.settings.proposals_of(number), search.settings.seed
+    bred = search.arms.propose(view_of(search), round=number, size=size, seed=seed)
+    events = []
+    for name, why in bred.ended.items():
+        if name not in search.state.ended:
+            search.log(f"{name} proposes no more: {why}")
+            events.append({"event": "ended", "by": name, "why": why})
+    return bred.proposals, events
 
 
 def seed_proposal(name: str) -> Proposal:
@@ -423,9 +418,8 @@ def take_control(search: Search) -> None:
         control = replace(
             search,
             archive=Archive.open(search.folder, "control"),
-            proposers=[RandomSearch()],
+            arms=Arms([RandomSearch()], most_proposals=search.settings.max_proposals),
             fields={},
-            label="control",
             workers=workers,
         )
         for number in range(search.settings.rounds + 1):
