@@ -313,7 +313,7 @@ def run_grid(search: Search, path: Path) -> bool:
 
 def tell(process: subprocess.Popen, search: Search, told: int) -> int:
     """Pass a signal on: save and stop; at a second Ctrl-C, kill. Returns what it has been told."""
-    level = search.is_stopped()
+    level = search.stop_level()
     while told < level:
         process.send_signal(signal.SIGTERM if told == 0 else signal.SIGINT)
         if told:

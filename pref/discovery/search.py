@@ -97,8 +97,9 @@ class Search:
     setting: str  # three lines for a model's prompt
     proxy_steps: int
     proxy_rate: float
-    is_stopped: Callable[[], bool] = lambda: False
+    stop_level: Callable[[], int] = lambda: 0  # 1: save and stop, 2: at once
     until: float | None = None  # time.monotonic(): no step begins after it
+    rung_only: bool = False  # training is for a cluster
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # of the archive, by id
     workers: object = None
 
@@ -113,6 +114,9 @@ class Search:
                 return None
             self.fields[id] = found
         return self.fields[id]
+
+    def is_stopped(self) -> bool:
+        return self.stop_level() > 0
 
     def log(self, text: str) -> None:
         print(text, flush=True)
@@ -225,7 +229,7 @@ def judge(search: Search, number: int, candidates: dict[str, Proposal]) -> list[
     jobs = []
     for id, proposal in candidates.items():
         if proposal.stopped:
-            stop(id, proposal.stopped["at"], proposal.stopped["why"])
+            stop(id, **proposal.stopped)
         else:
             coupled = search.settings.coupled
             name = f"{id}_{proposal.name}"
@@ -237,7 +241,7 @@ def judge(search: Search, number: int, candidates: dict[str, Proposal]) -> list[
     for id, result in results.items():
         events[id] += read_events(search, id, result)
         if result["stopped"]:
-            stop(id, result["stopped"]["at"], result["stopped"]["why"])
+            stop(id, **result["stopped"])
 
     # 2) Compared with everything before them, and with each other in order of id.
     passed = []

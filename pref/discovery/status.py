@@ -117,11 +117,16 @@ def time_left(folder: Path, recorded: Settings, state: State, left: list) -> str
     runs = runs_of(recorded, left)
     rounds = sum(step.kind == "round" for step in left)
     text = f"left: {rounds} rounds, about {runs} training runs"
-    walls = [disk.read_json(p)["wall_s"] for p in sorted(folder.glob("results/*/summary.json"))]
+    walls = run_seconds(folder)
     if walls and runs:
         seconds = sum(walls) / len(walls) * runs / rungs.default_jobs()
         text += f", {sweep_status.hours_text(seconds)} at {sum(walls) / len(walls):.0f} s a run"
     return text
+
+
+def run_seconds(folder: Path) -> list[float]:
+    """Of the training runs that have ended."""
+    return [disk.read_json(path)["wall_s"] for path in sorted(folder.glob("results/*/summary.json"))]
 
 
 def runs_of(recorded: Settings, steps: list) -> int:

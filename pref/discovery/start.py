@@ -1,0 +1,176 @@
+"""From settings to a search that can take its steps: pairs, features, how far training moves."""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pref.discovery import (
+    feature_pass,
+    horizon,
+    prompts,
+    proposer_arguments,
+    search,
+    settings,
+    split,
+    status,
+)
+from pref.discovery.archive import Archive
+from pref.discovery.evolve import Evolve, RandomSearch
+from pref.discovery.features import Features
+from pref.discovery.proposals import Known, View
+from pref.discovery.search import Search
+from pref.discovery.settings import Settings
+from pref.discovery.workers import Workers
+from pref.files import console
+from pref.files.console import UserError
+from pref.sweeping.scheduler import Stop
+
+PROXY_RATE = 0.3  # peak learning rate of the proxy, in the unit of features.py
+VISITED = 10.0  # nats, where no proxy measures it
+
+
+@contextmanager
+def opened(args: argparse.Namespace, chosen: Settings, stop: Stop) -> Iterator[Search]:
+    """The search in args.folder, with everything that its steps need. Raises UserError."""
+    # 1) The same search as before? Its pairs; who proposes, with one question to each model.
+    folder = args.folder.resolve()
+    check_name(folder)
+    settings.record(folder, chosen)
+    pairs = split.write_search(Path(chosen.data), folder)
+    steps = chosen.steps(pairs.train)
+    own = {"evolve": Evolve(), "random": RandomSearch()}
+    with proposer_arguments.open_arms(
+        args, folder, own, most_proposals=chosen.max_proposals
+    ) as arms:
+        archive = Archive.open(folder)
+        to_do = [step for step in search.plan(chosen) if not archive.has(step.name)]
+        if any(step.kind == "round" for step in to_do):
+            arms.check()
+
+        # 2) What the proxy needs, and how far training moves. Nothing of it once it is not needed.
+        features, visited = None, VISITED
+        if chosen.proxy != "off" and any(step.kind in ("round", "control") for step in to_do):
+            features, visited = look_ahead(chosen, folder, steps)
+        yield Search(
+            folder=folder,
+            settings=chosen,
+            archive=archive,
+            arms=arms,
+            open_workers=lambda: open_workers(features, visited, chosen),
+            visited=visited,
+            setting=setting_text(chosen, pairs, steps, visited),
+            proxy_steps=steps,
+            proxy_rate=PROXY_RATE,
+            stop_level=lambda: stop.level,
+            until=time.monotonic() + 3600 * args.max_hours if args.max_hours else None,
+            rung_only=args.rung_only,
+        )
+
+
+def check_name(folder: Path) -> None:
+    """Grid files, in which the folder is named, separate values by spaces."""
+    if any(letter.isspace() or letter == "#" for letter in str(folder)):
+        raise UserError(f"{folder}: a search's folder must have no space and no # in its path")
+
+
+def look_ahead(chosen: Settings, folder: Path, steps: int) -> tuple[Path, float]:
+    """The features file, and how far a DPO run moves the log-ratios (nats); says so."""
+    path = Path(chosen.features) if chosen.features else compute_features(chosen, folder)
+    pilot = horizon.pilot(
+        Features.load(path),
+        steps=steps,
+        batch=chosen.training().global_batch,
+        learning_rate=PROXY_RATE,
+    )
+    print(f"a dpo run moves 90 % of the log-ratios by at most {pilot.visited:.2g} nats", flush=True)
+    if pilot.note:
+        print(f"note: {pilot.note}", flush=True)
+    return path, pilot.visited
+
+
+def compute_features(chosen: Settings, folder: Path) -> Path:
+    begun = time.monotonic()
+    path = feature_pass.compute(
+        chosen.model, folder / "data" / "search", chosen.given_train_args(), folder / "features"
+    )
+    if (seconds := time.monotonic() - begun) > 5:
+        print(f"features of the pairs: {seconds:.0f} s", flush=True)
+    return path
+
+
+def open_workers(features: Path | None, visited: float, chosen: Settings) -> Workers:
+    batch = chosen.training().global_batch
+    count = max(1, console.usable_cores())
+    return Workers(count, features, {"visited": visited, "batch": batch})
+
+
+def setting_text(chosen: Settings, pairs: split.Split, steps: int, visited: float) -> str:
+    """Three lines for a model's prompt. No path: it would be a part of what is paid for once."""
+    args = chosen.training()
+    rate = f"{args.learning_rate:g}"
+    return (
+        f"Model: {Path(chosen.model).name}, trained with LoRA (rank {args.lora_r}).\n"
+        f"Pairs: {pairs.train} to train on, {pairs.val} others to measure accuracy on.\n"
+        f"Training: {steps} AdamW steps of {args.global_batch} pairs, peak learning rate {rate}; "
+        f"dpo moves log-ratios by about {visited:.2g} nats."
+    )
+
+
+# ---- --dry_run ----------------------------------------------------------------------------------
+
+
+def dry_run(args: argparse.Namespace, chosen: Settings) -> int:
+    """Print what a search will take, and the first prompt. Writes nothing."""
+    settings.identity(chosen)
+    pairs = split.count(Path(chosen.data))
+    steps = chosen.steps(pairs.train)
+    print(
+        f"{args.folder}: {Path(chosen.model).name} on {chosen.data}: {pairs.train} pairs to train "
+        f"on, {pairs.val} to measure on; {steps} steps of {chosen.training().global_batch} pairs"
+    )
+    seconds = seconds_per_run(args.folder)
+    for line in status.dry_run_lines(chosen, pairs.val, seconds):
+        print(line)
+    if seconds is None:
+        print("time: not known before the first run; rungs print their own estimate (rungs/*.log)")
+    if proposer_arguments.models_of(args):
+        print_prompt(args, chosen, setting_text(chosen, pairs, steps, VISITED))
+    print("nothing was started")
+    return 0
+
+
+def seconds_per_run(folder: Path) -> float | None:
+    """Mean of the runs that are there."""
+    walls = status.run_seconds(folder)
+    return sum(walls) / len(walls) if walls else None
+
+
+def print_prompt(args: argparse.Namespace, chosen: Settings, setting: str) -> None:
+    """The first prompt in full, with seeds that were not measured yet."""
+    known = [unmeasured(number, name) for number, name in enumerate(chosen.seeds_from, 1)]
+    view = View(known=known, dpo=known[0], visited=VISITED, setting=setting)
+    prompt = prompts.prompt(view, random.Random(f"{chosen.seed}:1:0"))
+    print(proposer_arguments.estimate(args, prompt.messages, chosen.max_proposals))
+    print("the first prompt, before anything is measured:")
+    for message in prompt.messages:
+        print(f"--- {message['role']}\n{message['content']}")
+    print("---")
+
+
+def unmeasured(number: int, name: str) -> Known:
+    proposal = search.seed_proposal(name)
+    return Known(
+        id=f"p{number:04}",
+        name=name,
+        text=proposal.text,
+        by=proposal.by,
+        parents=[],
+        genome=None,
+        round=0,
+        size=0,
+        gradient={},
+    )
