@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable
 
 from pref.discovery import breeding, genome
+from pref.discovery.archive import SEED
 from pref.discovery.genome import MAX_NODES, Genome
 from pref.discovery.known_genomes import KNOWN_GENOMES
 from pref.discovery.opaque import Unreadable, opaque
@@ -24,8 +25,6 @@ TIE = 0.01  # in gain (a fraction) and in bits: differences below it do not deci
 # The form allows 96 steps, and what is written may name more than it has.
 MAX_OPERATIONS = 90
 TRIES = 200
-
-SEED = "seed"  # Known.by of the losses that a search starts with
 
 
 class RandomSearch:
