@@ -97,7 +97,7 @@ def test_whatever_is_bred_is_finite_everywhere_and_small(bred):
     """In fp32, as in training."""
     pairs = grid(torch.float32)
     assert max(genome.size for genome in bred) <= MAX_NODES
-    assert sum(genome.size > 12 for genome in bred) > 50  # and not all of them are trivial
+    assert sum(genome.size > 12 for genome in bred) > 30  # and not all of them are trivial
     used = {node.op for genome in bred for _, node in places(genome.tree)}
     assert used == OPERATIONS.keys()
     for genome in bred:
@@ -143,7 +143,10 @@ def test_no_loss_depends_on_the_unit_of_log_probabilities(bred):
     """exp, sigmoid and the squares see numbers without a unit: measured in bits, with beta in
     1/bits and the constants converted, every loss is the same.
     """
-    pairs, unit = grid(torch.float64), 1 / math.log(2)
+    generator = torch.Generator().manual_seed(3)
+    sums = -100 * torch.rand((4, 200), dtype=torch.float64, generator=generator)
+    tokens = torch.randint(1, 90, (2, 200), generator=generator).double()
+    pairs, unit = losses.PairLogps(*sums, *tokens), 1 / math.log(2)
     in_bits = pairs._replace(**{c: getattr(pairs, c) * unit for c in pairs._fields[:4]})
     checked = 0
     for genome in bred[::3]:
@@ -197,6 +200,18 @@ def test_opaque_leaves_and_trees_share_no_variable():
         + value_and_gradient(lambda p: losses.exo_pair(p, beta=0.5), pairs)
     )
     assert torch.allclose(of_genome(Genome(0.1, tree), pairs), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_crossover_takes_a_part_of_one_into_the_other():
+    rng = random.Random(6)
+    leaf, mixed = Genome(0.1, opaque(EXO_PAIR)), KNOWN_GENOMES["discopop"]
+    children = [breeding.crossover(mixed, leaf, rng) for _ in range(30)]
+    graft = [node for child in children if child for _, node in places(child.tree)]
+    assert leaf.tree in graft
+    # Only a loss can take a loss's place: a draw of another sort gives nothing.
+    assert None in children
+    # discopop has the only beta that means anything.
+    assert {child.beta for child in children if child} == {0.05}
 
 
 def test_only_constants_of_an_opaque_leaf_vary():
@@ -325,7 +340,7 @@ def test_a_models_loss_is_bred_from_as_a_leaf():
     view = view_of(known(1), model)
     proposals = [Evolve().propose(view, round=1, number=0, rng=rng) for _ in range(40)]
     kinds = {proposal.operator for proposal in proposals if "p0002" in proposal.parents}
-    assert {"vary constant", "wrap", "crossover"} <= kinds
+    assert {"vary constant", "wrap"} <= kinds
     for proposal in proposals:
         values = value_and_gradient(executed(proposal.text), grid(torch.float64))
         assert values.isfinite().all(), proposal.text

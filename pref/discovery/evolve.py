@@ -6,6 +6,7 @@ limited time; a parent is the best of a random sample. In a quarter of the draws
 candidate of a random cell instead (MAP-Elites, Mouret & Clune 2015, arXiv:1504.04909).
 """
 
+import functools
 import random
 from collections.abc import Iterable
 
@@ -33,12 +34,7 @@ class RandomSearch:
     name = "random"
 
     def propose(self, view: View, *, round: int, number: int, rng: random.Random) -> Proposal:
-        seen = [known.genome for known in view.known]
-        for _ in range(TRIES):
-            grown = genome.grow(rng)
-            if _is_new(grown, seen):
-                break
-        return _proposal(grown, by=self.name, operator="grow", parents=[])
+        return _proposal(_grown(_genomes(view), rng), by=self.name, operator="grow", parents=[])
 
 
 class Evolve:
@@ -49,30 +45,29 @@ class Evolve:
     def propose(self, view: View, *, round: int, number: int, rng: random.Random) -> Proposal:
         able = breedable(view)
         population, elite = able[-POPULATION:], list(best_of_cells(able).values())
-        seen = [known.genome for known in view.known]
+        seen = _genomes(view)
         for _ in range(TRIES):
             parents = [draw_parent(population, elite, rng)]
             if rng.random() < CROSSOVER:
                 parents.append(draw_parent(population, elite, rng))
             genomes = [genome_of(parent) for parent in parents]
-            if None in genomes:
-                continue
             child, operator = breeding.offspring(genomes, rng)
             if child is not None and _is_new(child, seen):
                 ids = list(dict.fromkeys(parent.id for parent in parents))
                 return _proposal(child, by=self.name, operator=operator, parents=ids)
-        return RandomSearch().propose(view, round=round, number=number, rng=rng)
+        return _proposal(_grown(seen, rng), by=self.name, operator="grow", parents=[])
 
 
 def breedable(view: View) -> list[Known]:
-    """Candidates with a score that were not refused, in order of id. One that left the race in a
-    rung was trained, and stays. Before anything has a score: DPO.
+    """Candidates with a score that were not refused, in order of id. What a rung has stopped was
+    trained, and stays. Before anything has a score: DPO.
     """
     able = [
         known
         for known in view.known
         if known.gain is not None
         and (known.stopped is None or known.stopped["at"].startswith("rung"))
+        and (known.genome is not None or genome_of(known) is not None)
     ]
     return able or [view.dpo]
 
@@ -88,7 +83,7 @@ def best(candidates: Iterable[Known]) -> Known:
     """The one with the highest gain. What is within TIE of it is tied: of these, the highest bits,
     likewise; of these the fewest steps; of these the first.
     """
-    candidates = sorted(candidates, key=lambda known: known.id)
+    candidates = sorted(candidates, key=lambda known: (len(known.id), known.id))
     for score in (_gain, _bits):
         top = max(map(score, candidates))
         candidates = [known for known in candidates if score(known) >= top - TIE]
@@ -112,8 +107,13 @@ def genome_of(known: Known) -> Genome | None:
         return genome.from_json(known.genome)
     if known.by == SEED and known.name in KNOWN_GENOMES:
         return KNOWN_GENOMES[known.name]
+    return _leaf(known.text)
+
+
+@functools.cache  # the same candidates are looked at for every proposal
+def _leaf(text: str) -> Genome | None:
     try:
-        return Genome(KNOWN_GENOMES["dpo"].beta, opaque(known.text))
+        return Genome(KNOWN_GENOMES["dpo"].beta, opaque(text))
     except Unreadable:
         return None
 
@@ -124,6 +124,19 @@ def _gain(known: Known) -> float:
 
 def _bits(known: Known) -> float:
     return known.bits if known.bits is not None else 0.0
+
+
+def _genomes(view: View) -> list[dict | None]:
+    return [known.genome for known in view.known]
+
+
+def _grown(seen: list[dict | None], rng: random.Random) -> Genome:
+    """A loss grown at random, and, unless TRIES of them do not suffice, a new one."""
+    for _ in range(TRIES):
+        grown = genome.grow(rng)
+        if _is_new(grown, seen):
+            break
+    return grown
 
 
 def _is_new(child: Genome, seen: list[dict | None]) -> bool:

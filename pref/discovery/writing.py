@@ -25,7 +25,8 @@ def write(genome: Genome, name: str) -> str:
     function = f"def {name}(pairs{beta}):\n" + "".join(f"    {line}\n" for line in body)
     # Parsed and printed again: without the brackets that nothing needs.
     function = ast.unparse(ast.parse(function))
-    return f"import torch\nimport torch.nn.functional as F\n\n\n{function}\n"
+    imports = "import math\n\n" if "math." in function else ""  # in an opaque leaf
+    return f"{imports}import torch\nimport torch.nn.functional as F\n\n\n{function}\n"
 
 
 def operations(text: str) -> int:
