@@ -2,7 +2,7 @@
 
     python discover.py discovery/first                          on quickstart's model and pairs
     python discover.py discovery/mine --model M --data data/my_pairs --preset hour
-    OPENAI_API_KEY=... python discover.py discovery/llm --proposer MODEL --max_usd 5 --price_in 0.25 --price_out 2
+    OPENAI_API_KEY=... python discover.py discovery/llm --proposer MODEL --max_usd 5
     python discover.py discovery/both --proposer MODEL evolve   two proposers, one archive
 
 Look, before, during and after (nothing is started):
@@ -38,13 +38,10 @@ search's settings cannot change; JOBS (training runs at a time on a CPU), GPUS_P
 import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
-import functools
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+
+from pref.discovery.form import check_file
 
 from pref.discovery import (
     confirmation,
@@ -57,13 +54,11 @@ from pref.discovery import (
     status,
     winner,
 )
-from pref.discovery.form import check_file
 from pref.discovery.search import OutOfTime, Search
 from pref.discovery.settings import Settings
 from pref.files import console, disk
 from pref.files.console import UserError
 from pref.sweeping.scheduler import Stop
-
 
 # ---- arguments ----------------------------------------------------------------------------------
 

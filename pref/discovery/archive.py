@@ -18,7 +18,7 @@ they depend on the steps before and on the seed. There is no time in them.
 | stopped | id, at, why; near and distance of a duplicate |
 | ended | by, why: a proposer that proposes no more |
 | rung | k, ids, seeds: what is trained next |
-| trained | id, seed, run_id, status, acc_ref, correct (a character a pair: 1, 0, = for a tie), rung |
+| trained | id, seed, run_id, status, acc_ref, correct (1, 0 or = a pair), rung |
 | looked | ids, seeds, again: from here on the confirmation's pairs have been read |
 | confirmed | verdict, ids |
 | step | name |

@@ -80,8 +80,8 @@ def question(state: State, count: int, again: bool) -> tuple[list[str], list[int
         begun = state.looked[-1]
         if len(begun["ids"]) != count:
             raise UserError(
-                f"--confirm {count}: a confirmation of {len(begun['ids'])} was begun, and its pairs "
-                f"have been read; finish it first: --confirm {len(begun['ids'])}"
+                f"--confirm {count}: a confirmation of {len(begun['ids'])} was begun, and its "
+                f"pairs have been read; finish it first: --confirm {len(begun['ids'])}"
             )
         return begun["ids"], begun["seeds"]
     if number and not again:
@@ -92,7 +92,9 @@ def question(state: State, count: int, again: bool) -> tuple[list[str], list[int
         )
     ranked = [id for id in rungs.ranking(state) if id != state.dpo.id]
     if not ranked:
-        raise UserError("--confirm: no candidate is left that was trained; nothing can be confirmed")
+        raise UserError(
+            "--confirm: no candidate is left that was trained; nothing can be confirmed"
+        )
     ids = sorted(ranked, key=lambda id: -len(state.entries[id].runs))[:count]
     first = FIRST_SEED + SEEDS * number
     return ids, list(range(first, first + SEEDS))
@@ -172,7 +174,9 @@ def dpo_table(results: Path, beta: float, seeds: list[int]) -> np.ndarray:
     known = [archive.decode(text) for text in texts if text is not None]
     if not known:
         return np.full((len(seeds), 1), 0.5)
-    return np.stack([np.full(len(known[0]), 0.5) if t is None else archive.decode(t) for t in texts])
+    return np.stack(
+        [np.full(len(known[0]), 0.5) if t is None else archive.decode(t) for t in texts]
+    )
 
 
 # ---- the comparison -----------------------------------------------------------------------------
@@ -200,7 +204,9 @@ def train(
         texts = [rungs.outcome_of(runs[name, seed])["correct"] for seed in seeds]
         if None in texts:
             lost = [seed for seed, text in zip(seeds, texts) if text is None]
-            search.log(f"  {name} diverged with seed {lost[0]}: its pairs count as half right there")
+            search.log(
+                f"  {name} diverged with seed {lost[0]}: its pairs count as half right there"
+            )
         tables[id] = [None if text is None else archive.decode(text) for text in texts]
     pairs = next(len(row) for rows in tables.values() for row in rows if row is not None)
     chance = np.full(pairs, 0.5)
@@ -213,7 +219,7 @@ def train(
 def compare(
     state: State, ids: list[str], tables: dict[str, np.ndarray], beta: float, seeds: list[int]
 ) -> dict:
-    """What confirmation.json holds, without the verdict. tables: (seeds, pairs) by id, and "dpo"."""
+    """confirmation.json without the verdict. tables: (seeds, pairs) by id, and "dpo"."""
     differences = [stats.difference(tables[id], tables["dpo"], paired=True) for id in ids]
     adjusted = stats.holm([one.p() for one in differences])
     search_gains = estimates.gains(state)

@@ -189,9 +189,7 @@ def is_apart(search: Search, id: str, others: Iterable[str]) -> bool:
 def ranking(state: State) -> list[str]:
     """Trained candidates that are still in the race, by shrunk gain."""
     gains = estimates.gains(state)
-    in_race = [
-        entry for entry in state.entries.values() if entry.runs and not entry.stopped
-    ]
+    in_race = [entry for entry in state.entries.values() if entry.runs and not entry.stopped]
     in_race = [entry for entry in in_race if entry.id in gains]
     return [e.id for e in sorted(in_race, key=lambda e: (-gains[e.id].gain, -len(e.runs), e.id))]
 
@@ -327,8 +325,7 @@ def wait_for_earlier(search: Search) -> None:
     said = False
     while not search.is_stopped():
         holders = [
-            disk.lock_holder(path.parent, path.name)
-            for path in search.folder.glob("*/.sweep.lock")
+            disk.lock_holder(path.parent, path.name) for path in search.folder.glob("*/.sweep.lock")
         ]
         if not any(holders):
             return

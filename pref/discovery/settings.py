@@ -215,7 +215,9 @@ def check_train_args(settings: Settings) -> None:
     try:
         words = shlex.split(settings.train_args)
     except ValueError as error:
-        raise UserError(f"--train_args {settings.train_args}: {error}; close what is open") from None
+        raise UserError(
+            f"--train_args {settings.train_args}: {error}; close what is open"
+        ) from None
     for word in words:
         name = word.partition("=")[0].removeprefix("--")
         if name in TAKEN or name in arguments.loss_arguments():

@@ -1,7 +1,6 @@
 """From settings to a search that can take its steps: pairs, features, how far training moves."""
 
 import argparse
-import math
 import random
 import time
 from collections.abc import Iterator

@@ -65,7 +65,7 @@ def print_status(folder: Path) -> int:
 def begun(folder: Path) -> Settings:
     recorded = settings.read(folder)
     if recorded is None:
-        raise UserError(f"{folder}: no search there (settings.json); begin one: discover.py {folder}")
+        raise UserError(f"{folder}: no search there (settings.json); python discover.py {folder}")
     return recorded
 
 
@@ -126,7 +126,8 @@ def time_left(folder: Path, recorded: Settings, state: State, left: list) -> str
 
 def run_seconds(folder: Path) -> list[float]:
     """Of the training runs that have ended."""
-    return [disk.read_json(path)["wall_s"] for path in sorted(folder.glob("results/*/summary.json"))]
+    paths = sorted(folder.glob("results/*/summary.json"))
+    return [disk.read_json(path)["wall_s"] for path in paths]
 
 
 def runs_of(recorded: Settings, steps: list) -> int:
@@ -165,8 +166,10 @@ def show(folder: Path, id: str) -> int:
         raise UserError(f"--show {id}: no such candidate in {folder}; the last one is {last[0]}")
     entry = state.entries[id]
     origin = f" from {', '.join(entry.parents)}" if entry.parents else ""
-    print(f"{clean(entry.label)}, round {entry.round}: {clean(entry.operator)}{origin}, "
-          f"by {clean(entry.by)}")
+    print(
+        f"{clean(entry.label)}, round {entry.round}: {clean(entry.operator)}{origin}, "
+        f"by {clean(entry.by)}"
+    )
     if thought := read_text(archive.folder_of(id) / "thought.txt"):
         print(f"thought: {clean(thought)}")
     print_fate(archive, entry)
@@ -191,15 +194,19 @@ def print_fate(archive: Archive, entry: Entry) -> None:
         print(f"behaviour: {entry.cell}; gradient relative to dpo's: {slopes} (rho, nats)")
     if entry.proxy:
         one = entry.proxy
-        print(f"proxy: accuracy {one['acc']:.4f}, {points(one['difference'])} ± "
-              f"{100 * one['se']:.1f} points over dpo, {one['bits']:.3f} bits ({one['seeds']} seeds)")
+        print(
+            f"proxy: accuracy {one['acc']:.4f}, {points(one['difference'])} ± "
+            f"{100 * one['se']:.1f} points over dpo, {one['bits']:.3f} bits, {one['seeds']} seeds"
+        )
     for seed, run in entry.runs.items():
         accuracy = "no accuracy" if run["acc_ref"] is None else f"accuracy {run['acc_ref']:.4f}"
         print(f"trained, seed {seed}: {run['status']}, {accuracy}  (results/{run['run_id']})")
     gain = estimates.gains(state).get(entry.id)
     if gain and entry.id != state.dpo.id:
-        print(f"gain over dpo: {points(gain.difference)} ± {100 * gain.se:.1f} points as measured, "
-              f"{points(gain.gain)} ± {100 * gain.gain_se:.1f} shrunk ({gain.measured})")
+        print(
+            f"gain over dpo: {points(gain.difference)} ± {100 * gain.se:.1f} points as measured, "
+            f"{points(gain.gain)} ± {100 * gain.gain_se:.1f} shrunk ({gain.measured})"
+        )
     selftest = archive.folder_of(entry.id) / "selftest.json"
     if selftest.is_file() and (content := disk.read_json(selftest)):
         print(f"self-test: {clean(json.dumps(content))[:400]}")
