@@ -573,4 +573,4 @@ SFT_TERM = {
 if __name__ == "__main__":
     import runpy  # the list, the self-test and the plots live apart from the equations
 
-    runpy.run_module("pref.training.loss_check", run_name="__main__")
+    runpy.run_module("pref.training.loss_command", run_name="__main__")

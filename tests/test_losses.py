@@ -12,9 +12,10 @@ from conftest import ROOT
 
 import losses
 from losses import LOSSES, PairLogps
+from pref.files.console import UserError
 from pref.model import token_scores
 from pref.model.token_scores import token_full_kl, token_k3
-from pref.training import loss_check, loss_options
+from pref.training import loss_check, loss_command, loss_options
 from pref.training.loss_options import check_parameters, loss_defaults
 
 
@@ -347,7 +348,7 @@ BAD_LOSSES = {
     "a_number": ("return -beta * pairs.rho, {'b': beta}", "b is a float"),
     "overflows": (
         "return torch.exp(pairs.rho) / torch.exp(pairs.rho) - pairs.rho, {}",
-        "not finite",
+        "its value is NaN at rho 10000",
     ),
     "nan_at_0": (
         "return (pairs.rho ** 2).sqrt() - beta * pairs.rho, {}",
@@ -369,12 +370,22 @@ BAD_LOSSES = {
         "return -beta * pairs.rho + 0 * (2 * pairs.rho).exp(), {}",
         "its value is NaN at rho 500",
     ),
+    "nan_at_the_last_margin": (
+        "return -beta * pairs.rho + 0 * (0.1 * pairs.rho).exp(), {}",
+        "its value is NaN at rho 10000, {'beta': 0.1}",
+    ),
+    "root_of_the_margin": (
+        "return torch.nn.functional.softplus(-beta * pairs.rho) + pairs.rho.abs().sqrt(), {}",
+        "where every run starts",
+    ),
     "nan_for_one_pair": (
         "return (pairs.rho - pairs.rho.mean()) / pairs.rho.std() - beta * pairs.rho, {}",
         "not finite for 1 pair(s)",
     ),
     "no_gradient": ("return torch.relu(pairs.rho.detach()) + 0 * pairs.rho, {}", "no gradient"),
     "raises": ("return pairs.nothing, {}", "raises AttributeError"),
+    "no_such_name": ("return missing * pairs.rho, {}", "name 'missing' is not defined"),
+    "overflows_in_python": ("return 1e200 ** (20 * beta) * pairs.rho, {}", "raises OverflowError"),
     "imprecise": ("return (pairs.rho + 1e6) - 1e6, {}", "float32"),
 }
 
@@ -391,6 +402,22 @@ def test_self_test_finds_what_is_wrong(tmp_path, kind):
     finally:
         del LOSSES[kind]
         loss_options.FROM_FILES.discard(kind)
+
+
+def test_the_search_for_the_edge_of_float32_ends_near_0():
+    tried = []
+    edge = loss_check.overflow_edge(lambda margin: tried.append(margin), outside=-1e4)
+    assert edge == 0 and len(tried) < 40
+
+
+@pytest.mark.parametrize("parameter", ["seed: float = 1.0", "margin: float = 1.0", "kl: int = 1"])
+def test_check_refuses_a_parameter_that_train_pref_would_refuse(tmp_path, parameter):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def mine(pairs, *, {parameter}):\n    return -pairs.rho, {{}}\n")
+    name = parameter.partition(":")[0]
+    with pytest.raises(UserError, match=f"parameter {name} .*rename it"):
+        loss_command.run_check(f"{file}:mine", tmp_path / "plot.png")
+    assert "mine" not in LOSSES and "mine" not in loss_options.FROM_FILES
 
 
 @pytest.mark.parametrize(
@@ -585,7 +612,7 @@ def test_losses_without_a_paper_are_described_in_the_repository():
 
 
 def test_the_list_of_losses_prints_whole_formulas(capsys):
-    loss_check.print_table()
+    loss_command.print_table()
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith(" " * 15) for line in lines) == len(LOSSES) + 1
     (aql,) = (line for line in lines if line.startswith("aql "))

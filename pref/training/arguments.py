@@ -270,16 +270,22 @@ def load_own_loss(argv: list[str] | None) -> str | None:
     spec = parser.parse_known_args(argv)[0].loss_file
     if spec is None:
         return None
-    taken = {"help", *DEFAULTS, *(a.flag for a in ARGUMENTS)} - loss_arguments().keys()
     try:
-        name = loss_options.load_loss_file(spec)
+        return load_loss(spec)
     except ValueError as error:
         raise UserError(f"--loss_file {error}") from None
+
+
+def load_loss(spec: str) -> str:
+    """Add the function of 'FILE.py:NAME' to LOSSES and return its name. Raises ValueError for one
+    that train_pref.py could not use.
+    """
+    taken = {"help", *DEFAULTS, *(a.flag for a in ARGUMENTS)} - loss_arguments().keys()
+    name = loss_options.load_loss_file(spec)
     if clash := sorted(taken & loss_options.own_defaults(LOSSES[name]).keys()):
         del LOSSES[name]
-        raise UserError(
-            f"--loss_file {spec}: parameter {clash[0]} is an argument of train_pref.py; rename it"
-        )
+        loss_options.FROM_FILES.discard(name)
+        raise ValueError(f"{spec}: parameter {clash[0]} is an argument of train_pref.py; rename it")
     return name
 
 
