@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pref.analysis import power, stats
-from pref.discovery import archive, estimates, rungs, split
+from pref.discovery import archive, estimates, rungs, split, stand_in
 from pref.discovery.archive import Entry, State
 from pref.discovery.search import Search
 from pref.discovery.settings import MOST_CONFIRMED
@@ -50,7 +50,8 @@ def run(search: Search, count: int, again: bool) -> bool:
         search.archive.append(
             {"event": "looked", "ids": ids, "seeds": seeds, "again": bool(state.looked)}
         )
-    split.write_confirm(Path(search.settings.data), search.folder)
+    if not search.settings.is_stand_in:
+        split.write_confirm(Path(search.settings.data), search.folder)
 
     # 3) Training.
     labels = [state.entries[id].label for id in ids]
@@ -160,6 +161,9 @@ def train_dpo(
     search: Search, name: str, betas: list[float], seeds: list[int]
 ) -> dict[float, np.ndarray] | None:
     """(seeds, pairs) by beta, on the search's pairs."""
+    if search.settings.is_stand_in:
+        texts = {beta: stand_in.dpo_text(beta) for beta in betas}
+        return stand_in.tables(search, texts, seeds, "val")
     path = search.folder / "rungs" / f"{name}.grid"
     rungs.write_grid(search, path, ["dpo"], seeds, betas=betas)
     if not rungs.run_grid(search, path):
@@ -189,6 +193,10 @@ def train(
     entries = search.state.entries
     for id in ids:
         search.archive.check_program(id)
+    if search.settings.is_stand_in:
+        texts = {"dpo": stand_in.dpo_text(beta)}
+        texts |= {id: search.archive.text_of(id) for id in ids}
+        return stand_in.tables(search, texts, seeds, "confirm")
     losses = {"dpo": "dpo"} | {id: rungs.loss_spec(search, entries[id]) for id in ids}
     path = search.folder / "rungs" / f"confirm_{seeds[0]}.grid"
     rungs.write_grid(

@@ -90,6 +90,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def is_world(path: Path) -> bool:
+    """Whether a features file has pairs to confirm with, so that no model is needed beside it."""
+    tensors, _ = read_tensors(path)
+    return any(name.startswith(HIDDEN) for name in tensors)
+
+
 def part_of(path: Path, tensors: dict[str, Tensor], name: str) -> Part:
     """One part, with every value checked."""
     missing = [f for f in Part._fields if f"{name}_{f}" not in tensors]

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from pref import ROOT
-from pref.discovery import archive, estimates, fingerprint
+from pref.discovery import archive, estimates, fingerprint, stand_in
 from pref.discovery.archive import Entry, State
 from pref.discovery.search import Search, Step, instalments
 from pref.files import console, disk
@@ -220,6 +220,9 @@ def train(search: Search, name: str, ids: list[str], seeds: list[int]) -> list[d
     entries = search.state.entries
     for id in ids:
         search.archive.check_program(id)
+    if search.settings.is_stand_in:
+        texts = {id: search.archive.text_of(id) for id in [search.state.dpo.id, *ids]}
+        return stand_in.train(search, texts, seeds)
     losses = {id: loss_spec(search, entries[id]) for id in [search.state.dpo.id, *ids]}
     path = search.folder / "rungs" / f"{name}.grid"
     write_grid(search, path, list(losses.values()), seeds)

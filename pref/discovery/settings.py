@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref import ROOT
-from pref.discovery import seeds
+from pref.discovery import features, seeds
 from pref.files import disk
 from pref.files.console import UserError
 from pref.model import weights
@@ -71,6 +71,11 @@ class Settings(NamedTuple):
     train_args: str
     task: str  # a file, or ""
     features: str  # a file, or ""
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether a features file is all there is, and the proxy stands in for a model."""
+        return not self.model
 
     @property
     def rounds(self) -> int:
@@ -138,11 +143,12 @@ def as_path(text: str) -> str:
 def from_arguments(args: argparse.Namespace) -> Settings:
     values = given(args)
     if not {"model", "data"} & values.keys():
-        values |= of_quickstart()
+        needs_no_model = "features" in values and features.is_world(Path(values["features"]))
+        values |= {"model": "", "data": ""} if needs_no_model else of_quickstart()
     for name, example in (("model", "FOLDER"), ("data", "data/my_pairs")):
         if name not in values:
             raise UserError(f"--{name} is missing; give --{name} {example} too")
-    is_default = values["data"] == str(QUICKSTART_DATA)
+    is_default = values["data"] in ("", str(QUICKSTART_DATA))
     preset = values.get("preset", "quick" if is_default else "hour")
     defaults = {
         "preset": preset,
@@ -284,6 +290,8 @@ def record(folder: Path, settings: Settings) -> None:
 
 def identity(settings: Settings) -> dict[str, str | None]:
     """Hashes of what the archive depends on. val.jsonl is none of it: only --confirm reads it."""
+    if settings.is_stand_in:
+        return {"features_sha256": disk.sha256_file(Path(settings.features))}
     train = Path(settings.data) / "train.jsonl"
     if not train.is_file():
         raise UserError(f"--data {settings.data}: no train.jsonl there; make it with prep_data.py")

@@ -90,6 +90,7 @@ def try_on_features(job: dict, features: Features, batch: int) -> dict:
             batch=batch,
             learning_rate=job["learning_rate"],
             seed=seed,
+            part=job.get("part", "val"),
         )
         for seed in job["seeds"]
     ]

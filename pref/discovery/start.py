@@ -15,6 +15,7 @@ from pref.discovery import (
     search,
     settings,
     split,
+    stand_in,
     status,
 )
 from pref.discovery.archive import Archive
@@ -39,8 +40,11 @@ def opened(args: argparse.Namespace, chosen: Settings, stop: Stop) -> Iterator[S
     folder = args.folder.resolve()
     check_name(folder)
     settings.record(folder, chosen)
-    pairs = split.write_search(Path(chosen.data), folder)
-    steps = chosen.steps(pairs.train)
+    if chosen.is_stand_in:
+        pairs, steps, batch = stand_in.read(Path(chosen.features))
+    else:
+        pairs = split.write_search(Path(chosen.data), folder)
+        steps, batch = chosen.steps(pairs.train), chosen.training().global_batch
     own = {"evolve": Evolve(), "random": RandomSearch()}
     with proposer_arguments.open_arms(
         args, folder, own, most_proposals=chosen.max_proposals
@@ -52,14 +56,15 @@ def opened(args: argparse.Namespace, chosen: Settings, stop: Stop) -> Iterator[S
 
         # 2) What the proxy needs, and how far training moves. Nothing of it once it is not needed.
         features, visited = None, VISITED
-        if chosen.proxy != "off" and any(step.kind in ("round", "control") for step in to_do):
-            features, visited = look_ahead(chosen, folder, steps)
+        on_proxy = any(step.kind in ("round", "control") for step in to_do)
+        if chosen.is_stand_in or (chosen.proxy != "off" and on_proxy):
+            features, visited = look_ahead(chosen, folder, steps, batch)
         yield Search(
             folder=folder,
             settings=chosen,
             archive=archive,
             arms=arms,
-            open_workers=lambda: open_workers(features, visited, chosen),
+            open_workers=lambda: open_workers(features, visited, batch),
             visited=visited,
             setting=setting_text(chosen, pairs, steps, visited),
             proxy_steps=steps,
@@ -76,13 +81,13 @@ def check_name(folder: Path) -> None:
         raise UserError(f"{folder}: a search's folder must have no space and no # in its path")
 
 
-def look_ahead(chosen: Settings, folder: Path, steps: int) -> tuple[Path, float]:
+def look_ahead(chosen: Settings, folder: Path, steps: int, batch: int) -> tuple[Path, float]:
     """The features file, and how far a DPO run moves the log-ratios (nats); says so."""
     path = Path(chosen.features) if chosen.features else compute_features(chosen, folder)
     pilot = horizon.pilot(
         Features.load(path),
         steps=steps,
-        batch=chosen.training().global_batch,
+        batch=batch,
         learning_rate=PROXY_RATE,
     )
     print(f"a dpo run moves 90 % of the log-ratios by at most {pilot.visited:.2g} nats", flush=True)
@@ -101,14 +106,19 @@ def compute_features(chosen: Settings, folder: Path) -> Path:
     return path
 
 
-def open_workers(features: Path | None, visited: float, chosen: Settings) -> Workers:
-    batch = chosen.training().global_batch
+def open_workers(features: Path | None, visited: float, batch: int) -> Workers:
     count = max(1, console.usable_cores())
     return Workers(count, features, {"visited": visited, "batch": batch})
 
 
 def setting_text(chosen: Settings, pairs: split.Split, steps: int, visited: float) -> str:
     """Three lines for a model's prompt. No path: it would be a part of what is paid for once."""
+    if chosen.is_stand_in:
+        return (
+            "Model: none; a linear policy on features of the responses stands in for it.\n"
+            f"Pairs: {pairs.train} to train on, {pairs.val} others to measure accuracy on.\n"
+            f"Training: {steps} AdamW steps; dpo moves log-ratios by about {visited:.2g} nats."
+        )
     args = chosen.training()
     rate = f"{args.learning_rate:g}"
     return (
@@ -125,11 +135,16 @@ def setting_text(chosen: Settings, pairs: split.Split, steps: int, visited: floa
 def dry_run(args: argparse.Namespace, chosen: Settings) -> int:
     """Print what a search will take, and the first prompt. Writes nothing."""
     settings.identity(chosen)
-    pairs = split.count(Path(chosen.data))
-    steps = chosen.steps(pairs.train)
+    if chosen.is_stand_in:
+        pairs, steps, batch = stand_in.read(Path(chosen.features))
+        what = f"no model, {chosen.features}"
+    else:
+        pairs = split.count(Path(chosen.data))
+        steps, batch = chosen.steps(pairs.train), chosen.training().global_batch
+        what = f"{Path(chosen.model).name} on {chosen.data}"
     print(
-        f"{args.folder}: {Path(chosen.model).name} on {chosen.data}: {pairs.train} pairs to train "
-        f"on, {pairs.val} to measure on; {steps} steps of {chosen.training().global_batch} pairs"
+        f"{args.folder}: {what}: {pairs.train} pairs to train on, {pairs.val} to measure on; "
+        f"{steps} steps of {batch} pairs"
     )
     seconds = seconds_per_run(args.folder)
     for line in status.dry_run_lines(chosen, pairs.val, seconds):
