@@ -41,19 +41,16 @@ import argparse
 import time
 from pathlib import Path
 
-from pref.discovery.form import check_file
-
 from pref.discovery import (
     confirmation,
     proposer_arguments,
-    report,
     rungs,
     search,
     settings,
     start,
     status,
-    winner,
 )
+from pref.discovery.form import check_file
 from pref.discovery.search import OutOfTime, Search
 from pref.discovery.settings import Settings
 from pref.files import console, disk
@@ -207,6 +204,8 @@ def work(args: argparse.Namespace, chosen: Settings, stop: Stop) -> int:
 
 def finish(one: Search) -> None:
     """The report, and the best loss ready to train with."""
+    from pref.discovery import report, winner  # with what draws, which takes seconds to import
+
     winner.write(one.folder, one.archive)
     path = report.write_report(one.folder, one.archive)
     print()
