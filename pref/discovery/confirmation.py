@@ -91,7 +91,7 @@ def question(state: State, count: int, again: bool) -> tuple[list[str], list[int
             "looked at, and another answer would not confirm anything. --again gives one, marked "
             "as not confirmatory"
         )
-    ranked = [id for id in rungs.ranking(state) if id != state.dpo.id]
+    ranked = [id for id in rungs.ranking(state) if state.entries[id].by != archive.SEED]
     if not ranked:
         raise UserError(
             "--confirm: no candidate is left that was trained; nothing can be confirmed"

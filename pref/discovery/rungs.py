@@ -145,7 +145,10 @@ def first_choice(search: Search, step: Step, count: int) -> list[str]:
     waiting = [
         entry.id
         for entry in state.entries.values()
-        if entry.reached_proxy and not entry.stopped and entry.id not in trained
+        if entry.reached_proxy
+        and not entry.stopped
+        and entry.id not in trained
+        and entry.by != archive.SEED  # known losses need no discovery
     ]
     drawn = dice.sample(waiting, min(len(waiting), at_random(settings, step.part)))
     by_proxy = settings.proxy == "on" and estimates.proxy_ranks(state)
