@@ -14,7 +14,15 @@ from urllib.parse import unquote
 import pytest
 from report_pages import EVERYTHING, HOSTILE, example_page, hostile_page, judgement, tiny_svg
 
-from pref.analysis.report import TEMPLATE, column_digits, escape, fill, format_value, write_report
+from pref.analysis.report import (
+    PAGE_SCRIPT,
+    TEMPLATE,
+    column_digits,
+    escape,
+    fill,
+    format_value,
+    write_report,
+)
 from pref.files.console import UserError
 
 VOID = {"meta", "link", "img", "input", "br"}  # elements without an end tag
@@ -89,9 +97,11 @@ def test_policy_admits_only_the_script_and_style_of_the_template(tmp_path, make_
     assert sum(tag == "style" for tag, _ in reader.elements) == 1
 
 
-@pytest.mark.parametrize("suffix", [".html", ".css", ".js"])
-def test_the_template_never_makes_html_or_code_of_text(suffix):
-    template = TEMPLATE.with_suffix(suffix).read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "path", [PAGE_SCRIPT, *(TEMPLATE.with_suffix(suffix) for suffix in (".html", ".css", ".js"))]
+)
+def test_the_template_never_makes_html_or_code_of_text(path):
+    template = path.read_text(encoding="utf-8")
     for forbidden in (
         *("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("),
         *("new Function", ".style.", "DOMParser", "createContextualFragment", "srcdoc"),

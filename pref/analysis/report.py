@@ -3,7 +3,8 @@
     from pref.analysis.report import write_report
     write_report(Path("results/comparison/report.html"), {"title": "Four losses", "runs": [...]})
 
-Reads   report_template.{html,css,js} and the figures' SVG files; all else comes from analyze.py
+Reads   report_template.{html,css,js}, report_page.js and the figures' SVG files; all else comes
+        from analyze.py
 Writes  the report
 
 Nothing is computed here, and nothing in a page is trusted: answers and judgements are what models
@@ -33,6 +34,7 @@ from pref.files import disk
 from pref.files.console import UserError
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+PAGE_SCRIPT = Path(__file__).with_name("report_page.js")
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 NO_VALUE = "–"
 NUMBERS = re.compile(r"-|(?=.*\d)[-+<\d.,\[\] %±einf]*")  # of a column that is aligned to the right
@@ -102,13 +104,8 @@ def write_report(path: Path, page: dict) -> None:
 
     Raises UserError if a figure is missing or not an SVG.
     """
-    style = TEMPLATE.with_suffix(".css").read_text(encoding="utf-8")
-    script = TEMPLATE.with_suffix(".js").read_text(encoding="utf-8")
     parts = {
-        "style": style,
-        "style_hash": policy_hash(style),
-        "script": script,
-        "script_hash": policy_hash(script),
+        **own_parts(TEMPLATE.with_suffix(".js")),
         "title": escape(page.get("title") or "Comparison of runs"),
         "opening": opening_html(page.get("opening") or {}),
         "facts": facts_html(page.get("facts") or []),
@@ -123,6 +120,21 @@ def write_report(path: Path, page: dict) -> None:
         "data": pack_texts(page),
     }
     disk.write_text(path, fill(TEMPLATE.read_text(encoding="utf-8"), parts))
+
+
+def own_parts(script: Path) -> dict[str, str]:
+    """The style and the script of a page, with their hashes for its policy. script: of this report,
+    behind what every report's page does.
+    """
+    style = TEMPLATE.with_suffix(".css").read_text(encoding="utf-8")
+    scripts = [path.read_text(encoding="utf-8") for path in (PAGE_SCRIPT, script)]
+    text = "\n".join(scripts)
+    return {
+        "style": style,
+        "style_hash": policy_hash(style),
+        "script": text,
+        "script_hash": policy_hash(text),
+    }
 
 
 def fill(template: str, parts: dict[str, str]) -> str:
