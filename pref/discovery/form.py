@@ -29,7 +29,10 @@ def translate(text: str, *, name: str | None = None, coupled: bool = False) -> P
     """The program of a text in the form. name: what the printed function is called (default: as in
     the text). coupled: allow statistics of the batch. Raises Refusal.
     """
-    program, printed = read_and_print(text, name, coupled)
+    try:
+        program, printed = read_and_print(text, name, coupled)
+    except RecursionError:
+        raise Refusal("size", "expressions too deep; name parts of them") from None
     # Our own text obeys the same limits, and reads back as itself.
     try:
         printing.verify(printed)
@@ -93,7 +96,7 @@ def parse(text: str) -> ast.Module:
         if strange := re.search(r"[^ -~\t]", line):
             message = f"{ascii(strange.group())} is not ASCII; write names and operators in ASCII"
         else:
-            message = f"no Python: {error.msg}"
+            message = f"no Python: {(error.msg or '')[:80]}"
         raise Refusal("syntax", message, error.lineno) from None
     except (ValueError, OverflowError, RecursionError, MemoryError):
         raise Refusal("syntax", "no Python that can be parsed; write shorter lines") from None

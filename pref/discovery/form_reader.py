@@ -52,6 +52,13 @@ REMEDIES = {  # by the class of a syntax node that the form does not have
     ast.NamedExpr: "no :=; assign in a line of its own",
     ast.BoolOp: "no and/or of tensors; use (x > 0) & (y > 0)",
     ast.Expr: "a line without effect; assign its value to a name",
+    ast.With: "no with; detach() stops a gradient",
+    ast.Try: "no try; clamp what could overflow",
+    ast.Raise: "no raise; the form has no errors of its own",
+    ast.Assert: "no assert; leave it out",
+    ast.List: "no lists; a tensor holds one value a pair",
+    ast.Tuple: "no tuples; assign to names, one by one",
+    ast.Dict: 'no dict, except in the return: return losses, {"preference": losses}',
     ast.Starred: "no *; write the arguments out",
     ast.Import: "imports: import torch, import torch.nn.functional as F, import math",
     ast.ImportFrom: "imports: import torch, import torch.nn.functional as F, import math",
@@ -109,7 +116,11 @@ def find_function(tree: ast.Module) -> ast.FunctionDef:
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             check_import(node)
         elif not (k == 0 and is_text(node)):
-            raise Refusal("form", f"{remedy(node)}; outside the function only imports", node.lineno)
+            raise Refusal(
+                "form",
+                "outside the function only imports; numbers go into it, or are its parameters",
+                node.lineno,
+            )
     if len(functions) != 1:
         line = functions[1].lineno if functions else None
         raise Refusal(

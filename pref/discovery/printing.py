@@ -6,6 +6,7 @@ tables of its own; `load` executes what `verify` has let through.
 
 import ast
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 
@@ -244,11 +245,17 @@ OPERATORS += (ast.USub, ast.Invert, ast.Lt, ast.Gt, ast.LtE, ast.GtE)
 def verify(text: str) -> None:
     """Read a printed text again, by rules written apart from the translator's. Raises Refusal."""
     if len(text) > 20_000 or not re.fullmatch(r"[ -~\n]*", text):
-        raise Refusal("size", "not a text that discover.py printed")
+        raise Refusal("size", "not a text that discover.py prints")
     try:
-        *imports, function = ast.parse(text).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            verify_module(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise Refusal("syntax", "not a text that discover.py printed") from None
+        raise Refusal("syntax", "not a text that discover.py prints") from None
+
+
+def verify_module(tree: ast.Module) -> None:
+    *imports, function = tree.body
     for statement in imports:
         need(ast.unparse(statement) in IMPORTS, statement)
     need(isinstance(function, ast.FunctionDef), function)
@@ -260,12 +267,14 @@ def verify(text: str) -> None:
     known = set()
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults):
         need(ast.unparse(argument.annotation or argument) == "float", function)
-        need_number(default)
+        need(is_number(default), function)
         known.add(plain_name(ast.Name(argument.arg), function))
     *statements, last = function.body
+    need(bool(statements), function)
     for statement in statements:
         verify_statement(statement, function.name, known)
     need(isinstance(last, ast.Return) and isinstance(last.value, ast.Tuple), last)
+    need(len(last.value.elts) == 2, last)
     losses = last.value.elts[0]
     need(isinstance(losses, ast.Name) and losses.id in known, last)
     need(ast.unparse(last) == f"return ({losses.id}, {{'preference': {losses.id}}})", last)
@@ -281,14 +290,21 @@ def need(holds: bool, node: ast.AST) -> None:
 def plain_name(node: ast.expr, place: ast.AST) -> str:
     """The name that is bound here; none that the text uses otherwise."""
     need(isinstance(node, ast.Name) and bool(PLAIN_NAME.fullmatch(node.id)), place)
-    need(node.id not in {"torch", "F", "math", "pairs", "len", "float", "ValueError"}, place)
+    need(
+        node.id not in {"torch", "F", "math", "pairs", "means", "len", "float", "ValueError"}, place
+    )
     return node.id
 
 
-def need_number(node: ast.expr | None) -> None:
+def is_number(node: ast.expr | None) -> bool:
+    """Whether a node is a number of moderate size. Arithmetic on two of them was done before."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         node = node.operand
-    need(isinstance(node, ast.Constant) and type(node.value) in (int, float), node)
+    return (
+        isinstance(node, ast.Constant)
+        and type(node.value) in (int, float)
+        and abs(node.value) <= 1_000_000
+    )
 
 
 def verify_statement(node: ast.stmt, name: str, known: set[str]) -> None:
@@ -307,6 +323,7 @@ def verify_statement(node: ast.stmt, name: str, known: set[str]) -> None:
     elif value == "pairs.mean()":
         need(ast.unparse(target) == "means", node)
     else:
+        need(not is_number(node.value), node)
         verify_expression(node.value, known)
         known.add(plain_name(target, node))
 
@@ -316,11 +333,13 @@ def verify_expression(node: ast.AST, known: set[str]) -> None:
     if isinstance(node, ast.Name):
         need(node.id in known, node)
     elif isinstance(node, ast.Constant):
-        need_number(node)
+        need(is_number(node), node)
     elif isinstance(node, ast.BinOp):
+        need(not (is_number(node.left) and is_number(node.right)), node)
         inside = [node.op, node.left, node.right]
     elif isinstance(node, ast.UnaryOp):
         inside = [node.op, node.operand]
+        need(is_number(node) or not is_number(node.operand), node)
     elif isinstance(node, ast.Compare):
         inside = [*node.ops, node.left, *node.comparators]
         need(len(node.ops) == 1, node)
