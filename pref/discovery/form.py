@@ -27,8 +27,11 @@ NOT_REPEATED = "a fault of discover.py: its printed text does not read back as i
 
 def translate(text: str, *, name: str | None = None, coupled: bool = False) -> Program:
     """The program of a text in the form. name: what the printed function is called (default: as in
-    the text). coupled: allow statistics of the batch. Raises Refusal.
+    the text). coupled: allow statistics of the batch. Raises Refusal; ValueError for a `name` that
+    is none.
     """
+    if name is not None and not printing.PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"name {name!r}: a letter, then letters, digits and _; at most 40")
     try:
         program, printed = read_and_print(text, name, coupled)
     except RecursionError:

@@ -301,7 +301,7 @@ class Steps:
         self.need_number("torch.tensor", *args)
         return args[0]
 
-    def float(self, args: list[int], _: dict[str, int]) -> int:
+    def as_float(self, args: list[int], _: dict[str, int]) -> int:
         return self.as_value(*args)
 
     # Statistics of the batch
@@ -341,7 +341,7 @@ SPECIAL = {
     "neg": Special(Steps.negated, 1, 1),
     "detach": Special(Steps.detach, 1, 1),
     "tensor": Special(Steps.tensor, 1, 1),
-    "float": Special(Steps.float, 1, 1),
+    "float": Special(Steps.as_float, 1, 1),
 }
 
 

@@ -14,6 +14,7 @@ MAX_DEPTH = 150  # of the syntax tree: 1 + 1 + 1 ... nests without brackets
 MAX_STEPS = 96
 MAX_PARAMETERS = 6
 MAX_NAME = 40
+MAX_MESSAGE = 400
 SMALLEST, LARGEST = 1e-9, 1e6  # size of a number other than 0
 LARGEST_POWER = 8
 
@@ -28,6 +29,7 @@ class Refusal(Exception):
     def __init__(
         self, kind: Literal["syntax", "form", "type", "size"], message: str, line: int | None = None
     ):
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
         super().__init__(message if line is None else f"line {line}: {message}")
         self.kind, self.line = kind, line
 
