@@ -1,5 +1,6 @@
 """The restricted form: what it accepts means what it meant, and nothing else gets through."""
 
+import ast
 import inspect
 import math
 import random
@@ -626,6 +627,15 @@ def fuzz(seed, seconds, meaning):
     return tried, accepted, compared
 
 
+class Unaliased(ast.NodeTransformer):
+    """x += y as x = x + y, as the form has it: in place, y = x would change with x."""
+
+    def visit_AugAssign(self, node):
+        old = ast.Name(node.target.id, ast.Load())
+        new = ast.Assign([node.target], ast.BinOp(old, node.op, node.value))
+        return ast.fix_missing_locations(ast.copy_location(new, node))
+
+
 def means_the_same(text, program):
     """Compare a text with its translation in value and gradient; 0 where Python refuses the text,
     as it does when torch has no such function.
@@ -633,6 +643,8 @@ def means_the_same(text, program):
     loss = printing.load(program.text)
     pairs = pairs_at(1.0)
     try:
+        plain = text.encode("ascii", "replace").decode()
+        text = ast.unparse(Unaliased().visit(ast.parse(plain)))
         expected = value_and_gradient(executed(text), pairs)
     except (AttributeError, TypeError, RuntimeError, NameError, ValueError, AssertionError):
         return 0
