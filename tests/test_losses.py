@@ -378,9 +378,10 @@ BAD_LOSSES = {
         "return torch.nn.functional.softplus(-beta * pairs.rho) + pairs.rho.abs().sqrt(), {}",
         "where every run starts",
     ),
+    "nan_everywhere": ("return pairs.chosen.log(), {}", "NaN or infinite on ordinary log-prob"),
     "nan_for_one_pair": (
         "return (pairs.rho - pairs.rho.mean()) / pairs.rho.std() - beta * pairs.rho, {}",
-        "not finite for 1 pair(s)",
+        "not finite for 1 pair(s); a loss that needs more pairs",
     ),
     "no_gradient": ("return torch.relu(pairs.rho.detach()) + 0 * pairs.rho, {}", "no gradient"),
     "raises": ("return pairs.nothing, {}", "raises AttributeError"),

@@ -150,7 +150,7 @@ def range_problem(loss: Loss) -> str | None:
         if exact.abs().max() > MOST_GRADIENT:
             place = where(pairs, exact.abs() > MOST_GRADIENT)
             return f"d loss / d {name} is above {MOST_GRADIENT:g} {place}"
-    badly = pairs.rho < 0
+    badly = pairs.rho < -1e-6  # not what rounding makes of 0
     wrong = (found.margin > 0) & badly
     share = (wrong.sum() / badly.sum()).item()
     if share > MOST_WRONG:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from losses import PairLogps
 from pref.discovery import fingerprint, form, printing, proxy, seeds
 from pref.discovery.features import Features
+from pref.discovery.workers import RESULTS
 from pref.files.console import first_line
 from pref.training import loss_check
 
@@ -28,8 +29,7 @@ def read_candidate(job: dict, scale: float) -> dict:
     Returns {"id", "stopped", "program", "selftest", "field", "cell", "gradient"}, None for what
     was not found out. A field is there wherever it is finite, also of a candidate that is stopped.
     """
-    result = dict.fromkeys(("stopped", "program", "selftest", "field", "cell", "gradient"))
-    result = {"id": job["id"], **result}
+    result = {"id": job["id"], "stopped": None, **dict.fromkeys(RESULTS["read"])}
     # 1) Form: the text becomes a program of ours.
     try:
         program = form.translate(
@@ -77,7 +77,7 @@ def try_on_features(job: dict, features: Features, batch: int) -> dict:
     entry a seed: of `correct` the validation pairs', of `margins` the nats within which 90 % of
     their log-ratios lie.
     """
-    result = {"id": job["id"], "stopped": None}
+    result = {"id": job["id"], "stopped": None, **dict.fromkeys(RESULTS["proxy"])}
     try:
         loss = printing.load(job["text"])
     except form.Refusal as refusal:
@@ -117,7 +117,8 @@ def answer(do: str, job: dict, features: Features | None, scale: float, batch: i
         return try_on_features(job, features, batch)
     except Exception as error:
         why = f"raises {type(error).__name__}: {first_line(error)}"
-        return {"id": job["id"], "stopped": stop("worker", why)}
+        nothing = dict.fromkeys(RESULTS[do])
+        return {"id": job["id"], **nothing, "stopped": stop("worker", why)}
 
 
 def warm_up(features: Features | None, scale: float, batch: int) -> None:

@@ -27,6 +27,11 @@ from pathlib import Path
 from pref.files.console import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = (sys.executable, "-m", "pref.discovery.worker")
+RESULTS = {  # what a result has beside `id` and `stopped`
+    "read": ("program", "selftest", "field", "cell", "gradient"),
+    "proxy": ("accuracy", "bits", "correct", "margins"),
+}
 SECONDS = 10.0  # of CPU time, for a candidate, or for a seed of the proxy
 PATIENCE = 12  # wall-clock time that a candidate may take, in SECONDS: the machine may be busy
 START_SECONDS = 600.0  # wall-clock; torch may come from a slow disk
@@ -95,7 +100,8 @@ class Workers:
         try:
             return worker.ask(kind, job, times * self.settings["seconds"])
         except Ended as ended:
-            return {"id": job["id"], "stopped": {"at": "worker", "why": str(ended)}}
+            nothing = dict.fromkeys(RESULTS[kind])
+            return {"id": job["id"], **nothing, "stopped": {"at": "worker", "why": str(ended)}}
         finally:
             self.free.put(worker)
 
@@ -112,7 +118,7 @@ class Worker:
         """Start the process; `layers` waits for it."""
         self.held = None
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pref.discovery.worker"],
+            COMMAND,
             cwd=ROOT,
             env=environment(),
             stdin=subprocess.PIPE,
@@ -181,7 +187,7 @@ class Worker:
         """The next line of the process, which may take `seconds` of CPU time, and that times
         `patience` by the clock. Raises Ended.
         """
-        late = threading.Event()
+        line, late = b"", threading.Event()
 
         def kill() -> None:
             late.set()
@@ -191,17 +197,21 @@ class Worker:
         timer.daemon = True
         timer.start()
         try:
-            return json.loads(self.process.stdout.readline(MOST_REPLIED))
-        except ValueError:  # an empty or cut line, or a closed pipe
-            slow = f"gives no answer within {seconds * patience:g} s"
-            raise Ended(slow if late.is_set() else self.how_it_ended(seconds)) from None
+            line = self.process.stdout.readline(MOST_REPLIED)
+            return json.loads(line)
+        except ValueError:  # no line, a cut one, or a closed pipe
+            if late.is_set():
+                raise Ended(f"gives no answer within {seconds * patience:g} s") from None
+            if line.endswith(b"\n"):
+                raise Ended("the worker's answer is no JSON") from None
+            raise Ended(self.how_it_ended(seconds)) from None
         finally:
             timer.cancel()
 
     def how_it_ended(self, seconds: float) -> str:
         """In words, for a process whose output has ended."""
         try:
-            code = self.process.wait(timeout=5)
+            code = self.process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             return "the worker closed its output"
         if code in (-signal.SIGPROF, -signal.SIGXCPU):

@@ -148,11 +148,16 @@ def check_shapes(loss: Callable, notes: list[str], failures: list[str]) -> None:
                 f"{name} {actual} for {size} pairs: return one value per pair, shape ({size},)"
             )
         if not failures and not losses.isfinite().all():
-            failures.append(
-                f"not finite for {size} pair(s); a loss that needs more pairs raises ValueError"
-            )
+            failures.append(f"not finite for {size} pair(s){hint_at_two_pairs(loss, size)}")
         if failures:
             return
+
+
+def hint_at_two_pairs(loss: Callable, size: int) -> str:
+    """For a loss that is not finite for `size` pairs: whether that is because it is one."""
+    if size > 1 or not loss(random_pairs(2))[0].isfinite().all():
+        return ": its value is NaN or infinite on ordinary log-probabilities"
+    return "; a loss that needs more pairs raises ValueError"
 
 
 def check_finite(loss: Callable, notes: list[str], failures: list[str]) -> None:
