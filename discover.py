@@ -96,6 +96,8 @@ def add_search_arguments(add) -> None:
         help="a task's Python file: what is trained also answers its questions, and is judged by "
         "its score at equal KL (examples/tasks/)",
     )
+    add("--task_args", metavar="TEXT", help="of prep_data.py --task: '--num_test 80'")
+    add("--gen_args", metavar="TEXT", help="of gen_mtbench.py: '--max_new_tokens 64'")
     add(
         "--seeds_from",
         nargs="+",

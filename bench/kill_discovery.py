@@ -166,7 +166,7 @@ def main() -> int:
     one, two = content_of(whole), content_of(folder)
     different = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
     wrong += [f"{name} trained twice" for name in trained_twice(folder)]
-    key = "sk-not-to-be-found-anywhere".encode()
+    key = b"sk-not-to-be-found-anywhere"
     files = [path for path in folder.rglob("*") if path.is_file()]
     wrong += [f"the key is in {path}" for path in files if key in path.read_bytes()]
     print(

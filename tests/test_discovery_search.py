@@ -53,6 +53,8 @@ def settings_of(**changes) -> Settings:
         "parameters": None,
         "train_args": TINY_ARGS,
         "task": "",
+        "task_args": "",
+        "gen_args": "",
         "features": "",
     }
     return Settings(**values | changes)
@@ -150,7 +152,8 @@ def write_run(folder, name, seed, beta) -> None:
     write_jsonl(folder / "val_pairs.jsonl", rows)
     accuracy = float(((margins > 0) + 0.5 * (margins == 0)).mean())
     summary = {"status": "finished", "final_acc_ref": accuracy, "wall_s": 60.0, "steps": 3}
-    (folder / "args.json").write_text(json.dumps({"loss": name, "seed": seed, "beta": beta}))
+    record = {"loss": name, "seed": seed, "beta": beta, "learning_rate": 2e-2}
+    (folder / "args.json").write_text(json.dumps(record))
     (folder / "summary.json").write_text(json.dumps(summary))
 
 

@@ -102,15 +102,24 @@ def proxy_slope(proxy: dict, trained: dict, dpo: Entry | None) -> float:
 # ---- training -----------------------------------------------------------------------------------
 
 
+def values_of(run: dict) -> np.ndarray | None:
+    """What a run is compared by: (pairs,) of 1, 0.5 and 0, or with a task (questions,) gaps to
+    DPO's score at equal KL. None of one that diverged, or cannot be compared.
+    """
+    if "task" in run:
+        return None if run["task"]["gaps"] is None else np.array(run["task"]["gaps"])
+    return None if run["correct"] is None else archive.decode(run["correct"])
+
+
 def table(entry: Entry, seeds: list[int]) -> np.ndarray:
-    """(seeds, pairs) of 1, 0.5 and 0."""
-    return np.stack([archive.decode(entry.runs[seed]["correct"]) for seed in seeds])
+    """(seeds, pairs or questions)."""
+    return np.stack([values_of(entry.runs[seed]) for seed in seeds])
 
 
 def finished_seeds(*entries: Entry) -> list[int]:
-    """The seeds with which all of `entries` were trained to the end."""
+    """The seeds with which all of `entries` can be compared."""
     finished = [
-        {seed for seed, run in entry.runs.items() if run["correct"] is not None}
+        {seed for seed, run in entry.runs.items() if values_of(run) is not None}
         for entry in entries
     ]
     return sorted(set.intersection(*finished))

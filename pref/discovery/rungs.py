@@ -9,6 +9,7 @@ goes no further, whatever its rank.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from pref import ROOT
-from pref.discovery import archive, estimates, fingerprint, stand_in
+from pref.discovery import archive, estimates, fingerprint, stand_in, task_fitness
 from pref.discovery.archive import Entry, State
 from pref.discovery.search import Search, Step, instalments
 from pref.files import console, disk
@@ -107,6 +108,9 @@ def trained_events(state: State, results: list[dict], rung: int) -> list[dict]:
         if id == state.dpo.id:
             raise UserError("dpo diverged in training; lower --learning_rate (--train_args)")
         events.append(stopped_event(id, rung, "diverged in training"))
+    for id in dict.fromkeys(r["id"] for r in results if not r.get("task", {"gaps": 1})["gaps"]):
+        why = "its KL on the task is one that dpo, trained with three learning rates, has not"
+        events.append(stopped_event(id, rung, why))
     return events
 
 
@@ -231,18 +235,37 @@ def train(search: Search, name: str, ids: list[str], seeds: list[int]) -> list[d
     write_grid(search, path, list(losses.values()), seeds)
     if not run_grid(search, path):
         return None
-    runs = index_of_runs(search.folder / "results")
+    results = search.folder / "results"
+    runs = index_of_runs(results, rate=search.settings.training().learning_rate)
     found = []
     for id, loss in losses.items():
         for seed in seeds:
-            key = (grid.loss_name(loss), seed)
-            if key not in runs:
-                raise UserError(
-                    f"{search.folder / 'results'}: no finished run of {key[0]} with seed {seed}; "
-                    "the same command trains it again"
-                )
-            found.append({"id": id, "seed": seed, **outcome_of(runs[key])})
+            run = run_of(runs, grid.loss_name(loss), seed, results)
+            outcome = outcome_of(run)
+            if search.settings.task and outcome["correct"] is not None:
+                own = None if id == search.state.dpo.id else run
+                outcome["task"] = task_outcome(search, own, seed)
+            found.append({"id": id, "seed": seed, **outcome})
     return found
+
+
+def run_of(runs: dict, loss: str, seed: int, results: Path) -> Path:
+    if (loss, seed) not in runs:
+        raise UserError(
+            f"{results}: no finished run of {loss} with seed {seed}; the same command trains it "
+            "again"
+        )
+    return runs[loss, seed]
+
+
+def task_outcome(search: Search, run: Path | None, seed: int) -> dict:
+    """Score, KL and gaps to DPO's curve. run: None for DPO itself."""
+    results, rate = search.folder / "results", search.settings.training().learning_rate
+    curve = [
+        run_of(index_of_runs(results, rate=rate * factor), "dpo", seed, results)
+        for factor in task_fitness.RATES
+    ]
+    return task_fitness.fitness(run, curve, Path(search.settings.task).stem)
 
 
 def loss_spec(search: Search, entry: Entry) -> str:
@@ -274,6 +297,8 @@ def write_grid(
         "JOBS": default_jobs(),
         "TRAIN_ARGS": shlex.join(settings.given_train_args()),
     }
+    if settings.task and data == "data/search":
+        lines |= task_fitness.grid_lines(settings, folder)
     disk.write_text(path, "".join(f"{name:<10} {value}\n" for name, value in lines.items()))
 
 
@@ -358,12 +383,18 @@ def environment() -> dict[str, str]:
 # ---- what was trained ---------------------------------------------------------------------------
 
 
-def index_of_runs(results: Path, beta: float | None = None) -> dict[tuple[str, int], Path]:
-    """Folders of finished runs by loss and seed. beta: of dpo; None: its default."""
+def index_of_runs(
+    results: Path, beta: float = 0.1, rate: float | None = None
+) -> dict[tuple[str, int], Path]:
+    """Folders of finished runs by loss and seed. beta, rate (None: any): of dpo, which may have
+    been trained with others too.
+    """
     found = {}
     for path in sorted(results.glob("*/summary.json")):
         record = disk.read_json(path.parent / "args.json")
-        if record["loss"] == "dpo" and record["beta"] != (0.1 if beta is None else beta):
+        if record["loss"] == "dpo" and record["beta"] != beta:
+            continue
+        if record["loss"] == "dpo" and rate and not math.isclose(record["learning_rate"], rate):
             continue
         found[record["loss"], record["seed"]] = path.parent
     return found

@@ -70,6 +70,8 @@ class Settings(NamedTuple):
     parameters: dict | None  # of a model's requests
     train_args: str
     task: str  # a file, or ""
+    task_args: str  # of prep_data.py --task
+    gen_args: str  # of gen_mtbench.py, for the task's questions
     features: str  # a file, or ""
 
     @property
@@ -159,6 +161,8 @@ def from_arguments(args: argparse.Namespace) -> Settings:
         "proposer": ("evolve",),
         "parameters": None,
         "task": "",
+        "task_args": "",
+        "gen_args": "",
         "features": "",
     }
     return Settings(**(PRESETS[preset] | defaults | values))
@@ -214,7 +218,16 @@ def check(settings: Settings) -> None:
         )
     if settings.features and settings.proxy == "off":
         raise UserError("--features: has no effect with --proxy off; leave one of them out")
+    check_task(settings)
     check_train_args(settings)
+
+
+def check_task(settings: Settings) -> None:
+    if settings.task and not Path(settings.task).is_file():
+        raise UserError(f"--task {settings.task}: no such file; examples/tasks/ has three")
+    for name in ("task_args", "gen_args"):
+        if getattr(settings, name) and not settings.task:
+            raise UserError(f"--{name}: is for a search with a task; give --task FILE")
 
 
 def check_train_args(settings: Settings) -> None:
