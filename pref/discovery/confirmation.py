@@ -168,12 +168,13 @@ def train_dpo(
     rungs.write_grid(search, path, ["dpo"], seeds, betas=betas)
     if not rungs.run_grid(search, path):
         return None
-    return {beta: dpo_table(search.folder / "results", beta, seeds) for beta in betas}
+    rate = search.settings.training().learning_rate
+    indices = {b: rungs.index_of_runs(search.folder / "results", b, rate) for b in betas}
+    return {beta: dpo_table(runs, seeds) for beta, runs in indices.items()}
 
 
-def dpo_table(results: Path, beta: float, seeds: list[int]) -> np.ndarray:
+def dpo_table(runs: dict[tuple[str, int], Path], seeds: list[int]) -> np.ndarray:
     """(seeds, pairs); a run that diverged is right half of the time."""
-    runs = rungs.index_of_runs(results, beta)
     texts = [rungs.outcome_of(runs["dpo", seed])["correct"] for seed in seeds]
     known = [archive.decode(text) for text in texts if text is not None]
     if not known:

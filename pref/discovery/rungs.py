@@ -297,7 +297,7 @@ def write_grid(
         "JOBS": default_jobs(),
         "TRAIN_ARGS": shlex.join(settings.given_train_args()),
     }
-    if settings.task and data == "data/search":
+    if settings.task and data == "data/search" and not betas:
         lines |= task_fitness.grid_lines(settings, folder)
     disk.write_text(path, "".join(f"{name:<10} {value}\n" for name, value in lines.items()))
 
