@@ -39,10 +39,10 @@ def draw_losses(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     own = {name: curve for name, curve in own.items() if curve}
     if not own:
         return None
-    scaled = {
-        name: at_one_scale(curve, rho, visited) for name, curve in {**own, **curves}.items()
-    }
-    figure = drawing.new_figure(drawing.WIDE, 4.6, "Loss and gradient of the best", notes(story, visited))
+    scaled = {name: at_one_scale(curve, rho, visited) for name, curve in {**own, **curves}.items()}
+    figure = drawing.new_figure(
+        drawing.WIDE, 4.6, "Loss and gradient of the best", notes(story, visited)
+    )
     rows = figure.subplots(2, 2, height_ratios=[4, 1], sharex=True)
     loss_check.draw_curves(rows[0], rho, scaled)
     for axis in rows[0]:

@@ -66,7 +66,9 @@ def draw_score(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     last = story.candidates[-1].number
     draw_best(axis, story.ranking, last, {"color": marks.BLACK, "label": "best so far, shrunk"})
     control = [one for one in story.control if one.gain and one.entry.by != SEED]
-    draw_best(axis, control, last, {"color": marks.CONTROL, "linestyle": "--", "label": "random control"})
+    draw_best(
+        axis, control, last, {"color": marks.CONTROL, "linestyle": "--", "label": "random control"}
+    )
     frame(axis, shown, last)
     figure.legend(*legend_of(axis), loc="outside lower center", ncols=6, frameon=False)
     y = [(one.number, points(one.gain.difference), one.id) for one in shown]
@@ -140,7 +142,9 @@ def funnel_counts(story: Story) -> dict[str, dict[str, int]]:
     for n, stage in enumerate(STAGES, 1):
         stages[stage] = [one for one in candidates if one.passed() >= n]
     for event in story.state.rungs:
-        stages[f"trained, rung {event['k']}"] = [one for one in candidates if one.id in event["ids"]]
+        stages[f"trained, rung {event['k']}"] = [
+            one for one in candidates if one.id in event["ids"]
+        ]
     stages["in the confirmation"] = [one for one in candidates if one.id in confirmed]
     arms = [by for by in story.proposers if by != SEED]
     return {
@@ -244,7 +248,6 @@ def frame_cells(axis) -> None:
 CELL_NAMES = (fingerprint.LEFT, fingerprint.RIGHT)
 
 
-
 # ---- can it be believed? ------------------------------------------------------------------------
 
 
@@ -307,8 +310,12 @@ def draw_confirmation(story: Story, palette: Palette, stem: Path) -> Drawn | Non
     if not rows:
         return None
     pairs = story.confirmation.get("pairs")
-    notes = [f"Arrows: from the search's measurement to the one on {pairs} unseen pairs, new seeds."]
-    notes += ["DPO is tuned in the confirmation, not in the search. Bars: one standard error; 95 %."]
+    notes = [
+        f"Arrows: from the search's measurement to the one on {pairs} unseen pairs, new seeds."
+    ]
+    notes += [
+        "DPO is tuned in the confirmation, not in the search. Bars: one standard error; 95 %."
+    ]
     title = "What is left of the search's estimates"
     figure = drawing.new_figure(drawing.HALF, 0.9 + 0.75 * len(rows), title, notes)
     axis = figure.subplots()
@@ -321,7 +328,9 @@ def draw_confirmation(story: Story, palette: Palette, stem: Path) -> Drawn | Non
     axis.set_xlabel("gain over DPO (points)")
     axis.grid(axis="x", alpha=0.25)
     axis.legend(*legend_of(axis), **drawing.ABOVE, ncols=3)
-    return save(figure, stem, [(axis, points(x.gain.difference), n, x.id) for n, (x, _) in enumerate(rows)])
+    return save(
+        figure, stem, [(axis, points(x.gain.difference), n, x.id) for n, (x, _) in enumerate(rows)]
+    )
 
 
 def draw_shift(axis, row: int, one: Candidate, confirmed: dict, colour: str) -> None:

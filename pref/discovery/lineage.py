@@ -30,7 +30,9 @@ def draw_lineage(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     bred = [one for one in story.candidates if one.entry.parents]
     if not bred:
         return None
-    notes = ["Lines lead to parents; the thick one is the winner's. Refused proposals: the row below."]
+    notes = [
+        "Lines lead to parents; the thick one is the winner's. Refused proposals: the row below."
+    ]
     figure = drawing.new_figure(drawing.WIDE, 4.2, "What was made of what", notes)
     axis = figure.subplots()
     height = heights(story)
@@ -40,7 +42,9 @@ def draw_lineage(story: Story, palette: Palette, stem: Path) -> Drawn | None:
         for full in (True, False):
             some = [one for one in shown if (one.gain is not None) == full]
             style = {"color": palette.colour(by), "linestyle": "", "zorder": 3}
-            style |= {"marker": "o", "markersize": 4.5} if full else {"marker": "x", "markersize": 3}
+            style |= (
+                {"marker": "o", "markersize": 4.5} if full else {"marker": "x", "markersize": 3}
+            )
             label = shown_name(by) if full else "_"
             x, y = [one.number for one in some], [height[one.id] for one in some]
             axis.plot(x, y, **style, label=label)
@@ -103,7 +107,9 @@ def draw_ancestry(story: Story, palette: Palette, stem: Path) -> Drawn | None:
         return None
     left_out, line = line[:-MOST_IN_LINE], line[-MOST_IN_LINE:]
     notes = [f"{len(left_out)} earlier steps are left out."] if left_out else []
-    notes += ["Number: shrunk gain over DPO in points. Italic: how it was made. Below: the other parent."]
+    notes += [
+        "Number: shrunk gain over DPO in points. Italic: how it was made. Below: the other parent."
+    ]
     title = f"How {shown_name(line[-1].label)} came about"
     figure = drawing.new_figure(drawing.WIDE, 1.7, title, notes)
     axis = figure.subplots()
@@ -117,7 +123,9 @@ def draw_ancestry(story: Story, palette: Palette, stem: Path) -> Drawn | None:
             axis.text(place - 0.5, 0.16, operator, **style)
         draw_step(axis, place, one, palette)
         places.append((axis, place, 0.0, one.id))
-        places += draw_other_parents(axis, place, one, line[place - 1] if place else None, story, palette)
+        places += draw_other_parents(
+            axis, place, one, line[place - 1] if place else None, story, palette
+        )
     axis.set_xlim(-0.5, max(len(line), 4) - 0.5)
     axis.set_ylim(-1.5, 1.0)
     axis.axis("off")

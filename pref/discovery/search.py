@@ -381,8 +381,9 @@ def known_of(search: Search, entry: Entry, gain: estimates.Gain | None) -> Known
         field=search.field_of(entry.id),
         cell=entry.cell,
         stopped=entry.stopped,
+        usd=entry.usd,
     )
-    if entry.proxy is not None and hasattr(known, "bits"):
+    if entry.proxy is not None:
         known.bits = entry.proxy["bits"]
     if gain is not None:
         known.gain, known.se = gain.gain, gain.gain_se
