@@ -191,11 +191,14 @@ def work(args: argparse.Namespace, chosen: Settings, stop: Stop) -> int:
     with start.opened(args, chosen, stop) as one:
         try:
             done = search.run(one, rungs.take)
+            if done and args.confirm is not None:
+                done = confirmation.run(one, args.confirm, args.again)
         except OutOfTime:
             print(f"--max_hours {args.max_hours:g} have passed; the same command continues")
             return 1
-        if done and args.confirm is not None:
-            done = confirmation.run(one, args.confirm, args.again)
+        except rungs.TrainingIsNext as training:
+            print(training, flush=True)
+            return 1
         if not done:
             print("stopped, with everything saved: the same command continues", flush=True)
             return stop.exit_code

@@ -313,6 +313,9 @@ def run_grid(search: Search, path: Path) -> bool:
     """Run a grid in a process of its own. Returns False if a signal stopped it. Raises UserError if
     it ended without all runs.
     """
+    if search.rung_only:
+        check_submitted(path, has_task=bool(search.settings.task))
+        return True
     wait_for_earlier(search)
     log = path.with_suffix(".log")
     command = [sys.executable, "-m", "pref.sweeping", str(path), "--yes"]
@@ -338,6 +341,31 @@ def run_grid(search: Search, path: Path) -> bool:
             "correct it, then run the same command again: what is trained is kept"
         )
     return True
+
+
+class TrainingIsNext(Exception):
+    """With --rung_only: what has to be trained elsewhere, and the command for it."""
+
+
+def check_submitted(path: Path, has_task: bool) -> None:
+    """Raise TrainingIsNext unless all runs of a grid are there."""
+    command = [sys.executable, "-m", "pref.sweeping", str(path)]
+    done = subprocess.run(
+        [*command, "--list"], env=environment(), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"{path}: {done.stderr.strip().removeprefix('error: ')}")
+    results = Path(grid.read_grid(path)["RESULTS"])
+    points = [line.split("\t") for line in done.stdout.splitlines() if not line.startswith("#")]
+    left = [index for index, run_id in points if not (results / run_id / "summary.json").is_file()]
+    if left:
+        lines = [f"  sbatch --array={','.join(left)} sweep.sh {path}"]
+        if has_task:
+            lines.append(f"  sbatch --dependency=... sweep.sh {path} --stages gen,judge")
+        raise TrainingIsNext(
+            f"training is next, {len(left)} of {len(points)} runs; then the same command again:\n"
+            + "\n".join(lines)
+        )
 
 
 def tell(process: subprocess.Popen, search: Search, told: int) -> int:
