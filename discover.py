@@ -56,6 +56,7 @@ from pref.discovery.settings import Settings
 from pref.files import console, disk
 from pref.files.console import UserError
 from pref.sweeping.scheduler import Stop
+from pref.training.signals import Stopped
 
 # ---- arguments ----------------------------------------------------------------------------------
 
@@ -182,7 +183,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # 3) One process at a time searches in a folder.
     with Stop() as stop, disk.locked(args.folder, ".lock", "is being searched"):
-        return work(args, chosen, stop)
+        try:
+            return work(args, chosen, stop)
+        except Stopped:  # in the pass that computes the features
+            print("stopped: the same command begins the features again", flush=True)
+            return stop.exit_code
 
 
 def work(args: argparse.Namespace, chosen: Settings, stop: Stop) -> int:

@@ -80,10 +80,10 @@ def test_features_are_computed_once_and_leave_the_reference(
 
     # A second call loads no model. A damaged file is named, and computed again.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_pass, "run", lambda _: pytest.fail("computed again"))
+        patch.setattr(feature_pass, "run", lambda *_: pytest.fail("computed again"))
         assert feature_pass.compute(*args) == path
         path.write_bytes(path.read_bytes()[:-9])
-        patch.setattr(feature_pass, "run", lambda _: found.parts)
+        patch.setattr(feature_pass, "run", lambda *_: found.parts)
         assert feature_pass.compute(*args) == path
     assert f"warning: {path}: cannot be read" in capsys.readouterr().out
     assert torch.equal(Features.load(path).val.phi_chosen, found.val.phi_chosen)

@@ -17,6 +17,7 @@ these pairs find them there.
 
 import argparse
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from pref.model.packing import Batch, Packing, make_batch, share_out
 from pref.model.ranks import Ranks, pick_device
 from pref.training import arguments, assembly, gates, reference, settings, tokenising
 from pref.training.reference import BaseHashes
+from pref.training.signals import Stopped
 
 RANK = 32
 PROJECTION = f"rank {RANK}, seed 0"  # part of the key: other features for another one
@@ -63,12 +65,19 @@ class Prepared(NamedTuple):
     key: str  # hash of the weights, of how they are loaded and of the token ids
 
 
-def compute(model: str, data: Path, train_args: list[str], folder: Path) -> Path:
+def compute(
+    model: str,
+    data: Path,
+    train_args: list[str],
+    folder: Path,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Path:
     """The features file, in `folder`, of the pairs in data/{train,val}.jsonl, as train_pref.py
     --model model --data data *train_args would see them. One that is there is not computed again.
 
-    Raises UserError for arguments, pairs or a model that cannot be trained on, before any weight
-    is loaded where that can be.
+    is_stopped: whether a signal has asked to stop, looked at between batches; what was computed is
+    then lost. Raises Stopped, and UserError for arguments, pairs or a model that cannot be trained
+    on, before any weight is loaded where that can be.
     """
     prepared = prepare(model, data, train_args)
     path = folder / f"{prepared.key}.safetensors"
@@ -78,7 +87,7 @@ def compute(model: str, data: Path, train_args: list[str], folder: Path) -> Path
             return path
         except UserError as error:
             print(f"warning: {error}", flush=True)
-    parts = run(prepared)
+    parts = run(prepared, is_stopped)
     metadata = {"key": prepared.key, "model": prepared.args.model, "projection": PROJECTION}
     metadata["data"] = disk.sha256_json(prepared.record["data_sha256"])
     features.write(path, parts, metadata)
@@ -107,7 +116,7 @@ def prepare(model: str, data: Path, train_args: list[str]) -> Prepared:
     return Prepared(args, prepared.record, pairs, packing, ranks, key)
 
 
-def run(prepared: Prepared) -> dict[str, Part]:
+def run(prepared: Prepared, is_stopped: Callable[[], bool]) -> dict[str, Part]:
     """Load the model, make the pass over all pairs, and leave the memory as it was."""
     args, pairs, ranks = prepared.args, prepared.pairs, prepared.ranks
     base = loading.load_base(args.model, getattr(torch, args.dtype), args.quant, ranks.device)
@@ -116,10 +125,11 @@ def run(prepared: Prepared) -> dict[str, Part]:
     caches = reference.cache_files(args.data, record)
     policy = ResponseLogps(base, settings.attention_of(args))
     check_computed_right(policy, prepared)
-    parts = {
-        name: part_of(policy, pairs[name], prepared.packing, ranks.device, name, caches[name])
-        for name in pairs
-    }
+    parts = {}
+    for name in pairs:
+        parts[name], tokens = part_of(policy, prepared, name, is_stopped)
+        if not caches[name].exists():
+            reference.write_cache(caches[name], tokens)
     del base, policy
     gc.collect()
     if ranks.device.type == "cuda":  # the runs to come need the memory
@@ -137,20 +147,20 @@ def check_computed_right(policy: ResponseLogps, prepared: Prepared) -> None:
 
 
 def part_of(
-    policy: ResponseLogps,
-    pairs: list[TokenPair],
-    packing: Packing,
-    device: torch.device,
-    name: str,
-    cache: Path,
-) -> Part:
-    """The pass over the pairs of the part `name`, whose per-token log-probs go to `cache`."""
+    policy: ResponseLogps, prepared: Prepared, name: str, is_stopped: Callable[[], bool]
+) -> tuple[Part, Tensor]:
+    """The pass over the pairs of the part `name`: their features, and the log-probs of all their
+    response tokens as the reference's cache has them.
+    """
+    pairs, packing, device = prepared.pairs[name], prepared.packing, prepared.ranks.device
     starts = reference.response_starts(pairs)
     tokens = torch.zeros(starts[-1])
     phi = torch.zeros(2 * len(pairs), RANK * RANK)
     projections = None
     with console.Progress(f"features, {name}", "pairs", len(pairs)) as bar:
         for members in share_out(list(range(len(pairs))), pairs, packing):
+            if is_stopped():
+                raise Stopped
             batch = make_batch([pairs[i] for i in members], packing, device)
             logps, slopes, hidden = logps_and_slopes(policy, batch)
             if projections is None:
@@ -165,11 +175,9 @@ def part_of(
             f"the base model gives non-finite log-probabilities on the {name} pairs; check its "
             "weights and --dtype"
         )
-    if not cache.exists():
-        reference.write_cache(cache, tokens)
     sums = reference.Reference(pairs, tokens).sums
     lengths = torch.from_numpy(np.diff(starts)).float().reshape(-1, 2)
-    return Part(*sums.unbind(1), *lengths.unbind(1), phi[0::2], phi[1::2])
+    return Part(*sums.unbind(1), *lengths.unbind(1), phi[0::2], phi[1::2]), tokens
 
 
 def logps_and_slopes(policy: ResponseLogps, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

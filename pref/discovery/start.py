@@ -58,7 +58,7 @@ def opened(args: argparse.Namespace, chosen: Settings, stop: Stop) -> Iterator[S
         features, visited = None, VISITED
         on_proxy = any(step.kind in ("round", "control") for step in to_do)
         if chosen.is_stand_in or (chosen.proxy != "off" and on_proxy):
-            features, visited = look_ahead(chosen, folder, steps, batch)
+            features, visited = look_ahead(chosen, folder, steps, batch, stop)
         yield Search(
             folder=folder,
             settings=chosen,
@@ -81,9 +81,11 @@ def check_name(folder: Path) -> None:
         raise UserError(f"{folder}: a search's folder must have no space and no # in its path")
 
 
-def look_ahead(chosen: Settings, folder: Path, steps: int, batch: int) -> tuple[Path, float]:
+def look_ahead(
+    chosen: Settings, folder: Path, steps: int, batch: int, stop: Stop
+) -> tuple[Path, float]:
     """The features file, and how far a DPO run moves the log-ratios (nats); says so."""
-    path = Path(chosen.features) if chosen.features else compute_features(chosen, folder)
+    path = Path(chosen.features) if chosen.features else compute_features(chosen, folder, stop)
     pilot = horizon.pilot(
         Features.load(path),
         steps=steps,
@@ -96,10 +98,14 @@ def look_ahead(chosen: Settings, folder: Path, steps: int, batch: int) -> tuple[
     return path, pilot.visited
 
 
-def compute_features(chosen: Settings, folder: Path) -> Path:
+def compute_features(chosen: Settings, folder: Path, stop: Stop) -> Path:
     begun = time.monotonic()
     path = feature_pass.compute(
-        chosen.model, folder / "data" / "search", chosen.given_train_args(), folder / "features"
+        chosen.model,
+        folder / "data" / "search",
+        chosen.given_train_args(),
+        folder / "features",
+        lambda: stop.level > 0,
     )
     if (seconds := time.monotonic() - begun) > 5:
         print(f"features of the pairs: {seconds:.0f} s", flush=True)
