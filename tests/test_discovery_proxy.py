@@ -2,17 +2,19 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import example_rows, run_script, write_jsonl
+from conftest import ROOT, example_rows, run_script, write_jsonl
+from doubles import load_module
 from safetensors.torch import load_file, save_file
 from scipy import optimize
 
 from losses import dpo, simpo
-from pref.discovery import feature_pass, features, horizon, proxy, split
+from pref.discovery import feature_pass, features, horizon, proxy, split, stages, stand_in
 from pref.discovery.features import Features, Part
 from pref.files.console import UserError
 from pref.model import chat, loading, token_check
@@ -326,3 +328,110 @@ def test_simpo_reads_the_tokens_of_the_features(file):
     given = {"steps": 2, "batch": 8, "learning_rate": 0.1, "seed": 0}
     one, other = (proxy.train(simpo, f, **given) for f in (found, found._replace(parts=parts)))
     assert not np.allclose(one.margins, other.margins)
+
+
+# ---- worlds that are made up --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """bench/planted_world.py as a module."""
+    return load_module("planted_world", ROOT / "bench" / "planted_world.py")
+
+
+def robust(pairs):
+    """By the square of the length: long pairs hardly count."""
+    losses = F.softplus(-200 * pairs.rho / pairs.chosen_tokens**2)
+    return losses, {"preference": losses}
+
+
+def test_in_the_planted_world_a_loss_that_mistrusts_long_pairs_wins(worlds, tmp_path):
+    path = tmp_path / "world.safetensors"
+    worlds.write(path, seed=0, is_null=False)
+    world, found = stand_in.read(path), Features.load(path)
+    assert world == ((320, 400), 20, 16)
+    is_long = found.train.chosen_tokens > 60
+    assert is_long.float().mean().item() == pytest.approx(0.2, abs=0.001)
+    given = {"steps": 20, "batch": 16, "learning_rate": 0.3, "part": "confirm"}
+    accuracies = [
+        np.mean([proxy.train(loss, found, seed=seed, **given).accuracy for seed in (7, 8)])
+        for loss in (dpo, robust)
+    ]
+    assert accuracies[0] < 0.66
+    assert accuracies[1] > 0.77
+
+
+def test_in_the_null_world_the_sign_is_all_that_counts(worlds, tmp_path):
+    path = tmp_path / "world.safetensors"
+    worlds.write(path, seed=0, is_null=True)
+    found = Features.load(path)
+    part = found.parts["confirm"]
+    difference = part.phi_chosen - part.phi_rejected
+    common = (part.phi_chosen + part.phi_rejected).norm(dim=1)
+    is_easy = (common < 1e-5).numpy()  # chosen and rejected are opposite
+    assert is_easy.mean() == pytest.approx(0.3, abs=0.001)
+    # One direction for all easy pairs, and nothing of it in the others.
+    direction = difference[is_easy][0] / difference[is_easy][0].norm()
+    along = (difference @ direction) / difference.norm(dim=1)
+    assert along[is_easy].min() > 0.9999
+    assert along[~is_easy].abs().max() < 1e-4
+    for loss in (dpo, simpo, robust):
+        one = proxy.train(
+            loss, found, steps=20, batch=16, learning_rate=0.3, seed=1, part="confirm"
+        )
+        assert one.correct[is_easy].min() == 1
+        assert one.correct[~is_easy].mean() == pytest.approx(0.5, abs=0.05)  # 1,400 pairs: 3.7 SE
+
+
+class InThisProcess:
+    """Workers without processes."""
+
+    def __init__(self, found: Features):
+        self.found = found
+
+    def proxy(self, jobs):
+        return [stages.try_on_features(job, self.found, batch=16) for job in jobs]
+
+
+def test_the_proxy_stands_in_for_training_runs(worlds, tmp_path):
+    path = tmp_path / "world.safetensors"
+    worlds.write(path, seed=0, is_null=False)
+    found = Features.load(path)
+    search = SimpleNamespace(workers=InThisProcess(found), proxy_steps=3, proxy_rate=0.3)
+    texts = {"p0001": stand_in.dpo_text(0.1), "p0002": stand_in.dpo_text(5.0)}
+    runs = stand_in.train(search, texts, [101, 102])
+    assert [(run["id"], run["seed"], run["status"]) for run in runs] == [
+        (id, seed, "finished") for id in texts for seed in (101, 102)
+    ]
+    given = {"steps": 3, "batch": 16, "learning_rate": 0.3, "seed": 102}
+    assert runs[1]["acc_ref"] == proxy.train(dpo, found, **given).accuracy
+    tables = stand_in.tables(search, texts, [9001, 9002], "confirm")
+    assert {id: table.shape for id, table in tables.items()} == dict.fromkeys(texts, (2, 2000))
+    expected = proxy.train(dpo, found, **given | {"seed": 9002, "part": "confirm"})
+    assert tables["p0001"][1].tolist() == expected.correct.tolist()
+    assert not np.array_equal(tables["p0001"], tables["p0002"])
+
+
+def test_metadata_that_cannot_be_are_refused(tmp_path):
+    parts = {name: some_part(30, n) for n, name in enumerate(("train", "val", "confirm"))}
+    features.write(tmp_path / "x.safetensors", parts, {"steps": "many"})
+    with pytest.raises(UserError, match="its metadata have steps 'many'; must be a number above 0"):
+        stand_in.read(tmp_path / "x.safetensors")
+    assert features.is_world(tmp_path / "x.safetensors")
+
+
+@pytest.mark.slow
+def test_a_whole_search_without_a_model(worlds, tmp_path):
+    worlds.write(tmp_path / "world.safetensors", seed=0, is_null=False)
+    command = ["discover.py", tmp_path / "search", "--features", tmp_path / "world.safetensors"]
+    command += ["--max_proposals", 32]
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    archive = (tmp_path / "search" / "archive.jsonl").read_bytes()
+    assert b'"event": "trained"' in archive
+    confirmed = run_script(*command, "--confirm", 1)
+    assert confirmed.returncode == 0, confirmed.stderr
+    found = json.loads((tmp_path / "search" / "confirmation.json").read_text())
+    assert found["pairs"] == 2000
+    assert found["candidates"][0]["word"] == "better"
+    assert (tmp_path / "search" / "archive.jsonl").read_bytes().startswith(archive)
