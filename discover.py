@@ -195,7 +195,7 @@ def work(args: argparse.Namespace, chosen: Settings, stop: Stop) -> int:
     begun = time.monotonic()
     with start.opened(args, chosen, stop) as one:
         try:
-            done = search.run(one, rungs.take)
+            done = start.look_ahead(one) and search.run(one, rungs.take)
             if done and args.confirm is not None:
                 done = confirmation.run(one, args.confirm, args.again)
         except OutOfTime:

@@ -306,6 +306,15 @@ def test_a_short_horizon_is_said_with_the_steps_that_would_do(file):
     assert horizon.pilot(Features.load(file), steps=40, batch=8, learning_rate=3.0).note is None
 
 
+def test_the_proxy_moves_as_far_as_a_run(file):
+    found = Features.load(file)
+    for median_z in (0.05, 0.4, 2.0):
+        run = horizon.Pilot(visited=1.0, median_z=median_z, note=None)
+        rate = horizon.match_rate(found, run, steps=12, batch=8)
+        matched = horizon.pilot(found, steps=12, batch=8, learning_rate=rate)
+        assert matched.median_z == pytest.approx(median_z, rel=0.05)
+
+
 def test_what_a_run_visited_is_read_from_its_pairs(tmp_path):
     rows = [
         {"id": f"{i}", "step": step, "policy_chosen": -50.0 + step * i, "ref_chosen": -50.0}
@@ -349,7 +358,7 @@ def test_in_the_planted_world_a_loss_that_mistrusts_long_pairs_wins(worlds, tmp_
     path = tmp_path / "world.safetensors"
     worlds.write(path, seed=0, is_null=False)
     world, found = stand_in.read(path), Features.load(path)
-    assert world == ((320, 400), 20, 16)
+    assert world == ((320, 400), 20, 16, 3.0)
     is_long = found.train.chosen_tokens > 60
     assert is_long.float().mean().item() == pytest.approx(0.2, abs=0.001)
     given = {"steps": 20, "batch": 16, "learning_rate": 0.3, "part": "confirm"}

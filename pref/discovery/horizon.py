@@ -1,4 +1,4 @@
-"""How far training moves the policy: on the proxy, before anything is trained, and in a run.
+"""How far training moves the policy: in a run, and on the proxy, which is to move as far.
 
 At the start every margin is 0, and there losses with one slope are one loss: what tells them apart
 is how their gradient changes over the margins that training visits. A pilot, DPO at its default
@@ -18,6 +18,7 @@ from pref.files import disk
 BETA = 0.1  # of the pilot, losses.py's default
 LEAST_Z = 0.5  # sigma(-z) is then 0.38 instead of 0.5: a change that a run can see
 PILOT_SEEDS = (0, 1, 2)
+MATCHES, RATES = 6, (1e-3, 30.0)  # tries to match a rate; between which rates
 
 
 class Pilot(NamedTuple):
@@ -53,6 +54,21 @@ def of_run(folder: Path, steps: int) -> Pilot:
     visited = float(np.quantile(np.abs(np.concatenate([a, b])), proxy.VISITED))
     median_z = BETA * float(np.median(np.abs(a - b)))
     return Pilot(visited, median_z, note(median_z, steps))
+
+
+def match_rate(features: Features, run: Pilot, *, steps: int, batch: int) -> float:
+    """The proxy's learning rate with which DPO's margins are as large as in the run: their median,
+    since margins are what the shape of a loss acts on. They grow about as the rate.
+    """
+    rate = 0.3
+    for _ in range(MATCHES):
+        found = pilot(features, steps=steps, batch=batch, learning_rate=rate)
+        if not found.median_z > 0 or not run.median_z > 0:
+            break  # no margins to match
+        rate = min(max(rate * run.median_z / found.median_z, RATES[0]), RATES[1])
+        if abs(found.median_z / run.median_z - 1) < 0.02:
+            break
+    return float(f"{rate:.3g}")
 
 
 def note(median_z: float, steps: int) -> str | None:

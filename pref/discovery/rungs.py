@@ -96,6 +96,25 @@ def train_step(
     return True
 
 
+def pilot(search: Search) -> Path | None:
+    """The folder of a DPO run on the search's pairs with the first seed of rung 0, which will find
+    it trained. None if a signal stopped it. Raises UserError if it diverged.
+    """
+    seed = seeds_of(search.settings, 0)[0]
+    runs = index_of_runs(search.folder / "results")
+    if ("dpo", seed) not in runs:
+        search.log(f"pilot: training dpo, seed {seed}")
+        path = search.folder / "rungs" / "pilot.grid"
+        write_grid(search, path, ["dpo"], [seed])
+        if not run_grid(search, path):
+            return None
+        runs = index_of_runs(search.folder / "results")
+    run = runs["dpo", seed]
+    if outcome_of(run)["status"] != "finished":
+        raise UserError("dpo diverged in training; lower --learning_rate (--train_args)")
+    return run
+
+
 def trained_events(state: State, results: list[dict], rung: int) -> list[dict]:
     """A `trained` event of each run that the archive does not have, and a `stopped` one of each
     candidate that diverged.

@@ -31,6 +31,7 @@ from pref.discovery.arms import Arms
 from pref.discovery.evolve import RandomSearch
 from pref.discovery.proposals import Known, Proposal, View
 from pref.discovery.settings import Settings
+from pref.discovery.split import Split
 from pref.files.console import UserError
 
 PROXY_SEEDS = tuple(range(1, 9))  # of each candidate's proxy
@@ -100,6 +101,8 @@ class Search:
     stop_level: Callable[[], int] = lambda: 0  # 1: save and stop, 2: at once
     until: float | None = None  # time.monotonic(): no step begins after it
     rung_only: bool = False  # training is for a cluster
+    pairs: Split = Split(train=0, val=0)
+    batch: int = 8  # pairs in a step
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # of the archive, by id
     workers: object = None
 

@@ -3,7 +3,8 @@
 Where pairs are made up, no model can be trained on them. The proxy then stands in for it: rungs
 "train" it with the rungs' seeds and look at the part `val`, the confirmation with its own seeds and
 the part `confirm`, which nothing has looked at before. Everything else of a search is as it is with
-a model. Such a file may say how it is to be trained on, in its metadata: `steps`, `batch`.
+a model. Such a file may say how it is to be trained on, in its metadata: `steps`, `batch`,
+`learning_rate`.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from pref.discovery.search import Search, working
 from pref.discovery.split import Split
 from pref.files.console import UserError
 
-STEPS, BATCH = 20, 16
+DEFAULTS = {"steps": 20, "batch": 16, "learning_rate": 0.3}
 
 
 class World(NamedTuple):
@@ -26,17 +27,21 @@ class World(NamedTuple):
     pairs: Split
     steps: int
     batch: int
+    learning_rate: float  # in the unit of Features
 
 
 def read(path: Path) -> World:
     """Raises UserError for a file that cannot be used."""
     found = Features.load(path)
-    numbers = {"steps": STEPS, "batch": BATCH}
-    for name in numbers:
-        text = found.metadata.get(name, str(numbers[name]))
-        if not (text.isdecimal() and 0 < int(text) < 10**6):
+    numbers = {}
+    for name, default in DEFAULTS.items():
+        text = found.metadata.get(name, str(default))
+        try:
+            numbers[name] = type(default)(text)
+        except ValueError:
+            numbers[name] = 0
+        if not 0 < numbers[name] < 10**6:
             raise UserError(f"{path}: its metadata have {name} {text!r}; must be a number above 0")
-        numbers[name] = int(text)
     return World(Split(found.train.pairs, found.val.pairs), **numbers)
 
 

@@ -12,6 +12,7 @@ from pref.discovery import (
     horizon,
     prompts,
     proposer_arguments,
+    rungs,
     search,
     settings,
     split,
@@ -29,8 +30,9 @@ from pref.files import console
 from pref.files.console import UserError
 from pref.sweeping.scheduler import Stop
 
-PROXY_RATE = 0.3  # peak learning rate of the proxy, in the unit of features.py
-VISITED = 10.0  # nats, where no proxy measures it
+# Before the pilot says how far training moves: log-ratios, in nats, and the peak learning rate of
+# the proxy, in the unit of features.py.
+VISITED, PROXY_RATE = 10.0, 0.3
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def opened(args: argparse.Namespace, chosen: Settings, stop: Stop) -> Iterator[S
     check_name(folder)
     settings.record(folder, chosen)
     if chosen.is_stand_in:
-        pairs, steps, batch = stand_in.read(Path(chosen.features))
+        pairs, steps, batch, _ = stand_in.read(Path(chosen.features))
     else:
         pairs = split.write_search(Path(chosen.data), folder)
         steps, batch = chosen.steps(pairs.train), chosen.training().global_batch
@@ -54,21 +56,19 @@ def opened(args: argparse.Namespace, chosen: Settings, stop: Stop) -> Iterator[S
         if any(step.kind == "round" for step in to_do):
             arms.check()
 
-        # 2) What the proxy needs, and how far training moves. Nothing of it once it is not needed.
-        features, visited = None, VISITED
-        on_proxy = any(step.kind in ("round", "control") for step in to_do)
-        if chosen.is_stand_in or (chosen.proxy != "off" and on_proxy):
-            features, visited = look_ahead(chosen, folder, steps, batch, stop)
+        # 2) How far training moves, and what the proxy needs for it, is looked up later.
         yield Search(
             folder=folder,
             settings=chosen,
             archive=archive,
             arms=arms,
-            open_workers=lambda: open_workers(features, visited, batch),
-            visited=visited,
-            setting=setting_text(chosen, pairs, steps, visited),
+            open_workers=lambda: open_workers(None, VISITED, batch),
+            visited=VISITED,
+            setting=setting_text(chosen, pairs, steps, VISITED),
             proxy_steps=steps,
             proxy_rate=PROXY_RATE,
+            pairs=pairs,
+            batch=batch,
             stop_level=lambda: stop.level,
             until=time.monotonic() + 3600 * args.max_hours if args.max_hours else None,
             rung_only=args.rung_only,
@@ -81,34 +81,61 @@ def check_name(folder: Path) -> None:
         raise UserError(f"{folder}: a search's folder must have no space and no # in its path")
 
 
-def look_ahead(
-    chosen: Settings, folder: Path, steps: int, batch: int, stop: Stop
-) -> tuple[Path, float]:
-    """The features file, and how far a DPO run moves the log-ratios (nats); says so."""
-    path = Path(chosen.features) if chosen.features else compute_features(chosen, folder, stop)
-    pilot = horizon.pilot(
-        Features.load(path),
-        steps=steps,
-        batch=batch,
-        learning_rate=PROXY_RATE,
+def look_ahead(one: Search) -> bool:
+    """What rounds need to know first, where some are left: how far a DPO run moves the policy, and
+    with which learning rate the proxy moves as far. Returns False if a signal stopped it.
+    """
+    chosen = one.settings
+    kinds = {step.kind for step in search.plan(chosen) if not one.archive.has(step.name)}
+    if not chosen.is_stand_in and not kinds & {"round", "control"}:
+        return True
+
+    # 1) The features, whose pass leaves the reference's log-probs for the runs.
+    path, features = None, None
+    if chosen.proxy != "off" or chosen.is_stand_in:
+        path = Path(chosen.features) if chosen.features else compute_features(one)
+        features = Features.load(path)
+
+    # 2) The pilot: DPO with rung 0's first seed, which rung 0 then finds trained.
+    if chosen.is_stand_in:
+        one.proxy_rate = stand_in.read(path).learning_rate
+        pilot = horizon.pilot(
+            features, steps=one.proxy_steps, batch=one.batch, learning_rate=one.proxy_rate
+        )
+    else:
+        run = rungs.pilot(one)
+        if run is None:
+            return False
+        pilot = horizon.of_run(run, one.proxy_steps)
+        if features is not None:
+            one.proxy_rate = horizon.match_rate(
+                features, pilot, steps=one.proxy_steps, batch=one.batch
+            )
+    one.log(
+        f"pilot: after {one.proxy_steps} steps of dpo 90 % of the log-ratios lie within "
+        f"{pilot.visited:.2g} nats; learning rate of the proxy {one.proxy_rate:.2g}"
     )
-    print(f"a dpo run moves 90 % of the log-ratios by at most {pilot.visited:.2g} nats", flush=True)
     if pilot.note:
-        print(f"note: {pilot.note}", flush=True)
-    return path, pilot.visited
+        one.log(f"note: {pilot.note}")
+
+    # 3) What follows from it.
+    one.visited = pilot.visited
+    one.setting = setting_text(chosen, one.pairs, one.proxy_steps, one.visited)
+    one.open_workers = lambda: open_workers(path, one.visited, one.batch)
+    return True
 
 
-def compute_features(chosen: Settings, folder: Path, stop: Stop) -> Path:
+def compute_features(one: Search) -> Path:
     begun = time.monotonic()
     path = feature_pass.compute(
-        chosen.model,
-        folder / "data" / "search",
-        chosen.given_train_args(),
-        folder / "features",
-        lambda: stop.level > 0,
+        one.settings.model,
+        one.folder / "data" / "search",
+        one.settings.given_train_args(),
+        one.folder / "features",
+        one.is_stopped,
     )
     if (seconds := time.monotonic() - begun) > 5:
-        print(f"features of the pairs: {seconds:.0f} s", flush=True)
+        one.log(f"features of the pairs: {seconds:.0f} s")
     return path
 
 
@@ -142,7 +169,7 @@ def dry_run(args: argparse.Namespace, chosen: Settings) -> int:
     """Print what a search will take, and the first prompt. Writes nothing."""
     settings.identity(chosen)
     if chosen.is_stand_in:
-        pairs, steps, batch = stand_in.read(Path(chosen.features))
+        pairs, steps, batch, _ = stand_in.read(Path(chosen.features))
         what = f"no model, {chosen.features}"
     else:
         pairs = split.count(Path(chosen.data))
