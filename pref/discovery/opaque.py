@@ -10,6 +10,7 @@ STRUCTURAL ones.
 """
 
 import ast
+from collections.abc import Callable
 
 from pref.discovery.genome import PROGRAM, Node
 
@@ -38,25 +39,31 @@ def opaque(text: str) -> Node:
             continue
         if not isinstance(statement, ast.Assign):
             raise Unreadable(f"line {statement.lineno}: not an assignment")
+        if any(name.id in names for name in _assigned(statement)):
+            raise Unreadable(f"line {statement.lineno}: assigns to a parameter")
         lines.append(ast.unparse(translation.visit(statement)))
     lines.append(ast.unparse(translation.visit(_returned(function))))
     return Node(PROGRAM, tuple(genes), (), "\n".join(lines))
 
 
-def statements(node: Node, fresh) -> tuple[list[str], str]:
-    """(assignments, expression) of an opaque leaf, with its constants filled in and its names
-    replaced by `fresh(name)`.
+def statements(node: Node, fresh: Callable[[str], str]) -> tuple[list[str], str]:
+    """(assignments, expression) of an opaque leaf, with its constants filled in and each variable
+    called what `fresh` makes of its name.
     """
     body = ast.parse(node.text).body
     names = {f"{GENE}{i}": _constant(gene) for i, gene in enumerate(node.genes)}
     for statement in body[:-1]:
-        for target in ast.walk(statement):
-            if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store):
-                if target.id not in names:
-                    names[target.id] = ast.Name(fresh(target.id))
+        for target in _assigned(statement):
+            if target.id not in names:
+                names[target.id] = ast.Name(fresh(target.id))
     renaming = _Names(names)
     lines = [ast.unparse(renaming.visit(statement)) for statement in body]
     return lines[:-1], lines[-1]
+
+
+def _assigned(statement: ast.stmt) -> list[ast.Name]:
+    names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    return [name for name in names if isinstance(name.ctx, ast.Store)]
 
 
 def _function(text: str) -> ast.FunctionDef:
