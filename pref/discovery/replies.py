@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pref.judging import reading
 
-MOST_NAME = 24
+MOST_NAME, NO_NAME = 24, "loss"
 MOST_THOUGHT = 800  # characters; 80 words are asked for
 MOST_OBJECTS = 50  # beginnings of JSON objects that are tried
 FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
@@ -57,7 +57,7 @@ def read(text: str, clean: Callable[[str], str] = str) -> Draft:
     code = code.replace("\r\n", "\n").replace("\r", "\n")
     return Draft(
         thought=clean(clean_thought(found.get("thought"))),
-        name=clean_name(clean(clean_name(found.get("name")))),
+        name=name_of(found.get("name"), clean),
         code=clean(textwrap.dedent(code).strip() + "\n"),
     )
 
@@ -71,17 +71,25 @@ def objects(text: str) -> Iterator[dict]:
             return
         try:
             value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):  # also a number of 5,000 digits
+        except ValueError:  # also a number of 5,000 digits
             end = position + 1
+        except RecursionError:
+            return
         else:
             yield value
         position = text.find("{", end)
 
 
+def name_of(value, clean: Callable[[str], str]) -> str:
+    """A name from a name, unless it is a secret in small letters."""
+    name = clean_name(clean(value) if isinstance(value, str) else "")
+    return name if clean(name) == name else NO_NAME
+
+
 def clean_name(value) -> str:
     """A name for files and functions."""
     text = value.lower() if isinstance(value, str) else ""
-    return re.sub(r"[^a-z0-9]+", "_", text).strip("_")[:MOST_NAME].strip("_") or "loss"
+    return re.sub(r"[^a-z0-9]+", "_", text).strip("_")[:MOST_NAME].strip("_") or NO_NAME
 
 
 def clean_thought(value) -> str:

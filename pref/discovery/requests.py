@@ -8,13 +8,16 @@ How money is protected:
 2. A request is noted before it is sent. If the process ends before the reply is here, the call may
    have been charged: its highest price counts as spent (`lost_usd`), and it is made again.
 3. A proposal is asked for only if what is spent, what the calls in flight can cost at most and what
-   it can cost itself at most fit under --max_usd, every try of the client included.
+   it can cost itself at most fit under --max_usd, every try included. Tries are made here and not
+   by the client, which would not say how many there were: one that timed out or broke may have
+   been charged, and is noted at its highest price.
 4. An error that each later request would meet (a refused key, no credit, no such model, a server
    that is gone) ends the search with what to do about it.
 """
 
 import functools
 import json
+import random
 import sqlite3
 import sys
 import threading
@@ -56,6 +59,20 @@ GIVE_UP_AFTER = 10  # calls of a model in a row without a reply
 PARAMETERS = {"temperature": 1.0, "max_tokens": 4096}  # unless --parameters says otherwise
 # Failures that say nothing about the request: asked again when the search is started again.
 PASSING = ("sent", "lost", "stopped", "connection", "http_408", "http_409", "http_429")
+
+
+NOT_KEPT = ("http_status", "unsent", "wait_s")  # of an answer
+MOST_WAIT_S = 60  # that a server's Retry-After is heeded
+
+
+def is_passing(status: str) -> bool:
+    """Whether a status says nothing about the request, which is asked again at the next start."""
+    return status in PASSING or status.startswith("http_5")
+
+
+def is_lost(status: str) -> bool:
+    """Whether a try brought nothing, and another one may."""
+    return is_passing(status) or status == "timeout"
 
 
 class OutOfBudget(Exception):
@@ -113,13 +130,14 @@ class Model:
         parameters: dict | None = None,
         prices: tuple[float, float] | None = None,
     ):
-        self.name, self.client, self.prices = name, client, prices
+        self.name, self.prices = name, prices
+        self.client = client.with_options(max_retries=0)  # `Requests.ask` tries again itself
         self.exactly = parameters is not None
         self.parameters = dict(PARAMETERS if parameters is None else parameters)
         self.sent_parameters = dict(self.parameters)
         self.tries = 1 + client.max_retries
-        # Its rules alone: what a call costs at most, and what a reply has cost.
-        self.bill = costs.Budget(self, cap=None, spent=0.0, tries=self.tries)
+        # Its rules alone: what a try costs at most, and what a reply has cost.
+        self.bill = costs.Budget(self, cap=None, spent=0.0)
         self.lost_in_a_row = 0
 
     def cost(self, prompt_tokens: float | None, completion_tokens: float | None) -> float | None:
@@ -182,7 +200,7 @@ class Requests:
         query = "SELECT status, reply, cost_usd, finish_reason FROM requests WHERE request_sha256=?"
         with self.lock:
             row = self.db.execute(query, (disk.sha256_json(request),)).fetchone()
-        if row is None or row[0] in PASSING or row[0].startswith("http_5"):
+        if row is None or is_passing(row[0]):
             return None
         status, text, cost, finish = row
         return Reply(status, text or "", cost, finish or "")
@@ -206,9 +224,8 @@ class Requests:
             while self.cap is not None and self._spent() + self.reserved + most > self.cap:
                 if not self.in_flight:
                     raise OutOfBudget(
-                        f"--max_usd {self.cap:g}: {self._spent():.4f} dollars are spent, and the "
-                        f"next proposal could cost {most:.4f}; every reply so far is kept: raise "
-                        "--max_usd and run the same command again to continue"
+                        f"--max_usd {self.cap:g}: the next call could pass it; every reply so far "
+                        "is kept: raise --max_usd and run the same command again to continue"
                     )
                 self.lock.wait()
             self.reserved += most
@@ -227,12 +244,24 @@ class Requests:
     def ask(self, model: Model, request: dict) -> Reply:
         """The reply to a request, from the store or, paid for, from the model's server.
 
-        The client itself retries HTTP 408, 409, 429, 5xx and lost connections. Raises UserError for
-        what each later request would meet.
+        Tried again after HTTP 408, 409, 429, 5xx, a timeout or a lost connection. Raises UserError
+        for what each later request would meet.
         """
         if reply := self.find(request):
             return reply
-        self.await_turn()
+        for attempt in range(1, model.tries + 1):
+            self.await_turn()
+            answer, cost = self.ask_once(model, request)
+            if not is_lost(answer["status"]):
+                break
+            if attempt < model.tries:
+                self.pause(answer, attempt)
+        with self.lock:
+            self.count(model, answer)
+        return Reply(answer["status"], answer["reply"], cost, answer.get("finish_reason") or "")
+
+    def ask_once(self, model: Model, request: dict) -> tuple[dict, float]:
+        """One try: noted, sent, and its answer stored. Returns that and its dollars."""
         with self.lock, self.written():
             self.note_sent(model, request)
         try:
@@ -242,12 +271,20 @@ class Requests:
             with self.lock, self.written():
                 self.keep(request, {"status": "stopped", "reply": str(error)}, cost=0.0)
             raise
-        with self.lock:
+        with self.lock, self.written():
             cost = model.bill.cost(request, answer) or 0.0
-            with self.written():
-                self.keep(request, answer, cost)
-            self.count(model, answer)
-        return Reply(answer["status"], answer["reply"], cost, answer.get("finish_reason") or "")
+            self.keep(request, answer, cost)
+        return answer, cost
+
+    def pause(self, answer: dict, attempt: int) -> None:
+        """Wait before the next try: as long as the server says, else 0.5, 1, 2, ... 8 s."""
+        wait_s = answer.get("wait_s")
+        if wait_s is None:
+            wait_s = min(0.5 * 2 ** (attempt - 1), 8.0) * random.uniform(0.75, 1.0)
+        until_s = time.monotonic() + wait_s
+        with self.lock:
+            while not self.fatal and (left_s := until_s - time.monotonic()) > 0:
+                self.lock.wait(left_s)
 
     def await_turn(self) -> None:
         """Wait until the rate allows another call. Raises UserError once there are to be none."""
@@ -266,9 +303,7 @@ class Requests:
 
     def count(self, model: Model, answer: dict) -> None:
         """Notice a server that is gone. Raises UserError."""
-        passing = answer["status"] in PASSING or answer["status"].startswith("http_5")
-        lost = passing or answer["status"] == "timeout"
-        model.lost_in_a_row = model.lost_in_a_row + 1 if lost else 0
+        model.lost_in_a_row = model.lost_in_a_row + 1 if is_lost(answer["status"]) else 0
         if model.lost_in_a_row >= GIVE_UP_AFTER and not self.fatal:
             why = Reply(answer["status"], answer["reply"], 0.0).why
             self.fatal = (
@@ -303,7 +338,7 @@ class Requests:
 
     def keep(self, request: dict, answer: dict, cost: float) -> None:
         row = answer | {"cost_usd": cost, "sent_usd": 0.0, "tstamp": time.time()}
-        row = {name: value for name, value in row.items() if name not in ("http_status", "unsent")}
+        row = {name: value for name, value in row.items() if name not in NOT_KEPT}
         self.db.execute(
             f"UPDATE requests SET {', '.join(f'{name} = ?' for name in row)} "
             "WHERE request_sha256 = ?",
@@ -347,6 +382,7 @@ def open_store(path: Path) -> sqlite3.Connection:
         # Every statement is a transaction of its own, and on disk when it returns: calls take
         # seconds, a sync takes milliseconds.
         db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
@@ -405,7 +441,20 @@ def failed(model: Model, error) -> dict:
     # Unlike a judge, a proposer is not asked about texts that a firewall may stop at.
     if answer.get("http_status") == 403 and not server_judge.names_moderation(str(error)):
         raise UserError(server.explain(model.client, "--proposer", model.name, error)) from None
-    return {"reply": answer.pop("judgement", "")} | answer
+    return {"reply": answer.pop("judgement", ""), "wait_s": asked_wait_s(error)} | answer
+
+
+def asked_wait_s(error) -> float | None:
+    """The seconds that a server asks to wait, if it does and they are few."""
+    headers = error.response.headers if hasattr(error, "response") else {}
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            seconds = float(headers[name]) / unit
+        except (KeyError, ValueError):
+            continue
+        if 0 <= seconds <= MOST_WAIT_S:
+            return seconds
+    return None
 
 
 def read(model: Model, body: str) -> dict:
