@@ -42,6 +42,11 @@ class Gain(NamedTuple):
     measured: str  # "proxy" or "trained"
     seeds: int
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Higher is better. Where nothing is left after shrinking, what was measured decides."""
+        return self.gain, self.difference
+
 
 def gains(state: State) -> dict[str, Gain]:
     """The gain of each candidate that was measured and not found unfit, by id. DPO's is 0."""

@@ -179,7 +179,7 @@ def first_choice(search: Search, step: Step, count: int) -> list[str]:
     order = [id for id in waiting if id not in drawn]
     dice.shuffle(order)  # decides between equals; without the proxy, all
     if by_proxy:
-        order.sort(key=lambda id: -gains[id].gain)
+        order.sort(key=lambda id: gains[id].rank, reverse=True)
     chosen = apart(search, order, [*trained, *drawn], count - len(drawn))
     return sorted([*chosen, *drawn])
 
@@ -213,11 +213,14 @@ def is_apart(search: Search, id: str, others: Iterable[str]) -> bool:
 
 
 def ranking(state: State) -> list[str]:
-    """Trained candidates that are still in the race, by shrunk gain."""
+    """Trained candidates that are still in the race, the best first; DPO is one of them."""
     gains = estimates.gains(state)
-    in_race = [entry for entry in state.entries.values() if entry.runs and not entry.stopped]
-    in_race = [entry for entry in in_race if entry.id in gains]
-    return [e.id for e in sorted(in_race, key=lambda e: (-gains[e.id].gain, -len(e.runs), e.id))]
+    in_race = [
+        entry.id
+        for entry in state.entries.values()
+        if entry.id in gains and gains[entry.id].measured == "trained" and not entry.stopped
+    ]
+    return sorted(in_race, key=lambda id: gains[id].rank, reverse=True)
 
 
 def promoted(state: State, settings, rung: int) -> tuple[list[str], dict[str, str]]:
@@ -392,8 +395,6 @@ def tell(process: subprocess.Popen, search: Search, told: int) -> int:
     level = search.stop_level()
     while told < level:
         process.send_signal(signal.SIGTERM if told == 0 else signal.SIGINT)
-        if told:
-            process.send_signal(signal.SIGINT)
         told += 1
     return told
 

@@ -409,7 +409,7 @@ def round_line(search: Search, number: int) -> str:
         id: gain for id, gain in estimates.gains(search.state).items() if id != search.state.dpo.id
     }
     if measured:
-        best = max(measured, key=lambda id: (measured[id].gain, id))
+        best = max(measured, key=lambda id: measured[id].rank)
         gain = measured[best]
         label = search.state.entries[best].label
         text += f"; best {label} {100 * gain.gain:+.1f} ± {100 * gain.gain_se:.1f} points over dpo"

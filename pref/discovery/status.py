@@ -94,7 +94,8 @@ def best_lines(state: State, count: int = 3) -> list[str]:
     gains = estimates.gains(state)
     ranked = rungs.ranking(state) or sorted(
         (id for id in gains if state.entries[id].reached_proxy),
-        key=lambda id: (-gains[id].gain, id),
+        key=lambda id: gains[id].rank,
+        reverse=True,
     )
     lines = []
     for id in [id for id in ranked if state.dpo and id != state.dpo.id][:count]:
