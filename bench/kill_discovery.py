@@ -4,7 +4,8 @@
 
 Two proposers, evolution and a scripted model on loopback that charges for each reply; a random
 two-layer model is trained. Half of the kills hit discover.py's process alone, whose training runs
-are then told to save, the others all of its processes. The last kills fall into the confirmation.
+are then told to save, the others all of its processes. The last kills fall into the confirmation. The undisturbed search
+trains one run at a time, the other one three.
 At the end archive.jsonl, control.jsonl, the programs and confirmation.json must be equal byte for
 byte (there is no time in them), no stored reply may have been asked for again, and no run may have
 been trained twice.
@@ -67,14 +68,14 @@ def make_inputs(out: Path) -> None:
     )
 
 
-def start(out: Path, folder: Path, url: str, *more: str) -> subprocess.Popen:
+def start(out: Path, folder: Path, url: str, jobs: int, *more: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "discover.py"), str(folder)]
     command += ["--model", str(out / "model"), "--data", str(out / "pairs"), *SEARCH]
     command += ["--proposer", MODEL, "evolve", "--base_url", url, "--max_usd", "5"]
     command += ["--price_in", "1", "--price_out", "1", "--train_args", TRAIN, *more]
     environment = os.environ | {
         "OPENAI_API_KEY": "sk-not-to-be-found-anywhere",
-        "JOBS": "2",
+        "JOBS": str(jobs),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
@@ -135,7 +136,7 @@ def main() -> int:
     whole, lasted = args.out / "whole", {}
     for more in ((), ("--confirm", "1")):
         begun = time.monotonic()
-        code = start(args.out, whole, server.url, *more).wait()
+        code = start(args.out, whole, server.url, 1, *more).wait()
         lasted[more] = time.monotonic() - begun
         print(f"undisturbed {' '.join(more)}: exit code {code}, {lasted[more]:.0f} s", flush=True)
         if code:
@@ -146,7 +147,7 @@ def main() -> int:
     for more, limit in (((), args.kills - 2), (("--confirm", "1"), args.kills)):
         code = None
         while code != 0:
-            process, before = start(args.out, folder, server.url, *more), replies(folder)
+            process, before = start(args.out, folder, server.url, 3, *more), replies(folder)
             if kills < limit:
                 wait, single = dice.uniform(0.1, 0.6) * lasted[more], kills % 2 == 0
                 if kill_after(process, wait, single):
