@@ -4,8 +4,9 @@
 
 Two proposers, evolution and a scripted model on loopback that charges for each reply; a random
 two-layer model is trained. Half of the kills hit discover.py's process alone, whose training runs
-are then told to save, the others all of its processes. The last kills fall into the confirmation. The undisturbed search
-trains one run at a time, the other one three.
+are then told to save, the others all of its processes. The last kills fall into the confirmation.
+The undisturbed search trains one run at a time, the other one three.
+
 At the end archive.jsonl, control.jsonl, the programs and confirmation.json must be equal byte for
 byte (there is no time in them), no stored reply may have been asked for again, and no run may have
 been trained twice.

@@ -24,6 +24,7 @@ from pref.discovery import (
     settings,
     split,
     status,
+    task_fitness,
 )
 from pref.discovery.archive import Archive, state_of
 from pref.discovery.arms import Arms
@@ -31,6 +32,7 @@ from pref.discovery.evolve import Evolve
 from pref.discovery.search import Search
 from pref.discovery.settings import Settings
 from pref.files.console import UserError
+from pref.sweeping import grid
 from pref.training import schedule
 
 PAIRS = 40
@@ -308,8 +310,6 @@ def test_a_torn_line_and_a_step_without_its_end_are_dropped_and_nonsense_is_name
 
 
 def test_a_grid_of_candidates_is_one_that_the_scheduler_reads(ended):
-    from pref.sweeping import grid
-
     values = grid.read_grid(ended / "rungs" / "rung_0.0.grid")
     assert values["LOSSES"].startswith("dpo ") and values["SEEDS"] == "101"
     assert values["TRAIN_ARGS"].endswith("--eval_steps 0")
@@ -447,6 +447,47 @@ def test_the_proxy_is_compared_with_training_and_filters_only_when_it_says_nothi
         assert estimates.proxy_ranks(state) is ranks
 
 
+# ---- a task -------------------------------------------------------------------------------------
+
+
+def result(score, kl, slope=0.0) -> task_fitness.Result:
+    """Four questions around a mean score and a mean KL; where the KL is larger, so is the score."""
+    spread = [-0.2, -0.1, 0.1, 0.2]
+    scores = {q: score + slope * x for q, x in enumerate(spread)}
+    return task_fitness.Result(scores, {q: kl + x for q, x in enumerate(spread)})
+
+
+def test_a_score_is_compared_with_dpos_at_the_candidates_own_kl():
+    """By hand: DPO has 0.2, 0.4 and 0.5 at 1, 2 and 4 nats; at 3 nats that is 0.45."""
+    dpo = [result(0.2, 1.0), result(0.5, 4.0), result(0.4, 2.0)]
+    found = task_fitness.gaps(result(0.55, 3.0), dpo)
+    assert np.mean(found) == pytest.approx(0.10)
+    # A question that went further than the average is expected to score more, by DPO's slope.
+    assert found == pytest.approx([0.1 - 0.05 * x + 0.05 * x for x in (-0.2, -0.1, 0.1, 0.2)])
+    assert task_fitness.gaps(result(0.9, 4.5), dpo) is None
+    assert task_fitness.gaps(result(0.9, 0.5), dpo) is None
+
+
+def test_with_a_task_gaps_decide_and_dpo_gets_three_learning_rates(tmp_path):
+    more = {"run_id": "r", "status": "finished", "acc_ref": 0.5, "rung": 0, "correct": "10"}
+    events = [proposed("p0001"), proposed("p0002")]
+    for id, gaps in (("p0001", [0.0] * 4), ("p0002", [0.1, 0.3, 0.2, 0.2])):
+        task = {"score": 0.5, "kl": 2.0, "gaps": gaps}
+        events.append({"event": "trained", "id": id, "seed": 101, "task": task, **more})
+    gain = estimates.gains(state_of(events))["p0002"]
+    expected = scipy_stats.ttest_1samp([0.1, 0.3, 0.2, 0.2], 0)
+    assert gain.difference / gain.se == pytest.approx(expected.statistic)
+    chosen = settings_of(task="examples/tasks/brevity.py", gen_args="--max_new_tokens 8")
+    one = make_search(tmp_path, chosen)
+    rungs.write_grid(one, tmp_path / "a.grid", ["dpo", "ipo"], [101])
+    values = grid.read_grid(tmp_path / "a.grid")
+    settled = grid.task_settings.complete(grid.DEFAULTS | values, set(values))
+    rates = [p.arguments[p.arguments.index("--learning_rate") + 1] for p in grid.expand(settled)]
+    assert sorted(rates) == ["0.01", "0.02", "0.02", "0.04"]
+    assert settled["JUDGE_brevity"] == "py:examples/tasks/brevity.py"
+    assert settled["GEN_ARGS"] == "--kl --max_new_tokens 8"
+
+
 # ---- confirmation -------------------------------------------------------------------------------
 
 
@@ -491,8 +532,8 @@ def test_confirm_reads_the_unseen_pairs_only_then_and_once(ended, tmp_path, trai
     result = json.loads((folder / "confirmation.json").read_text())
     assert result["confirmatory"] and result["seeds"] == [9001, 9002, 9003, 9004, 9005]
     assert len(result["candidates"]) == 2 and result["pairs"] == PAIRS
-    grid = training.grids[-1]
-    assert grid["DATA"].endswith("data/confirm") and grid["RESULTS"].endswith("confirmation")
+    last = training.grids[-1]
+    assert last["DATA"].endswith("data/confirm") and last["RESULTS"].endswith("confirmation")
     runs = [run for run in training.trained if run[0] == "confirmation"]
     assert len(runs) == len(set(runs)) == 3 * 5
     # The numbers, from the run folders.
