@@ -69,7 +69,9 @@ def without_rate(words: list[str]) -> list[str]:
 
 
 def read(run: Path, task: str) -> Result:
-    """Raises UserError for a run without scores or without KL."""
+    """Raises UserError for a run of which a question has no score or no KL: all runs are compared
+    on all questions.
+    """
     folder = run / task
     found = defaultdict(list)
     with open(folder / "judgements.csv", newline="", encoding="utf-8") as file:
@@ -78,10 +80,13 @@ def read(run: Path, task: str) -> Result:
                 found[int(row["question_id"])].append(float(row["score"]))
     answers = mt_bench.read_answers(folder / "answers.jsonl", None)
     kl = run_metrics.kl_by_question(answers)
-    shared = found.keys() & kl.keys()
-    if not shared:
-        raise UserError(f"{folder}: no question has both a score and a KL; remove it and run again")
-    return Result({q: fmean(found[q]) for q in shared}, {q: kl[q] for q in shared})
+    questions = sorted({key[0] for key in answers})
+    if lacking := [q for q in questions if q not in found or q not in kl]:
+        raise UserError(
+            f"{folder}: question {lacking[0]} has no score or no KL (judgements.csv says why); "
+            "correct the task or its answers, then run the same command again"
+        )
+    return Result({q: fmean(found[q]) for q in questions}, {q: kl[q] for q in questions})
 
 
 def gaps(candidate: Result, dpo: list[Result]) -> list[float] | None:
