@@ -43,6 +43,7 @@ from pathlib import Path
 
 from pref.discovery import (
     confirmation,
+    dry_run,
     proposer_arguments,
     rungs,
     search,
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     args.proposer, args.parameters = list(chosen.proposer), chosen.parameters
     proposer_arguments.check_proposer_arguments(args)
     if args.dry_run:
-        return start.dry_run(args, chosen)
+        return dry_run.run(args, chosen)
 
     # 3) One process at a time searches in a folder.
     with Stop() as stop, disk.locked(args.folder, ".lock", "is being searched"):

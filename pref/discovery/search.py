@@ -160,7 +160,8 @@ def run(search: Search, take_rung: Callable[[Search, Step], bool]) -> bool:
                 raise OutOfTime
             if step.kind == "round":
                 take_round(search, step.number)
-                search.log(round_line(search, step.number))
+                if bred_something(search, step.number):
+                    search.log(round_line(search, step.number))
             elif step.kind == "control":
                 take_control(search)
             else:
@@ -392,6 +393,10 @@ def known_of(search: Search, entry: Entry, gain: estimates.Gain | None) -> Known
         known.gain, known.se = gain.gain, gain.gain_se
         known.measured, known.seeds = gain.measured, len(entry.runs)
     return known
+
+
+def bred_something(search: Search, number: int) -> bool:
+    return any(entry.round == number for entry in search.state.entries.values())
 
 
 def round_line(search: Search, number: int) -> str:

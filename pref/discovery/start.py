@@ -1,7 +1,6 @@
 """From settings to a search that can take its steps: pairs, features, how far training moves."""
 
 import argparse
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +9,16 @@ from pathlib import Path
 from pref.discovery import (
     feature_pass,
     horizon,
-    prompts,
     proposer_arguments,
     rungs,
     search,
     settings,
     split,
     stand_in,
-    status,
 )
 from pref.discovery.archive import Archive
 from pref.discovery.evolve import Evolve, RandomSearch
 from pref.discovery.features import Features
-from pref.discovery.proposals import Known, View
 from pref.discovery.search import Search
 from pref.discovery.settings import Settings
 from pref.discovery.workers import Workers
@@ -159,65 +155,4 @@ def setting_text(chosen: Settings, pairs: split.Split, steps: int, visited: floa
         f"Pairs: {pairs.train} to train on, {pairs.val} others to measure accuracy on.\n"
         f"Training: {steps} AdamW steps of {args.global_batch} pairs, peak learning rate {rate}; "
         f"dpo moves log-ratios by about {visited:.2g} nats."
-    )
-
-
-# ---- --dry_run ----------------------------------------------------------------------------------
-
-
-def dry_run(args: argparse.Namespace, chosen: Settings) -> int:
-    """Print what a search will take, and the first prompt. Writes nothing."""
-    settings.identity(chosen)
-    if chosen.is_stand_in:
-        pairs, steps, batch, _ = stand_in.read(Path(chosen.features))
-        what = f"no model, {chosen.features}"
-    else:
-        pairs = split.count(Path(chosen.data))
-        steps, batch = chosen.steps(pairs.train), chosen.training().global_batch
-        what = f"{Path(chosen.model).name} on {chosen.data}"
-    print(
-        f"{args.folder}: {what}: {pairs.train} pairs to train on, {pairs.val} to measure on; "
-        f"{steps} steps of {batch} pairs"
-    )
-    seconds = seconds_per_run(args.folder)
-    for line in status.dry_run_lines(chosen, pairs.val, seconds):
-        print(line)
-    if seconds is None:
-        print("time: not known before the first run; rungs print their own estimate (rungs/*.log)")
-    if proposer_arguments.models_of(args):
-        print_prompt(args, chosen, setting_text(chosen, pairs, steps, VISITED))
-    print("nothing was started")
-    return 0
-
-
-def seconds_per_run(folder: Path) -> float | None:
-    """Mean of the runs that are there."""
-    walls = status.run_seconds(folder)
-    return sum(walls) / len(walls) if walls else None
-
-
-def print_prompt(args: argparse.Namespace, chosen: Settings, setting: str) -> None:
-    """The first prompt in full, with seeds that were not measured yet."""
-    known = [unmeasured(number, name) for number, name in enumerate(chosen.seeds_from, 1)]
-    view = View(known=known, dpo=known[0], visited=VISITED, setting=setting)
-    prompt = prompts.prompt(view, random.Random(f"{chosen.seed}:1:0"))
-    print(proposer_arguments.estimate(args, prompt.messages, chosen.max_proposals))
-    print("the first prompt, before anything is measured:")
-    for message in prompt.messages:
-        print(f"--- {message['role']}\n{message['content']}")
-    print("---")
-
-
-def unmeasured(number: int, name: str) -> Known:
-    proposal = search.seed_proposal(name)
-    return Known(
-        id=f"p{number:04}",
-        name=name,
-        text=proposal.text,
-        by=proposal.by,
-        parents=[],
-        genome=None,
-        round=0,
-        size=0,
-        gradient={},
     )

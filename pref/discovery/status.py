@@ -1,4 +1,4 @@
-"""What a search says about itself: --status, --show, --dry_run. Reads files, starts nothing."""
+"""What a search says about itself: --status, --show. Reads files, starts nothing."""
 
 import difflib
 import json
@@ -228,40 +228,3 @@ def print_program(archive: Archive, entry: Entry) -> None:
         )
         print(f"\nagainst {parent}:")
         print("\n".join(lines))
-
-
-# ---- --dry_run ----------------------------------------------------------------------------------
-
-
-def dry_run_lines(recorded: Settings, pairs: int, seconds: float | None) -> list[str]:
-    """What a search will take. pairs: that it measures accuracy on. seconds: of a training run."""
-    steps = search.plan(recorded)
-    runs = runs_of(recorded, steps)
-    rounds = sum(step.kind == "round" for step in steps) - 1
-    lines = [
-        f"proposals: {recorded.max_proposals} in {rounds} rounds by "
-        f"{', '.join(recorded.proposer)}, after {len(recorded.seeds_from)} seeds",
-        f"training: {runs} runs (rungs of {settings.shown(recorded.rung)} candidates with "
-        f"{settings.shown(recorded.seeds_per_rung)} seeds, dpo in each)",
-    ]
-    if seconds:
-        hours = sweep_status.hours_text(seconds * runs / rungs.default_jobs())
-        lines.append(
-            f"time: about {hours} of training ({seconds:.0f} s a run, {rungs.default_jobs()} at a "
-            "time), and 2 s a round"
-        )
-    for seeds in sorted(set(recorded.seeds_per_rung)):
-        close, other = (detectable(pairs, seeds, sd) for sd in (0.11, 0.25))
-        lines.append(
-            f"detectable with {pairs} pairs and {seeds} seed{'s' * (seeds > 1)}: about "
-            f"{100 * close:.1f} points for a close relative of dpo, {100 * other:.1f} for another "
-            "family (power 0.8)"
-        )
-    return lines
-
-
-def detectable(pairs: int, seeds: int, pair_sd: float, residual_sd: float = 0.33) -> float:
-    """2.8 standard errors of a difference in accuracy: the standard deviations between pairs and
-    of the rest are those measured on the proxy with real pairs.
-    """
-    return 2.8 * ((pair_sd**2 + residual_sd**2 / seeds) / pairs) ** 0.5
