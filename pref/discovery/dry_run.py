@@ -1,4 +1,4 @@
-"""--dry_run: rounds, runs, hours, dollars, what can be told apart, the first prompt. Starts nothing."""
+"""--dry_run: rounds, runs, hours, dollars, what can be told apart, the first prompt."""
 
 import argparse
 import os
