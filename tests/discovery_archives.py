@@ -4,6 +4,7 @@ Every candidate has a true gain over DPO. The proxy and training see it on the s
 noise of their own, and the confirmation sees it on others: so the winner's curse is in it.
 """
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -51,6 +52,18 @@ SETTINGS = {
     "data": "quickstart/data/preferences",
     "preset": "hour",
     "seed": 0,
+    "max_proposals": 60,
+    "rung": [6, 3, 3],
+    "seeds_per_rung": [1, 2, 3],
+    "seeds_from": list(SEEDS),
+    "coupled": False,
+    "proxy": "on",
+    "proposer": ["evolve"],
+    "parameters": None,
+    "train_args": "--global_batch 8 --per_device_batch 8 --max_steps 12",
+    "task": "",
+    "features": "",
+    "identity": {},
     "versions": {"pref": "1.3.0"},
 }
 
@@ -121,7 +134,7 @@ def propose(number: int, earlier: list[Made], arms: tuple[str, ...], draw: rando
         true = 0.0 if name == "dpo" else draw.gauss(-0.01, 0.01)
         return Made(seed, id, 0, loss_text(f"{id}_{name}", kind, draw), true, None)
     by = draw.choice(arms)
-    alive = [made for made in earlier if made.refusal is None]
+    alive = [made for made in earlier if made.refusal is None and not is_copy(made.id)]
     best = sorted(draw.sample(alive, min(5, len(alive))), key=lambda made: -made.true_gain)
     crossed = draw.random() < 0.25 and len(best) > 1
     operator = draw.choice(OPERATORS if by == "evolve" else TASKS)
@@ -144,6 +157,11 @@ def propose(number: int, earlier: list[Made], arms: tuple[str, ...], draw: rando
     return Made(proposal, id, (number - 6) // 16 + 1, text, true, refusal)
 
 
+def is_copy(id: str) -> bool:
+    """Every ninth proposal is a duplicate of an earlier one."""
+    return int(id[1:]) > 10 and int(id[1:]) % 9 == 0
+
+
 def loss_text(name: str, kind: int, draw: random.Random) -> str:
     body = BODIES[kind]
     values = {"beta": round(10 ** draw.uniform(-1.6, 0), 4), "weight": round(draw.random(), 3)}
@@ -161,7 +179,7 @@ def refused_with(one: Made, hostile: str) -> Made:
 
 
 def fate(one: Made, made: list[Made], draw: random.Random) -> list[dict]:
-    """The events of a proposal up to the proxy. Every ninth is a duplicate."""
+    """The events of a proposal up to the proxy."""
     proposal = one.proposal
     given = {"by": proposal.by, "operator": proposal.operator, "parents": proposal.parents}
     given |= {"name": proposal.name, "sha256": "0" * 64, "usd": proposal.usd, "genome": None}
@@ -169,13 +187,13 @@ def fate(one: Made, made: list[Made], draw: random.Random) -> list[dict]:
     at, why = one.refusal or ("", "")
     if at in ("read", "form"):
         return [*events, {"event": "stopped", "id": one.id, "at": at, "why": why}]
-    parameters = {"beta": 0.1}
-    events.append({"event": "read", "id": one.id, "sha256": "1" * 64, "parameters": parameters})
+    parameters, sha = {"beta": 0.1}, hashlib.sha256(one.program.encode()).hexdigest()
+    events.append({"event": "read", "id": one.id, "sha256": sha, "parameters": parameters})
     events[-1]["size"] = one.program.count("(") + one.program.count("*")
     if at in ("selftest", "range"):
         return [*events, {"event": "stopped", "id": one.id, "at": at, "why": why}]
     number = int(one.id[1:])
-    if number > 10 and number % 9 == 0:
+    if is_copy(one.id):
         near = draw.choice([m for m in made[: number - 1] if m.refusal is None]).id
         stop = {"event": "stopped", "id": one.id, "at": "duplicate", "near": near}
         return [*events, stop | {"why": f"behaves as {near}", "distance": 0.012}]
@@ -267,12 +285,12 @@ def confirm(archive: Archive, finalists: list[Made], draw: random.Random) -> Non
     rows = []
     for one in finalists:
         value = one.true_gain + draw.gauss(0, 0.006)
-        row = {"id": one.id, "name": one.label, "difference": value, "low": value - 0.018}
-        row |= {"high": value + 0.018, "p_holm": 0.03, "dpo_beta": 0.2}
+        row = {"id": one.id, "name": one.proposal.name, "difference": value, "low": value - 0.018}
+        row |= {"high": value + 0.018, "p_holm": 0.03, "dpo_beta": 0.2, "detectable": 0.025}
         rows.append(row | {"word": "better" if value > 0.018 else "undecided"})
-    first = rows[0]
-    verdict = f"{first['name']} is {first['word']} than tuned DPO: {first['difference']:+.3f}."
-    content = {"verdict": verdict, "margin": 0.01, "pairs": 229, "seeds": seeds}
+    texts = [f"{row['id']}_{row['name']} is {row['word']}" for row in rows]
+    verdict = f"{'; '.join(texts)} (229 unseen pairs, 5 new seeds, dpo with beta 0.2)"
+    content = {"verdict": verdict, "margin": 0.01, "pairs": 229, "seeds": seeds, "dpo_beta": 0.2}
     content |= {"candidates": rows, "confirmatory": True}
     write_json(archive.folder / "confirmation.json", content)
     archive.append({"event": "confirmed", "verdict": verdict, "ids": ids})

@@ -315,7 +315,8 @@ def figures_html(figures: list[dict]) -> str:
 def figure_html(figure: dict) -> str:
     """A figure as a button that enlarges it; its caption has the notes of the file's description.
 
-    The figure is an image of its own, not a part of the page: nothing in it can run.
+    The figure is an image of its own, not a part of the page: nothing in it can run. `over` is HTML
+    that lies over it.
     """
     svg = read_svg(Path(figure["svg"]))
     width, height = (round(float(size) * 4 / 3) for size in svg["size"])  # points to pixels
@@ -328,7 +329,8 @@ def figure_html(figure: dict) -> str:
     wide = ' class="wide"' if width > WIDE_FIGURE else ""
     return (
         f'<figure{wide}>\n<div class="drawing" tabindex="0" role="region" aria-label="{title}">'
-        f'<button type="button" class="enlarge" title="Enlarge">{image}</button></div>\n'
+        f'<button type="button" class="enlarge" title="Enlarge">{image}</button>'
+        f"{figure.get('over', '')}</div>\n"
         f"<figcaption><b>{title}</b> {notes}</figcaption>\n</figure>\n"
     )
 

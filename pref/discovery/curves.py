@@ -40,9 +40,8 @@ def draw_losses(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     if not own:
         return None
     scaled = {name: at_one_scale(curve, rho, visited) for name, curve in {**own, **curves}.items()}
-    figure = drawing.new_figure(
-        drawing.WIDE, 4.6, "Loss and gradient of the best", notes(story, visited)
-    )
+    title = "Loss and gradient of the best"
+    figure = drawing.new_figure(drawing.WIDE, 4.6, title, notes(story, visited))
     rows = figure.subplots(2, 2, height_ratios=[4, 1], sharex=True)
     loss_check.draw_curves(rows[0], rho, scaled)
     for axis in rows[0]:
@@ -61,10 +60,10 @@ def draw_losses(story: Story, palette: Palette, stem: Path) -> Drawn | None:
 def notes(story: Story, visited: float) -> list[str]:
     where = f"±{visited:.1f} nats, which holds 90 % of them" if len(story.margins) else "±3 nats"
     return [
-        "Each at its own parameters, half of a margin on either response, divided by the RMS of its "
-        f"gradient within {where}: AdamW does not see a loss's scale.",
-        "Below: margins of the search's validation pairs after DPO's runs. Outside of them, curves "
-        "that differ have not been tried.",
+        f"Divided by the RMS of the gradient within {where}: AdamW does not see a loss's scale. "
+        "Losses are 0 at margin 0.",
+        "Below: margins of the search's validation pairs after DPO's runs. Beyond them, the curves "
+        "were not tried.",
     ]
 
 
@@ -78,14 +77,12 @@ def curve_of(one: Candidate, rho: Tensor) -> Curve | None:
 
 
 def at_one_scale(curve: Curve, rho: Tensor, visited: float) -> Curve:
-    """A curve divided by the RMS of its gradient where training has been, 0 at its least."""
+    """A curve divided by the RMS of its gradient where training was; loss 0 at margin 0."""
     values, gradients = curve
     seen = gradients[(rho.abs() <= max(visited, 0.5)) & gradients.isfinite()]
     size = seen.square().mean().sqrt() if len(seen) else torch.zeros(())
     size = size if size.isfinite() and size > 0 else torch.ones(())
-    finite = values[values.isfinite()]
-    least = finite.min() if len(finite) else torch.zeros(())
-    return (values - least) / size, gradients / size
+    return (values - values[len(values) // 2]) / size, gradients / size
 
 
 def reach_of(margins: np.ndarray) -> float:

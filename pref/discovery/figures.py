@@ -16,10 +16,10 @@ One colour a proposer in all of them. Gains are differences to DPO in accuracy, 
 from pathlib import Path
 
 from pref.analysis.stats import sd
-from pref.discovery import curves, estimates, fingerprint, lineage, marks
+from pref.discovery import curves, estimates, fingerprint, lineage, marks, status
 from pref.discovery.archive import SEED
 from pref.discovery.marks import Drawn, Palette, points, save, shown_name
-from pref.discovery.report_data import STAGES, Candidate, Story
+from pref.discovery.report_data import Candidate, Story
 from pref.files import drawing
 
 GREENS, REDS = "#1b7837", "#b2182b"
@@ -61,14 +61,13 @@ def draw_score(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     draw_dpo_band(story, axis)
     for by in story.proposers:
         for kind in ("proxy", "trained"):
-            draw_points(axis, [x for x in shown if (x.entry.by, x.gain.measured) == (by, kind)],
-                        palette.colour(by), by, kind, len(shown) > marks.FEW)  # fmt: skip
+            some = [x for x in shown if (x.entry.by, x.gain.measured) == (by, kind)]
+            draw_points(axis, some, palette.colour(by), by, kind, len(shown) > marks.FEW)
     last = story.candidates[-1].number
     draw_best(axis, story.ranking, last, {"color": marks.BLACK, "label": "best so far, shrunk"})
     control = [one for one in story.control if one.gain and one.entry.by != SEED]
-    draw_best(
-        axis, control, last, {"color": marks.CONTROL, "linestyle": "--", "label": "random control"}
-    )
+    style = {"color": marks.CONTROL, "linestyle": "--", "label": "random control, shrunk"}
+    draw_best(axis, control, last, style)
     frame(axis, shown, last)
     figure.legend(*legend_of(axis), loc="outside lower center", ncols=6, frameon=False)
     y = [(one.number, points(one.gain.difference), one.id) for one in shown]
@@ -85,7 +84,7 @@ def draw_points(axis, shown: list[Candidate], colour: str, by: str, kind: str, m
     style = {"color": colour, "marker": "o", "linestyle": "", "elinewidth": 0.8}
     style |= {"markersize": 5.5 if full else 3.6, "zorder": 4 if full else 2}
     style |= {"markerfacecolor": colour if full else "white", "markeredgewidth": 0.9}
-    label = f"{shown_name(by)}, {'trained with' if full else 'proxy'}"
+    label = f"{shown_name(by)}, {'trained' if full else 'proxy'}"
     _, _, bars = axis.errorbar(x, y, errors, label=label, **style)
     for bar in bars:
         bar.set_alpha(0.9 if full else 0.18 if many else 0.45)
@@ -135,20 +134,20 @@ def legend_of(axis) -> tuple[list, list[str]]:
 
 
 def funnel_counts(story: Story) -> dict[str, dict[str, int]]:
-    """{stage: {proposer: proposals that passed it}}, from "proposed" to "confirmed"."""
-    candidates = [one for one in story.candidates if one.entry.by != SEED]
-    confirmed = {row["id"] for row in (story.confirmation or {}).get("candidates", [])}
-    stages = {"proposed": candidates}
-    for n, stage in enumerate(STAGES, 1):
-        stages[stage] = [one for one in candidates if one.passed() >= n]
-    for event in story.state.rungs:
-        stages[f"trained, rung {event['k']}"] = [
-            one for one in candidates if one.id in event["ids"]
-        ]
-    stages["in the confirmation"] = [one for one in candidates if one.id in confirmed]
+    """{stage: {proposer: proposals that passed it}}, from "proposed" to "in the confirmation"."""
     arms = [by for by in story.proposers if by != SEED]
+    left = [one.entry for one in story.candidates if one.entry.by != SEED]
+    stages = {"proposed": left}
+    for stage, places in status.FUNNEL.items():
+        left = [one for one in left if one.stopped is None or one.stopped["at"] not in places]
+        stages[stage] = left
+    for k in sorted({event["k"] for event in story.state.rungs}):
+        ids = {id for event in story.state.rungs if event["k"] == k for id in event["ids"]}
+        stages[f"trained, rung {k}"] = [one for one in left if one.id in ids]
+    confirmed = {row["id"] for row in (story.confirmation or {}).get("candidates", [])}
+    stages["in the confirmation"] = [one for one in left if one.id in confirmed]
     return {
-        stage: {by: sum(one.entry.by == by for one in passed) for by in arms}
+        stage: {by: sum(one.by == by for one in passed) for by in arms}
         for stage, passed in stages.items()
     }
 
@@ -272,8 +271,13 @@ def draw_agreement(story: Story, palette: Palette, stem: Path) -> Drawn | None:
             [points(one.gain.difference) for one in shown],
             [points(one.gain.se) for one in shown],
             [points(proxy["se"]) for proxy in proxies],
-            **{"color": palette.colour(by), "marker": "o", "linestyle": "", "markersize": 5},
-            **{"elinewidth": 0.7, "alpha": 0.85, "label": shown_name(by)},
+            color=palette.colour(by),
+            marker="o",
+            linestyle="",
+            markersize=5,
+            elinewidth=0.7,
+            alpha=0.85,
+            label=shown_name(by),
         )
     for line in (axis.axhline, axis.axvline):
         line(0, color=drawing.GREY, linewidth=0.8, zorder=0)
@@ -311,10 +315,8 @@ def draw_confirmation(story: Story, palette: Palette, stem: Path) -> Drawn | Non
         return None
     pairs = story.confirmation.get("pairs")
     notes = [
-        f"Arrows: from the search's measurement to the one on {pairs} unseen pairs, new seeds."
-    ]
-    notes += [
-        "DPO is tuned in the confirmation, not in the search. Bars: one standard error; 95 %."
+        f"Arrows lead from the search's pairs to {pairs} unseen ones with new seeds and tuned DPO.",
+        "Bars: in the search one standard error, confirmed a 95 % interval.",
     ]
     title = "What is left of the search's estimates"
     figure = drawing.new_figure(drawing.HALF, 0.9 + 0.75 * len(rows), title, notes)
@@ -327,10 +329,10 @@ def draw_confirmation(story: Story, palette: Palette, stem: Path) -> Drawn | Non
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel("gain over DPO (points)")
     axis.grid(axis="x", alpha=0.25)
-    axis.legend(*legend_of(axis), **drawing.ABOVE, ncols=3)
-    return save(
-        figure, stem, [(axis, points(x.gain.difference), n, x.id) for n, (x, _) in enumerate(rows)]
-    )
+    style = {"loc": "outside lower center", "ncols": 3, "fontsize": 8.5, "columnspacing": 1.0}
+    figure.legend(*legend_of(axis), **style, frameon=False)
+    places = [(axis, points(x.gain.difference), n - 0.2, x.id) for n, (x, _) in enumerate(rows)]
+    return save(figure, stem, places)
 
 
 def draw_shift(axis, row: int, one: Candidate, confirmed: dict, colour: str) -> None:

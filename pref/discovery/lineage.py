@@ -9,7 +9,7 @@ from pref.discovery.report_data import Candidate, Story
 from pref.files import drawing
 
 MOST_IN_LINE = 8  # candidates of the winner's line that have room for their names
-UNMEASURED = "refused"
+UNMEASURED = "not measured"
 
 
 def main_line(story: Story) -> list[Candidate]:
@@ -31,7 +31,7 @@ def draw_lineage(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     if not bred:
         return None
     notes = [
-        "Lines lead to parents; the thick one is the winner's. Refused proposals: the row below."
+        "Lines lead to parents. The row of crosses: proposals that were refused, or not measured."
     ]
     figure = drawing.new_figure(drawing.WIDE, 4.2, "What was made of what", notes)
     axis = figure.subplots()
@@ -42,9 +42,8 @@ def draw_lineage(story: Story, palette: Palette, stem: Path) -> Drawn | None:
         for full in (True, False):
             some = [one for one in shown if (one.gain is not None) == full]
             style = {"color": palette.colour(by), "linestyle": "", "zorder": 3}
-            style |= (
-                {"marker": "o", "markersize": 4.5} if full else {"marker": "x", "markersize": 3}
-            )
+            marker, size = ("o", 4.5) if full else ("x", 3)
+            style |= {"marker": marker, "markersize": size}
             label = shown_name(by) if full else "_"
             x, y = [one.number for one in some], [height[one.id] for one in some]
             axis.plot(x, y, **style, label=label)
@@ -108,7 +107,7 @@ def draw_ancestry(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     left_out, line = line[:-MOST_IN_LINE], line[-MOST_IN_LINE:]
     notes = [f"{len(left_out)} earlier steps are left out."] if left_out else []
     notes += [
-        "Number: shrunk gain over DPO in points. Italic: how it was made. Below: the other parent."
+        "Numbers: shrunk gain over DPO in points. Italics: how it was made. Small: another parent."
     ]
     title = f"How {shown_name(line[-1].label)} came about"
     figure = drawing.new_figure(drawing.WIDE, 1.7, title, notes)
@@ -123,9 +122,7 @@ def draw_ancestry(story: Story, palette: Palette, stem: Path) -> Drawn | None:
             axis.text(place - 0.5, 0.16, operator, **style)
         draw_step(axis, place, one, palette)
         places.append((axis, place, 0.0, one.id))
-        places += draw_other_parents(
-            axis, place, one, line[place - 1] if place else None, story, palette
-        )
+        places += draw_other_parent(axis, place, line, story, palette)
     axis.set_xlim(-0.5, max(len(line), 4) - 0.5)
     axis.set_ylim(-1.5, 1.0)
     axis.axis("off")
@@ -142,17 +139,19 @@ def draw_step(axis, place: int, one: Candidate, palette: Palette) -> None:
     axis.text(place, -0.26, shown_name(one.label, 19) + by, va="top", linespacing=1.25, **style)
 
 
-def draw_other_parents(
-    axis, place: int, one: Candidate, first: Candidate | None, story: Story, palette: Palette
+def draw_other_parent(
+    axis, place: int, line: list[Candidate], story: Story, palette: Palette
 ) -> list[marks.Place]:
-    """The parents besides the one in the line, as small marks under the arrow."""
-    others = [id for id in one.entry.parents if id in story.by_id and first and id != first.id]
+    """The parent besides the one in the line, as a small mark under the arrow."""
+    if not place:
+        return []
+    known, first = story.by_id, line[place - 1].id
+    others = [known[id] for id in line[place].entry.parents if id in known and id != first]
     places = []
-    for id in others[:1]:
-        other = story.by_id[id]
-        x, y = place - 0.5, -1.05
-        axis.plot([x, place], [y, 0], color=palette.colour(other.entry.by), linewidth=1, zorder=0)
-        axis.plot(x, y, marker="o", markersize=6, color=palette.colour(other.entry.by))
+    for other in others[:1]:
+        x, y, colour = place - 0.5, -1.05, palette.colour(other.entry.by)
+        axis.plot([x, place], [y, 0], color=colour, linewidth=1, zorder=0)
+        axis.plot(x, y, marker="o", markersize=6, color=colour)
         axis.text(x, y - 0.14, shown_name(other.label, 19), ha="center", va="top", fontsize=7.5)
-        places.append((axis, x, y, id))
+        places.append((axis, x, y, other.id))
     return places

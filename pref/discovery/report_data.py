@@ -12,20 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pref.discovery import estimates
+from pref.discovery import estimates, winner
 from pref.discovery.archive import SEED, Archive, Entry, State
 from pref.discovery.estimates import Gain
 from pref.files import disk
-
-# The funnel: what a proposal passes, in order, and the places at which `stopped` events end there.
-STAGES = {
-    "read": ("read", "parse", "reply"),
-    "in the form": ("form", "worker"),
-    "self-test": ("selftest",),
-    "range": ("range",),
-    "new": ("duplicate",),
-    "proxy": ("proxy",),
-}
 
 
 @dataclass
@@ -52,17 +42,6 @@ class Candidate:
     @property
     def label(self) -> str:
         return self.entry.label
-
-    @property
-    def stopped_at(self) -> str | None:
-        return self.entry.stopped["at"] if self.entry.stopped else None
-
-    def passed(self) -> int:
-        """How many of STAGES it passed."""
-        places = [n for n, where in enumerate(STAGES.values()) if self.stopped_at in where]
-        if places:
-            return places[0]
-        return len(STAGES) if self.entry.proxy or self.stopped_at is None else 0
 
 
 class Story(NamedTuple):
@@ -91,11 +70,14 @@ class Story(NamedTuple):
 
     @property
     def ranking(self) -> list[Candidate]:
-        """Proposals by shrunk gain, the best first, trained ones before all others. Seeds are left
-        out: nobody discovered them.
+        """Proposals, the best first: the one of best.py, then by shrunk gain, those still in the
+        race before all others. Seeds are left out: nobody has discovered them.
         """
-        ranked = [one for one in self.candidates if one.gain and one.entry.by != SEED]
-        return sorted(ranked, key=lambda x: (x.gain.measured != "trained", -x.gain.gain, x.id))
+        first = [winner.best_of(self.state, self.confirmation), *winner.ranking(self.state)]
+        ids = list(dict.fromkeys(filter(None, first)))
+        rest = [one for one in self.candidates if one.gain and one.entry.by != SEED]
+        rest.sort(key=lambda one: (one.gain.measured != "trained", -one.gain.gain, one.id))
+        return [self.by_id[id] for id in dict.fromkeys([*ids, *(one.id for one in rest)])]
 
 
 def read_story(folder: Path, archive: Archive) -> Story:

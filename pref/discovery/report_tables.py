@@ -1,0 +1,191 @@
+"""The tables of a search's report: confirmation, random control, funnel, candidates."""
+
+import re
+from collections import Counter, defaultdict
+
+from pref.analysis import report as pages
+from pref.analysis.report import escape
+from pref.discovery import estimates, figures
+from pref.discovery.archive import SEED
+from pref.discovery.proposal_cards import formula
+from pref.discovery.report_data import Candidate, Story
+from pref.discovery.status import clean
+
+MOST_CHARACTERS = 90  # of a formula or a reason in a table; the rest is in its tooltip
+
+
+def points(fraction: float | None) -> float | None:
+    return None if fraction is None else round(100 * fraction, 2)
+
+
+def section(title: str, note: str, headers: list[str], rows: list[list], **more) -> str:
+    """A table under its heading."""
+    table = pages.table_html(headers, rows, escape(title), MOST_CHARACTERS, **more)
+    return f'<div class="table">\n<h3>{escape(title)}</h3>\n{pages.note_html(note)}{table}</div>\n'
+
+
+# ---- confirmation and control -------------------------------------------------------------------
+
+
+def confirmation_html(story: Story) -> str:
+    """What the confirmation measured, beside what the search had measured."""
+    if not story.confirmation:
+        return ""
+    known, rows = story.by_id, []
+    for row in story.confirmation["candidates"]:
+        one = known.get(row["id"])
+        gain = one.gain if one else None
+        low, high = points(row["low"]), points(row["high"])
+        interval = None if low is None or low != low else f"[{low:+.1f}, {high:+.1f}]"
+        rows.append(
+            [
+                clean(one.label if one else row["name"]),
+                row["word"],
+                points(row["difference"]),
+                interval,
+                row["p_holm"],
+                points(row.get("detectable")),
+                points(gain.difference) if gain else None,
+                points(gain.gain) if gain else None,
+            ]
+        )
+    headers = ["loss", "verdict", "difference to DPO", "95 % interval", "p (Holm)", "detectable"]
+    headers += ["measured in the search", "shrunk"]
+    pairs, seeds = story.confirmation["pairs"], len(story.confirmation["seeds"])
+    margin = points(story.confirmation["margin"])
+    note = (
+        f"Points of accuracy on {pairs} pairs and {seeds} seeds that the search never saw, against "
+        f"DPO with beta {story.confirmation.get('dpo_beta', 'as tuned')}. Equivalent: within "
+        f"{margin:g} points. Detectable: the difference that would be found with power 0.8."
+    )
+    return section("Confirmation", note, headers, rows, digits=[None, None, 1, None, 3, 1, 1, 1])
+
+
+def control_html(story: Story) -> str:
+    """The best on the proxy beside the best of as many random proposals."""
+    arms = {"this search": story.candidates, "random control": story.control}
+    rows = []
+    for name, candidates in arms.items():
+        found = [one for one in candidates if one.entry.proxy and one.entry.by != SEED]
+        found = [one for one in found if one.entry.reached_proxy]
+        if not found:
+            continue
+        shrunk = estimates.shrink(
+            {x.id: (x.entry.proxy["difference"], x.entry.proxy["se"]) for x in found}
+        )
+        best = max(found, key=lambda one: (one.entry.proxy["difference"], one.id))
+        proposed = sum(one.entry.by != SEED for one in candidates)
+        row = [name, proposed, len(found), clean(best.label)]
+        row += [points(best.entry.proxy["difference"]), points(best.entry.proxy["se"])]
+        rows.append([*row, points(shrunk[best.id][0])])
+    if len(rows) < 2:
+        return pages.none_html("There is no random control: nothing to compare the search with.")
+    headers = ["", "proposals", "on the proxy", "the best there", "gain over DPO", "SE", "shrunk"]
+    note = (
+        "Points of accuracy on the proxy, the only measurement that both have. A search that does "
+        "not beat its control has found what drawing at random finds."
+    )
+    digits = [None, None, None, None, 1, 1, 1]
+    return section("Against random proposals", note, headers, rows, digits=digits)
+
+
+# ---- funnel -------------------------------------------------------------------------------------
+
+
+def funnel_html(story: Story) -> str:
+    """Who came how far, with dollars, and the reasons of the rest."""
+    counts = figures.funnel_counts(story)
+    arms = list(counts["proposed"])
+    rows = [[stage, *(by_arm[by] for by in arms)] for stage, by_arm in counts.items()]
+    entries = [one.entry for one in story.candidates]
+    rows.append(["dollars", *(round(sum(e.usd for e in entries if e.by == by), 4) for by in arms)])
+    headers = ["passed", *map(clean, arms)]
+    return section("By proposer", "", headers, rows) + reasons_html(story, arms)
+
+
+def reasons_html(story: Story, arms: list[str]) -> str:
+    """Why proposals ended, alike reasons together, the commonest first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    by_arm: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for one in story.candidates:
+        if one.entry.stopped:
+            key = one.entry.stopped["at"], kind_of(one.entry.stopped["why"])
+            counts[key] += 1
+            by_arm[key][one.entry.by] += 1
+    rows = [
+        [clean(at), clean(why), *(by_arm[at, why][by] for by in arms)]
+        for (at, why), _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    if not rows:
+        return ""
+    headers = ["stopped at", "because", *map(clean, arms)]
+    return section("Reasons", "Lines, ids, names and numbers are left out.", headers, rows)
+
+
+def kind_of(why: str) -> str:
+    """A reason without what differs from proposal to proposal."""
+    why = re.sub(r"^line \d+: ", "", why)
+    why = re.sub(r"\bp\d{4,}\w*", "a candidate", why)
+    why = re.sub(r"'[^']{0,80}'", "'...'", why)
+    return re.sub(r"(?<![\w.])[-+]?\d[\d.,]*(e[-+]?\d+)?", "n", why)
+
+
+# ---- candidates ---------------------------------------------------------------------------------
+
+
+def candidates_html(story: Story) -> str:
+    """Every candidate that was measured, the best first."""
+    ranked = story.ranking
+    others = [one for one in story.candidates if one.gain and one not in ranked]
+    if not ranked + others:
+        return pages.none_html("No candidate was measured.")
+    headers = ["id", "name", "formula", "by", "parents", "size", "cell", "proxy", "seeds trained"]
+    headers += ["gain as measured", "shrunk gain", "its SE", "copies refused"]
+    rows = [candidate_row(one) for one in ranked + others]
+    note = (
+        "Gains over DPO in points of accuracy, on the pairs that the search selected on; the "
+        "proxy's with its SE. Copies: proposals that were refused because they behave as this one."
+    )
+    digits = [None] * 9 + [1, 1, 1, None]
+    table = section("Measured candidates", note, headers, rows, digits=digits)
+    # An id that fills a cell leads to its proposal.
+    return re.sub(r">(p\d{4,9})</td>", r'><a href="#\1">\1</a></td>', table)
+
+
+def candidate_row(one: Candidate) -> list:
+    entry, gain, proxy = one.entry, one.gain, one.entry.proxy
+    shown = f"{100 * proxy['difference']:+.1f} ±{100 * proxy['se']:.1f}" if proxy else None
+    return [
+        one.id,
+        clean(entry.name),
+        clean(formula(one.text)),
+        clean(entry.by),
+        clean(", ".join(entry.parents)) or None,
+        entry.size,
+        (entry.cell or "").replace(",", ", "),
+        shown,
+        len(entry.runs),
+        points(gain.difference),
+        points(gain.gain),
+        points(gain.gain_se),
+        len(one.copies),
+    ]
+
+
+def all_rows(story: Story) -> list[list]:
+    """table.csv: every proposal, header first. Gains are fractions."""
+    headers = ["id", "name", "by", "operator", "parents", "round", "usd", "size", "cell"]
+    headers += ["stopped_at", "why", "proxy_difference", "proxy_se", "seeds", "measured"]
+    headers += ["difference", "se", "gain", "gain_se", "copies", "formula"]
+    rows = [headers]
+    for one in story.candidates:
+        entry, gain, proxy = one.entry, one.gain, one.entry.proxy or {}
+        stopped = entry.stopped or {}
+        row = [one.id, entry.name, entry.by, entry.operator, " ".join(entry.parents)]
+        row += [entry.round, entry.usd, entry.size, entry.cell, stopped.get("at")]
+        row += [stopped.get("why"), proxy.get("difference"), proxy.get("se"), len(entry.runs)]
+        row += (
+            [gain.measured, gain.difference, gain.se, gain.gain, gain.gain_se] if gain else [""] * 5
+        )
+        rows.append([*row, " ".join(one.copies), formula(one.text)])
+    return [[clean(x) if isinstance(x, str) else x for x in row] for row in rows]
