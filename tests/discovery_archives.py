@@ -39,7 +39,7 @@ SEEDS = {"dpo": 0, "hinge": 1, "ipo": 2, "td_dpo": 4, "discopop": 5}
 OPERATORS = ("mutate beta", "mutate a number", "swap operator", "wrap", "hoist", "new subtree")
 TASKS = ("improve", "combine", "fill a cell", "simplify")
 REFUSALS = (
-    ("read", "the reply is cut off: raise max_tokens"),
+    ("parse", "the reply is cut off: raise max_tokens"),
     ("form", "line 4: it reduces over the batch: return one loss per pair, never a mean"),
     ("form", "line 3: 'os' is no name of the form"),
     ("selftest", "is not finite on ordinary pairs"),
@@ -105,7 +105,7 @@ def write_archive(
         archive.append_step(f"round {round}", events)
     for one in made:
         archive.write_proposal(one.id, one.proposal)
-        if not (one.refusal and one.refusal[0] in ("read", "form")):
+        if not (one.refusal and one.refusal[0] in ("parse", "form")):
             archive.write_program(one.id, one.program, {})
     state = archive.state()
     alive = [one for one in made if state.entries[one.id].reached_proxy]
@@ -185,7 +185,7 @@ def fate(one: Made, made: list[Made], draw: random.Random) -> list[dict]:
     given |= {"name": proposal.name, "sha256": "0" * 64, "usd": proposal.usd, "genome": None}
     events = [{"event": "proposed", "id": one.id, "round": one.round, **given}]
     at, why = one.refusal or ("", "")
-    if at in ("read", "form"):
+    if at in ("parse", "form"):
         return [*events, {"event": "stopped", "id": one.id, "at": at, "why": why}]
     parameters, sha = {"beta": 0.1}, hashlib.sha256(one.program.encode()).hexdigest()
     events.append({"event": "read", "id": one.id, "sha256": sha, "parameters": parameters})

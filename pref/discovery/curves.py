@@ -18,6 +18,7 @@ MOST = 3  # candidates
 DPO_BETAS = (0.05, 0.1, 0.5)
 GREYS = ("#aaaaaa", "#666666", "#222222")
 REACH = (5.0, 20.0)  # nats: the axis goes at least, and at most, so far on either side
+FAR = 1.5  # times DPO's own range: how far the axis goes beyond it
 VISITED = 3.0  # nats, where no margins are known
 
 Curve = tuple[Tensor, Tensor]  # loss and d loss / d rho at each margin
@@ -93,22 +94,24 @@ def reach_of(margins: np.ndarray) -> float:
 
 def mute_dpo(axis) -> None:
     """DPO in greys and behind; a candidate keeps its colour."""
-    dpo = [line for line in axis.get_lines() if line.get_label().startswith("dpo β")]
+    dpo = [line for line in axis.get_lines() if is_dpo(line)]
     for line, grey in zip(dpo, GREYS):
         line.set(color=grey, linestyle="--", linewidth=1.2, zorder=1)
 
 
+def is_dpo(line) -> bool:
+    return line.get_label().startswith("dpo β")
+
+
 def limit(axis) -> None:
-    """A scale on which a curve that grows without bound does not flatten the others."""
+    """An axis that a curve which grows without bound leaves, rather than flatten the others."""
     lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in lines])
     values = values[np.isfinite(values)]
-    low, high = np.quantile(values, [0.02, 0.98])
-    dpo = np.concatenate([
-        np.asarray(line.get_ydata(), float) for line in lines
-        if line.get_label().startswith("dpo β")
-    ])  # fmt: skip
-    low, high = min(low, dpo.min()), max(high, dpo.max())
+    dpo = [np.asarray(line.get_ydata(), float) for line in lines if is_dpo(line)]
+    least, most = np.min(dpo), np.max(dpo)
+    reach = FAR * (most - least)
+    low, high = max(values.min(), least - reach), min(values.max(), most + reach)
     room = 0.08 * (high - low) or 1.0
     axis.set_ylim(low - room, high + room)
 

@@ -330,21 +330,31 @@ def draw_confirmation(story: Story, palette: Palette, stem: Path) -> Drawn | Non
     axis.set_xlabel("gain over DPO (points)")
     axis.grid(axis="x", alpha=0.25)
     style = {"loc": "outside lower center", "ncols": 3, "fontsize": 8.5, "columnspacing": 1.0}
+    for label, sign in SIGNS.items():  # in grey: a colour says whose it is
+        axis.plot([], [], color=drawing.GREY, label=label, **sign)
     figure.legend(*legend_of(axis), **style, frameon=False)
     places = [(axis, points(x.gain.difference), n - 0.2, x.id) for n, (x, _) in enumerate(rows)]
     return save(figure, stem, places)
 
 
+SIGNS = {
+    "measured in the search": {"marker": "o", "linestyle": "", "markerfacecolor": "white"},
+    "shrunk": {"marker": "D", "linestyle": "", "markersize": 4},
+    "confirmed": {"marker": "o", "linestyle": ""},
+}
+
+
 def draw_shift(axis, row: int, one: Candidate, confirmed: dict, colour: str) -> None:
+    """One candidate's three numbers, with an arrow from the first to the last."""
     measured, shrunk, found = (
         points(value) for value in (one.gain.difference, one.gain.gain, confirmed["difference"])
     )
-    low, high = points(confirmed["low"]), points(confirmed["high"])
-    style = {"color": colour, "linestyle": "", "marker": "o", "elinewidth": 1}
-    axis.errorbar(measured, row - 0.2, None, points(one.gain.se), **style, alpha=0.75,
-                  markerfacecolor="white", label="measured in the search")  # fmt: skip
-    axis.plot(shrunk, row, color=colour, marker="D", linestyle="", markersize=4, label="shrunk")
-    axis.errorbar(found, row + 0.2, None, [[found - low], [high - found]], **style,
-                  label="confirmed")  # fmt: skip
+    first, second, last = ({"color": colour, **sign} for sign in SIGNS.values())
+    axis.errorbar(measured, row - 0.2, None, points(one.gain.se), elinewidth=1, **first)
+    axis.plot(shrunk, row, **second)
+    axis.plot(found, row + 0.2, **last)
+    if confirmed["low"] is not None:  # it is not known where nothing varies
+        ends = [points(confirmed["low"]), points(confirmed["high"])]
+        axis.plot(ends, [row + 0.2] * 2, color=colour, linewidth=1)
     arrow = {"arrowstyle": "-|>", "color": colour, "shrinkA": 5, "shrinkB": 5, "linewidth": 1.2}
     axis.annotate("", (found, row + 0.2), (measured, row - 0.2), arrowprops=arrow)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pref.analysis import report as pages
 from pref.analysis.report import escape
-from pref.discovery import figures, proposal_cards, report_tables, settings
+from pref.discovery import figures, proposal_cards, report_tables, settings, status
 from pref.discovery.archive import SEED, Archive
 from pref.discovery.figures import Drawn
 from pref.discovery.report_data import Candidate, Story, read_story
@@ -55,9 +55,9 @@ def page_parts(story: Story, drawn: dict[str, Drawn]) -> dict[str, str]:
         "best": best_html(story),
         "score": show("score"),
         "lineage": show("ancestry", "lineage"),
-        "losses": show("curves", "cells"),
+        "losses": show("curves"),
         "belief": show("agreement", "confirmation") + report_tables.control_html(story),
-        "funnel": show("funnel") + report_tables.funnel_html(story),
+        "funnel": show("funnel", "cells") + report_tables.funnel_html(story),
         "table": report_tables.candidates_html(story),
         "proposals": proposal_cards.cards_html(story),
     }
@@ -117,7 +117,7 @@ def facts(story: Story) -> list[list]:
     recorded = settings.read(story.folder)
     proposed = [one for one in story.candidates if one.entry.by != SEED]
     runs = sum(len(one.entry.runs) for one in story.candidates)
-    usd = sum(one.entry.usd for one in story.candidates)
+    usd = status.dollars(story.folder) or 0.0
     found = []
     if recorded:
         found += [["model", clean(recorded.model)], ["pairs", clean(recorded.data)]]

@@ -56,7 +56,7 @@ def confirmation_html(story: Story) -> str:
     note = (
         f"Points of accuracy on {pairs} pairs and {seeds} seeds that the search never saw, against "
         f"DPO with beta {story.confirmation.get('dpo_beta', 'as tuned')}. Equivalent: within "
-        f"{margin:g} points. Detectable: the difference that would be found with power 0.8."
+        f"±{margin:.1f} points. Detectable: the difference that would be found with power 0.8."
     )
     return section("Confirmation", note, headers, rows, digits=[None, None, 1, None, 3, 1, 1, 1])
 
