@@ -18,7 +18,7 @@ from pathlib import Path
 from pref.analysis.stats import sd
 from pref.discovery import curves, estimates, fingerprint, lineage, marks, status
 from pref.discovery.archive import SEED
-from pref.discovery.marks import Drawn, Palette, points, save, shown_name
+from pref.discovery.marks import Drawn, Palette, points, save, shown_name, signed
 from pref.discovery.report_data import Candidate, Story
 from pref.files import drawing
 
@@ -229,7 +229,7 @@ def draw_cell(axis, column: int, row: int, one: Candidate | None, count: int, mo
     axis.bar(column, 0.94, bottom=row - 0.47, width=0.94, color=colour)
     if one:
         dark = abs(gain) / most > 0.6
-        text = f"{gain:+.1f}\n{one.id}\n{count} tried"
+        text = f"{signed(one.gain.gain)}\n{one.id}\n{count} tried"
         style = {"ha": "center", "va": "center", "fontsize": 7.5, "linespacing": 1.2}
         axis.text(column, row, text, color="white" if dark else marks.BLACK, **style)
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from pref.analysis import texts
 from pref.discovery import marks
 from pref.discovery.archive import SEED
-from pref.discovery.marks import Drawn, Palette, points, save, shown_name
+from pref.discovery.marks import Drawn, Palette, points, save, shown_name, signed
 from pref.discovery.report_data import Candidate, Story
 from pref.files import drawing
 
@@ -105,7 +106,8 @@ def draw_ancestry(story: Story, palette: Palette, stem: Path) -> Drawn | None:
     if not line:
         return None
     left_out, line = line[:-MOST_IN_LINE], line[-MOST_IN_LINE:]
-    notes = [f"{len(left_out)} earlier steps are left out."] if left_out else []
+    steps = texts.count_text(len(left_out), "earlier steps")
+    notes = [f"Left out: {steps}."] if left_out else []
     notes += [
         "Numbers: shrunk gain over DPO in points. Italics: how it was made. Small: another parent."
     ]
@@ -132,7 +134,7 @@ def draw_ancestry(story: Story, palette: Palette, stem: Path) -> Drawn | None:
 def draw_step(axis, place: int, one: Candidate, palette: Palette) -> None:
     colour = palette.colour(one.entry.by)
     axis.plot(place, 0, marker="o", markersize=12, color=colour)
-    gain = f"{points(one.gain.gain):+.1f}" if one.gain else UNMEASURED
+    gain = signed(one.gain.gain) if one.gain else UNMEASURED
     style = {"ha": "center", "fontsize": 8.5}
     axis.text(place, 0.42, gain, va="bottom", fontweight="bold", **style)
     by = "" if one.entry.by == SEED else f"\n{shown_name(one.entry.by, 16)}"

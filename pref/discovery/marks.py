@@ -52,6 +52,12 @@ def points(fraction: float) -> float:
     return 100 * fraction
 
 
+def signed(fraction: float) -> str:
+    """A fraction as points with their sign: "+1.2"; nothing is "0.0"."""
+    text = f"{points(fraction):+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
 def shown_name(text: str, most: int = 24) -> str:
     """A name as a figure shows it: one line of ordinary characters, cut where it is long."""
     text = "".join(x if x.isprintable() else "?" for x in text)

@@ -6,6 +6,7 @@ import re
 
 from pref.analysis import report as pages
 from pref.analysis.report import escape
+from pref.discovery.marks import signed
 from pref.discovery.report_data import Candidate, Story
 from pref.discovery.status import clean
 
@@ -47,7 +48,7 @@ def card_html(one: Candidate, known: dict[str, Candidate], children: list[str]) 
 def fate(one: Candidate) -> str:
     """What became of it, in a few words."""
     if one.gain:
-        return f"{100 * one.gain.gain:+.1f} ± {100 * one.gain.gain_se:.1f} points, shrunk"
+        return f"{signed(one.gain.gain)} ± {100 * one.gain.gain_se:.1f} points, shrunk"
     return f"stopped at {clean(one.entry.stopped['at'])}" if one.entry.stopped else "not measured"
 
 

@@ -139,14 +139,14 @@ def candidates_html(story: Story) -> str:
     others = [one for one in story.candidates if one.gain and one not in ranked]
     if not ranked + others:
         return pages.none_html("No candidate was measured.")
-    headers = ["id", "name", "formula", "by", "parents", "size", "cell", "proxy", "seeds trained"]
-    headers += ["gain as measured", "shrunk gain", "its SE", "copies refused"]
+    headers = ["id", "name", "shrunk gain", "its SE", "gain as measured", "seeds trained", "proxy"]
+    headers += ["by", "parents", "size", "copies refused", "cell", "formula"]
     rows = [candidate_row(one) for one in ranked + others]
     note = (
         "Gains over DPO in points of accuracy, on the pairs that the search selected on; the "
         "proxy's with its SE. Copies: proposals that were refused because they behave as this one."
     )
-    digits = [None] * 9 + [1, 1, 1, None]
+    digits = [None, None, 1, 1, 1, *[None] * 8]
     table = section("Measured candidates", note, headers, rows, digits=digits)
     # An id that fills a cell leads to its proposal.
     return re.sub(r">(p\d{4,9})</td>", r'><a href="#\1">\1</a></td>', table)
@@ -158,17 +158,17 @@ def candidate_row(one: Candidate) -> list:
     return [
         one.id,
         clean(entry.name),
-        clean(formula(one.text)),
+        points(gain.gain),
+        points(gain.gain_se),
+        points(gain.difference),
+        len(entry.runs),
+        shown,
         clean(entry.by),
         clean(", ".join(entry.parents)) or None,
         entry.size,
-        (entry.cell or "").replace(",", ", "),
-        shown,
-        len(entry.runs),
-        points(gain.difference),
-        points(gain.gain),
-        points(gain.gain_se),
         len(one.copies),
+        (entry.cell or "").replace(",", ", "),
+        clean(formula(one.text)),
     ]
 
 
