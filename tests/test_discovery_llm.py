@@ -472,9 +472,9 @@ def test_what_each_request_would_meet_ends_the_search_at_once(scripted, tmp_path
 
 def test_a_server_that_is_gone_ends_the_search_and_the_next_start_asks_again(scripted, tmp_path):
     scripted.script = lambda body, key: (500, {"error": {"message": "down"}})
-    with arms_of(tmp_path, scripted, "--concurrency", "2") as arms:
-        with pytest.raises(UserError, match="takes no more .10 calls in a row.*answers 500"):
-            propose(arms)
+    no_more = pytest.raises(UserError, match="takes no more .10 calls in a row.*answers 500")
+    with arms_of(tmp_path, scripted, "--concurrency", "2") as arms, no_more:
+        propose(arms)
     assert len(scripted.requests) <= 11
     scripted.script = by_content
     with arms_of(tmp_path, scripted) as arms:
@@ -538,9 +538,9 @@ def test_a_model_whose_replies_cannot_be_read_is_given_up(scripted, tmp_path):
     useless = view_of(
         *(known(f"p{i:04}", "x", "", by="m", stopped=stopped) for i in range(2, 18)),
     )
-    with arms_of(tmp_path, scripted) as arms:
-        with pytest.raises(UserError, match="none of its 16 replies could be read.*cut off"):
-            propose(arms, view=useless)
+    useless_error = pytest.raises(UserError, match="none of its 16 replies could be read.*cut off")
+    with arms_of(tmp_path, scripted) as arms, useless_error:
+        propose(arms, view=useless)
     with arms_of(tmp_path, scripted, "--proposer", "m", "evolve", own={"evolve": Free()}) as arms:
         found = propose(arms, view=useless)
     assert {one.by for one in found.proposals} == {"evolve"} and "m" in found.ended
