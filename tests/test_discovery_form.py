@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from losses import COUPLES_BATCH, LOSSES, PairLogps
-from pref.discovery import form, form_tables, printing
+from pref.discovery import form, form_tables, printing, second_reader
 from pref.discovery.form_tables import Refusal
 from pref.discovery.seeds import COUPLED, DEFAULT, SEEDS
 from pref.files.console import UserError
@@ -110,7 +110,7 @@ def test_attacks_are_refused(tmp_path):
         assert form.NOT_REPEATED not in message, name
         if name != "resources: squares":  # long, and harmless
             with pytest.raises(Refusal):
-                printing.verify(text)
+                second_reader.verify(text)
         assert time.process_time() - begun < 1, name
     assert not marker.exists()
 
@@ -166,7 +166,7 @@ def test_augmented_assignment_leaves_the_inputs_alone():
 
 def test_the_second_reader_refuses_what_the_printer_does_not_print():
     printed = form.translate(SEEDS["dpo"]).text
-    printing.verify(printed)
+    second_reader.verify(printed)
     body = "    z = beta * pairs.rho\n"
     assert body in printed
     for line in (
@@ -198,7 +198,7 @@ def test_the_second_reader_refuses_what_the_printer_does_not_print():
         "if len(pairs.chosen) < 3:\n        raise ValueError('x')",
     ):
         with pytest.raises(Refusal):
-            printing.verify(printed.replace(body, f"    {line}\n"))
+            second_reader.verify(printed.replace(body, f"    {line}\n"))
     for old, new in (
         ("import torch.nn.functional as F", "import os as F"),
         ("def ", "@torch.compile\ndef "),
@@ -212,10 +212,10 @@ def test_the_second_reader_refuses_what_the_printer_does_not_print():
     ):
         assert old in printed
         with pytest.raises(Refusal):
-            printing.verify(printed.replace(old, new))
+            second_reader.verify(printed.replace(old, new))
     for text in ("", "x", "pass", "def f(): pass", "def f(pairs):\n    return (), {}"):
         with pytest.raises(Refusal):
-            printing.verify(text)
+            second_reader.verify(text)
 
 
 # What is accepted, and what it means
@@ -355,7 +355,7 @@ def test_printed_texts_are_loss_files(tmp_path, monkeypatch):
     for name, (original, loss) in originals.items():
         program = form.translate(original, name=name, coupled=True)
         assert program.name == name and program.text.endswith("}\n")
-        printing.verify(program.text)
+        second_reader.verify(program.text)
         path = tmp_path / f"{name}.py"
         path.write_text(program.text, encoding="utf-8")
         try:

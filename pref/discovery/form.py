@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from pref.discovery import form_tables as tables
-from pref.discovery import printing
+from pref.discovery import printing, second_reader
 from pref.discovery.form_reader import Reader, find_function
 from pref.discovery.form_tables import Program, Refusal
 from pref.files.console import UserError
@@ -30,7 +30,7 @@ def translate(text: str, *, name: str | None = None, coupled: bool = False) -> P
     the text). coupled: allow statistics of the batch. Raises Refusal; ValueError for a `name` that
     is none.
     """
-    if name is not None and not printing.PLAIN_NAME.fullmatch(name):
+    if name is not None and not second_reader.PLAIN_NAME.fullmatch(name):
         raise ValueError(f"name {name!r}: a letter, then letters, digits and _; at most 40")
     try:
         program, printed = read_and_print(text, name, coupled)
@@ -38,7 +38,7 @@ def translate(text: str, *, name: str | None = None, coupled: bool = False) -> P
         raise Refusal("size", "expressions too deep; name parts of them") from None
     # Our own text obeys the same limits, and reads back as itself.
     try:
-        printing.verify(printed)
+        second_reader.verify(printed)
         again = read_and_print(printed, None, coupled)[1]
     except Refusal as refusal:
         if refusal.kind == "size":

@@ -1,19 +1,22 @@
-"""Steps of a program as Python text, and the second reader, which shares nothing with the first.
+"""Steps of a program as Python text, and such a text as a function.
 
-`print_program` is the only author of the files that training loads. `verify` reads such a text with
-tables of its own; `load` executes what `verify` has let through.
+`print_program` is the only author of the files that training loads. `load` executes what the second
+reader (second_reader.py) has let through.
 """
 
 import ast
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 
 from pref.discovery import form_tables as tables
-from pref.discovery.form_tables import Refusal, Step
+from pref.discovery.form_tables import Step
+from pref.discovery.second_reader import verify
 
 INLINE = 8  # operations in one expression; more get a name
+WIDTH = 96 - 4  # of a line; longer ones are broken up
+SHORT = 16  # parts of this length are not worth a line
 BINARY = {
     "+": ast.Add,
     "-": ast.Sub,
@@ -44,13 +47,10 @@ def print_program(
             parameters[parameter] = unique(parameter_name(parameter, default), taken)
     names = name_steps(steps, live, result, names, taken)
     printer = Printer(steps, names, parameters)
+    printer.shorten(live, taken)
     lines = [
         *printer.preamble(live, name),
-        *(
-            f"{names[k]} = {ast.unparse(printer.expression(k, whole=True))}"
-            for k in live
-            if k in names and not is_log_ratio(steps[k])
-        ),
+        *(printer.line(k) for k in live if k in names and not is_log_ratio(steps[k])),
     ]
     lines.append(f'return {names[result]}, {{"preference": {names[result]}}}')
     arguments = [f"{ours}: float = {defaults[theirs]!r}" for theirs, ours in parameters.items()]
@@ -96,6 +96,11 @@ def unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
+def temporary(taken: set[str]) -> str:
+    """A name for a part of an expression: t1, t2, ..."""
+    return next(name for k in count(1) if (name := f"t{k}") not in taken)
+
+
 def parameter_name(name: str, default: float) -> str:
     """`name`, or one that train_pref.py has no argument of, or one without its range."""
     least, below, zero = tables.SHARED_PARAMETERS.get(name, (-float("inf"), float("inf"), True))
@@ -115,7 +120,7 @@ def name_steps(
     twice, that would make an expression too long, and the result.
     """
     uses = Counter(x for k in live for x in (*steps[k].args, *(x for _, x in steps[k].keywords)))
-    names, size, numbered = {}, {}, 0
+    names, size = {}, {}
     for place in (k for k in live if is_log_ratio(steps[k])):  # these are printed first
         mean = "mean_" if steps[place].of_mean else ""
         names[place] = unique(authors.get(place, f"{mean}{steps[place].value}"), taken)
@@ -134,8 +139,7 @@ def name_steps(
         simple = step.op == "input" or step.op == "negative" and size[step.args[0]] == 0
         shared = uses[place] > 1 and not simple
         if wanted is None and (shared or size[place] > INLINE):
-            numbered += 1
-            wanted = f"t{numbered}"
+            wanted = temporary(taken)
         if wanted is not None:
             names[place] = unique(wanted, taken)
             size[place] = 0
@@ -162,6 +166,27 @@ class Printer:
                 a, b = ("_" if place is None else self.names[place] for place in places)
                 lines.append(f"{a}, {b} = {'means' if of_mean else 'pairs'}.log_ratios")
         return lines
+
+    def line(self, place: int) -> str:
+        return f"{self.names[place]} = {ast.unparse(self.expression(place, whole=True))}"
+
+    def shorten(self, live: list[int], taken: set[str]) -> None:
+        """Give names to parts of lines that are too long; these parts are lines further up."""
+        for place in reversed(live):
+            if place in self.names and not is_log_ratio(self.steps[place]):
+                while len(self.line(place)) > WIDTH and (part := self.longest_part(place)):
+                    self.names[part] = unique(temporary(taken), taken)
+
+    def longest_part(self, place: int) -> int | None:
+        """Of the parts that a line is made of, the one with the longest expression."""
+        step = self.steps[place]
+        lengths = {
+            x: len(ast.unparse(self.expression(x)))
+            for x in (*step.args, *(x for _, x in step.keywords))
+            if x not in self.names and self.steps[x].op not in LEAVES
+        }
+        part = max(lengths, key=lengths.get, default=None)
+        return None if part is None or lengths[part] < SHORT else part
 
     def expression(self, place: int, whole: bool = False) -> ast.expr:
         """Step `place`, by its name where it has one, or `whole`."""
@@ -219,150 +244,6 @@ def guard(name: str) -> list[str]:
         "if len(pairs.chosen) < 2:",
         f'    raise ValueError("{name} needs at least 2 pairs per micro-batch")',
     ]
-
-
-# The second reader. What follows shares no table with the translator or the printer.
-
-IMPORTS = {"import math", "import torch", "import torch.nn.functional as F"}
-CALLS = {
-    "torch": "abs atan clamp erf exp expm1 log log1p logaddexp maximum mean minimum ones_like "
-    "reciprocal relu sigmoid sign sort sqrt square std tanh var where zeros_like",
-    "F": "elu leaky_relu logsigmoid silu softplus softsign",
-    "math": "atan erf exp expm1 fabs log log1p sqrt tanh",
-}
-CALLS = {f"{module}.{name}" for module, names in CALLS.items() for name in names.split()}
-READS = {
-    f"{pairs}.{name}"
-    for pairs in ("pairs", "means")
-    for name in ("chosen", "rejected", "ref_chosen", "ref_rejected", "rho", "delta", "log_ratios")
-} | {"pairs.chosen_tokens", "pairs.rejected_tokens", "pairs.running_rho"}
-METHODS = {("detach", ""), ("to", "pairs.chosen.dtype")}
-PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
-OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.BitAnd, ast.BitOr)
-OPERATORS += (ast.USub, ast.Invert, ast.Lt, ast.Gt, ast.LtE, ast.GtE)
-
-
-def verify(text: str) -> None:
-    """Read a printed text again, by rules written apart from the translator's. Raises Refusal."""
-    if len(text) > 20_000 or not re.fullmatch(r"[ -~\n]*", text):
-        raise Refusal("size", "not a text that discover.py prints")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            verify_module(ast.parse(text))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise Refusal("syntax", "not a text that discover.py prints") from None
-
-
-def verify_module(tree: ast.Module) -> None:
-    *imports, function = tree.body
-    for statement in imports:
-        need(ast.unparse(statement) in IMPORTS, statement)
-    need(isinstance(function, ast.FunctionDef), function)
-    arguments = function.args
-    need(not function.decorator_list and function.returns is None, function)
-    need(arguments.vararg is None and arguments.kwarg is None, function)
-    need(not arguments.posonlyargs and not arguments.defaults, function)
-    need([(x.arg, x.annotation) for x in arguments.args] == [("pairs", None)], function)
-    known = set()
-    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults):
-        need(ast.unparse(argument.annotation or argument) == "float", function)
-        need(is_number(default), function)
-        known.add(plain_name(ast.Name(argument.arg), function))
-    *statements, last = function.body
-    need(bool(statements), function)
-    for statement in statements:
-        verify_statement(statement, function.name, known)
-    need(isinstance(last, ast.Return) and isinstance(last.value, ast.Tuple), last)
-    need(len(last.value.elts) == 2, last)
-    losses = last.value.elts[0]
-    need(isinstance(losses, ast.Name) and losses.id in known, last)
-    need(ast.unparse(last) == f"return ({losses.id}, {{'preference': {losses.id}}})", last)
-    plain_name(ast.Name(function.name), function)
-
-
-def need(holds: bool, node: ast.AST) -> None:
-    if not holds:
-        line = getattr(node, "lineno", None)
-        raise Refusal("form", f"{type(node).__name__} that discover.py does not print", line)
-
-
-def plain_name(node: ast.expr, place: ast.AST) -> str:
-    """The name that is bound here; none that the text uses otherwise."""
-    need(isinstance(node, ast.Name) and bool(PLAIN_NAME.fullmatch(node.id)), place)
-    need(
-        node.id not in {"torch", "F", "math", "pairs", "means", "len", "float", "ValueError"}, place
-    )
-    return node.id
-
-
-def is_number(node: ast.expr | None) -> bool:
-    """Whether a node is a number of moderate size. Arithmetic on two of them was done before."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        node = node.operand
-    return (
-        isinstance(node, ast.Constant)
-        and type(node.value) in (int, float)
-        and abs(node.value) <= 1_000_000
-    )
-
-
-def verify_statement(node: ast.stmt, name: str, known: set[str]) -> None:
-    if isinstance(node, ast.If):
-        message = f"{name} needs at least 2 pairs per micro-batch"
-        expected = f"if len(pairs.chosen) < 2:\n    raise ValueError({message!r})"
-        need(ast.unparse(node) == expected, node)
-        return
-    need(isinstance(node, ast.Assign) and len(node.targets) == 1, node)
-    target, value = node.targets[0], ast.unparse(node.value)
-    if value.endswith(".log_ratios"):
-        need(value in READS and isinstance(target, ast.Tuple) and len(target.elts) == 2, node)
-        for part in target.elts:
-            if not (isinstance(part, ast.Name) and part.id == "_"):
-                known.add(plain_name(part, node))
-    elif value == "pairs.mean()":
-        need(ast.unparse(target) == "means", node)
-    else:
-        need(not is_number(node.value), node)
-        verify_expression(node.value, known)
-        known.add(plain_name(target, node))
-
-
-def verify_expression(node: ast.AST, known: set[str]) -> None:
-    inside: list[ast.AST] = []
-    if isinstance(node, ast.Name):
-        need(node.id in known, node)
-    elif isinstance(node, ast.Constant):
-        need(is_number(node), node)
-    elif isinstance(node, ast.BinOp):
-        need(not (is_number(node.left) and is_number(node.right)), node)
-        inside = [node.op, node.left, node.right]
-    elif isinstance(node, ast.UnaryOp):
-        inside = [node.op, node.operand]
-        need(is_number(node) or not is_number(node.operand), node)
-    elif isinstance(node, ast.Compare):
-        inside = [*node.ops, node.left, *node.comparators]
-        need(len(node.ops) == 1, node)
-    elif isinstance(node, ast.Attribute) and node.attr == "values":
-        call = node.value
-        need(isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute), node)
-        need(call.func.attr == "sort" and not call.args and not call.keywords, node)
-        inside = [call.func.value]
-    elif isinstance(node, ast.Attribute):
-        need(ast.unparse(node) in READS and node.attr != "log_ratios", node)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) in CALLS:
-        inside = [*node.args, *(keyword.value for keyword in node.keywords)]
-        names = {keyword.arg for keyword in node.keywords}
-        need(names <= {"min", "max", "alpha", "negative_slope"}, node)
-    elif isinstance(node, ast.Call):
-        need(isinstance(node.func, ast.Attribute) and not node.keywords, node)
-        arguments = ", ".join(ast.unparse(argument) for argument in node.args)
-        need((node.func.attr, arguments) in METHODS, node)
-        inside = [node.func.value]
-    else:
-        need(isinstance(node, OPERATORS), node)
-    for part in inside:
-        verify_expression(part, known)
 
 
 def load(text: str) -> Callable:
