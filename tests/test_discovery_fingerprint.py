@@ -59,6 +59,11 @@ def test_what_training_does_not_visit_does_not_tell_losses_apart():
     assert between(dpo, near, scale=1.0) > 0.1
 
 
+def test_a_scale_below_the_grid_is_the_smallest_that_it_has():
+    assert np.array_equal(fingerprint.field(dpo, 0.0), fingerprint.field(dpo, 0.3))
+    assert np.isfinite(fingerprint.field(td_dpo, 0.0)).all()
+
+
 def test_the_field_of_dpo_by_hand():
     """Its gradient is -+ beta sigma(-beta (a - b)), whatever reference and length."""
     points = [(a, b) for a in fingerprint.RATIOS for b in fingerprint.RATIOS]

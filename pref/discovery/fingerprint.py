@@ -35,6 +35,7 @@ SETTINGS = (  # (ref_chosen, ref_rejected) in nats, (chosen_tokens, rejected_tok
     ((-200.0, -100.0), (160.0, 80.0)),  # the chosen response is the longer one
     ((-100.0, -200.0), (80.0, 160.0)),
 )
+LEAST_SCALE = 0.3  # nats: the grid's smallest step; within less it tells nothing apart
 TENSORS = PairLogps._fields[:6]  # of the fields, those that every loss has
 NEAR = 0.03  # distance; beta 0.1 and 0.11 of dpo are 0.02 apart, 0.1 and 0.2 are 0.13
 MOST_GRADIENT = 1e6
@@ -99,7 +100,7 @@ def gradients(loss: Loss, pairs: PairLogps) -> Gradients:
 def weights(pairs: PairLogps, scale: float) -> Tensor:
     """How much each point counts, (n,), in sum 1."""
     a, b = pairs.log_ratios
-    weight = torch.exp(-(a.abs() + b.abs()) / (2 * scale))
+    weight = torch.exp(-(a.abs() + b.abs()) / (2 * max(scale, LEAST_SCALE)))
     return weight / weight.sum()
 
 
@@ -116,7 +117,7 @@ def field(loss: Loss, scale: float) -> np.ndarray:
     """The gradient field of a loss, (1210,) float64: see the module's text. A loss without any
     gradient has a field of zeros.
 
-    scale: nats, above 0. Raises ValueError if a gradient is not finite; range_problem says where.
+    scale: nats; at least LEAST_SCALE is used. Raises ValueError if a gradient is not finite; range_problem says where.
     """
     pairs = grid()
     found, weight = gradients(loss, pairs), weights(pairs, scale)
