@@ -410,7 +410,7 @@ held = confine.confine(confine.usable({without!r}))
 print("held", held, flush=True)
 for k in range({first}, len(texts)):
     print("at", k, flush=True)
-    signal.alarm(3)
+    signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         names = {{}}
         exec(texts[k], names)
@@ -418,6 +418,7 @@ for k in range({first}, len(texts)):
             loss(pairs)
     except BaseException:
         pass
+signal.setitimer(signal.ITIMER_REAL, 0)
 print("end", flush=True)
 """
 

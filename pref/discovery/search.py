@@ -105,6 +105,7 @@ class Search:
     batch: int = 8  # pairs in a step
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # of the archive, by id
     workers: object = None
+    sandbox: str = ""  # what stands between a candidate's text and this machine
 
     @property
     def state(self) -> State:
@@ -134,6 +135,9 @@ def working(search: Search) -> Iterator[object]:
     """The worker processes, kept from one round to the next."""
     if search.workers is None:
         search.workers = search.open_workers().__enter__()
+        if search.workers.sandbox != search.sandbox:  # said once, and where it changes
+            search.sandbox = search.workers.sandbox
+            search.log(f"sandbox: {search.sandbox}")
     yield search.workers
 
 
