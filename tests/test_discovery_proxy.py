@@ -231,8 +231,12 @@ def test_bits_are_the_log_loss_at_the_best_temperature():
 # ---- the split ----------------------------------------------------------------------------------
 
 
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def prompts_of(path) -> set[str]:
-    return {json.dumps(json.loads(x)["prompt"]) for x in path.read_text().splitlines()}
+    return {json.dumps(row["prompt"]) for row in rows_of(path)}
 
 
 def test_the_search_never_opens_val_jsonl(tmp_path):
@@ -244,8 +248,8 @@ def test_the_search_never_opens_val_jsonl(tmp_path):
     assert found == split.count(data) == (20, 20)
     sides = [folder / "data" / "search" / f"{name}.jsonl" for name in ("train", "val")]
     assert not prompts_of(sides[0]) & prompts_of(sides[1])
-    text = "".join(path.read_text() for path in sides)
-    assert sorted(text.splitlines()) == sorted((data / "train.jsonl").read_text().splitlines())
+    by_id = {row["id"]: row for path in sides for row in rows_of(path)}
+    assert by_id == {row["id"]: row for row in rows}
 
     # The order of the rows makes no difference, and a second start leaves the files alone.
     times = [path.stat().st_mtime_ns for path in sides]
@@ -275,8 +279,8 @@ def test_prompts_that_are_in_train_confirm_nothing(tmp_path, capsys):
     assert split.write_confirm(data, tmp_path) == (25, 5)
     assert "1 of 6 pairs are left out of the confirmation" in capsys.readouterr().out
     confirm = tmp_path / "data" / "confirm"
-    assert (confirm / "train.jsonl").read_text() == (data / "train.jsonl").read_text()
-    assert "again" not in (confirm / "val.jsonl").read_text()
+    assert rows_of(confirm / "train.jsonl") == rows[:25]
+    assert rows_of(confirm / "val.jsonl") == rows[25:]
     write_jsonl(data / "val.jsonl", [rows[0]])
     with pytest.raises(UserError, match="all its prompts are in train.jsonl too"):
         split.write_confirm(data, tmp_path)
@@ -308,7 +312,7 @@ def test_a_short_horizon_is_said_with_the_steps_that_would_do(file):
 
 def test_the_proxy_moves_as_far_as_a_run(file):
     found = Features.load(file)
-    for median_z in (0.05, 0.4, 2.0):
+    for median_z in (0.05, 0.8):
         run = horizon.Pilot(visited=1.0, median_z=median_z, note=None)
         rate = horizon.match_rate(found, run, steps=12, batch=8)
         matched = horizon.pilot(found, steps=12, batch=8, learning_rate=rate)

@@ -17,8 +17,8 @@ from pref.files import disk
 
 BETA = 0.1  # of the pilot, losses.py's default
 LEAST_Z = 0.5  # sigma(-z) is then 0.38 instead of 0.5: a change that a run can see
-PILOT_SEEDS = (0, 1, 2)
-MATCHES, RATES = 6, (1e-3, 30.0)  # tries to match a rate; between which rates
+PILOT_SEEDS = (0, 1)
+MATCHES, RATES = 10, (1e-3, 30.0)  # tries to match a rate; between which rates
 
 
 class Pilot(NamedTuple):

@@ -111,7 +111,7 @@ def look_ahead(one: Search) -> bool:
         f"pilot: after {one.proxy_steps} steps of dpo 90 % of the log-ratios lie within "
         f"{pilot.visited:.2g} nats; learning rate of the proxy {one.proxy_rate:.2g}"
     )
-    if pilot.note:
+    if pilot.note and not chosen.is_stand_in:
         one.log(f"note: {pilot.note}")
 
     # 3) What follows from it.
