@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import losses
-from pref.discovery import breeding
+from pref.discovery import breeding, form, printing, seeds
 from pref.discovery.evolve import POPULATION, TIE, Evolve, RandomSearch, best, draw_parent
 from pref.discovery.genome import MAX_NODES, OPERATIONS, Genome, Node, from_json, grow, places
 from pref.discovery.known_genomes import KNOWN_GENOMES
 from pref.discovery.opaque import Unreadable, opaque
 from pref.discovery.proposals import Known, View
-from pref.discovery.writing import describe, write
+from pref.discovery.writing import describe, operations, write
 from pref.files.console import UserError
 
 # losses.py's value over the genome's.
@@ -157,6 +157,38 @@ def test_no_loss_depends_on_the_unit_of_log_probabilities(bred):
         nats, bits = of_genome(genome, pairs), of_genome(other, in_bits)
         assert torch.allclose(nats[0], bits[0], rtol=1e-6, atol=1e-9), write(genome, "loss")
     assert checked > 90
+
+
+def test_the_form_accepts_what_is_bred(bred):
+    """And what it prints is the same loss."""
+    pairs = grid(torch.float64)
+    opaque_ones = [Genome(0.1, opaque(EXO_PAIR))]
+    rng = random.Random(8)
+    while len(opaque_ones) < 20:
+        parents = [rng.choice(opaque_ones), rng.choice(bred)]
+        child, _ = breeding.offspring(parents[: rng.choice((1, 2))], rng)
+        opaque_ones += [child] if child else []
+    largest = sorted(bred, key=lambda genome: genome.size)[-20:]
+    for genome in (*opaque_ones, *bred[::20], *largest):
+        text = write(genome, describe(genome))
+        program = form.translate(text)
+        assert program.steps <= operations(text)
+        printed = value_and_gradient(printing.load(program.text), pairs)
+        assert torch.allclose(printed, of_genome(genome, pairs), rtol=1e-9, atol=1e-9), text
+
+
+OTHERS = sorted(seeds.SEEDS.keys() - set(seeds.COUPLED) - KNOWN_GENOMES.keys())
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_losses_without_a_genome_are_leaves(name):
+    """With the 21 genomes, these are all that do not couple the batch."""
+    assert len(OTHERS) == 3
+    leaf = Genome(0.1, opaque(form.translate(seeds.SEEDS[name]).text))
+    pairs = grid(torch.float64)
+    pairs = pairs._replace(chosen=pairs.chosen.clamp(max=-1), rejected=pairs.rejected.clamp(max=-1))
+    theirs = value_and_gradient(losses.LOSSES[name], pairs)
+    assert torch.allclose(of_genome(leaf, pairs), theirs, rtol=1e-9, atol=1e-12)
 
 
 # exo_pair has no genome: it takes the logarithm of a constant. Some of its variables are called
