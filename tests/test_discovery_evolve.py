@@ -164,12 +164,12 @@ def test_the_form_accepts_what_is_bred(bred):
     pairs = grid(torch.float64)
     opaque_ones = [Genome(0.1, opaque(EXO_PAIR))]
     rng = random.Random(8)
-    while len(opaque_ones) < 20:
+    while len(opaque_ones) < 12:
         parents = [rng.choice(opaque_ones), rng.choice(bred)]
         child, _ = breeding.offspring(parents[: rng.choice((1, 2))], rng)
         opaque_ones += [child] if child else []
-    largest = sorted(bred, key=lambda genome: genome.size)[-20:]
-    for genome in (*opaque_ones, *bred[::20], *largest):
+    largest = sorted(bred, key=lambda genome: genome.size)[-10:]
+    for genome in (*opaque_ones, *bred[::40], *largest):
         text = write(genome, describe(genome))
         program = form.translate(text)
         assert program.steps <= operations(text)

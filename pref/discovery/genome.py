@@ -9,9 +9,9 @@ A genome is a tree and one `beta` (1/nats) that the whole tree shares. The five 
     L   a loss, one value a pair; the root of every genome
     A   an anchor to the reference or to the chosen response
 
-Only U enters sigmoid, exp and the squares, so their arguments never have a unit. Nothing divides by
-a variable or takes a logarithm or a root, and the argument of exp ends at 20: every tree is finite,
-with its gradient, wherever the log-ratios are.
+Only U enters a loss's curve (sigmoid, softplus, exp, the square), so that its argument never has a
+unit. Nothing divides by a variable or takes a root, and the argument of exp ends at 20: every tree
+is finite, with its gradient, wherever the log-ratios are.
 
 A leaf of the operation `program` is a whole loss that somebody else wrote (opaque.py); of it only
 the constants can vary.
