@@ -186,8 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     with Stop() as stop, disk.locked(args.folder, ".lock", "is being searched"):
         try:
             return work(args, chosen, stop)
-        except Stopped:  # in the pass that computes the features
-            print("stopped: the same command begins the features again", flush=True)
+        except Stopped:  # in the pass that computes the features, or a model's first question
+            print("stopped: the same command begins this step again", flush=True)
             return stop.exit_code
 
 

@@ -18,8 +18,15 @@ import pytest
 from doubles import completion
 from scripted_server import Answer, ScriptedServer, dripping, proposal
 
-from pref.discovery import fingerprint, form, form_tables, model_proposer, prompts, replies
-from pref.discovery import requests as stored
+from pref.discovery import (
+    fingerprint,
+    form,
+    form_tables,
+    model_calls,
+    model_proposer,
+    prompts,
+    replies,
+)
 from pref.discovery.arms import Arm, Arms, arm_of, choose
 from pref.discovery.proposals import Known, Proposal, View
 from pref.discovery.proposer_arguments import (
@@ -30,6 +37,7 @@ from pref.discovery.proposer_arguments import (
 )
 from pref.discovery.requests import OutOfBudget
 from pref.files.console import UserError
+from pref.training.signals import Stopped
 
 KEY = "sk-test-0123456789"
 IMPORTS = "import torch\nimport torch.nn.functional as F\n\n"
@@ -291,7 +299,7 @@ def test_a_round_of_everything_that_a_model_may_reply(scripted, tmp_path):
     assert len(repaired) == len([body for body in scripted.requests if is_repair(body)]) == 3
     assert any("os" in words for words in repaired) and any("batch" in w for w in repaired)
     # The trial of an unbounded reply has not taken its size.
-    assert max(len(row["reply"] or "") for row in rows_of(tmp_path)) <= stored.MOST_CHARS
+    assert max(len(row["reply"] or "") for row in rows_of(tmp_path)) <= model_calls.MOST_CHARS
 
 
 def test_a_refused_program_is_repaired_once(scripted, tmp_path):
@@ -408,7 +416,7 @@ def test_the_cap_is_never_passed(scripted, tmp_path, trial):
         return proposal(code, prompt_tokens=prompt, completion_tokens=used)
 
     scripted.script = script
-    cap = dice.uniform(0.1, 0.6)
+    cap = dice.uniform(0.3, 0.8)
     more = ("--price_in", "1", "--price_out", "10", "--max_usd", str(cap), "--concurrency", "8",
             "--max_retries", "1")  # fmt: skip
     spent = []
@@ -418,9 +426,9 @@ def test_the_cap_is_never_passed(scripted, tmp_path, trial):
             spent.append(arms.proposers["m"].requests.spent())
     assert "m" in found.ended and f"--max_usd {cap:g}" in found.ended["m"]
     assert 0 < sum(bill) <= spent[-1] <= cap
-    with arms_of(tmp_path, scripted, *more) as arms:  # what was asked for is still there
-        count = len(scripted.requests)
-        assert len(propose(arms, 2).proposals) == 2 and len(scripted.requests) == count
+    with arms_of(tmp_path, scripted, *more) as arms:  # the same cap again buys nothing beyond it
+        propose(arms, 24, round=1)
+    assert sum(bill) <= cap
 
 
 def test_out_of_budget_the_free_proposers_go_on(scripted, tmp_path):
@@ -467,7 +475,7 @@ def test_what_each_request_would_meet_ends_the_search_at_once(scripted, tmp_path
     scripted.script = by_content
     with arms_of(tmp_path, scripted) as arms:
         arms.check()
-        assert len(propose(arms).proposals) == 16
+        assert len(propose(arms, 3).proposals) == 3
 
 
 def test_a_server_that_is_gone_ends_the_search_and_the_next_start_asks_again(scripted, tmp_path):
@@ -478,8 +486,8 @@ def test_a_server_that_is_gone_ends_the_search_and_the_next_start_asks_again(scr
     assert len(scripted.requests) <= 11
     scripted.script = by_content
     with arms_of(tmp_path, scripted) as arms:
-        found = propose(arms).proposals
-    assert len(found) == 16 and not any(one.stopped for one in found)
+        found = propose(arms, 8).proposals
+    assert len(found) == 8 and not any(one.stopped for one in found)
 
 
 def test_passing_failures_are_retried(scripted, tmp_path):
@@ -545,6 +553,28 @@ def test_a_model_whose_replies_cannot_be_read_is_given_up(scripted, tmp_path):
         found = propose(arms, view=useless)
     assert {one.by for one in found.proposals} == {"evolve"} and "m" in found.ended
     assert scripted.requests == []
+
+
+def test_a_signal_ends_the_round_with_the_calls_in_flight_stored(scripted, tmp_path, capsys):
+    level = 0
+
+    def script(body, key):
+        nonlocal level
+        level = 1
+        return by_content(body, key)
+
+    scripted.script = script
+    args = arguments("--proposer", "m", "--base_url", scripted.url, "--concurrency", "2")
+    where = {"most_proposals": 9, "stop_level": lambda: level}
+    with open_arms(args, tmp_path, {}, **where) as arms, pytest.raises(Stopped):
+        propose(arms)
+    calls = len(scripted.requests)
+    assert 1 <= calls <= 2 and [row["status"] for row in rows_of(tmp_path)] == ["ok"] * calls
+    level, scripted.script = 0, by_content
+    with arms_of(tmp_path, scripted) as arms:
+        found = propose(arms, 5).proposals
+    keys = [json.dumps(body["messages"]) for body in scripted.requests]
+    assert len(found) == 5 and len(keys) == len(rows_of(tmp_path))
 
 
 # ---- the key -------------------------------------------------------------------------------------
@@ -654,6 +684,7 @@ WRONG = {
     "--concurrency 0": ("--proposer", "m", "--concurrency", "0"),
     "--timeout_s nan": ("--proposer", "m", "--timeout_s", "nan"),
     "--max_usd nan": ("--proposer", "m", "--max_usd", "nan"),
+    "through a server": ("--proposer", "hf:models/x"),
     "not a name": ("--proposer", "a\nb"),
 }  # fmt: skip
 

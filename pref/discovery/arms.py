@@ -16,15 +16,18 @@ order; a search that was killed asks the same again, and finds what it has paid 
 """
 
 import math
+import os
 import random
+import signal
 import statistics
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 from pref.discovery.model_proposer import ModelProposer
 from pref.discovery.proposals import Proposal, View
-from pref.discovery.requests import OutOfBudget
+from pref.discovery.requests import LOOK_EVERY_S, OutOfBudget
 from pref.files import console
 from pref.files.console import UserError
 
@@ -60,6 +63,7 @@ class Arms:
     """The proposers of a search.
 
     cap: --max_usd. most_proposals: --max_proposals. concurrency: requests in flight at a time.
+    stop_level: 1 once a signal asks to stop, 2 if it is not to wait for the calls in flight.
     """
 
     def __init__(
@@ -69,9 +73,11 @@ class Arms:
         most_proposals: int,
         cap: float | None = None,
         concurrency: int = 8,
+        stop_level: Callable[[], int] = lambda: 0,
     ):
         self.proposers = {proposer.name: proposer for proposer in proposers}
         self.most_proposals, self.cap, self.concurrency = most_proposals, cap, concurrency
+        self.stop_level = stop_level
 
     def check(self) -> None:
         """Ask each model one short question, before anything takes time. Raises UserError."""
@@ -87,7 +93,8 @@ class Arms:
         """`size` proposals, from the archive as of the end of the round before.
 
         Raises UserError for what each later request would meet, and if no proposer is left for
-        another reason than the cap.
+        another reason than the cap. Raises signals.Stopped after a signal, with the replies of
+        the calls in flight stored.
         """
         # 1) Who is still asked.
         ended = {
@@ -136,15 +143,32 @@ class Arms:
                         successes=arm.successes + (arm.rate() if arm.proposals else 0.5),
                     )
                 # 4) The proposals, in order.
+                self.await_all([future for _, _, future in jobs])
                 found = [one.result() if isinstance(one, Future) else one for one in waiting]
             except BaseException:
-                # Calls in flight are waited for and stored; no further one begins.
+                # No further call begins; those in flight are waited for, and stored.
                 for proposer, job, future in jobs:
                     proposer.requests.stop("the search is ending")
                     if future.cancel():
                         proposer.cancel(job)
+                self.await_all([future for _, _, future in jobs])
                 raise
         return Breeding(found, ended)
+
+    def await_all(self, futures: list[Future]) -> None:
+        """Wait for all of them, or end the process at a second Ctrl-C."""
+        said = False
+        while wait(futures, timeout=LOOK_EVERY_S).not_done:
+            if self.stop_level() and not said:
+                print(
+                    "stopping: waiting for the calls in flight, to keep their replies; press "
+                    "Ctrl-C again to stop at once (they are paid for all the same)",
+                    file=sys.stderr,
+                )
+                said = True
+            if self.stop_level() > 1:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
 
     def fair_price(self, arms: list[Arm], view: View) -> float:
         """Dollars; see the module's text. 0 if no arm has a price."""

@@ -134,7 +134,7 @@ def print_prompt(args: argparse.Namespace, chosen: Settings, setting: str) -> No
     """The first prompt in full, with seeds that were not measured yet, and its dollars."""
     known = [unmeasured(number, name) for number, name in enumerate(chosen.seeds_from, 1)]
     view = View(known=known, dpo=known[0], visited=start.VISITED, setting=setting)
-    prompt = prompts.prompt(view, random.Random(f"{chosen.seed}:1:0"))
+    prompt = prompts.prompt(view, random.Random(f"{chosen.seed}:1:0"), chosen.coupled)
     print(proposer_arguments.estimate(args, prompt.messages, chosen.max_proposals))
     print("the first prompt, before anything is measured:")
     for message in prompt.messages:

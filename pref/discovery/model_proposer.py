@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pref.discovery import form, form_tables, prompts, replies
+from pref.discovery.model_calls import Model, Reply
 from pref.discovery.proposals import Proposal, View
-from pref.discovery.requests import Missing, Model, Reply, Requests
+from pref.discovery.requests import Missing, Requests
 from pref.files.console import UserError
 from pref.model import server
 
@@ -35,6 +36,7 @@ class ModelProposer:
     """Asks `model` for proposals.
 
     refusal_of: why a program's text would be refused, or None; what it says goes back to the model.
+    Default: what form.py says. coupled: a loss may look at the batch.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class ModelProposer:
         model: Model,
         requests: Requests,
         refusal_of: Callable[[str], str | None] | None = None,
+        coupled: bool = False,
     ):
-        self.model, self.requests = model, requests
-        self.refusal_of = refusal_of or refusal_by_form
+        self.model, self.requests, self.coupled = model, requests, coupled
+        self.refusal_of = refusal_of or functools.partial(refusal_by_form, coupled=coupled)
         self.clean = functools.partial(server.clean, model.client)
         if not model.exactly:
             model.sent_parameters = requests.known_form(model) or model.sent_parameters
@@ -95,7 +98,7 @@ class ModelProposer:
         """The first half of `propose`: the request, and room for it under the cap. Waits, and sends
         nothing. Callers come in the order of their proposals. Raises OutOfBudget.
         """
-        prompt, sample = prompts.prompt(view, rng), f"{round}:{number}"
+        prompt, sample = prompts.prompt(view, rng, self.coupled), f"{round}:{number}"
         try:
             done = self.converse(prompt, sample, self.requests.stored)
         except Missing as missing:
@@ -171,10 +174,10 @@ class ModelProposer:
 MOST_CODE, MOST_WHY = "x" * form_tables.MAX_CHARACTERS, "x" * prompts.MOST_WHY
 
 
-def refusal_by_form(text: str) -> str | None:
+def refusal_by_form(text: str, coupled: bool) -> str | None:
     """Why form.py refuses a text, or None. It parses the text and executes nothing."""
     try:
-        form.translate(text)
+        form.translate(text, coupled=coupled)
     except form_tables.Refusal as refusal:
         return str(refusal)
     return None

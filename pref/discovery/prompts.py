@@ -75,8 +75,8 @@ class Prompt(NamedTuple):
     task: Task
 
 
-def prompt(view: View, rng: random.Random) -> Prompt:
-    """The messages for one proposal. rng: draws the task."""
+def prompt(view: View, rng: random.Random, coupled: bool = False) -> Prompt:
+    """The messages for one proposal. rng: draws the task. coupled: a loss may look at the batch."""
     best = best_of(view)
     shown = [*best, *different_from(best, view)]
     task = draw_task(view, best, shown, rng)
@@ -92,15 +92,15 @@ def prompt(view: View, rng: random.Random) -> Prompt:
     parts += [text for text in (refusals(view), repeats(view)) if text]
     parts += [f"Task\n{task.text}", REPLY]
     messages = [
-        {"role": "system", "content": system_prompt(view)},
+        {"role": "system", "content": system_prompt(view, coupled)},
         {"role": "user", "content": "\n\n".join(parts)},
     ]
     return Prompt(messages, task)
 
 
-def system_prompt(view: View) -> str:
+def system_prompt(view: View, coupled: bool) -> str:
     return SYSTEM.format(
-        form=form_tables.describe(), example=view.dpo.text, visited=float(view.visited)
+        form=form_tables.describe(coupled), example=view.dpo.text, visited=float(view.visited)
     )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pref.discovery import requests
+from pref.discovery import model_calls
 from pref.discovery.arms import Arms, Proposer
+from pref.discovery.model_calls import Model
 from pref.discovery.model_proposer import ModelProposer
-from pref.discovery.requests import Model, Requests
+from pref.discovery.requests import Requests
 from pref.files.console import UserError
 from pref.judging import costs
 from pref.judging.arguments import json_object
@@ -52,7 +53,7 @@ def add_proposer_arguments(parser: argparse.ArgumentParser) -> None:
         type=json_object,
         metavar="JSON",
         help='send exactly these parameters with each request, e.g. \'{"max_completion_tokens": '
-        f"16384}}' (default: {requests.PARAMETERS}, without what the server refuses)",
+        f"16384}}' (default: {model_calls.PARAMETERS}, without what the server refuses)",
     )
 
 
@@ -67,6 +68,11 @@ def check_proposer_arguments(args: argparse.Namespace) -> None:
     for name in args.proposer:
         if not name.strip() or not name.isprintable():
             raise UserError(f"--proposer {name!r}: not a name; give evolve, random, or a model")
+        if name.startswith("hf:"):
+            raise UserError(
+                f"--proposer {name}: a local model proposes through a server: start one with it "
+                "(vLLM, llama.cpp), and give its name here and its address as --base_url"
+            )
         if name not in OWN and name.lower() in OWN:
             raise UserError(f"--proposer {name}: {SMALL_LETTERS}")
         if args.proposer.count(name) > 1:
@@ -152,11 +158,13 @@ def open_arms(
     *,
     most_proposals: int,
     refusal_of: Callable[[str], str | None] | None = None,
+    coupled: bool = False,
+    stop_level: Callable[[], int] = lambda: 0,
 ) -> Iterator[Arms]:
     """The proposers that --proposer names. Sends nothing.
 
-    own: evolve.py's, by name. refusal_of: see ModelProposer. Raises UserError without package or
-    key, or for a store that cannot be used.
+    own: evolve.py's, by name. refusal_of, coupled: see ModelProposer. stop_level: see Arms.
+    Raises UserError without package or key, or for a store that cannot be used.
     """
     prices = prices_of(args)
     if not prices:
@@ -167,11 +175,13 @@ def open_arms(
         args.base_url,
         args.timeout_s,
         args.max_retries,
-        most_bytes=requests.MOST_BYTES,
+        most_bytes=model_calls.MOST_BYTES,
     )
-    with Requests(folder / "requests.sqlite", args.max_usd, args.rpm) as store:
+    with Requests(folder / "requests.sqlite", args.max_usd, args.rpm, stop_level) as store:
         models = {
-            name: ModelProposer(Model(name, client, args.parameters, price), store, refusal_of)
+            name: ModelProposer(
+                Model(name, client, args.parameters, price), store, refusal_of, coupled
+            )
             for name, price in prices.items()
         }
         yield Arms(
@@ -179,6 +189,7 @@ def open_arms(
             most_proposals=most_proposals,
             cap=args.max_usd,
             concurrency=args.concurrency,
+            stop_level=stop_level,
         )
 
 

@@ -33,6 +33,7 @@ from pref.discovery.proposals import Known, Proposal, View
 from pref.discovery.settings import Settings
 from pref.discovery.split import Split
 from pref.files.console import UserError
+from pref.training.signals import Stopped
 
 PROXY_SEEDS = tuple(range(1, 9))  # of each candidate's proxy
 MOST_INSTALMENTS = 4  # of rung 0
@@ -172,6 +173,8 @@ def run(search: Search, take_rung: Callable[[Search, Step], bool]) -> bool:
                 rest(search)
                 if not take_rung(search, step):
                     return False
+    except Stopped:  # while models were asked: the round is taken again, from what is stored
+        return False
     finally:
         rest(search)
     return not search.is_stopped()

@@ -45,7 +45,12 @@ def opened(args: argparse.Namespace, chosen: Settings, stop: Stop) -> Iterator[S
         steps, batch = chosen.steps(pairs.train), chosen.training().global_batch
     own = {"evolve": Evolve(), "random": RandomSearch()}
     with proposer_arguments.open_arms(
-        args, folder, own, most_proposals=chosen.max_proposals
+        args,
+        folder,
+        own,
+        most_proposals=chosen.max_proposals,
+        coupled=chosen.coupled,
+        stop_level=lambda: stop.level,
     ) as arms:
         archive = Archive.open(folder)
         to_do = [step for step in search.plan(chosen) if not archive.has(step.name)]
