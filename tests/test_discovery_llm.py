@@ -252,6 +252,7 @@ def test_a_round_of_everything_that_a_model_may_reply(scripted, tmp_path):
         "500": (500, {"error": {"message": "overloaded"}}),
         "429": (429, {"error": {"message": "slow down"}}),
         "400": (400, {"error": {"message": "no"}}),
+        "silent": Answer(200, (time.sleep(1) or b"" for _ in range(1))),
         "web page": Answer(200, [b"<html>sign in</html>"]),
         "empty": completion(""),
         "filtered": completion("", finish="content_filter"),
@@ -267,7 +268,7 @@ def test_a_round_of_everything_that_a_model_may_reply(scripted, tmp_path):
     scripted.script = script
     view = [view_of(visited=0.1 * number) for number in range(len(kinds))]
     found = {}
-    with arms_of(tmp_path, scripted, "--timeout_s", "0.3") as arms:
+    with arms_of(tmp_path, scripted, "--timeout_s", "0.3", "--max_retries", "1") as arms:
         proposer = arms.proposers["m"]
         for number, kind in enumerate(kinds):
             # A setting of its own: a repair is told from the prompt of another kind.
@@ -289,6 +290,7 @@ def test_a_round_of_everything_that_a_model_may_reply(scripted, tmp_path):
         "500": "the server answers 500 (Error code: 500 - overloaded)",
         "429": "the server answers 429",
         "400": "the server answers 400",
+        "silent": "no reply within --timeout_s",
         "web page": "its reply is a web page",
         "empty": "empty",
         "filtered": "content filter",
@@ -298,6 +300,10 @@ def test_a_round_of_everything_that_a_model_may_reply(scripted, tmp_path):
     repaired = {asked(body).split("\n")[0] for body in scripted.requests if is_repair(body)}
     assert len(repaired) == len([body for body in scripted.requests if is_repair(body)]) == 3
     assert any("os" in words for words in repaired) and any("batch" in w for w in repaired)
+    # What timed out was sent, and is not sent again.
+    assert (
+        sum("setting silent\n" in body["messages"][1]["content"] for body in scripted.requests) == 1
+    )
     # The trial of an unbounded reply has not taken its size.
     assert max(len(row["reply"] or "") for row in rows_of(tmp_path)) <= model_calls.MOST_CHARS
 

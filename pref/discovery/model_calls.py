@@ -100,11 +100,6 @@ def is_passing(status: str) -> bool:
     return status in PASSING or status.startswith("http_5")
 
 
-def is_lost(status: str) -> bool:
-    """Whether a try brought nothing, and another one may."""
-    return is_passing(status) or status == "timeout"
-
-
 def call(model: Model, request: dict) -> dict:
     """Send a request. Returns columns of the table, and what `costs.Budget.cost` looks at.
 
@@ -138,6 +133,8 @@ def failed(model: Model, error) -> dict:
     # Unlike a judge, a proposer is not asked about texts that a firewall may stop at.
     if answer.get("http_status") == 403 and not server_judge.names_moderation(str(error)):
         raise UserError(server.explain(model.client, "--proposer", model.name, error)) from None
+    if answer["status"] == "timeout" and answer["unsent"]:
+        answer["status"] = "connection"
     return {"reply": answer.pop("judgement", ""), "wait_s": asked_wait_s(error)} | answer
 
 

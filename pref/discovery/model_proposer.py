@@ -64,7 +64,7 @@ class ModelProposer:
         request = self.model.request(HELLO, sample="hello")
         if self.requests.find(request):
             return
-        most = self.requests.reserve(self.model.tries * self.model.most(request))
+        most = self.requests.reserve(self.model.most(request))
         try:
             reply = self.requests.ask(self.model, request)
         finally:
@@ -106,7 +106,7 @@ class ModelProposer:
             if len(missing.request["messages"]) == len(prompt.messages):  # a repair may follow
                 worst = prompts.repair(prompt.messages, MOST_CODE, MOST_WHY)
                 most += self.model.most(self.model.request(worst, sample))
-            reserved = self.requests.reserve(self.model.tries * most)
+            reserved = self.requests.reserve(most)
             return Job(prompt, sample, reserved, done=None)
         return Job(prompt, sample, reserved=0.0, done=done)
 

@@ -45,8 +45,8 @@ def add_proposer_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_retries",
         type=int,
         default=5,
-        help="tries after the first, with growing pauses, after HTTP 408, 409, 429, 5xx, a timeout "
-        "or a lost connection (default 5)",
+        help="tries after the first, with growing pauses, after HTTP 408, 409, 429, 5xx or a lost "
+        "connection (default 5)",
     )
     add(
         "--parameters",

@@ -8,9 +8,9 @@ How money is protected:
 2. A request is noted before it is sent. If the process ends before the reply is here, the call may
    have been charged: its highest price counts as spent (`lost_usd`), and it is made again.
 3. A proposal is asked for only if what is spent, what the calls in flight can cost at most and what
-   it can cost itself at most fit under --max_usd, every try included. Tries are made here and not
-   by the client, which would not say how many there were: one that timed out or broke may have
-   been charged, and is noted at its highest price.
+   it can cost itself at most fit under --max_usd. Further tries are made here and not by the
+   client, which would not say how many there were: one that broke may have been charged, is noted
+   at its highest price, and is followed by another only if that fits too.
 4. An error that each later request would meet (a refused key, no credit, no such model, a server
    that is gone) ends the search with what to do about it.
 """
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pref.discovery.model_calls import Model, Reply, call, is_lost, is_passing
+from pref.discovery.model_calls import Model, Reply, call, is_passing
 from pref.files import disk
 from pref.files.console import UserError
 from pref.model import server
@@ -146,6 +146,11 @@ class Requests:
             self.in_flight += 1
             return most
 
+    def has_room(self) -> bool:
+        """Whether all reservations still fit: a try that may have been charged uses one up."""
+        with self.lock:
+            return self.cap is None or self._spent() + self.reserved <= self.cap
+
     def release(self, most: float) -> None:
         """Give a reservation back: what the calls cost is stored by now."""
         with self.lock:
@@ -158,18 +163,18 @@ class Requests:
     def ask(self, model: Model, request: dict) -> Reply:
         """The reply to a request, from the store or, paid for, from the model's server.
 
-        Tried again after HTTP 408, 409, 429, 5xx, a timeout or a lost connection. Raises UserError
-        for what each later request would meet.
+        Tried again after HTTP 408, 409, 429, 5xx or a lost connection, but not after a timeout: it
+        was sent, and would take as long again. The caller holds a reservation for one try. Raises
+        UserError for what each later request would meet, and Stopped.
         """
         if reply := self.find(request):
             return reply
         for attempt in range(1, model.tries + 1):
             self.await_turn()
             answer, cost = self.ask_once(model, request)
-            if not is_lost(answer["status"]):
+            if attempt == model.tries or not is_passing(answer["status"]) or not self.has_room():
                 break
-            if attempt < model.tries:
-                self.pause(answer, attempt)
+            self.pause(answer, attempt)
         with self.lock:
             self.count(model, answer)
         return Reply(answer["status"], answer["reply"], cost, answer.get("finish_reason") or "")
@@ -229,7 +234,8 @@ class Requests:
 
     def count(self, model: Model, answer: dict) -> None:
         """Notice a server that is gone. Raises UserError."""
-        model.lost_in_a_row = model.lost_in_a_row + 1 if is_lost(answer["status"]) else 0
+        lost = is_passing(answer["status"]) or answer["status"] == "timeout"
+        model.lost_in_a_row = model.lost_in_a_row + 1 if lost else 0
         if model.lost_in_a_row >= GIVE_UP_AFTER and not self.fatal:
             why = Reply(answer["status"], answer["reply"], 0.0).why
             self.fatal = (
