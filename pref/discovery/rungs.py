@@ -101,15 +101,16 @@ def pilot(search: Search) -> Path | None:
     it trained. None if a signal stopped it. Raises UserError if it diverged.
     """
     seed = seeds_of(search.settings, 0)[0]
-    runs = index_of_runs(search.folder / "results")
+    results, rate = search.folder / "results", search.settings.training().learning_rate
+    runs = index_of_runs(results, rate=rate)
     if ("dpo", seed) not in runs:
         search.log(f"pilot: training dpo, seed {seed}")
         path = search.folder / "rungs" / "pilot.grid"
         write_grid(search, path, ["dpo"], [seed])
         if not run_grid(search, path):
             return None
-        runs = index_of_runs(search.folder / "results")
-    run = runs["dpo", seed]
+        runs = index_of_runs(results, rate=rate)
+    run = run_of(runs, "dpo", seed, results)
     if outcome_of(run)["status"] != "finished":
         raise UserError("dpo diverged in training; lower --learning_rate (--train_args)")
     return run
