@@ -20,7 +20,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats as scipy_stats
 
 from pref.analysis import stats
 from pref.discovery import archive
@@ -185,31 +184,38 @@ class Agreement(NamedTuple):
 
 def agreement(state: State) -> Agreement:
     """Over all candidates that have both; DPO, to which both are differences, is one of them."""
+    points, rng = measured_twice(state), np.random.default_rng(0)
+    if len(points) < 3:
+        return Agreement(math.nan, math.nan, math.nan, len(points))
+    draws = [kendall(points[rng.integers(len(points), size=len(points))]) for _ in range(DRAWS)]
+    draws = [tau for tau in draws if not math.isnan(tau)]
+    low, high = np.quantile(draws, [0.025, 0.975]) if draws else (math.nan, math.nan)
+    return Agreement(kendall(points), float(low), float(high), len(points))
+
+
+def measured_twice(state: State) -> np.ndarray:
+    """(n, 2) differences to DPO on the proxy and in training."""
     trained = trained_differences(state)
     both = [
         (entry.proxy["difference"], trained[entry.id][0])
         for entry in state.entries.values()
         if entry.id in trained and entry.proxy is not None
     ]
-    if len(both) < 3:
-        return Agreement(math.nan, math.nan, math.nan, len(both))
-    points, rng = np.array(both), np.random.default_rng(0)
-    draws = [kendall(points[rng.integers(len(points), size=len(points))]) for _ in range(DRAWS)]
-    draws = [tau for tau in draws if not math.isnan(tau)]
-    low, high = np.quantile(draws, [0.025, 0.975]) if draws else (math.nan, math.nan)
-    return Agreement(kendall(points), float(low), float(high), len(both))
+    return np.array(both).reshape(-1, 2)
 
 
 def kendall(points: np.ndarray) -> float:
-    """points: (n, 2). NaN where one of the two does not vary."""
-    if len(np.unique(points[:, 0])) < 2 or len(np.unique(points[:, 1])) < 2:
-        return math.nan
-    return float(scipy_stats.kendalltau(points[:, 0], points[:, 1]).statistic)
+    """Kendall's tau-b of points (n, 2); NaN where one of the two does not vary. As SciPy's, which
+    takes a hundred times as long for a few points, and there are thousands of draws.
+    """
+    x, y = (np.sign(column[:, None] - column) for column in points.T)
+    size = math.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum() / size) if size else math.nan
 
 
 def proxy_ranks(state: State) -> bool:
     """Whether candidates are promoted by their rank on the proxy: not where training has shown that
     the rank says next to nothing.
     """
-    measured = agreement(state)
-    return not (measured.candidates >= LEAST_FOR_TAU and measured.tau < LEAST_TAU)
+    points = measured_twice(state)
+    return len(points) < LEAST_FOR_TAU or not kendall(points) < LEAST_TAU

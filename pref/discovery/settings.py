@@ -134,7 +134,9 @@ def given(args: argparse.Namespace) -> dict:
     for name in ("model", "data", "task", "features"):
         if values[name]:
             values[name] = as_path(values[name])
-    return {name: value for name, value in values.items() if value not in (None, False)}
+    return {
+        name: value for name, value in values.items() if value is not None and value is not False
+    }
 
 
 def as_path(text: str) -> str:
