@@ -176,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         confirmation.check_count(args.confirm)
     elif args.again:
         raise UserError("--again: only with --confirm")
+    if args.max_hours is not None and not args.max_hours > 0:
+        raise UserError(f"--max_hours {args.max_hours:g}: must be above 0")
     chosen = settings.settle(args)
     args.proposer, args.parameters = list(chosen.proposer), chosen.parameters
     proposer_arguments.check_proposer_arguments(args)

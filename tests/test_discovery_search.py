@@ -619,6 +619,10 @@ def test_another_value_on_a_restart_is_refused_by_name(tmp_path, tiny_model):
         ("--features F --proxy off", "has no effect"),
         ("--confirm 4", "from 1 to 3"),
         ("--again", "only with --confirm"),
+        ("--max_hours 0", "must be above 0"),
+        ("--task nowhere.py", "no such file"),
+        ("--gen_args=--kl", "is for a search with a task"),
+        ("--train_args='", "close what is open"),
     ],
 )
 def test_what_can_be_wrong_is_said_before_anything_begins(given, message, tmp_path, tiny_model):

@@ -96,7 +96,7 @@ def time_line(folder: Path, chosen: Settings) -> str:
     else:
         seconds, basis = assumed_seconds(chosen), "at an assumed speed; start-up not counted"
     devices = commands.gpus()
-    at_a_time = len(devices) or int(os.environ.get("JOBS") or rungs.default_jobs())
+    at_a_time = len(devices) or jobs()
     runs = status.runs_of(chosen, search.plan(chosen))
     hours = hours_text(seconds * runs / at_a_time)
     rounds = hours_text(2 * ROUND_SECONDS * chosen.rounds)
@@ -104,6 +104,14 @@ def time_line(folder: Path, chosen: Settings) -> str:
         f"time: {hours} of training ({hours_text(seconds)} a run, {at_a_time} at a time, {basis}); "
         f"about {rounds} for the proposals and the control, without waiting for models"
     )
+
+
+def jobs() -> int:
+    """Runs at a time on a CPU."""
+    text = os.environ.get("JOBS") or str(rungs.default_jobs())
+    if not (text.isdecimal() and int(text)):
+        raise UserError(f"JOBS={text}: must be a whole number above 0")
+    return int(text)
 
 
 def assumed_seconds(chosen: Settings) -> float:
@@ -122,7 +130,7 @@ def assumed_seconds(chosen: Settings) -> float:
             raise UserError(f"train_pref.py --dry_run: {last.removeprefix('error: ')}")
         tokens = disk.read_json(plan)["tokens"]
     weights = sum(p.numel() for p in shapes_of(chosen.model).parameters())
-    cores = preflight.CORE_TFLOPS * console.usable_cores() / rungs.default_jobs()
+    cores = preflight.CORE_TFLOPS * console.usable_cores() / jobs()
     tflops = preflight.GPU_TFLOPS if commands.gpus() else cores
     return 4 * weights * tokens / (tflops * 1e12)
 

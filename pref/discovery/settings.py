@@ -15,6 +15,7 @@ from pref.discovery import features, seeds
 from pref.files import disk
 from pref.files.console import UserError
 from pref.model import weights
+from pref.sweeping import task_settings
 from pref.training import arguments, schedule
 
 FILE = "settings.json"
@@ -227,19 +228,24 @@ def check(settings: Settings) -> None:
 def check_task(settings: Settings) -> None:
     if settings.task and not Path(settings.task).is_file():
         raise UserError(f"--task {settings.task}: no such file; examples/tasks/ has three")
+    if settings.task:
+        task_settings.check_name(settings.task, Path(settings.task).stem)
     for name in ("task_args", "gen_args"):
         if getattr(settings, name) and not settings.task:
             raise UserError(f"--{name}: is for a search with a task; give --task FILE")
+        check_words(f"--{name}", getattr(settings, name))
+
+
+def check_words(option: str, text: str) -> list[str]:
+    """The arguments in a text. Raises UserError for one that a shell could not read."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: {error}; close what is open") from None
 
 
 def check_train_args(settings: Settings) -> None:
-    try:
-        words = shlex.split(settings.train_args)
-    except ValueError as error:
-        raise UserError(
-            f"--train_args {settings.train_args}: {error}; close what is open"
-        ) from None
-    for word in words:
+    for word in check_words("--train_args", settings.train_args):
         name = word.partition("=")[0].removeprefix("--")
         if name in TAKEN or name in arguments.loss_arguments():
             raise UserError(
