@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pref.analysis import report as pages
 from pref.analysis.report import escape
-from pref.discovery import figures, proposal_cards, report_tables, settings, status
+from pref.discovery import figures, marks, proposal_cards, report_tables, settings, status
 from pref.discovery.archive import SEED, Archive
 from pref.discovery.figures import Drawn
 from pref.discovery.report_data import Candidate, Story, read_story
@@ -107,6 +107,13 @@ def caveats(story: Story) -> list[str]:
             f"The search measured accuracy on {story.pairs} validation pairs: one pair is "
             f"{100 / story.pairs:.1f} points, and differences of a few points are chance."
         )
+    seeds = [one for one in story.candidates if one.gain and one.entry.by == SEED]
+    seed = max(seeds, key=lambda one: one.gain.gain, default=None)
+    if seed and story.ranking and seed.gain.gain > story.ranking[0].gain.gain:
+        found.append(
+            f"Of the losses that the search began with, {clean(seed.label)} gains more than the "
+            f"best of its proposals: {marks.signed(seed.gain.gain)} points over DPO, shrunk."
+        )
     trained = [one for one in story.candidates if one.gain and one.gain.measured == "trained"]
     if len(trained) < 2:
         found.append("Nothing was trained beside DPO: all gains are those of the proxy.")
@@ -138,7 +145,8 @@ def best_html(story: Story) -> str:
         return ""
     best = story.ranking[0]
     command = train_command(story.folder / "best.py", best.label, settings.read(story.folder))
-    grid = f"JUDGE=MODEL bash sweep.sh {story.folder / 'final.grid'}"
+    path = story.folder / "final.grid"
+    grid = f"JUDGE=MODEL bash sweep.sh {path}" if path.is_file() else ""
     return (
         f'<div class="proposal">\n<h4>best.py: {link_html(best)}</h4>\n'
         f'<pre class="wrap">{escape(clean(best.text))}</pre>\n'

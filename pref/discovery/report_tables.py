@@ -167,7 +167,7 @@ def candidate_row(one: Candidate) -> list:
         clean(", ".join(entry.parents)) or None,
         entry.size,
         len(one.copies),
-        (entry.cell or "").replace(",", ", "),
+        (entry.cell or "").replace("-", "\N{NON-BREAKING HYPHEN}").replace(",", ", "),
         clean(formula(one.text)),
     ]
 

@@ -113,7 +113,8 @@ def confirmed_words(id: str, confirmation: dict | None) -> str:
 def train_command(path: Path, label: str, recorded: Settings | None) -> str:
     words = ["python", "train_pref.py"]
     if recorded:
-        words += ["--model", recorded.model, "--data", recorded.data]
+        given = {"--model": recorded.model, "--data": recorded.data}  # "" with features alone
+        words += [word for pair in given.items() if pair[1] for word in pair]
     words += ["--loss_file", f"{path}:{label}"]
     return shlex.join(words) + (f" {recorded.train_args}" if recorded else "")
 
