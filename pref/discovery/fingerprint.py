@@ -117,7 +117,8 @@ def field(loss: Loss, scale: float) -> np.ndarray:
     """The gradient field of a loss, (1210,) float64: see the module's text. A loss without any
     gradient has a field of zeros.
 
-    scale: nats; at least LEAST_SCALE is used. Raises ValueError if a gradient is not finite; range_problem says where.
+    scale: nats; at least LEAST_SCALE is used. Raises ValueError if a gradient is not finite;
+    range_problem says where.
     """
     pairs = grid()
     found, weight = gradients(loss, pairs), weights(pairs, scale)

@@ -36,6 +36,7 @@ SECONDS = 10.0  # of CPU time, for a candidate, or for a seed of the proxy
 PATIENCE = 12  # wall-clock time that a candidate may take, in SECONDS: the machine may be busy
 START_SECONDS = 600.0  # wall-clock; torch may come from a slow disk
 STARTS = 2  # attempts
+MOST_WORKERS = 16  # as many as a round has candidates; each holds torch and the features
 MOST_REPLIED = 1 << 28  # bytes
 # What a worker knows of this process's environment: where its libraries are. Keys are none of it.
 KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")
@@ -52,7 +53,7 @@ class Ended(Exception):
 
 
 class Workers:
-    """`count` worker processes. Use as a context manager.
+    """`count` worker processes, at most MOST_WORKERS. Use as a context manager.
 
     features: of the pairs for `proxy`; None if only `read` is called. settings: see SETTINGS.
     """
@@ -63,7 +64,7 @@ class Workers:
             raise TypeError(f"unknown settings {', '.join(sorted(unknown))}")
         where = None if features is None else str(Path(features).resolve())
         self.settings = SETTINGS | given | {"features": where}
-        self.count = max(1, count)
+        self.count = min(max(1, count), MOST_WORKERS)
         self.workers: list[Worker] = []
 
     def __enter__(self) -> "Workers":
