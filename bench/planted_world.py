@@ -34,7 +34,7 @@ from pref.discovery.features import Part  # noqa: E402
 WIDTH = 512
 SIZES = {"train": 320, "val": 400, "confirm": 2000}
 WRONG, LONGER = 0.2, 5
-SIGNAL, POWER = 2.2, 0.66  # in SDs of the noise along the direction; of the length
+SIGNAL, POWER = 2.4, 0.66  # in SDs of the noise along the direction; of the length
 EASY = 0.3  # of the null world's pairs
 HORIZON = {"steps": "20", "batch": "16", "learning_rate": "3"}
 
