@@ -405,6 +405,19 @@ def test_self_test_finds_what_is_wrong(tmp_path, kind):
         loss_options.FROM_FILES.discard(kind)
 
 
+def test_a_value_that_happens_to_be_almost_0_is_precise_enough():
+    """A hinge just before its kink: float32 rounds 1 - z, whatever is left of it."""
+
+    def hinge_without_reference(pairs, *, beta=0.05):
+        return torch.relu(1 - beta * pairs.delta), {}
+
+    failures = []
+    loss_check.check_precision(hinge_without_reference, [], failures)
+    assert failures == []
+    loss_check.check_precision(lambda pairs: ((pairs.rho + 1e6) - 1e6, {}), [], failures)
+    assert len(failures) == 1
+
+
 def test_the_search_for_the_edge_of_float32_ends_near_0():
     tried = []
     edge = loss_check.overflow_edge(lambda margin: tried.append(margin), outside=-1e4)

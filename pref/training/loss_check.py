@@ -284,7 +284,10 @@ def published_overflow(loss: Callable) -> str:
 def check_precision(loss: Callable, notes: list[str], failures: list[str]) -> None:
     """float32 against float64 on ordinary pairs."""
     single, double = (loss(random_pairs(64, dtype))[0] for dtype in (torch.float32, torch.float64))
-    scale = double.abs().clamp(min=1e-3)
+    # A pair whose loss happens to be almost 0, as just before the kink of a hinge, is compared with
+    # what the others lose.
+    size = double.abs()
+    scale = size.clamp(min=max(1e-3, 0.01 * size.mean().item()))
     worst = ((single.double() - double).abs() / scale).max().item()
     if not worst < FLOAT32_TOLERANCE:
         failures.append(f"float32 differs from float64 by {worst:.1e} (relative) on ordinary pairs")
