@@ -33,6 +33,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     replies = sys.stdout
     os.environ.update(ENVIRONMENT)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends the process, whoever started it
     # 1) What may confine this process, while it has a single thread and can still fork.
     layers = confine.usable(settings["without"])
     # 2) All that is needed later, used once.
