@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
-from pref.discovery.model_proposer import ModelProposer
+from pref.discovery.model_proposer import Job, ModelProposer
 from pref.discovery.proposals import Proposal, View
 from pref.discovery.requests import LOOK_EVERY_S, OutOfBudget
 from pref.files import console
@@ -45,6 +45,21 @@ class Breeding(NamedTuple):
 
     proposals: list[Proposal]  # in order of number; fewer than asked for once all arms have ended
     ended: dict[str, str]  # why a proposer is not asked any more, by name
+
+
+class Asked(NamedTuple):
+    """A proposal to come; with a job if a model is asked for it."""
+
+    future: Future
+    proposer: ModelProposer | None = None
+    job: Job | None = None
+
+    def give_up(self) -> None:
+        """Let it make no further call."""
+        if self.job is not None:
+            self.proposer.requests.stop("the search is ending")
+            if self.future.cancel():
+                self.proposer.cancel(self.job)
 
 
 class Arm(NamedTuple):
@@ -106,59 +121,73 @@ class Arms:
             raise UserError(" ".join(ended.values()))
         arms = [arm_of(name, view) for name in self.proposers if name not in ended]
         fair = self.fair_price(arms, view)
-        waiting: list[Proposal | Future] = []
-        jobs: list[tuple[ModelProposer, object, Future]] = []
         paid = any(isinstance(self.proposers[arm.name], ModelProposer) for arm in arms)
+        asked: list[Asked] = []
         with (
             ThreadPoolExecutor(self.concurrency) as pool,
             console.Progress("asking models", "proposals", enabled=paid) as bar,
         ):
             try:
-                # 2) In order: which arm, its request, room for it under the cap.
+                # 2) In order: which arm, its request, room for it under the cap. Meanwhile the
+                #    threads ask.
                 for number in range(size):
-                    while arms:
-                        arm = choose(arms, fair)
-                        proposer = self.proposers[arm.name]
-                        rng = random.Random(f"{seed}:{round}:{number}")
-                        where = {"round": round, "number": number, "rng": rng}
-                        if not isinstance(proposer, ModelProposer):
-                            waiting.append(proposer.propose(view, **where))
-                            break
-                        try:
-                            job = proposer.prepare(view, **where)
-                        except OutOfBudget as out:
-                            ended[arm.name] = str(out)
-                            arms.remove(arm)
-                            continue
-                        # 3) Meanwhile the threads ask.
-                        future = pool.submit(proposer.finish, job)
-                        future.add_done_callback(lambda _: bar.update())
-                        jobs.append((proposer, job, future))
-                        waiting.append(future)
+                    where = {"round": round, "number": number}
+                    where["rng"] = f"{seed}:{round}:{number}"
+                    one = self.begin(pool, view, arms, ended, fair, where)
+                    if one is None:
                         break
-                    else:
-                        break
-                    arms[arms.index(arm)] = arm._replace(
-                        proposals=arm.proposals + 1,
-                        successes=arm.successes + (arm.rate() if arm.proposals else 0.5),
-                    )
-                # 4) The proposals, in order.
-                self.await_all([future for _, _, future in jobs])
-                found = [one.result() if isinstance(one, Future) else one for one in waiting]
+                    one.future.add_done_callback(lambda _: bar.update())
+                    asked.append(one)
+                # 3) The proposals, in order.
+                self.await_all(asked)
+                return Breeding([one.future.result() for one in asked], ended)
             except BaseException:
                 # No further call begins; those in flight are waited for, and stored.
-                for proposer, job, future in jobs:
-                    proposer.requests.stop("the search is ending")
-                    if future.cancel():
-                        proposer.cancel(job)
-                self.await_all([future for _, _, future in jobs])
+                for one in asked:
+                    one.give_up()
+                self.await_all(asked)
                 raise
-        return Breeding(found, ended)
 
-    def await_all(self, futures: list[Future]) -> None:
+    def begin(
+        self,
+        pool: ThreadPoolExecutor,
+        view: View,
+        arms: list[Arm],
+        ended: dict[str, str],
+        fair: float,
+        where: dict,
+    ) -> Asked | None:
+        """Ask the best of `arms` for a proposal, and count it there; None if all have ended.
+
+        An arm that the cap ends is moved from `arms` to `ended`. where: the arguments of
+        `Proposer.propose`, with the generator's seed in its place.
+        """
+        while arms:
+            arm = choose(arms, fair)
+            proposer = self.proposers[arm.name]
+            given = where | {"rng": random.Random(where["rng"])}
+            try:
+                if isinstance(proposer, ModelProposer):
+                    job = proposer.prepare(view, **given)
+                    one = Asked(pool.submit(proposer.finish, job), proposer, job)
+                else:
+                    one = Asked(Future())
+                    one.future.set_result(proposer.propose(view, **given))
+            except OutOfBudget as out:
+                ended[arm.name] = str(out)
+                arms.remove(arm)
+                continue
+            expected = arm.rate() if arm.proposals else 0.5
+            arms[arms.index(arm)] = arm._replace(
+                proposals=arm.proposals + 1, successes=arm.successes + expected
+            )
+            return one
+        return None
+
+    def await_all(self, asked: list[Asked]) -> None:
         """Wait for all of them, or end the process at a second Ctrl-C."""
         said = False
-        while wait(futures, timeout=LOOK_EVERY_S).not_done:
+        while wait([one.future for one in asked], timeout=LOOK_EVERY_S).not_done:
             if self.stop_level() and not said:
                 print(
                     "stopping: waiting for the calls in flight, to keep their replies; press "
