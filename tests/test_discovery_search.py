@@ -150,12 +150,13 @@ def write_run(folder, name, seed, beta) -> None:
     rows = [
         {
             "id": f"pair{i}",
-            "step": 3,
-            "policy_chosen": margin,
+            "step": step,
+            "policy_chosen": margin if step else 0.0,  # before training all pairs are ties
             "policy_rejected": 0.0,
             "ref_chosen": 0.0,
             "ref_rejected": 0.0,
         }
+        for step in (0, 3)
         for i, margin in enumerate(margins)
     ]
     folder.mkdir(parents=True)

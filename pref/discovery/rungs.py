@@ -8,7 +8,6 @@ of them with more seeds, and DPO is trained with every seed. Who is behind the b
 goes no further, whatever its rank.
 """
 
-import json
 import math
 import os
 import random
@@ -469,7 +468,9 @@ def correct_pairs(path: Path) -> np.ndarray:
     """(pairs,) of 1, 0.5 for a tie, and 0, in the order of val.jsonl. Margins are computed in
     float32, as train_pref.py does, so that a tie stays one.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in disk.read_jsonl(path)]
+    last = max(row["step"] for row in rows)  # the file has the pairs before training too
+    rows = [row for row in rows if row["step"] == last]
     names = ("policy_chosen", "ref_chosen", "policy_rejected", "ref_rejected")
     table = np.array([[row[name] for name in names] for row in rows], dtype=np.float32)
     margin = (table[:, 0] - table[:, 1]) - (table[:, 2] - table[:, 3])
