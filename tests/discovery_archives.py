@@ -62,6 +62,8 @@ SETTINGS = {
     "parameters": None,
     "train_args": "--global_batch 8 --per_device_batch 8 --max_steps 12",
     "task": "",
+    "task_args": "",
+    "gen_args": "",
     "features": "",
     "identity": {},
     "versions": {"pref": "1.3.0"},

@@ -663,8 +663,8 @@ def test_fuzz():
 
 @pytest.mark.slow
 def test_fuzz_long():
-    tried, accepted, compared = fuzz(seed=time.time_ns(), seconds=10, meaning=True)
-    assert tried > 1000 and accepted > 100 and compared > 0.3 * accepted
+    tried, accepted, compared = fuzz(seed=time.time_ns(), seconds=2, meaning=True)
+    assert tried > 100 and accepted > 10 and compared > 0.3 * accepted
 
 
 def test_softplus_by_hand():

@@ -437,7 +437,7 @@ def test_metadata_that_cannot_be_are_refused(tmp_path):
 def test_a_whole_search_without_a_model(worlds, tmp_path):
     worlds.write(tmp_path / "world.safetensors", seed=0, is_null=False)
     command = ["discover.py", tmp_path / "search", "--features", tmp_path / "world.safetensors"]
-    command += ["--max_proposals", 32]
+    command += ["--max_proposals", 16]
     done = run_script(*command)
     assert done.returncode == 0, done.stderr
     archive = (tmp_path / "search" / "archive.jsonl").read_bytes()
