@@ -259,7 +259,10 @@ def test_a_worker_has_no_key_and_ends_with_its_group(simple, monkeypatch):
     assert process.poll() is not None
 
 
-def test_ctrl_c_in_the_caller_does_not_wait_for_the_jobs(simple, tmp_path):
+def test_ctrl_c_in_the_caller_does_not_wait_for_the_jobs(simple, tmp_path, request):
+    # A shell starts a command in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), workers.Workers(1, None) as group:
         assert group.sandbox
