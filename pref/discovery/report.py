@@ -18,7 +18,7 @@ from pref.discovery.archive import SEED, Archive
 from pref.discovery.figures import Drawn
 from pref.discovery.report_data import Candidate, Story, read_story
 from pref.discovery.status import clean
-from pref.discovery.winner import NOT_CONFIRMED, train_command
+from pref.discovery.winner import NOT_CONFIRMED, measured_with, train_command
 from pref.files import disk
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -86,7 +86,7 @@ def best_text(best: Candidate | None) -> str:
     if best is None:
         return "Nothing was measured: the funnel says where the proposals ended."
     gain = best.gain
-    how = "the proxy alone" if gain.measured == "proxy" else f"{gain.seeds} training seeds"
+    how = measured_with(gain)
     return (
         f"The best is {clean(best.label)}: {100 * gain.difference:+.1f} points of accuracy over "
         f"DPO as measured, {100 * gain.gain:+.1f} ± {100 * gain.gain_se:.1f} of it to be expected "

@@ -12,8 +12,10 @@ nothing was better, both files say so.
 import shlex
 from pathlib import Path
 
+from pref.analysis.texts import count_text
 from pref.discovery import estimates, rungs, settings
 from pref.discovery.archive import Archive, State
+from pref.discovery.estimates import Gain
 from pref.discovery.settings import Settings
 from pref.files import disk
 
@@ -73,13 +75,20 @@ def confirmed_better(state: State, confirmation: dict | None) -> list[str]:
 # ---- best.py ------------------------------------------------------------------------------------
 
 
+def measured_with(gain: Gain) -> str:
+    """What a gain rests on, in words."""
+    if gain.measured == "trained":
+        return count_text(gain.seeds, "training seeds")
+    return "the proxy alone"
+
+
 def best_text(
     folder: Path, archive: Archive, id: str, confirmation: dict | None, recorded: Settings | None
 ) -> str:
     """The program with a comment above: what is known of it, and how to train with it."""
     state = archive.state()
     entry, gain = state.entries[id], estimates.gains(state)[id]
-    how = f"{gain.seeds} training seeds" if gain.measured == "trained" else "the proxy alone"
+    how = measured_with(gain)
     lines = [
         f"{entry.label}: the best of {len(state.entries)} candidates of {folder}.",
         f"In the search ({how}): {signed(gain.difference)} +- {100 * gain.se:.1f} points of "
