@@ -1,14 +1,14 @@
 """A study whose truth is known, with the stages as a user runs them: what does the report say?
 
     python bench/null_study.py OUT --model quickstart/SmolLM2-135M-Instruct
-    python bench/null_study.py OUT --model ... --task examples/tasks/sentiment.py --steps 16
+    python bench/null_study.py OUT --model ... --task examples/tasks/brevity.py --steps 32
 
 Pairs come from the model's own answers to a task's train questions; three losses train on them with
-three seeds each; answers to other questions are scored by the task's program.
+as many seeds each; answers to other questions are scored by the task's program.
 
-    dpo          seeds 1, 2, 3
-    dpo_again    the same loss by another name, seeds 4, 5, 6: that it differs must not be found
-    noisy_dpo    seeds 1, 2, 3; two labels in five are wrong (null_losses.py): to be found worse
+    dpo          seeds 1, 2, ...
+    dpo_again    the same loss by another name, other seeds: that it differs must not be found
+    noisy_dpo    seeds 1, 2, ...; two labels in five are wrong (null_losses.py): to be found worse
 
 Prints the opening statement, what is said of each comparison with dpo, and the claims, which are
 stated here before anything is trained. Exits with 1 if a difference is found that is not there, or
@@ -27,7 +27,6 @@ from pref.files import disk
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = Path(__file__).with_name("null_losses.py")
-SEEDS = {"dpo": (1, 2, 3), "dpo_again": (4, 5, 6), "noisy_dpo": (1, 2, 3)}
 TRAIN = "--global_batch 8 --per_device_batch 8 --lora_r 16 --lora_dropout 0"
 METRIC = "task"
 
@@ -44,6 +43,12 @@ CLAIMS = [
         "planted", "DPO scores higher than on labels of which 40 % are wrong.", "dpo", "noisy_dpo"
     ),
 ]
+
+
+def seeds_of(number: int) -> dict:
+    """The seeds of each loss: DPO by another name has its own."""
+    first, others = range(1, number + 1), range(number + 1, 2 * number + 1)
+    return {"dpo": first, "dpo_again": others, "noisy_dpo": first}
 
 
 class Stages:
@@ -73,17 +78,19 @@ def study(args: argparse.Namespace) -> dict:
     name, judge, model = task.stem, f"py:{task}", args.model.resolve()
     answers = ["--max_new_tokens", str(args.tokens)]
 
-    # 1) Questions, the model's own answers to those to train on, and pairs of them.
+    # 1) Questions, the model's own answers to those to train on, and pairs of them. Once there are
+    #    pairs this is over: gen_mtbench.py would have every run answer these questions too.
     numbers = f"--num_train {args.train_questions} --num_test {args.test_questions}"
     stages.run("prep_data.py", "--task", task, numbers)
     base = [results, "--base --model", model]
-    stages.run("gen_mtbench.py", *base, f"--bench {name}_train --num_choices 4", *answers)
-    stages.run("judge.py", results, f"--bench {name}_train --judge", judge)
     pairs = results / "base" / f"{name}_train"
-    stages.run("prep_data.py", "--from_answers", pairs, "--min_margin 0.1 --val_fraction 0.2")
+    if not (out / pairs / "pairs" / "manifest.json").exists():
+        stages.run("gen_mtbench.py", *base, f"--bench {name}_train --num_choices 4", *answers)
+        stages.run("judge.py", results, f"--bench {name}_train --judge", judge)
+        stages.run("prep_data.py", "--from_answers", pairs, "--min_margin 0.1 --val_fraction 0.2")
 
     # 2) The runs.
-    for loss, seeds in SEEDS.items():
+    for loss, seeds in seeds_of(args.seeds).items():
         which = ["--loss dpo"] if loss == "dpo" else ["--loss_file", f"{LOSSES}:{loss}"]
         for seed in seeds:
             steps = f"--max_steps {args.steps} --eval_steps {args.steps} --seed {seed}"
@@ -141,11 +148,12 @@ def main() -> None:
     add("out", type=Path, metavar="OUT", help="folder for data and results")
     add("--model", type=Path, required=True, help="folder of a chat model")
     add("--task", type=Path, default=ROOT / "examples/tasks/sentiment.py", metavar="FILE")
-    add("--steps", type=int, default=8, help="optimiser steps of 8 pairs (default: 8)")
+    add("--steps", type=int, default=16, help="optimiser steps of 8 pairs (default: 16)")
+    add("--seeds", type=int, default=4, help="of each loss (default: %(default)s)")
     add("--learning_rate", type=float, default=1e-3, metavar="LR", help="(default: %(default)s)")
     add("--tokens", type=int, default=24, help="longest answer (default: 24)")
-    add("--train_questions", type=int, default=80, help="(default: 80)")
-    add("--test_questions", type=int, default=64, help="(default: 64)")
+    add("--train_questions", type=int, default=160, help="(default: 80)")
+    add("--test_questions", type=int, default=96, help="(default: 64)")
     wrong = tell(study(parser.parse_args()))
     print(
         "\n" + ("; ".join(wrong) or "As it should be: the planted difference is found, no other.")
