@@ -1,6 +1,7 @@
 """The report of a search: what it says first, what it shows, and that nothing in it can run."""
 
 import csv
+import html
 import json
 import re
 
@@ -256,6 +257,40 @@ def test_final_grid_has_the_runs_of_the_confirmation(search):
     settings = grid.read_grid(search / "final.grid")
     assert settings["RESULTS"] == str(search / "confirmation")
     assert settings["SEEDS"] == "201 202 203 204 205" and settings["BETAS_dpo"] == "0.2"
+
+
+def test_with_a_task_gains_are_of_its_score_and_final_grid_asks_it(
+    tmp_path, fast_disk, monkeypatch
+):
+    monkeypatch.setattr(report.figures, "draw_all", lambda *a: {})
+    folder = write_archive(tmp_path / "first", 20, confirmed=False, trained=3)
+    recorded = json.loads((folder / "settings.json").read_text())
+    recorded |= {"task": "examples/tasks/brevity.py", "task_args": "--num_test 8"}
+    (folder / "settings.json").write_text(json.dumps(recorded))
+    events = [json.loads(line) for line in (folder / "archive.jsonl").read_text().splitlines()]
+    trained = [event for event in events if event["event"] == "trained"]
+    for event in trained:
+        gaps = [0.0, 0.0] if event["id"] == "p0001" else [0.25, 0.35]
+        event["task"] = {"score": 0.625, "kl": 3.25, "gaps": gaps}
+    trained[-1]["task"]["gaps"] = None
+    text = "".join(json.dumps(event) + "\n" for event in events)
+    (folder / "archive.jsonl").write_text(text)
+    archive = Archive.read(folder)
+    page = report.write_report(folder, archive).read_text()
+    assert "points of brevity's score at equal KL over DPO as measured" in html.unescape(page)
+    table = page.split("Task: brevity</h3>")[1].split("</table>")[0]
+    assert ">0.625<" in table and ">3.25<" in table and ">0.300<" in table
+    winner.write(folder, archive)
+    values = grid.read_grid(folder / "final.grid")
+    assert values["TASK"] == "examples/tasks/brevity.py"
+    assert values["TASK_ARGS"] == "--seed 7001 --num_test 8" and values["GEN_ARGS"] == "--kl"
+    assert "brevity's score at equal KL over dpo" in (folder / "best.py").read_text()
+    asked = {"candidates": [], "seeds": [201], "dpo_beta": 0.2}
+    (folder / "confirmation.json").write_text(json.dumps(asked))
+    winner.write(folder, archive)
+    values = grid.read_grid(folder / "final.grid")
+    assert values["TASK_ARGS"] == "--seed 7002 --num_test 8"
+    assert values["BENCH_DATA"] == str(folder / "fresh_task")
 
 
 def test_best_is_not_written_from_a_file_that_was_changed(search):

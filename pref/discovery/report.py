@@ -58,7 +58,7 @@ def page_parts(story: Story, drawn: dict[str, Drawn]) -> dict[str, str]:
         "losses": show("curves"),
         "belief": show("agreement", "confirmation") + report_tables.control_html(story),
         "funnel": show("funnel", "cells") + report_tables.funnel_html(story),
-        "table": report_tables.candidates_html(story),
+        "table": report_tables.task_html(story) + report_tables.candidates_html(story),
         "proposals": proposal_cards.cards_html(story),
     }
 
@@ -70,7 +70,10 @@ def opening(story: Story) -> dict:
     """The confirmation's verdict in words, or that there is none; then the best of the search."""
     best = story.ranking[0] if story.ranking else None
     if not story.confirmation:
-        return {"sentences": [f"{NOT_CONFIRMED}.", best_text(best)], "verdict": "not confirmed"}
+        return {
+            "sentences": [f"{NOT_CONFIRMED}.", best_text(story, best)],
+            "verdict": "not confirmed",
+        }
     verdict = clean(story.confirmation["verdict"]).rstrip(".")
     words = [row["word"] for row in story.confirmation["candidates"]]
     word = next((word for word in ("better", "worse", "undecided") if word in words), "equivalent")
@@ -81,14 +84,14 @@ def opening(story: Story) -> dict:
     return {"sentences": [f"{verdict}."], "verdict": BADGES.get(word, word)}
 
 
-def best_text(best: Candidate | None) -> str:
+def best_text(story: Story, best: Candidate | None) -> str:
     """The best of the search by shrunk gain, in a sentence."""
     if best is None:
         return "Nothing was measured: the funnel says where the proposals ended."
     gain = best.gain
-    how = measured_with(gain)
+    how, unit = measured_with(gain), settings.unit_of(gain, settings.read(story.folder))
     return (
-        f"The best is {clean(best.label)}: {100 * gain.difference:+.1f} points of accuracy over "
+        f"The best is {clean(best.label)}: {100 * gain.difference:+.1f} {unit} over "
         f"DPO as measured, {100 * gain.gain:+.1f} ± {100 * gain.gain_se:.1f} of it to be expected "
         f"again ({how})."
     )

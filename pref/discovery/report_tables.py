@@ -1,11 +1,14 @@
 """The tables of a search's report: confirmation, random control, funnel, candidates."""
 
+import math
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import fmean
 
 from pref.analysis import report as pages
 from pref.analysis.report import escape
-from pref.discovery import estimates, figures
+from pref.discovery import estimates, figures, settings
 from pref.discovery.archive import SEED
 from pref.discovery.proposal_cards import formula
 from pref.discovery.report_data import Candidate, Story
@@ -130,25 +133,60 @@ def kind_of(why: str) -> str:
     return re.sub(r"(?<![\w.])[-+]?\d[\d.,]*(e[-+]?\d+)?", "n", why)
 
 
+# ---- the task -----------------------------------------------------------------------------------
+
+
+def task_html(story: Story) -> str:
+    """With --task: score and KL of each candidate that was trained, means over its seeds."""
+    rows = []
+    for one in story.candidates:
+        runs = [run["task"] for run in one.entry.runs.values() if "task" in run]
+        if not runs:
+            continue
+        gaps = [fmean(run["gaps"]) for run in runs if run["gaps"] is not None]
+        row = [one.id, clean(one.entry.name), len(runs), fmean(run["score"] for run in runs)]
+        row += [fmean(run["kl"] for run in runs), fmean(gaps) if gaps else None]
+        rows.append([*row, len(runs) - len(gaps)])
+    if not rows:
+        return ""
+    headers = ["id", "name", "seeds", "score", "KL, nats an answer", "over DPO at equal KL"]
+    headers += ["seeds beyond DPO's KL"]
+    rows.sort(key=lambda row: math.inf if row[5] is None else -row[5])
+    note = (
+        "What the search selected trained candidates by: the score minus that of DPO, trained with "
+        "half, once and twice the learning rate, at the candidate's own KL. Nothing is "
+        "extrapolated: where DPO does not reach the KL, there is no difference."
+    )
+    name = Path(story.settings.get("task") or "task").stem
+    table = section(f"Task: {name}", note, headers, rows, digits=[None] * 3 + [3, 2, 3, None])
+    return linked(table)
+
+
 # ---- candidates ---------------------------------------------------------------------------------
 
 
 def candidates_html(story: Story) -> str:
     """Every candidate that was measured, the best first."""
-    ranked = story.ranking
+    ranked, recorded = story.ranking, settings.read(story.folder)
     others = [one for one in story.candidates if one.gain and one not in ranked]
     if not ranked + others:
         return pages.none_html("No candidate was measured.")
     headers = ["id", "name", "shrunk gain", "its SE", "gain as measured", "seeds trained", "proxy"]
     headers += ["by", "parents", "size", "copies refused", "cell", "formula"]
     rows = [candidate_row(one) for one in ranked + others]
+    units = dict.fromkeys(settings.unit_of(x.gain, recorded) for x in ranked + others)
     note = (
-        "Gains over DPO in points of accuracy, on the pairs that the search selected on; the "
-        "proxy's with its SE. Copies: proposals that were refused because they behave as this one."
+        f"Gains over DPO, in {' or, if not trained, in '.join(units)}: on what the search selected "
+        "on; the proxy's with its SE. Copies: proposals that were refused because they behave as "
+        "this one."
     )
     digits = [None, None, 1, 1, 1, *[None] * 8]
     table = section("Measured candidates", note, headers, rows, digits=digits)
-    # An id that fills a cell leads to its proposal.
+    return linked(table)
+
+
+def linked(table: str) -> str:
+    """An id that fills a cell leads to its proposal."""
     return re.sub(r">(p\d{4,9})</td>", r'><a href="#\1">\1</a></td>', table)
 
 

@@ -104,6 +104,13 @@ class Settings(NamedTuple):
         return schedule.number_of_steps(self.training(), pairs)
 
 
+def unit_of(gain, settings: Settings | None) -> str:
+    """What an estimates.Gain is counted in. Gains on the proxy are always of accuracy."""
+    if settings and settings.task and gain.measured == "trained":
+        return f"points of {Path(settings.task).stem}'s score at equal KL"
+    return "points of accuracy"
+
+
 # ---- from arguments -----------------------------------------------------------------------------
 
 

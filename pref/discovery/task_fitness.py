@@ -29,7 +29,8 @@ from pref.files import mt_bench
 from pref.files.console import UserError
 
 RATES = (0.5, 1.0, 2.0)
-SEED = 7001  # of the questions
+# Of the questions: those of the search, and those that the confirmation's runs answer.
+SEED, FRESH_SEED = 7001, 7002
 DIGITS = 6
 
 
@@ -40,15 +41,23 @@ class Result(NamedTuple):
     kl: dict[int, float]  # nats an answer
 
 
+def question_lines(settings: Settings, folder: Path, are_fresh: bool = False) -> dict[str, str]:
+    """Lines of a grid file for answers to the task's questions: the search's own, or fresh ones."""
+    seed, place = (FRESH_SEED, "fresh_task") if are_fresh else (SEED, "task")
+    return {
+        "TASK": settings.task,
+        "TASK_ARGS": f"--seed {seed} {settings.task_args}".strip(),
+        "BENCH_DATA": str(folder / place),
+        "GEN_ARGS": f"--kl {settings.gen_args}".strip(),
+    }
+
+
 def grid_lines(settings: Settings, folder: Path) -> dict[str, str]:
     """What a grid file needs besides, with the learning rate as an axis."""
     rate = settings.training().learning_rate
     return {
-        "TASK": settings.task,
-        "TASK_ARGS": f"--seed {SEED} {settings.task_args}".strip(),
-        "BENCH_DATA": str(folder / "task"),
+        **question_lines(settings, folder),
         "STAGES": "train gen judge",
-        "GEN_ARGS": f"--kl {settings.gen_args}".strip(),
         "LRS": f"{rate:g}",
         "LRS_dpo": " ".join(f"{rate * factor:g}" for factor in RATES),
         "TRAIN_ARGS": shlex.join(without_rate(settings.given_train_args())),

@@ -6,14 +6,15 @@
 Until the confirmation, the best is the one of the search's own ranking, and final.grid has the runs
 of the search: data/<name>/val.jsonl stays unread. Afterwards, it is what the confirmation calls
 better than DPO, and the grid has the confirmation's runs, which sweep.sh does not train again. If
-nothing was better, both files say so.
+nothing was better, both files say so. With --task, the runs of final.grid answer its questions;
+after the confirmation, which is about accuracy on pairs, these are questions the search never saw.
 """
 
 import shlex
 from pathlib import Path
 
 from pref.analysis.texts import count_text
-from pref.discovery import estimates, rungs, settings
+from pref.discovery import estimates, rungs, settings, task_fitness
 from pref.discovery.archive import Archive, State
 from pref.discovery.estimates import Gain
 from pref.discovery.settings import Settings
@@ -88,11 +89,11 @@ def best_text(
     """The program with a comment above: what is known of it, and how to train with it."""
     state = archive.state()
     entry, gain = state.entries[id], estimates.gains(state)[id]
-    how = measured_with(gain)
+    how, unit = measured_with(gain), settings.unit_of(gain, recorded)
     lines = [
         f"{entry.label}: the best of {len(state.entries)} candidates of {folder}.",
-        f"In the search ({how}): {signed(gain.difference)} +- {100 * gain.se:.1f} points of "
-        f"accuracy over dpo, of which {signed(gain.gain)} can be expected again.",
+        f"In the search ({how}): {signed(gain.difference)} +- {100 * gain.se:.1f} {unit} "
+        f"over dpo, of which {signed(gain.gain)} can be expected again.",
         f"Confirmation: {confirmed_words(id, confirmation)}",
         "",
         train_command(folder / "best.py", entry.label, recorded),
@@ -163,5 +164,7 @@ def grid_text(
         "STAGES": STAGES,
         "TRAIN_ARGS": shlex.join(recorded.given_train_args()),
     }
+    if recorded.task:
+        lines |= task_fitness.question_lines(recorded, folder, are_fresh=bool(confirmation))
     body = "".join(f"{name:<10} {value}\n" for name, value in lines.items())
     return f"# {head} Written by discover.py {ascii_line(str(folder))}\n{body}"
