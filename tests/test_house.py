@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "gen_mtbench": ("files", "model", "answering"),
     "judge": ("files", "model", "judging"),
     "analyze": ("files", "analysis"),
+    "export": ("files", "model"),
     "sweeping": ("files", "model", "training", "answering", "judging", "losses", *STAGES),
     "discovery": ("files", "model", "training", "analysis", "sweeping", "losses", "judging"),
     "discover": (
@@ -33,10 +34,10 @@ MAY_IMPORT = {
     ),
 }
 # A user may keep scripts of their own at the top; these are not looked at.
-SCRIPTS = [ROOT / f"{name}.py" for name in (*STAGES, "losses")]
+SCRIPTS = [ROOT / f"{name}.py" for name in (*STAGES, "losses", "export")]
 SOURCES = sorted([*SCRIPTS, *ROOT.glob("pref/**/*.py")])
 MAX_LINES = 600
-COMMANDS = (*STAGES, "losses", "pref/sweeping/__main__")
+COMMANDS = (*STAGES, "losses", "export", "pref/sweeping/__main__")
 
 
 def name_of(path) -> str:
