@@ -57,6 +57,7 @@ from pref.judging import (
     arguments,
     batch,
     benchmarks,
+    call_arguments,
     calls,
     costs,
     items,
@@ -98,7 +99,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_own_arguments(parser)
     arguments.add_cost_arguments(parser.add_argument_group("what it may cost").add_argument)
-    arguments.add_call_arguments(parser.add_argument_group("how calls are made").add_argument)
+    add = parser.add_argument_group("how calls are made").add_argument
+    add("--retry_failed", action="store_true", help="also repeat requests that failed earlier")
+    call_arguments.add_call_arguments(add, timeout_s=600.0)
     args = parser.parse_args(argv)
     arguments.check_args(args)
     return args

@@ -12,7 +12,7 @@ from pref.discovery.model_calls import Model
 from pref.discovery.model_proposer import ModelProposer
 from pref.discovery.requests import Requests
 from pref.files.console import UserError
-from pref.judging import costs
+from pref.judging import call_arguments, costs
 from pref.judging.arguments import json_object
 from pref.judging.identity import TOKEN_LIMITS, server_address
 from pref.model import server
@@ -38,16 +38,7 @@ def add_proposer_arguments(parser: argparse.ArgumentParser) -> None:
     each = "; one number, or one for each model of --proposer"
     add("--price_in", **prices, help=f"dollars per million prompt tokens{each}")
     add("--price_out", **prices, help=f"dollars per million completion tokens{each}")
-    add("--rpm", type=float, help="calls per minute at most (default: no limit)")
-    add("--concurrency", type=int, default=8, help="calls in flight at a time (default 8)")
-    add("--timeout_s", type=float, default=300.0, help="seconds to wait for a reply (default 300)")
-    add(
-        "--max_retries",
-        type=int,
-        default=5,
-        help="tries after the first, with growing pauses, after HTTP 408, 409, 429, 5xx or a lost "
-        "connection (default 5)",
-    )
+    call_arguments.add_call_arguments(add, timeout_s=300.0)
     add(
         "--parameters",
         type=json_object,
@@ -77,13 +68,7 @@ def check_proposer_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--proposer {name}: {SMALL_LETTERS}")
         if args.proposer.count(name) > 1:
             raise UserError(f"--proposer {name}: given twice")
-    for name, least in {"concurrency": 1, "max_retries": 0}.items():
-        if (value := getattr(args, name)) < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
-    if not args.timeout_s > 0:
-        raise UserError(f"--timeout_s {args.timeout_s}: must be above 0")
-    if args.rpm is not None and not 0 < args.rpm < math.inf:
-        raise UserError(f"--rpm {args.rpm}: must be above 0")
+    call_arguments.check_call_arguments(args)
     if not models:
         for name in ("base_url", "max_usd", "price_in", "price_out", "parameters", "rpm"):
             if getattr(args, name) is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pref.files import tasks
 from pref.files.benchmarks import name_of
 from pref.files.console import UserError
-from pref.judging import bench_folder, benchmarks, costs, human_votes, judges
+from pref.judging import bench_folder, benchmarks, call_arguments, costs, human_votes, judges
 from pref.judging.identity import TOKEN_LIMITS
 from pref.judging.judges import LOCAL, PROGRAM, SCORE, SCORE_KINDS, SERVER
 from pref.judging.reading import FIRST, MIN_RATING_MASS
@@ -167,20 +167,6 @@ def add_cost_arguments(add: Callable) -> None:
     add("--price_out", type=float, help="dollars per million completion tokens")
 
 
-def add_call_arguments(add: Callable) -> None:
-    add("--retry_failed", action="store_true", help="also repeat requests that failed earlier")
-    add("--rpm", type=float, help="calls per minute at most (default: no limit)")
-    add("--concurrency", type=int, default=8, help="calls in flight at a time (default 8)")
-    add("--timeout_s", type=float, default=600.0, help="seconds to wait for a reply (default 600)")
-    add(
-        "--max_retries",
-        type=int,
-        default=5,
-        help="tries after the first, with growing pauses, after HTTP 408, 409, 429, 5xx, a timeout "
-        "or a lost connection (default 5)",
-    )
-
-
 def json_object(text: str) -> dict:
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -208,13 +194,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--requests: only with --dry_run")
     if len(files := imported(args)) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in files)}: give one of them")
-    for name, least in {"concurrency": 1, "max_tokens": 1, "repeats": 1, "max_retries": 0}.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
-    if not args.timeout_s > 0:
-        raise UserError(f"--timeout_s {args.timeout_s}: must be above 0")
-    if args.rpm is not None and not 0 < args.rpm < math.inf:
-        raise UserError(f"--rpm {args.rpm}: must be above 0")
+    call_arguments.check_least(args, max_tokens=1, repeats=1)
+    call_arguments.check_call_arguments(args)
     if args.parameters is not None:
         check_parameters(args.parameters)
     check_money(args)
