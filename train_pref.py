@@ -40,6 +40,7 @@ from pref.training import (
     assembly,
     checkpoint,
     gates,
+    hardware,
     loss_options,
     plan,
     reference,
@@ -363,8 +364,9 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
     if args.dry_run is None:
         run_folder.check_computed_as_before(folder, architecture.read(args.model))
     packing = settings.packing_of(args, tokenizer.pad_token_id)
-    planned = plan.of_run(settings.as_begun(args, folder), pairs["train"], packing, ranks)
-    args = planned.args
+    begun = settings.as_begun(args, folder)
+    planned = plan.of_run(begun, pairs["train"], packing, ranks, pairs["val"])
+    args, packing = planned.args, planned.packing
     if args.dry_run is not None:
         plan.show(planned, ranks)
         return 0
@@ -510,8 +512,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_folder.print_status(args.status)
     ranks = init_ranks()
     command = run_folder.start_command(sys.argv[1:] if argv is None else argv, ranks)
-    if args.dry_run:
-        ranks = ranks._replace(world=args.dry_run)
+    ranks = hardware.planned_ranks(args, ranks)
     with Stop(ranks) as stop:
         code = train(args, ranks, stop, command)
     # Not after an error: the other ranks may wait in a collective that this one will never join.

@@ -23,8 +23,9 @@ from pref.model.attention import block_mask, branch_attention
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, TargetLogps, logps_of, slopes_of, sum_by_row
 from pref.model.packing import Packing, fill_bins, layout_rows, make_batch, share_out
-from pref.training import arguments, plan, schedule
-from pref.training.plan import load_of, shapes_of
+from pref.training import arguments, memory, schedule
+from pref.training.memory import shapes_of
+from pref.training.plan import load_of
 from pref.training.reference import reference_key
 
 LAYOUTS = {
@@ -169,7 +170,7 @@ def test_meta_device_counts_what_a_step_keeps(tiny_model, val_pairs):
     args = arguments.parse_args(
         ["--model", str(tiny_model), "--dtype", "float32", "--lora_r", "4", "--lora_dropout", "0"]
     )
-    kept = plan.kept_bytes(args)
+    kept = memory.kept_bytes(args)
     measured = (kept_bytes(policy, batch) - weights) / batch.tokens
     assert sum(kept.layers) + kept.rest == pytest.approx(measured, rel=0.1)
 
@@ -533,7 +534,9 @@ def test_shapes_without_weights(tiny_model):
     """The plan counts the model's own size, and every layer's activations."""
     whole = shapes_of(str(tiny_model))
     assert all(p.is_meta for p in whole.parameters()) and len(whole.model.layers) == 2
-    kept = plan.kept_bytes(arguments.parse_args(["--model", str(tiny_model), "--dtype", "float32"]))
+    kept = memory.kept_bytes(
+        arguments.parse_args(["--model", str(tiny_model), "--dtype", "float32"])
+    )
     # The first layer's input needs no gradient: nothing before it is trained.
     assert 0 < kept.rest < kept.layers[0] < kept.layers[1]
 

@@ -52,7 +52,7 @@ NOT_SETTINGS = {
     *("reference", "per_device_batch", "world_size", "shard", "checkpointing", "compile"),
     *("tokens_per_microbatch", "prefix_sharing", "packing", "save_steps", "couples_batch"),
     # What was planned or counted.
-    *("planned_gib", "planned_steps", "truncated_prompts", "truncated_responses"),
+    *("planned_gib", "planned_steps", "truncated_prompts", "truncated_responses", "eval_every"),
     *("merged_boundaries", "dropped_pairs", "template_date", "template_thoughts"),
 }
 CURVE_KEYS = (

@@ -26,7 +26,7 @@ from pref.files import console, disk
 from pref.files.console import UserError
 from pref.sweeping import commands, preflight
 from pref.sweeping.status import hours_text
-from pref.training.plan import shapes_of
+from pref.training.memory import shapes_of
 
 # Standard deviations of a difference in accuracy to DPO, measured on the proxy with real pairs:
 # between pairs, for a close relative and for another family; and of what is left in one run.

@@ -124,10 +124,10 @@ TAKEN_LOSSES = words(
 # Arguments of train_pref.py, which a parameter of a loss cannot be called.
 TAKEN_ARGUMENTS = words(
     """append_eos beta_mix_lr checkpointing compile data discopop_form dry_run dtype epochs
-    eval_steps global_batch help init_adapter kl learn_beta_mix learning_rate logp lora_alpha
-    lora_dropout lora_r lora_targets loss loss_file margin max_bad_pairs max_grad_norm max_length
-    max_nonfinite
-    max_steps mode model packing per_device_batch plan_json prefix_sharing quant reference
+    eval_steps global_batch gpu gpu_gib help init_adapter kl learn_beta_mix learning_rate logp
+    lora_alpha lora_dropout lora_r lora_targets loss loss_file margin max_bad_pairs max_grad_norm
+    max_length max_nonfinite max_steps mfu mode model packing per_device_batch plan_json
+    prefix_sharing quant reference
     reference_model report_to results_dir round run_id save_steps score score_alpha
     score_masked_log score_smoothing seed shard status tokens_per_microbatch truncation
     warmup_ratio weight_decay"""

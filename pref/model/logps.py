@@ -141,20 +141,23 @@ class ResponseLogps(nn.Module):
     def backbone(self) -> nn.Module:
         return architecture.backbone_of(self.causal[0])
 
-    def prepare_layers(self, compiled: bool, checkpointed: bool) -> None:
+    def prepare_layers(self, compiled: bool, checkpointed: bool, first: int | None = None) -> None:
         """Apply torch.compile and activation checkpointing, layer by layer.
+
+        first: checkpoint only the first so many layers. The others' activations are free by the
+        time that these are recomputed.
 
         One compiled graph then serves all layers and any number of tokens. Both are set on the
         layers' `forward`, not on the modules, so that FSDP's hooks stay outside of the graph.
         transformers' own checkpointing is not used: it moved from `__call__` into `forward`, where
         it would be compiled away.
         """
-        for layer in decoder_layers(self):
+        for number, layer in enumerate(decoder_layers(self)):
             if compiled:
                 # Not dynamic=True: under FSDP the size of a head would become a variable too, and
                 # the code for it scalar.
                 layer.forward = torch.compile(layer.forward)
-            if checkpointed:
+            if checkpointed and (first is None or number < first):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if compiled:
             self.head_functions = tuple(torch.compile(f, dynamic=True) for f in self.head_functions)

@@ -24,7 +24,7 @@ from pref.judging import benchmarks, costs, judges, server_judge
 from pref.model import server
 from pref.sweeping import commands, grid, rounds, status
 from pref.sweeping.grid import Point, Study
-from pref.training.plan import shapes_of
+from pref.training.memory import shapes_of
 
 # Assumed training speeds, until a run of the grid has been measured. Per core: half of the
 # 0.17 TFLOP/s (0.083 of 2.07) that bench/README.md has for two cores.

@@ -13,7 +13,7 @@ from pathlib import Path
 from losses import COUPLES_BATCH, LOSSES, NEEDS_TWO_PAIRS
 from pref.files import disk
 from pref.files.console import UserError
-from pref.training import loss_check, loss_options
+from pref.training import hardware, loss_check, loss_options, schedule
 from pref.training.declaration import ABOVE_0, BELOW_1, Argument, Range
 from pref.training.schedule import TRIAL_STEPS
 
@@ -28,6 +28,14 @@ SHARE = Range(lambda x: 0 <= x <= 1, "a share from 0 to 1")
 STEPS = Range(lambda x: x >= 0, "0 (epochs decide) or more")
 LENGTHS = Range(lambda x: x >= 16, "at least 16 tokens")
 AUTO = ("auto", "on", "off")
+
+
+def layers_to_recompute(text: str) -> str:
+    """A value of --checkpointing. Raises what argparse expects for another text."""
+    if text in AUTO or text.isdecimal() and int(text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r}: must be auto, on, off or a number of layers")
+
 
 # A row: name, type or choices, default, facts about it, and the help text with the unit. Rows are
 # in the order of --help, and tags appear in the run id in this order.
@@ -57,6 +65,16 @@ RUN = (
     ),
     Argument("plan_json", Path, affects="session", options={"metavar": "FILE"}).describe(
         "with --dry_run: write the plan to this file as JSON"
+    ),
+    Argument("gpu", tuple(hardware.CARDS), affects="session", options={"metavar": "CARD"}).describe(
+        "with --dry_run: plan for this card, which need not be here: " + ", ".join(hardware.CARDS)
+    ),
+    Argument("gpu_gib", float, range=ABOVE_0, affects="session").describe(
+        "with --dry_run: plan for cards with this memory, GiB"
+    ),
+    Argument("mfu", float, range=RATES, affects="session").describe(
+        "with --dry_run: share of the card's dense bf16 peak that training reaches, for the hours "
+        f"(default {hardware.MFU:g}; recomputation is added)"
     ),
     Argument("seed", int, 42, range=SEEDS).describe("LoRA initialisation, order of pairs, dropout"),
     Argument("save_steps", int, 20, range=ABOVE_0, affects="speed").describe(
@@ -120,9 +138,11 @@ OPTIMISATION = (
     Argument("max_grad_norm", float, 1.0, range=NORMS, tag="clip").describe(
         "L2 norm that the gradient of a step is clipped to (0: no clipping)"
     ),
-    Argument("eval_steps", int, 20, range=STEPS).describe(
+    Argument("eval_steps", int, range=STEPS).describe(
         "optimiser steps between evaluations; each epoch also ends with one (0: only after the "
-        "last step, whose adapter is then kept, not the best one's)"
+        "last step, whose adapter is then kept, not the best one's; default: at least "
+        f"{schedule.EVALUATION_STEPS}, more where evaluation would take "
+        f"{schedule.EVALUATION_SHARE:.0%}% of the run)"
     ),
     Argument("max_nonfinite", int, 10, range=ABOVE_0).describe(
         "consecutive non-finite steps that end the run"
@@ -162,11 +182,19 @@ MODEL = (
     Argument("shard", ("adapters", "full"), "adapters", affects="speed").describe(
         "what FSDP2 shards over ranks: the adapters alone, or the frozen base too"
     ),
-    Argument("checkpointing", AUTO, "auto", affects="kernel").describe(
-        "recompute activations: slower, much less memory; auto: if the plan would fill the device"
+    Argument(
+        "checkpointing",
+        layers_to_recompute,
+        "auto",
+        affects="kernel",
+        options={"metavar": "{auto,on,off,LAYERS}"},
+    ).describe(
+        "recompute activations, of all layers or of the first LAYERS: slower, much less memory; "
+        "auto: if the plan would fill the device, on CUDA of as many layers as needed"
     ),
-    Argument("tokens_per_microbatch", int, 0, range=BUDGETS, affects="speed").describe(
-        "tokens per micro-batch that pairs are packed up to (0: per_device_batch * max_length)"
+    Argument("tokens_per_microbatch", int, 0, range=BUDGETS, affects="kernel").describe(
+        "tokens per micro-batch that pairs are packed up to (0: per_device_batch * max_length, on "
+        "CUDA less where that saves recomputing)"
     ),
     Argument("prefix_sharing", ("on", "off"), "on", affects="kernel").describe(
         "compute the prompt once per pair, or once per response"
@@ -175,7 +203,8 @@ MODEL = (
         "lay rows end to end, or pad them to the longest"
     ),
     Argument("compile", AUTO, "auto", affects="kernel").describe(
-        "torch.compile the layers; auto: long runs on CPU, if there is a C++ compiler"
+        "torch.compile the layers; auto: long runs, if there is a compiler (C++; on CUDA C, and "
+        "Triton)"
     ),
 )
 ARGUMENTS = (*RUN, *LOSS, *OPTIMISATION, *MODEL)
@@ -402,6 +431,7 @@ def check_args(args: argparse.Namespace, world: int) -> None:
         )
     if args.plan_json and args.dry_run is None:
         raise UserError("--plan_json: only with --dry_run")
+    hardware.check(args)
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--report_to wandb needs the package wandb; pip install wandb")
     if args.shard == "full" and args.quant == "nf4":

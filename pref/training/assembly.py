@@ -95,7 +95,8 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
     if warning := tied_head_warning(adapted):
         ranks.print(f"warning: {warning}")
     policy = ResponseLogps(adapted, settings.attention_of(args))
-    policy.prepare_layers(args.compile == "on", args.checkpointing == "on")
+    first = int(args.checkpointing) if args.checkpointing.isdecimal() else None
+    policy.prepare_layers(args.compile == "on", args.checkpointing != "off", first)
     sharding.shard(policy, args.shard, dtype, ranks)
     return policy, hashes
 

@@ -1,44 +1,37 @@
-"""Tokens and memory of a run, computed before any weight is loaded.
+"""Steps, tokens, memory and hours of a run, computed before any weight is loaded.
 
-Token ids and the pairs of each step give the micro-batches and their sizes (`load_of`). The model's
-configuration gives the shapes of its weights, and a forward pass on the meta device the bytes that
-autograd keeps per token (`kept_bytes`); together they give the memory of a rank by part
-(`memory_of`). `train_pref.py --dry_run` prints the plan, and `decide` resolves `--checkpointing
-auto` and `--compile auto` by it.
+Token ids and the pairs of each step give the micro-batches and their sizes (`load_of`), and these
+with the model's shapes the memory of a rank (memory.py). From both follows how the work is done
+(`decide`): the tokens of a micro-batch, how many layers are recomputed, whether layers are
+compiled, and how often the run is evaluated. `train_pref.py --dry_run` prints the plan.
 """
 
 import argparse
-import os
-import shutil
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from peft import PeftModel
-from torch import nn
 from transformers import AutoConfig
 
 from pref.files import disk
-from pref.model import architecture, logps, lora
+from pref.files.console import UserError
 from pref.model.chat import TokenPair
-from pref.model.logps import ResponseLogps
-from pref.model.packing import FLEX_BLOCK, Packing, make_batch, share_out
+from pref.model.packing import FLEX_BLOCK, Packing, share_out
 from pref.model.ranks import Ranks
-from pref.training import peak_memory, schedule, settings
+from pref.training import hardware, memory, operations, schedule, settings
+from pref.training.hardware import Device
+from pref.training.memory import Memory, Sizes
+from pref.training.operations import Work
 
-# Bytes per weight: four bits, and a share of the doubly quantised scales.
-NF4_BYTES = 0.5 + 0.127 / 8
-PROBE_TOKENS = 258
-# Share of the activations autograd keeps that compiled layers keep too: measured on a Llama, 18.7
-# of 24.1 kB per token.
-COMPILED_SHARE = 0.78
-# Growth of a process on CPU before the first step, bytes: kernels, threads, check_logps.
-CPU_GROWTH = 0.55 * 2**30
-# Size of the C library's heap over that of the tensors in it, by --compile (measured).
-CPU_HEAP = {"off": 1.5, "on": 1.15}
-# Operations that take a CPU one to two minutes: from here on, half a minute of compiling pays.
-COMPILE_FLOP = 4e13
-# Share of the device's memory that a run without checkpointing may plan to use.
-MEMORY_SHARE = 0.7
+# Operations from where on compiling pays, on one rank. A CPU takes one to two minutes for them and
+# half a minute to compile; an A100 takes five minutes, and compiles for one or two.
+COMPILE_FLOP = {"cpu": 4e13, "cuda": 3e16}
+# Share of the device's memory that may be planned for. On a GPU the rest is for what the plan
+# cannot see, of which fragmentation is the largest part where segments cannot be expanded.
+MEMORY_SHARE = {"cpu": 0.7, "cuda": 0.8}
+# Tokens of a micro-batch below which layers are rather recomputed. Recomputing all of them costs
+# 48 % more operations for each token. Half the tokens cost one more pass through the weights, for
+# NF4 3 % (A100) to 5 % (H100) of the time from 4,096 to 2,048, and small products use a GPU badly.
+LEAST_TOKENS = 2048
 
 
 class Load(NamedTuple):
@@ -49,21 +42,6 @@ class Load(NamedTuple):
     computed: int  # in total, with padding
     largest: int  # tokens of the largest micro-batch, with padding
     responses: int  # most response tokens in a micro-batch
-
-
-class Memory(NamedTuple):
-    """Peak memory of a rank by part, GiB."""
-
-    process: float
-    weights: float
-    adapter: float
-    optimiser: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        return sum(self)
 
 
 def computed_tokens(pairs: list[TokenPair], packing: Packing, on_cuda: bool) -> int:
@@ -105,208 +83,201 @@ def load_of(
     )
 
 
-def shapes_of(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The model of a hub id or folder on the meta device: shapes without values."""
-    return architecture.on_meta(
-        AutoConfig.from_pretrained(model, trust_remote_code=False), None, dtype
-    )
+# ---- how the work is done -----------------------------------------------------------------------
 
 
-def with_lora(base: nn.Module, args: argparse.Namespace) -> PeftModel:
-    """`base` with its adapter, both on the meta device. Raises UserError if plain PEFT would not
-    load the adapter back.
+class Draft(NamedTuple):
+    """What `decide` settles the last `auto` by."""
+
+    load: Load  # with the largest micro-batches that may be chosen
+    sizes: Sizes
+    longest: int  # tokens of the longest pair
+    world: int
+    device: Device
+
+
+def decide(args: argparse.Namespace, packing: Packing, draft: Draft) -> argparse.Namespace:
+    """`args` with --compile, --checkpointing and, on CUDA, --tokens_per_microbatch settled.
+
+    Raises UserError if more layers are to be checkpointed than there are.
     """
-    with torch.device("meta"):
-        adapted = lora.add_lora(
-            base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed
+    layers = draft.sizes.layers
+    if args.checkpointing.isdecimal() and int(args.checkpointing) > layers:
+        raise UserError(
+            f"--checkpointing {args.checkpointing}: the model has {layers} layers; give on"
         )
-        lora.check_loads_back(adapted)
-    return adapted
-
-
-class Kept(NamedTuple):
-    """Bytes per token that autograd keeps for the backward pass."""
-
-    layers: list[int]  # in each layer
-    rest: int  # outside of them
-
-
-def kept_bytes(args: argparse.Namespace) -> Kept:
-    """What autograd keeps, counted in a forward pass on the meta device; where the architecture
-    cannot be run there (it looks at values), the inputs and outputs of all linear layers.
-    """
-    # 1) The model with its adapter, and a batch of one pair.
-    dtype, plain = getattr(torch, args.dtype), "on" not in (args.packing, args.prefix_sharing)
-    adapted = with_lora(shapes_of(args.model, dtype), args).to(dtype)
-    policy = ResponseLogps(adapted, settings.attention_of(args))
-    layers = logps.decoder_layers(policy)
-    third = [0] * (PROBE_TOKENS // 3)
-    packing = Packing(pad_id=0, padded=plain, shared=not plain)
-    batch = make_batch([TokenPair(third, third, third)], packing, torch.device("meta"))
-
-    # 2) Every storage that autograd saves, once each and with the layer that it belongs to, without
-    #    the parameters. The tensors are kept with their sizes: a freed storage's address could be
-    #    given to another one.
-    parameters = {p.untyped_storage()._cdata for p in policy.parameters()}
-    saved: dict[int, tuple[int, int, torch.Tensor]] = {}
-    current = [-1]
-
-    def record(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved.setdefault(storage._cdata, (current[0], storage.nbytes(), tensor))
-        return tensor
-
-    for number, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda *_, n=number: current.__setitem__(0, n))
-        layer.register_forward_hook(lambda *_: current.__setitem__(0, -1))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            hidden = policy.hidden(batch)
-    except architecture.REJECTIONS:
-        return Kept([linear_bytes(layer, dtype) for layer in layers], 0)
-    tokens, sizes = batch.input_ids.numel(), [0] * (len(layers) + 1)
-    for number, nbytes, _ in saved.values():
-        sizes[number] += nbytes  # the last one is what has no layer
-    del hidden  # held the graph, and with it the saved tensors, until here
-    return Kept([size // tokens for size in sizes[:-1]], sizes[-1] // tokens)
-
-
-def linear_bytes(layer: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes per token of the inputs and outputs of a layer's linear layers."""
-    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-    return dtype.itemsize * sum(m.in_features + m.out_features for m in linears)
-
-
-def memory_of(args: argparse.Namespace, load: Load, world: int, on_cuda: bool) -> Memory:
-    """Peak memory of a rank: allocated on a GPU, or resident in RAM. `args` must be settled: memory
-    depends on what each `auto` resolves to.
-    """
-    # 1) Weights: quantised linear layers, everything else in the compute dtype. Sharded, a rank
-    #    holds its share, and gathers the root and two layers, this one and the next.
-    base = shapes_of(args.model)
-    config, width = base.config.get_text_config(), 2 if args.dtype == "bfloat16" else 4
-    blocks = architecture.find_layers(base)
-    linears = {id(m.weight) for m in blocks.modules() if isinstance(m, nn.Linear)}
-    linear_width = NF4_BYTES if args.quant == "nf4" else width
-    weights = sum(
-        p.numel() * (linear_width if id(p) in linears else width) for p in base.parameters()
-    )
-    layers = len(blocks)
-    if args.shard == "full":
-        one_layer = max(sum(p.numel() for p in block.parameters()) for block in blocks) * width
-        root = weights - layers * one_layer
-        weights = weights / world + root + 2 * one_layer
-
-    # 2) Adapter (fp32, one layer gathered in the compute dtype, a copy if it is part of the
-    #    reference) and optimiser (two moments and the gradient, fp32).
-    trainable = sum(p.numel() for p in with_lora(base, args).parameters() if p.requires_grad)
-    is_copied = args.init_adapter and args.reference_model == "start"
-    reference_adapter = trainable * 4 if is_copied else 0
-    adapter = trainable * 4 / world + trainable / layers * width + reference_adapter
-    optimiser = trainable * 12 / world
-
-    # 3) Activations: what the layers keep, one of them a second time for its gradient, and the
-    #    rest. With checkpointing, each layer keeps its input, and two at a time are recomputed.
-    kept, share = kept_bytes(args), COMPILED_SHARE if args.compile == "on" else 1
-    if args.checkpointing == "on":
-        per_token = layers * config.hidden_size * width + 2 * share * max(kept.layers) + kept.rest
-    else:
-        per_token = share * (sum(kept.layers) + max(kept.layers)) + kept.rest
-    activations = load.largest * per_token
-
-    # 4) Logits: one chunk of them in the compute dtype and three times in fp32, and the hidden
-    #    states of response tokens with their gradient.
-    chunk = min(logps.LOGITS_CHUNK, load.responses * config.vocab_size)
-    logits = chunk * (width + 12) + 2 * load.responses * config.hidden_size * width
-
-    heap = 1 if on_cuda else CPU_HEAP[args.compile]
-    resident = peak_memory.resident_bytes()
-    parts = Memory(
-        process=0 if on_cuda else resident + CPU_GROWTH,
-        weights=weights,
-        adapter=adapter,
-        optimiser=optimiser,
-        activations=heap * activations,
-        logits=heap * logits,
-    )
-    return Memory(*(part / 2**30 for part in parts))
-
-
-def decide(args: argparse.Namespace, load: Load, ranks: Ranks) -> tuple[argparse.Namespace, Memory]:
-    """`args` with --compile auto and --checkpointing auto settled, and the memory that the run will
-    then need.
-    """
-    on_cuda = ranks.device.type == "cuda"
     if args.compile == "auto":
-        work = 4 * load.computed * sum(p.numel() for p in shapes_of(args.model).parameters())
-        compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-        worth_it = not on_cuda and compiler and work / ranks.world > COMPILE_FLOP
-        args = settings.replaced(args, compile="on" if worth_it else "off")
+        args = settings.replaced(args, compile="on" if pays_to_compile(args, draft) else "off")
+    return with_memory(args, packing, draft)
+
+
+def pays_to_compile(args: argparse.Namespace, draft: Draft) -> bool:
+    """Whether layers are compiled with --compile auto: in long runs, where there is a compiler. On
+    CUDA not those of a checkpoint that is quantised itself: its layers' code has not been tried.
+    """
+    kind = "cuda" if draft.device.on_cuda else "cpu"
+    work = 4 * draft.load.computed * draft.sizes.parameters / draft.world
+    if kind == "cuda" and hasattr(AutoConfig.from_pretrained(args.model), "quantization_config"):
+        return False
+    return work > COMPILE_FLOP[kind] and hardware.can_compile(draft.device)
+
+
+def with_memory(args: argparse.Namespace, packing: Packing, draft: Draft) -> argparse.Namespace:
+    """`args` with the micro-batches and the checkpointed layers that cost the least time of those
+    that fit into the memory.
+
+    First the tokens of a micro-batch are lowered, down to LEAST_TOKENS or the longest pair. Only
+    then are layers recomputed, and no more of them than must be. On a CPU the micro-batches stay as
+    they are, and all layers are recomputed or none. Where nothing fits, it is what needs the least.
+    """
+    # 1) What there is to choose from, the fastest first.
+    on_cuda, layers = draft.device.on_cuda, draft.sizes.layers
+    budgets, choices = [draft.load.largest], [args.checkpointing]
+    is_free = on_cuda and packing.tokens and not args.tokens_per_microbatch
+    if is_free:
+        most = -(-packing.tokens // FLEX_BLOCK) * FLEX_BLOCK
+        least = -(-max(draft.longest, LEAST_TOKENS) // FLEX_BLOCK) * FLEX_BLOCK
+        budgets = list(range(most, min(least, most) - 1, -FLEX_BLOCK))
     if args.checkpointing == "auto":
-        args = settings.replaced(args, checkpointing="off")
-        memory = memory_of(args, load, ranks.world, on_cuda)
-        if on_cuda:
-            there = torch.cuda.get_device_properties(ranks.device).total_memory
-        else:
-            there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.world
-        if memory.total * 2**30 <= MEMORY_SHARE * there:
-            return args, memory
-        args = settings.replaced(args, checkpointing="on")
-    return args, memory_of(args, load, ranks.world, on_cuda)
+        some = map(str, range(1, layers)) if on_cuda else ()
+        choices = ["off", *some, "on"]
+
+    # 2) The first that fits.
+    there = MEMORY_SHARE["cuda" if on_cuda else "cpu"] * draft.device.bytes
+
+    def fits(checkpointing: str, tokens: int) -> bool:
+        tried = settings.replaced(args, checkpointing=checkpointing)
+        largest = max(tokens, draft.longest) if is_free else tokens
+        load = draft.load._replace(largest=largest, responses=min(draft.load.responses, largest))
+        return memory_of(tried, load, draft).total * 2**30 <= there
+
+    found = ((c, tokens) for c in choices for tokens in budgets if fits(c, tokens))
+    checkpointing, tokens = next(found, (choices[-1], budgets[-1]))
+    if is_free:
+        args = settings.replaced(args, tokens_per_microbatch=tokens)
+    return settings.replaced(args, checkpointing=checkpointing)
+
+
+def memory_of(args: argparse.Namespace, load: Load, draft: Draft) -> Memory:
+    return memory.memory_of(
+        args, draft.sizes, load.largest, load.responses, draft.world, draft.device.on_cuda
+    )
+
+
+# ---- the plan -----------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
     """What a run will do, and what it will need."""
 
     args: argparse.Namespace  # with every `auto` settled
+    packing: Packing
     steps: int
     warmup_steps: int
     evaluations: list[int]  # optimiser steps after which validation runs; 0 is before the first
     world: int
+    device: Device
     load: Load
+    layers: int
     memory: Memory
+    work: Work
+
+    @property
+    def mfu(self) -> float:
+        return self.args.mfu or hardware.MFU
+
+    def hours(self, work: float) -> dict[str, float]:
+        """Hours that so many operations take on each card that the device may be."""
+        return {
+            name: operations.hours(work, card, self.mfu, self.world)
+            for name, card in self.device.cards.items()
+        }
 
     def as_json(self) -> dict:
+        work = self.work
         return {
             "steps": self.steps,
             "warmup_steps": self.warmup_steps,
             "evaluations": self.evaluations,
+            "evaluation_share": work.evaluation_share,
             "ranks": self.world,
             "tokens": self.load.tokens,
             "padding_tokens": self.load.computed - self.load.tokens,
+            "tokens_per_microbatch": self.packing.tokens,  # 0: pairs are counted
             "largest_microbatch_tokens": self.load.largest,
+            "checkpointed_layers": memory.checkpointed_layers(self.args, self.layers),
+            "compile": self.args.compile,
             "total_gib": self.memory.total,  # of a rank, as the parts
             "parts_gib": self.memory._asdict(),
+            "device_gib": self.device.bytes / 2**30,
             "adapter_gib": self.memory.optimiser * self.world / 3,  # one copy, fp32
+            "operations": work._asdict(),
+            "mfu": self.mfu,
+            "hours": self.hours(work.of_run),
+            "reference_hours": self.hours(work.reference),
         }
 
 
 def of_run(
-    args: argparse.Namespace, pairs: list[TokenPair], packing: Packing, ranks: Ranks
+    args: argparse.Namespace,
+    pairs: list[TokenPair],
+    packing: Packing,
+    ranks: Ranks,
+    val: Sequence[TokenPair] = (),
 ) -> Plan:
-    """The plan of a run on the training pairs `pairs`."""
+    """The plan of a run on the training pairs `pairs` and the validation pairs `val`.
+
+    The micro-batches are those of the plan's own `packing`. Raises UserError as `decide` does.
+    """
+    # 1) Steps, tokens and sizes.
+    device, world = hardware.device_of(args, ranks), ranks.world
     steps = schedule.number_of_steps(args, len(pairs))
     members = [
         schedule.pairs_of_step(step, len(pairs), args.global_batch, args.seed)
         for step in range(steps)
     ]
-    load = load_of(pairs, members, packing, ranks.world, ranks.device.type == "cuda")
-    args, memory = decide(args, load, ranks)
+    load = load_of(pairs, members, packing, world, device.on_cuda)
+    draft = Draft(load, memory.sizes_of(args), max(map(packing.size, pairs)), world, device)
+
+    # 2) How the work is done, and the load as it then is.
+    args = decide(args, packing, draft)
+    if packing.tokens and args.tokens_per_microbatch not in (0, packing.tokens):
+        packing = packing._replace(tokens=args.tokens_per_microbatch)
+        load = load_of(pairs, members, packing, world, device.on_cuda)
+
+    # 3) When it is evaluated, and the work of it all.
+    evaluated = sum(map(packing.size, val))
+    interval = schedule.eval_interval(args, steps, len(pairs), evaluated / load.tokens)
+    args = settings.replaced(args, eval_steps=interval)
     evaluations = [
         step
         for step in range(steps + 1)
         if step == 0 or schedule.is_evaluated(step, steps, len(pairs), args)
     ]
+    trained = [pairs[i] for step in members for i in step]
+    work = operations.work_of(
+        draft.sizes,
+        training=operations.sums_of(trained, packing),
+        evaluation=operations.sums_of([*val] * len(evaluations), packing),
+        reference=operations.sums_of([*pairs, *val], packing),
+        checkpointed=memory.checkpointed_layers(args, draft.sizes.layers),
+    )
     return Plan(
         args=args,
+        packing=packing,
         steps=steps,
         warmup_steps=schedule.warmup_steps(steps, args),
         evaluations=evaluations,
-        world=ranks.world,
+        world=world,
+        device=device,
         load=load,
-        memory=memory,
+        layers=draft.sizes.layers,
+        memory=memory_of(args, load, draft),
+        work=work,
     )
+
+
+# ---- on the terminal ----------------------------------------------------------------------------
 
 
 def show(plan: Plan, ranks: Ranks) -> None:
@@ -314,24 +285,79 @@ def show(plan: Plan, ranks: Ranks) -> None:
     args, load = plan.args, plan.load
     least, most = load.micro_batches
     padding = load.computed - load.tokens
-    how = ", ".join(
-        f"{key} {getattr(args, key)}" for key in ("quant", "shard", "checkpointing", "compile")
-    )
     ranks.print(
         f"steps: {plan.steps}, warm-up {plan.warmup_steps}, evaluated after "
         f"{', '.join(map(str, plan.evaluations))}"
     )
+    ranks.print(evaluation_text(plan))
     ranks.print(
         f"tokens: {load.tokens:,} in all steps, {padding:,} more of padding "
         f"({padding / load.computed:.1%} of what is computed)"
     )
+    up_to = f"of up to {plan.packing.tokens:,} tokens " if plan.packing.tokens else ""
     ranks.print(
-        f"accumulation: {least}{f' to {most}' if most > least else ''} micro-batches per step and "
-        f"rank, {plan.world} rank(s); the largest has {load.largest:,} tokens"
+        f"accumulation: {least}{f' to {most}' if most > least else ''} micro-batches {up_to}per "
+        f"step and rank, {plan.world} rank(s); the largest has {load.largest:,} tokens"
     )
-    ranks.print(f"peak memory of a rank, GiB ({ranks.device.type}, {args.dtype}, {how}):")
+    how = ", ".join(f"{key} {getattr(args, key)}" for key in ("quant", "shard"))
+    ranks.print(
+        f"peak memory of a rank, GiB ({plan.device.name}, {args.dtype}, {how}, checkpointing "
+        f"{layers_text(plan)}, compile {args.compile}):"
+    )
     for name, part in plan.memory._asdict().items():
         ranks.print(f"  {name:<12}{part:7.2f}")
     ranks.print(f"  {'total':<12}{plan.memory.total:7.2f}")
+    for line in (*hours_text(plan), memory_warning(plan)):
+        if line:
+            ranks.print(line)
     if args.plan_json and ranks.main:
         disk.write_json(args.plan_json, plan.as_json())
+
+
+def layers_text(plan: Plan) -> str:
+    """What is recomputed: off, on, or how many layers."""
+    value = plan.args.checkpointing
+    return f"{value} of {plan.layers} layers" if value.isdecimal() else value
+
+
+def evaluation_text(plan: Plan) -> str:
+    share = plan.work.evaluation_share
+    text = f"evaluation: {len(plan.evaluations)} times, {share:.1%} of the run's operations"
+    if share <= schedule.EVALUATION_SHARE:
+        return text
+    return f"{text}; for less, give fewer validation pairs or more --eval_steps"
+
+
+def hours_text(plan: Plan) -> list[str]:
+    """Hours on each card, and what they assume; nothing where no card is known."""
+    hours = plan.hours(plan.work.of_run)
+    if not hours:
+        return []
+    references = plan.hours(plan.work.reference)
+    lines = [
+        f"hours, {plan.world} rank(s) at {plan.mfu:.0%} of the card's dense bf16 peak (--mfu; an "
+        "assumption, not a measurement):"
+    ]
+    for name, value in hours.items():
+        lines.append(
+            f"  {name:<12}{value:7.2f}  ({plan.device.cards[name].tflops:g} TFLOP/s), and once for "
+            f"all runs on these pairs {references[name]:.2f} for the reference"
+        )
+    lines.append("  not counted: loading, compiling, checkpoints, waiting for the slowest rank")
+    return lines
+
+
+def memory_warning(plan: Plan) -> str | None:
+    """What to do if the plan needs more than a GPU has."""
+    device, need = plan.device, plan.memory.total
+    if not device.on_cuda or need * 2**30 <= device.bytes:
+        return None
+    if plan.args.checkpointing != "on":
+        remedy = "--checkpointing on, or a smaller --tokens_per_microbatch"
+    else:
+        remedy = "a smaller --max_length, --lora_r or model"
+        remedy += ", or --shard full" if plan.args.shard == "adapters" and plan.world > 1 else ""
+    return (
+        f"warning: the plan needs {need:.1f} GiB, {device.name} has {device.bytes / 2**30:.1f}: "
+        f"give {remedy}"
+    )

@@ -36,6 +36,7 @@ from pref.training.reference import Split, response_lengths
 # depends on how the work is divided.
 NOT_THE_RUN = {*arguments.names_affecting("place", "speed", "kernel"), "versions"}
 NOT_THE_RUN_UNLESS_COUPLED = {*arguments.names_affecting("coupled"), "world_size"}
+EARLIER_EVAL_STEPS = 20  # the default of versions that recorded it
 # What a refused run is told about a change that is not an argument's.
 CHANGED = {
     "data_sha256": "the pairs in --data have changed",
@@ -76,6 +77,7 @@ def settled_record(planned: Plan, counts: dict[str, int], command: str) -> dict:
     return {
         **counts,
         **{key: getattr(planned.args, key) for key in settings.SETTLED_LATE},
+        "eval_every": planned.args.eval_steps,  # `eval_steps` is as given, which may be null
         "planned_steps": planned.steps,
         "planned_gib": planned.memory.total,
         "command": command,
@@ -97,6 +99,9 @@ def check_same_run(folder: Path, record: dict) -> None:
     free = NOT_THE_RUN
     if old.get("loss") not in COUPLES_BATCH:
         free = NOT_THE_RUN | NOT_THE_RUN_UNLESS_COUPLED
+    if new.get("eval_steps") is None and old.get("eval_steps") == EARLIER_EVAL_STEPS:
+        # Begun by an earlier version with its default, or by one that was given the same.
+        free = free | {"eval_steps"}
     different = [key for key in new if key in old and key not in free and old[key] != new[key]]
     if different:
         changes = ", ".join(

@@ -4,8 +4,9 @@
       -> start_adapter.with_start    lora_r, lora_alpha, lora_targets, init_adapter_sha256, round
       -> for_device          quant, dtype
       -> for_attention       packing, prefix_sharing
-      -> as_begun            compile, checkpointing of a run that is continued
-      -> plan.decide         compile, checkpointing of a new run
+      -> as_begun            compile, checkpointing, tokens_per_microbatch, eval_steps of a run
+                             that is continued
+      -> plan.of_run         the same of a new run
 
 Every function returns a changed copy; none writes into the Namespace that it is given.
 """
@@ -13,17 +14,20 @@ Every function returns a changed copy; none writes into the Namespace that it is
 import argparse
 from pathlib import Path
 
+import torch
+
 from losses import COUPLES_BATCH
 from pref.files import disk
 from pref.files.console import UserError
 from pref.model import architecture, loading, weights
 from pref.model.packing import Packing
 from pref.model.ranks import Ranks
-from pref.training import arguments
+from pref.training import arguments, hardware
 
 # Settled only once the token ids are known. They change how the work is done, not its result, so
 # args.json is first compared without them and completed later.
 SETTLED_LATE = arguments.names_affecting("kernel")
+OPEN = ("auto", 0)  # values of these that are not settled yet
 
 
 def replaced(args: argparse.Namespace, **values) -> argparse.Namespace:
@@ -50,7 +54,10 @@ def for_device(
         quant = "none"
     if quant == "auto":
         quant = "nf4" if ranks.device.type == "cuda" and args.shard == "adapters" else "none"
-    dtype = loading.pick_dtype(args.dtype, ranks.device)
+    if args.dtype == "auto" and hardware.is_elsewhere(args):
+        dtype = torch.bfloat16  # every card of CARDS computes in it
+    else:
+        dtype = loading.pick_dtype(args.dtype, ranks.device)
     return replaced(args, quant=quant, dtype=str(dtype).removeprefix("torch."))
 
 
@@ -98,10 +105,15 @@ def packing_of(args: argparse.Namespace, pad_id: int) -> Packing:
 
 def as_begun(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
     """`args` with each `auto` as it was resolved when the run in `folder` began, if it has a
-    checkpoint: another kernel would round differently.
+    checkpoint: another kernel would round differently, and other evaluations might choose another
+    best step.
     """
     if not (folder / "checkpoint").is_dir():
         return args
     record = disk.read_json(folder / "args.json")
-    begun = {key: record.get(key, "auto") for key in SETTLED_LATE if getattr(args, key) == "auto"}
+    unsettled = [key for key in SETTLED_LATE if getattr(args, key) in OPEN]
+    begun = {key: record.get(key, getattr(args, key)) for key in unsettled}
+    if args.eval_steps is None:
+        # Earlier versions had a default of 20, which is what their records have.
+        begun["eval_steps"] = record.get("eval_every", record.get("eval_steps"))
     return replaced(args, **begun)

@@ -1,0 +1,265 @@
+"""The memory of a rank by part, from shapes alone, before any weight is loaded.
+
+The model's configuration gives the shapes of its weights and of the adapter, and a forward pass on
+the meta device the bytes that autograd keeps per token (`sizes_of`); with the largest micro-batch
+they give the memory of a rank (`memory_of`).
+"""
+
+import argparse
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig
+
+from pref.model import architecture, logps, lora
+from pref.model.chat import TokenPair
+from pref.model.logps import ResponseLogps
+from pref.model.packing import Packing, make_batch
+from pref.training import peak_memory, settings
+
+# Bytes per weight: four bits, and a share of the doubly quantised scales.
+NF4_BYTES = 0.5 + 0.127 / 8
+PROBE_TOKENS = 258
+# Share of the activations autograd keeps that compiled layers keep too: measured on a Llama, 18.7
+# of 24.1 kB per token.
+COMPILED_SHARE = 0.78
+# Growth of a process on CPU before the first step, bytes: kernels, threads, check_logps.
+CPU_GROWTH = 0.55 * 2**30
+# Size of the C library's heap over that of the tensors in it, by --compile (measured).
+CPU_HEAP = {"off": 1.5, "on": 1.15}
+# On a GPU, bytes outside of torch's allocator, which torch's own peak does not count: the driver's
+# context with its kernels, and NCCL's channels between ranks (usual values, not measured here).
+CUDA_CONTEXT, NCCL = 0.6 * 2**30, 0.4 * 2**30
+# cuBLAS keeps a workspace for the forward and one for the backward thread: 32 MiB on Hopper.
+CUBLAS = 2 * 32 * 2**20
+
+
+class Kept(NamedTuple):
+    """Bytes per token that autograd keeps for the backward pass."""
+
+    layers: list[int]  # in each layer
+    rest: int  # outside of them
+
+
+class Sizes(NamedTuple):
+    """Numbers of elements of a model with its adapter, and what autograd keeps of a token."""
+
+    parameters: int  # of the base
+    linear: int  # of the linear layers' weights in all blocks; these are what is quantised
+    largest_linear: int
+    largest_block: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    attention: int  # heads * elements of a head
+    trainable: int
+    kept: Kept
+
+
+class Memory(NamedTuple):
+    """Peak memory of a rank by part, GiB."""
+
+    process: float  # resident before the first step, or outside of torch's allocator
+    weights: float
+    adapter: float
+    optimiser: float
+    buffers: float  # weights dequantised for a product, workspaces, what FSDP gathers and reduces
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def shapes_of(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The model of a hub id or folder on the meta device: shapes without values."""
+    return architecture.on_meta(
+        AutoConfig.from_pretrained(model, trust_remote_code=False), None, dtype
+    )
+
+
+def with_lora(base: nn.Module, args: argparse.Namespace) -> PeftModel:
+    """`base` with its adapter, both on the meta device. Raises UserError if plain PEFT would not
+    load the adapter back.
+    """
+    with torch.device("meta"):
+        adapted = lora.add_lora(
+            base, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed
+        )
+        lora.check_loads_back(adapted)
+    return adapted
+
+
+def sizes_of(args: argparse.Namespace) -> Sizes:
+    """The sizes of the model and adapter of a run. It depends on --dtype, --packing and
+    --prefix_sharing, which must be settled.
+    """
+    # 1) The base, before it has an adapter.
+    base = shapes_of(args.model, getattr(torch, args.dtype))
+    config, blocks = base.config.get_text_config(), architecture.find_layers(base)
+    linears = {id(m.weight): m.weight for m in blocks.modules() if isinstance(m, nn.Linear)}
+    in_linears = [weight.numel() for weight in linears.values()]
+    heads = getattr(config, "num_attention_heads", 0) or 0
+    of_head = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    parameters = sum(p.numel() for p in base.parameters())
+    largest_block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+
+    # 2) With the adapter.
+    adapted = with_lora(base, args)
+    return Sizes(
+        parameters=parameters,
+        linear=sum(in_linears),
+        largest_linear=max(in_linears, default=0),
+        largest_block=largest_block,
+        layers=len(blocks),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        attention=heads * of_head,
+        trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        kept=kept_bytes(args),
+    )
+
+
+def kept_bytes(args: argparse.Namespace) -> Kept:
+    """What autograd keeps, counted in a forward pass on the meta device; where the architecture
+    cannot be run there (it looks at values), the inputs and outputs of all linear layers.
+    """
+    # 1) The model with its adapter, and a batch of one pair.
+    dtype, plain = getattr(torch, args.dtype), "on" not in (args.packing, args.prefix_sharing)
+    adapted = with_lora(shapes_of(args.model, dtype), args).to(dtype)
+    policy = ResponseLogps(adapted, settings.attention_of(args))
+    layers = logps.decoder_layers(policy)
+    third = [0] * (PROBE_TOKENS // 3)
+    packing = Packing(pad_id=0, padded=plain, shared=not plain)
+    batch = make_batch([TokenPair(third, third, third)], packing, torch.device("meta"))
+
+    # 2) Every storage that autograd saves, once each and with the layer that it belongs to, without
+    #    the parameters. The tensors are kept with their sizes: a freed storage's address could be
+    #    given to another one.
+    parameters = {p.untyped_storage()._cdata for p in policy.parameters()}
+    saved: dict[int, tuple[int, int, torch.Tensor]] = {}
+    current = [-1]
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved.setdefault(storage._cdata, (current[0], storage.nbytes(), tensor))
+        return tensor
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, n=number: current.__setitem__(0, n))
+        layer.register_forward_hook(lambda *_: current.__setitem__(0, -1))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+            hidden = policy.hidden(batch)
+    except architecture.REJECTIONS:
+        return Kept([linear_bytes(layer, dtype) for layer in layers], 0)
+    tokens, sizes = batch.input_ids.numel(), [0] * (len(layers) + 1)
+    for number, nbytes, _ in saved.values():
+        sizes[number] += nbytes  # the last one is what has no layer
+    del hidden  # held the graph, and with it the saved tensors, until here
+    return Kept([size // tokens for size in sizes[:-1]], sizes[-1] // tokens)
+
+
+def linear_bytes(layer: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes per token of the inputs and outputs of a layer's linear layers."""
+    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    return dtype.itemsize * sum(m.in_features + m.out_features for m in linears)
+
+
+def memory_of(
+    args: argparse.Namespace,
+    sizes: Sizes,
+    largest: int,
+    responses: int,
+    world: int,
+    on_cuda: bool,
+) -> Memory:
+    """Peak memory of a rank: of a GPU, or resident in RAM. `args` must be settled: memory depends
+    on what each `auto` resolves to.
+
+    largest, responses: tokens of the largest micro-batch with padding, and the most response tokens
+    of one.
+    """
+    # 1) Weights: quantised linear layers, everything else in the compute dtype. Sharded, a rank
+    #    holds its share, and gathers the root and two layers, this one and the next.
+    width = 2 if args.dtype == "bfloat16" else 4
+    linear_width = NF4_BYTES if args.quant == "nf4" else width
+    weights = sizes.linear * linear_width + (sizes.parameters - sizes.linear) * width
+    if args.shard == "full":
+        one_layer = sizes.largest_block * width
+        root = weights - sizes.layers * one_layer
+        weights = weights / world + root + 2 * one_layer
+
+    # 2) Adapter (fp32, one layer gathered in the compute dtype, a copy if it is part of the
+    #    reference) and optimiser (two moments and the gradient, fp32).
+    trainable = sizes.trainable
+    is_copied = args.init_adapter and args.reference_model == "start"
+    reference_adapter = trainable * 4 if is_copied else 0
+    adapter = trainable * 4 / world + trainable / sizes.layers * width + reference_adapter
+    optimiser = trainable * 12 / world
+
+    # 3) Logits: one chunk of them in the compute dtype and three times in fp32, and the hidden
+    #    states of response tokens with their gradient.
+    chunk = min(logps.LOGITS_CHUNK, responses * sizes.vocabulary)
+    logits = chunk * (width + 12) + 2 * responses * sizes.hidden * width
+
+    # 4) What the process has besides.
+    if on_cuda:
+        process = CUDA_CONTEXT + (NCCL if world > 1 else 0)
+    else:
+        process = peak_memory.resident_bytes() + CPU_GROWTH
+    heap = 1 if on_cuda else CPU_HEAP[args.compile]
+    parts = Memory(
+        process=process,
+        weights=weights,
+        adapter=adapter,
+        optimiser=optimiser,
+        buffers=buffer_bytes(args, sizes, world) if on_cuda else 0,
+        activations=heap * largest * bytes_per_token(args, sizes),
+        logits=heap * logits,
+    )
+    return Memory(*(part / 2**30 for part in parts))
+
+
+def checkpointed_layers(args: argparse.Namespace, layers: int) -> int:
+    """How many of `layers`, the first ones, are recomputed with the settled --checkpointing."""
+    named = {"off": 0, "on": layers}
+    return named[args.checkpointing] if args.checkpointing in named else int(args.checkpointing)
+
+
+def bytes_per_token(args: argparse.Namespace, sizes: Sizes) -> float:
+    """Bytes of activations for each token of a micro-batch, when they are the most.
+
+    The first k layers are checkpointed and keep their inputs; the others keep what autograd saves.
+    The most is held as the backward pass begins, in the last layer, which needs about its own
+    activations again for its gradients. Until it comes to the k layers, which are then recomputed
+    one at a time, those of all others are free. With k = L the last layer is held twice too: once
+    recomputed, and once for its gradients.
+    """
+    width = 2 if args.dtype == "bfloat16" else 4
+    share = COMPILED_SHARE if args.compile == "on" else 1
+    count, kept = checkpointed_layers(args, sizes.layers), sizes.kept
+    held = share * (sum(kept.layers[count:]) + max(kept.layers))
+    if count == sizes.layers:
+        held += share * max(kept.layers)
+    return count * sizes.hidden * width + held + kept.rest
+
+
+def buffer_bytes(args: argparse.Namespace, sizes: Sizes, world: int) -> float:
+    """On a GPU, bytes that are neither weights nor activations."""
+    # 1) A product with a quantised weight computes the weight first; one is freed after the next
+    #    has been allocated.
+    width = 2 if args.dtype == "bfloat16" else 4
+    dequantised = 2 * sizes.largest_linear * width if args.quant == "nf4" else 0
+    if world == 1:
+        return CUBLAS + dequantised
+    # 2) FSDP gathers the adapter in the compute dtype, and adds up whole gradients in fp32 until
+    #    the step's last micro-batch, when it reduces them layer by layer.
+    adapter = sizes.trainable * (width + 4) + 2 * sizes.trainable / sizes.layers * 4
+    # 3) A gathered layer is copied from one buffer into its tensors.
+    gathered = sizes.largest_block * width if args.shard == "full" else 0
+    return CUBLAS + dequantised + adapter + gathered
