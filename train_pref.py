@@ -17,6 +17,7 @@ pairs per step, 3 epochs.
 """
 
 import pref.files.interrupts  # noqa: F401  isort: skip
+import pref.files.allocator  # noqa: F401  isort: skip
 
 import argparse
 import math
@@ -404,6 +405,8 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
         summary = run_folder.summary_of(args, study.progress, ranks.device, study.learned.beta_mix)
         if ranks.main:
             run_folder.publish(folder, study.checkpoints.best(study.progress), summary)
+    if args.compile == "on":
+        ranks.print(run_folder.compiled_text())
     ranks.print(run_folder.summary_text(summary, folder))
     return 0
 

@@ -120,6 +120,8 @@ def load_splits(
     ours = make_batch(probe, packing, ranks.device)
     plain = make_batch(probe, packing._replace(padded=True, shared=False), ranks.device)
     check_logps(policy, ours, plain, has_adapter=args.init_adapter is not None)
+    if args.compile == "on" and ranks.device.type == "cuda":
+        gates.check_compiled(policy, ours, getattr(torch, args.dtype), ranks)
     files = cache_files(args.data, record)
     references = {
         split: reference_logps(policy, pairs[split], packing, files, ranks, split)

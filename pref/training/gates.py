@@ -3,15 +3,16 @@ a wrong number, so it ends at once.
 """
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
-from pref.files.console import UserError
-from pref.model import sharding
+from pref.files.console import UserError, first_line
+from pref.model import lora, sharding
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, trainable
-from pref.model.packing import Packing
+from pref.model.packing import Batch, Packing
 from pref.model.ranks import Ranks
 from pref.training import reference
 from pref.training.reference import Split, response_lengths
@@ -22,6 +23,9 @@ from pref.training.reference import Split, response_lengths
 # while a stale reference or other weights move all responses.
 STEP0_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 PROBE_TOKENS = 1024
+# How far compiled layers may be from eager ones, which round differently: in log-probs, mean
+# |difference| per response token (nats); in the gradient, the norm of the difference over its own.
+COMPILED_TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 0.2)}
 
 
 def probe_of(pairs: list[TokenPair]) -> list[TokenPair]:
@@ -77,6 +81,48 @@ def check_difference(
             "or the weights change between two forward passes"
         )
     return difference
+
+
+def check_compiled(policy: ResponseLogps, batch: Batch, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Compare the compiled layers with the eager ones on `batch`: log-probs, and the gradient of
+    their sum for the adapter. Collective. Raises UserError if they differ by more than rounding, or
+    cannot be compiled.
+    """
+    with lora.dropout(policy, active=False):
+        with torch.compiler.set_stance("force_eager"):
+            expected = logps_and_gradients(policy, batch)
+        try:
+            ours = logps_and_gradients(policy, batch)
+        except (torch._dynamo.exc.TorchDynamoException, NotImplementedError) as error:
+            raise UserError(
+                f"the layers cannot be compiled on this machine ({first_line(error)}); give "
+                "--compile off"
+            ) from None
+    # Squares of the adapter's gradient, over all ranks: each has its part.
+    squares = [[(a - b).square().sum(), b.square().sum()] for a, b in zip(ours[1:], expected[1:])]
+    summed = ranks.sum(torch.tensor(squares, device=ranks.device).sum(0)).tolist()
+    difference = (ours[0] - expected[0]).abs().mean().item()
+    gradient = math.sqrt(summed[0] / max(summed[1], 1e-30))
+    most, most_gradient = COMPILED_TOLERANCE[dtype]
+    if not (difference <= most and gradient <= most_gradient):  # NaN fails too
+        raise UserError(
+            f"compiled layers differ from eager ones by {difference:.3g} nats per token (tolerance "
+            f"{most}) and {gradient:.1%} of the gradient (tolerance {most_gradient:.1%}); give "
+            "--compile off, and report the versions of torch and triton"
+        )
+
+
+def logps_and_gradients(policy: ResponseLogps, batch: Batch) -> list[Tensor]:
+    """Log-probs (N,) of a batch, then this rank's part of the gradient of their sum for every
+    matrix of the adapter that has one.
+    """
+    logps = policy(batch).logps
+    logps.sum().backward()
+    parameters = list(trainable(policy).values())
+    grads = [sharding.local(p.grad).double() for p in parameters if p.grad is not None]
+    for parameter in parameters:
+        parameter.grad = None
+    return [logps.detach(), *grads]
 
 
 def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:

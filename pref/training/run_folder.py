@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from losses import COUPLES_BATCH
 from pref.files import disk, run_folders
@@ -370,6 +371,15 @@ def step_text(step: int, steps: int, line: dict, seconds_left: float, finite: bo
         f"{line['tok_per_s']:.0f} tok/s  {hours}:{rest // 60:02}:{rest % 60:02} left"
         + ("" if finite else "  NON-FINITE: step not taken")
     )
+
+
+def compiled_text() -> str:
+    """How many graphs torch.compile has made in this process, and why it made more than one of a
+    function: code that it cannot compile is computed eagerly between two graphs.
+    """
+    graphs, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
+    text = f"compiled: {graphs} graphs, {sum(breaks.values())} graph breaks"
+    return "; ".join([text, *(str(reason).partition("\n")[0] for reason in list(breaks)[:3])])
 
 
 def summary_text(summary: dict, folder: Path) -> str:
