@@ -92,7 +92,7 @@ def test_no_more_layers_are_recomputed_than_must_be(longest):
     assert need(args, draft, checkpointing=str(count - 1)) > room
     # Where nothing fits, whatever takes the least memory.
     args = plan.decide(settled(), PACKING, draft_of(6, longest=longest))
-    assert args.checkpointing == "on"
+    assert args.checkpointing == "31"
 
 
 def test_what_the_user_says_stays():
@@ -125,11 +125,12 @@ def test_memory_of_k_layers_lies_between_all_and_none():
         need(settled("--checkpointing", value, "--tokens_per_microbatch", "4096"), draft)
         for value in ("off", "1", "16", "31", "on")
     ]
-    assert values == sorted(values, reverse=True)
+    assert values[:4] == sorted(values[:4], reverse=True)
     per_layer = 4096 * (275_000 - 8192) / 2**30  # what it keeps, but for its input
     assert values[0] - values[1] == pytest.approx(per_layer)
     assert values[1] - values[2] == pytest.approx(15 * per_layer)
-    assert values[3] - values[4] == pytest.approx(-4096 * 8192 / 2**30, abs=1e-6)
+    # The last layer is recomputed as soon as it has been computed: that saves nothing.
+    assert values[4] - values[3] == pytest.approx(4096 * 8192 / 2**30)
 
 
 def test_checkpointing_some_layers_changes_no_gradient(tiny_model, pairs_folder):

@@ -75,35 +75,44 @@ def init_ranks() -> Ranks:
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU. Warns, once per machine, if the CPU may come as a surprise."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+    """This rank's GPU, or the CPU. Warns, once per machine, if the CPU may come as a surprise, or if
+    other work keeps the machine busy.
+    """
+    on_cuda = torch.cuda.is_available()
     if local_rank == 0:
         if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            print(
-                "warning: this machine has nvidia-smi, but torch sees no GPU (a driver older than "
-                "its CUDA?); using the CPU",
-                file=sys.stderr,
-            )
+            if not on_cuda:
+                print(
+                    "warning: this machine has nvidia-smi, but torch sees no GPU (a driver older "
+                    "than its CUDA?); using the CPU",
+                    file=sys.stderr,
+                )
         elif torch.backends.mps.is_available():
             print("note: Apple's GPU (MPS) is not supported; using the CPU", file=sys.stderr)
-        if note := busy_note(os.getloadavg()[0], console.usable_cores(), torch.get_num_threads()):
+        threads = 1 if on_cuda else torch.get_num_threads()
+        if note := busy_note(os.getloadavg()[0], console.usable_cores(), threads):
             print(note, file=sys.stderr)
+    if on_cuda:
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
     return torch.device("cpu")
 
 
 def busy_note(load: float, cores: int, threads: int) -> str | None:
     """What to say if other processes keep this machine's cores busy; None if all is well.
 
-    load: processes that want to run, averaged over the last minute. threads: of this process.
+    load: processes that want to run, averaged over the last minute. threads: of this process that
+    compute together.
     """
-    if load <= cores or threads == 1:
+    if load <= cores:
         return None
+    text = f"note: other work keeps this machine busy (load {load:.1f} on {cores} cores)"
+    if threads == 1:
+        return f"{text}; this run takes longer than it would alone, and its times mean little"
     return (
-        f"note: other work keeps this machine busy (load {load:.1f} on {cores} cores). Each matrix "
-        f"product waits for the slowest of its {threads} threads, so that two processes take "
-        "several times as long as one after the other; wait, or set OMP_NUM_THREADS=1 for each"
+        f"{text}. Each matrix product waits for the slowest of its {threads} threads, so that two "
+        "processes take several times as long as one after the other; wait, or set "
+        "OMP_NUM_THREADS=1 for each"
     )
 
 

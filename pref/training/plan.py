@@ -139,8 +139,8 @@ def with_memory(args: argparse.Namespace, packing: Packing, draft: Draft) -> arg
         least = -(-max(draft.longest, LEAST_TOKENS) // FLEX_BLOCK) * FLEX_BLOCK
         budgets = list(range(most, min(least, most) - 1, -FLEX_BLOCK))
     if args.checkpointing == "auto":
-        some = map(str, range(1, layers)) if on_cuda else ()
-        choices = ["off", *some, "on"]
+        # Not the last layer: its backward pass comes at once, and what it kept would be the most.
+        choices = ["off", *map(str, range(1, layers))] if on_cuda else ["off", "on"]
 
     # 2) The first that fits.
     there = MEMORY_SHARE["cuda" if on_cuda else "cpu"] * draft.device.bytes
@@ -352,7 +352,7 @@ def memory_warning(plan: Plan) -> str | None:
     device, need = plan.device, plan.memory.total
     if not device.on_cuda or need * 2**30 <= device.bytes:
         return None
-    if plan.args.checkpointing != "on":
+    if memory.checkpointed_layers(plan.args, plan.layers) < plan.layers - 1:
         remedy = "--checkpointing on, or a smaller --tokens_per_microbatch"
     else:
         remedy = "a smaller --max_length, --lora_r or model"
