@@ -75,7 +75,7 @@ def init_ranks() -> Ranks:
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """This rank's GPU, or the CPU. Warns, once per machine, if the CPU may come as a surprise, or if
+    """This rank's GPU, or the CPU. Warns, once per machine, if the CPU may come as a surprise or
     other work keeps the machine busy.
     """
     on_cuda = torch.cuda.is_available()
