@@ -4,6 +4,7 @@
     python bench/random_llama.py --pairs PAIRS.jsonl --layers 2 --hidden 64 --heads 4 \\
         --intermediate 128 DIR
     python bench/random_llama.py ... --initializer_range 0.3 DIR     some tokens are likely
+    python bench/random_llama.py ... --quant nf4 DIR     in 4 bit: 3.9 GB, read sooner
 """
 
 import argparse
@@ -12,7 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from tiny import chatml_tokenizer  # noqa: E402
@@ -31,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     add("--layers", type=int, default=32)
     add("--heads", type=int, default=32)
     range_help = "SD of the weights; a larger one makes some tokens likely (default: 0.02)"
+    add("--quant", choices=["none", "nf4"], default="none", help="of the layers' linear weights")
     add("--initializer_range", type=float, default=0.02, metavar="SD", help=range_help)
     return parser.parse_args()
 
@@ -46,6 +50,33 @@ def texts_of(pairs: Path) -> list[str]:
     ]
 
 
+def save_nf4(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write the checkpoint that bitsandbytes and transformers would write, without a second copy of
+    the model in memory: NF4 with double quantisation, the output head in bf16.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    head, tensors = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weight = module.weight.detach()
+            packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            tensors[f"{name}.weight"] = packed.cpu()
+            for key, value in state.as_dict(packed=True).items():
+                tensors[f"{name}.weight.{key}"] = value.cpu()
+    for name, value in model.state_dict().items():
+        tensors.setdefault(name, value.detach().cpu().contiguous())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ).to_dict()
+    model.config.save_pretrained(folder)
+
+
+@torch.no_grad()
 def main() -> None:
     args = parse_args()
     # Written under another name first: a folder called args.folder is complete.
@@ -67,7 +98,11 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(config).save_pretrained(temporary)
+        model = LlamaForCausalLM(config)
+    if args.quant == "nf4":
+        save_nf4(model, temporary)
+    else:
+        model.save_pretrained(temporary)
     temporary.rename(args.folder)
     print(f"{args.folder}: {len(tokenizer)} tokens, {args.layers} layers of {args.hidden}")
 

@@ -7,9 +7,10 @@ and micro-batch.
 MODEL: a chat model's folder (`python examples/embedded_model.py DIR` makes one); PAIRS.jsonl:
 prep_data.py's format. Contestants run in turn, each in a process of its own, `--rounds` times over,
 so that a machine's slow minute meets all of them: TRL, TRL with precomputed reference log-probs,
-train_pref.py with its defaults, and with --prefix_sharing off --packing off --compile off. One
-micro-batch of `--batch` pairs is one optimiser step; the first `--warmup` steps (where compiling
-happens) are not timed, and the rate is pairs over the sum of the other steps' times. The reference
+train_pref.py with its defaults, and with --prefix_sharing off --packing off --compile off. A step
+has `--global_batch` pairs, by default one micro-batch of `--batch`; the first `--warmup` steps
+(where compiling happens) are not timed, and the rate is pairs over the sum of the other steps'
+times. A step's time ends when the device has finished it. The reference
 pass of TRL with precomputed references and of train_pref.py lies before the first step and is not
 in the rate: a study's runs share it. `--only full_logits train_pref_plain packed_eager shared_eager
 train_pref` climbs from all logits of a padded batch to the defaults, technique by technique. Prints
@@ -21,9 +22,11 @@ own largest layer in the same dtype.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,18 +47,11 @@ CONTESTANTS = {
     "shared_eager": EAGER,
 }
 DEFAULT = ("trl", "trl_precomputed", "train_pref", "train_pref_plain")
-# train_pref.py with log-probs from the model's own forward, which gives logits of every position:
-# prompts and padding.
-FULL_LOGITS = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from pref.model.logps import ResponseLogps
-import train_pref
-ours = ResponseLogps.forward
-ResponseLogps.forward = lambda self, batch, *_, **__: ours(self, batch, own_attention="sdpa")
-sys.exit(train_pref.main())
-"""
 BETA, SEED = 0.1, 42
+
+
+class Failed(SystemExit):
+    """A contestant ended with an error: its message has the end of what it printed."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,24 +64,39 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, not timed")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="pairs per step and micro-batch")
+    parser.add_argument("--batch", type=int, default=4, help="pairs per micro-batch")
+    parser.add_argument("--global_batch", type=int, default=0, help="pairs per step; 0: as --batch")
+    parser.add_argument(
+        "--tokens_per_microbatch",
+        type=int,
+        default=0,
+        help="train_pref's budget; 0: as many as --batch pairs may have",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--quant", choices=["none", "nf4"], default="none")
     parser.add_argument(
-        "--checkpointing", choices=["on", "off"], default="off", help="for all contestants"
+        "--checkpointing",
+        choices=["on", "off", "auto"],
+        default="off",
+        help="for all contestants; auto, by train_pref's plan, is off for TRL",
     )
     parser.add_argument(
         "--compile",
-        choices=["on", "off"],
+        choices=["on", "off", "auto"],
         default="on",
         help="train_pref's; auto is on for long runs",
     )
+    parser.add_argument("--liger", action="store_true", help="TRL with Liger's kernels (GPU)")
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=DEFAULT)
     parser.add_argument("--worker", choices=["trl", "trl_precomputed"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.global_batch = args.global_batch or args.batch
+    if args.global_batch % args.batch:
+        parser.error(f"--global_batch {args.global_batch}: no multiple of --batch {args.batch}")
+    return args
 
 
 # ---- the same pairs, cut the same way -----------------------------------------------------------
@@ -101,7 +112,7 @@ def choose_pairs(args: argparse.Namespace, folder: Path) -> dict:
     from pref.training.schedule import pairs_of_step
 
     tokenizer = load_tokenizer(args.model)
-    wanted, kept, tokens, dropped = (args.steps + args.warmup) * args.batch, [], [], 0
+    wanted, kept, tokens, dropped = (args.steps + args.warmup) * args.global_batch, [], [], 0
     for row in read_pairs(args.pairs):
         pair = truncate(
             tokenize_pair(tokenizer, row), args.max_length, "keep_start", tokenizer.bos_token_id
@@ -117,7 +128,8 @@ def choose_pairs(args: argparse.Namespace, folder: Path) -> dict:
     write_jsonl(folder / "train.jsonl", kept)
     write_jsonl(folder / "val.jsonl", kept[: args.batch])
     order = [
-        pairs_of_step(step, wanted, args.batch, SEED) for step in range(args.steps + args.warmup)
+        pairs_of_step(step, wanted, args.global_batch, SEED)
+        for step in range(args.steps + args.warmup)
     ]
     write_jsonl(folder / "in_order.jsonl", [kept[i] for step in order for i in step])
     timed = [tokens[i] for step in order[args.warmup :] for i in step]
@@ -177,7 +189,9 @@ def trl_worker(args: argparse.Namespace) -> None:
     config = DPOConfig(
         output_dir=str(args.folder / args.worker),
         per_device_train_batch_size=args.batch,
-        num_train_epochs=1,
+        gradient_accumulation_steps=args.global_batch // args.batch,
+        max_steps=args.warmup + args.steps,
+        use_liger_kernel=args.liger,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         weight_decay=0.01,
@@ -218,15 +232,27 @@ def trl_worker(args: argparse.Namespace) -> None:
     print(json.dumps({"seconds": seconds, "losses": losses, "peak_gib": peak_gib(device)}))
 
 
-def run_trl(args: argparse.Namespace, name: str, folder: Path) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--folder", str(folder)]
-    return json.loads(run(command).splitlines()[-1])
+def run_trl(
+    args: argparse.Namespace, name: str, folder: Path, seconds: float | None = None
+) -> dict:
+    given = [
+        f"--{key}={value}"
+        for key, value in vars(args).items()
+        if key not in ("only", "worker", "folder", "liger")
+    ]
+    given += ["--liger"] if args.liger else []
+    command = [sys.executable, __file__, *given, "--worker", name, "--folder", str(folder)]
+    return json.loads(run(command, seconds).splitlines()[-1])
 
 
-def run_ours(args: argparse.Namespace, name: str, folder: Path) -> dict:
+def run_ours(
+    args: argparse.Namespace, name: str, folder: Path, seconds: float | None = None
+) -> dict:
+    budget = args.tokens_per_microbatch
     command = [
         sys.executable,
-        *(["-c", FULL_LOGITS] if name == "full_logits" else [ROOT / "train_pref.py"]),
+        ROOT / "bench" / "timed_train.py",
+        *(["--own_forward"] if name == "full_logits" else []),
         "--model",
         args.model,
         "--data",
@@ -245,8 +271,10 @@ def run_ours(args: argparse.Namespace, name: str, folder: Path) -> dict:
         args.learning_rate,
         "--epochs",
         1,
+        "--max_steps",
+        args.warmup + args.steps,
         "--global_batch",
-        args.batch,
+        args.global_batch,
         "--per_device_batch",
         args.batch,
         "--max_length",
@@ -271,31 +299,49 @@ def run_ours(args: argparse.Namespace, name: str, folder: Path) -> dict:
         10**6,
         "--compile",
         args.compile,
+        *(["--tokens_per_microbatch", budget] if budget else []),
         *CONTESTANTS[name],
     ]
     shutil.rmtree(folder / name, ignore_errors=True)
-    run([str(part) for part in command])
+    run([str(part) for part in command], seconds)
     lines = [
         json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()
     ]
     steps = [line for line in lines if "loss" in line]
+    record = json.loads((folder / name / "args.json").read_text())
+    settled = ("checkpointing", "compile", "tokens_per_microbatch")
     return {
         "seconds": [line["tokens"] / line["tok_per_s"] for line in steps],
         "losses": [line["loss"] for line in steps],
         "peak_gib": steps[-1]["peak_gib"],
+        "planned_gib": record.get("planned_gib"),
+        "settings": {key: record[key] for key in settled if key in record},
     }
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+def run(command: list[str], seconds: float | None = None) -> str:
+    """What `command` prints. Raises Failed if it ends with an error, or not within `seconds`."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        start_new_session=True,  # so that its own children end with it
     )
-    if done.returncode:
-        sys.exit(
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"not done within {seconds:.0f} s") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise Failed(
             f"{' '.join(command)}: exit code "
-            f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            f"{process.returncode}\n{output[-2000:]}\n{errors[-4000:]}"
         )
-    return done.stdout
+    return output
 
 
 # ---- the limit ----------------------------------------------------------------------------------
@@ -336,7 +382,7 @@ def main() -> None:
         folder = Path(temporary)
         counts = choose_pairs(args, folder)
         print(
-            f"{(args.steps + args.warmup) * args.batch} pairs at {args.max_length} tokens "
+            f"{(args.steps + args.warmup) * args.global_batch} pairs at {args.max_length} tokens "
             f"({counts['dropped']} "
             "skipped: long prompts, which the tools cut differently); a pair is "
             f"{counts['shared']:.0f} tokens "
@@ -352,7 +398,7 @@ def main() -> None:
                 )
                 spent = sum(results[name][-1]["seconds"][args.warmup :])
                 print(
-                    f"round {number + 1}: {name:<17} {args.steps * args.batch / spent:.3f} "
+                    f"round {number + 1}: {name:<17} {args.steps * args.global_batch / spent:.3f} "
                     "pairs/s, "
                     f"{results[name][-1]['peak_gib']:.2f} GiB, process "
                     f"{time.perf_counter() - begun:.0f} s",
@@ -365,7 +411,7 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]], counts: dic
     rates, peaks = {}, {}
     for name, rounds in results.items():
         timed = [second for one in rounds for second in one["seconds"][args.warmup :]]
-        rates[name] = args.batch * len(timed) / sum(timed)
+        rates[name] = args.global_batch * len(timed) / sum(timed)
         peaks[name] = max(one["peak_gib"] for one in rounds)
         print(
             f"{name:<17} {rates[name]:7.3f} pairs/s  {peaks[name]:6.2f} GiB  losses "
