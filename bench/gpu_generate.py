@@ -172,7 +172,9 @@ def main() -> None:
             for name in ("engine", "PEFT's generate")
         }
         if all(best.values()):
-            emit("engine over PEFT, each at its best", ratio=best["engine"] / best["PEFT's generate"])
+            emit(
+                "engine over PEFT, each at its best", ratio=best["engine"] / best["PEFT's generate"]
+            )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from pref.answering import generation
-from pref.answering.generation import GREEDY_BELOW, MOST_ADAPTERS, Engine, Request, pick
+from pref.answering.adapters import LayerWeights
+from pref.answering.generation import GREEDY_BELOW, MOST_ADAPTERS, Engine, Request, Slot, pick
 from pref.files.console import UserError
+from pref.model.loading import load_base
 
 
 def plain_generate(model, ids: list[int], count: int) -> tuple[list[int], list[float]]:
@@ -56,6 +59,57 @@ def test_sampling_follows_the_softmax():
     frequencies = torch.bincount(draws, minlength=4) / len(draws)
     assert torch.allclose(frequencies, (logits[0] / 0.7).softmax(0), atol=0.015)
     assert pick(logits.clone(), [Request([1], None, GREEDY_BELOW / 2, 5, 1)]) == [2]
+
+
+def test_a_draw_does_not_depend_on_its_batch():
+    logits = torch.randn(3, 1001, generator=torch.Generator().manual_seed(0))
+    kinds = [(0.7, 5), (0.0, 6), (1.3, 7)]  # temperature, seed
+    requests = lambda: [Request([1], None, *kind, 1) for kind in kinds]  # noqa: E731
+    alone = [
+        pick(row[None].clone(), [request])[0]
+        for row, request in zip(logits, requests(), strict=True)
+    ]
+    assert pick(logits.clone(), requests()) == alone
+    assert alone[1] == logits[1].argmax()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: a scalar that is read, a copy that blocks."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "is_nonzero"), "a scalar is read"
+        target = kwargs.get("device")
+        if name == "_to_copy" and target is not None and args[0].device != target:
+            assert kwargs.get("non_blocking"), "a copy blocks"
+        return func(*args, **kwargs)
+
+
+def test_the_host_waits_once_a_token(tiny_model):
+    """On the meta device, where a value cannot be read at all: a step of rows of two lengths with
+    an adapter and without. Its tokens are then read in one list.
+    """
+    meta = torch.device("meta")
+    engine = Engine(load_base(tiny_model, torch.float32, "none", meta), {}, 4, 600, ends=[])
+    engine.adapters.folders = {"mine": None}
+    mlp = engine.model.model.layers[1].mlp
+    mlp.up_proj.forward = lambda x: engine.adapters.forward("up", up, x)
+    up, (outputs, inputs) = type(mlp.up_proj).forward.__get__(mlp.up_proj), mlp.up_proj.weight.shape
+    a, b = torch.empty(2, inputs, device=meta), torch.empty(2, outputs, device=meta)
+    engine.adapters.load = lambda name: {"up": LayerWeights(a, b, scaling=2.0)}
+    engine.adapters.use({"mine"})
+    slots = [
+        Slot(greedy([5], 9, adapter), length) for adapter, length in (("mine", 8), (None, 300))
+    ]
+    for slot in slots:
+        slot.request.tokens.append(7)
+    with torch.inference_mode(), NoWaiting():
+        logits = engine.decode(slots)
+        assert logits.shape == (2, 600) and logits.is_meta
+        assert len(engine.cache.groups) == 2
+        requests = [Request([1], None, temperature, 5, 1) for temperature in (0.7, 0.0)]
+        pick(torch.zeros(2, 600), requests)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pref.answering.cache import on_device
 from pref.files.console import UserError
 from pref.model import lora
 
@@ -59,6 +60,7 @@ class Adapters:
         self.numbers: dict[str, int] = {}  # of the adapters in flight
         self.stacks: dict[str, Stack] = {}  # by layer
         self.tokens: Tensor | None = None  # (N,) adapter number of each token of the pass
+        self.ranks: dict[tuple, tuple[Tensor, Tensor]] = {}  # owners and scales of stacks, (R,)
         linears = {
             name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
         }
@@ -77,6 +79,14 @@ class Adapters:
         self.numbers = {name: number for number, name in enumerate(names)}
         layers = {layer for weights in self.loaded.values() for layer in weights}
         self.stacks = {layer: self.stack(layer) for layer in layers}
+        # Here and not in a pass, where each copy to a GPU would hold up the host.
+        self.ranks = {
+            (stack.owners, stack.scales): (
+                torch.tensor(stack.owners, device=self.device),
+                torch.tensor(stack.scales, device=self.device),
+            )
+            for stack in self.stacks.values()
+        }
 
     def stack(self, layer: str) -> Stack:
         parts = {
@@ -119,7 +129,7 @@ class Adapters:
         self.tokens = None
         if any(names):
             numbers = [NO_ADAPTER if name is None else self.numbers[name] for name in names]
-            self.tokens = torch.tensor(numbers, device=self.device)
+            self.tokens = on_device(numbers, self.device)
 
     def forward(self, layer: str, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A linear layer with the adapter of each token. x (..., N, in) -> (..., N, out)."""
@@ -133,8 +143,7 @@ class Adapters:
         """(N, R): the adapter's scaling where token and rank belong to the same one, else 0."""
         key = (stack.owners, stack.scales)
         if key not in self.masks:
-            owners = torch.tensor(stack.owners, device=self.device)
-            scales = torch.tensor(stack.scales, device=self.device)
+            owners, scales = self.ranks[key]
             self.masks[key] = ((owners == self.tokens[:, None]) * scales).to(self.dtype)
         return self.masks[key]
 

@@ -14,6 +14,7 @@ rows of the same rounded length form a `Group` and share one call. So neither th
 nor its result, also in bf16, depends on how long the other rows are.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -50,6 +51,16 @@ def rounded_up(length: int) -> int:
     return -(-length // STRETCH) * STRETCH
 
 
+def on_device(values: list, device: torch.device) -> Tensor:
+    """`values` as a tensor on `device`. A GPU copies it from pinned memory when its turn comes;
+    the host does not wait for what the GPU has to do before.
+    """
+    tensor = torch.tensor(values)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Cache:
     """Keys and values of `rows` rows of `length` positions. Buffers are made when a layer first
     asks for them.
@@ -63,16 +74,26 @@ class Cache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys, values: (rows, K, length, D)
         self.zeroed = 0  # positions that hold a number in every row
 
-    def begin(self, rows: Tensor, positions: Tensor, groups: list[Group] | None) -> None:
-        """Announce a pass: row and position of each token, (N,) both. groups: of next tokens, for
+    def begin(
+        self,
+        rows: list[int],
+        positions: list[int],
+        groups: list[Group] | None,
+        device: torch.device,
+    ) -> None:
+        """Announce a pass: row and position of each token, N of both. groups: of next tokens, for
         rows 0 to N - 1; rows in none of them are free. None for prompts.
         """
-        self.token_rows, self.positions, self.groups = rows, positions, groups
+        self.token_rows, self.positions = on_device(rows, device), on_device(positions, device)
+        self.groups = groups
         if groups is None:
-            found, counts = torch.unique_consecutive(rows, return_counts=True)
-            self.prompts = list(zip(found.tolist(), counts.tolist(), strict=True))
+            self.prompts = [(row, len(list(run))) for row, run in itertools.groupby(rows)]
+        elif len(groups) == 1:
+            self.members = [slice(len(groups[0].rows))]  # all rows: a slice needs no copy
+        else:
+            self.members = [on_device(group.rows, device) for group in groups]
         self.masks: dict[tuple, Tensor] = {}  # shared by the layers of the pass
-        end = rounded_up(int(positions.max()) + 1)
+        end = rounded_up(max(positions) + 1)
         if end > self.zeroed:
             for buffers in self.layers.values():
                 for buffer in buffers:
@@ -126,9 +147,7 @@ class Cache:
         # positions of one head, they need no copies of the keys.
         grouped = query[0].transpose(0, 1).reshape(count, kv_heads, heads // kv_heads, -1)
         output = query.new_zeros(*grouped.shape[:3], values.shape[3])  # (N, K, H/K, D)
-        for number, group in enumerate(self.groups):
-            # All rows in flight, or those of this group: a slice needs no copy.
-            chosen = slice(len(group.rows)) if len(self.groups) == 1 else group.rows
+        for number, (group, chosen) in enumerate(zip(self.groups, self.members, strict=True)):
             output[chosen] = weigh(
                 grouped[chosen],
                 keys[chosen, :, : group.length],  # (n, K, length, D)
@@ -165,8 +184,8 @@ class Cache:
     def next_mask(self, number: int, window: int | None) -> Tensor:
         """(n, 1, 1, length) bool: what the next token of each row of a group sees."""
         if (number, window) not in self.masks:
-            rows, length = self.groups[number]
-            mask = visible(self.positions[rows], length, window)
+            chosen, length = self.members[number], self.groups[number].length
+            mask = visible(self.positions[chosen], length, window)
             self.masks[number, window] = mask[:, None, None]
         return self.masks[number, window]
 

@@ -45,6 +45,7 @@ from pref.files.console import UserError
 from pref.model import logps
 
 GREEDY_BELOW = 1e-4  # FastChat takes the most probable token at temperatures below this
+BROKEN = -1  # in place of a token: the logits are not finite
 MOST_ADAPTERS = 8  # in flight: the stacked products grow with their number
 
 
@@ -203,16 +204,13 @@ class Engine:
 
     def forward(self, flat: Pass, groups: list[Group] | None) -> Tensor:
         """(N, H) last hidden states of a pass. groups: of a decode; None for a prompt."""
-        ids, rows, positions = (
-            torch.tensor(values, device=self.model.device)
-            for values in (flat.tokens, flat.rows, flat.positions)
-        )
-        self.cache.begin(rows, positions, groups)
+        device = self.model.device
+        self.cache.begin(flat.rows, flat.positions, groups, device)
         self.adapters.begin(flat.adapters)
         backbone = getattr(self.model, self.model.base_model_prefix)
         output = backbone(
-            input_ids=ids[None],  # (1, N)
-            position_ids=positions[None],
+            input_ids=cache.on_device([flat.tokens], device),  # (1, N)
+            position_ids=self.cache.positions[None],
             attention_mask=self.no_mask,
             use_cache=False,
         )
@@ -262,18 +260,27 @@ def pick(logits: Tensor, requests: list[Request]) -> list[int]:
     logits / temperature + Gumbel noise, which is a draw from the softmax. The noise comes from
     the request's own generator, so an answer does not depend on the rest of its batch. Raises
     UserError for logits that are NaN or infinite.
+
+    The host waits for the device once, at the end.
     """
-    for row, request in enumerate(requests):
-        if request.temperature >= GREEDY_BELOW:
-            if request.generator is None:
-                request.generator = torch.Generator(logits.device).manual_seed(request.seed)
-            noise = torch.empty_like(logits[row]).exponential_(generator=request.generator)
-            logits[row] = logits[row] / request.temperature - noise.clamp_min_(1e-30).log_()
+    temperatures = [r.temperature if r.temperature >= GREEDY_BELOW else 0.0 for r in requests]
+    if any(temperatures):
+        # Greedy rows keep their logits: divided by 1, and the logarithm of 1 is 0.
+        noise = torch.ones_like(logits)
+        for row, request in enumerate(requests):
+            if temperatures[row]:
+                if request.generator is None:
+                    request.generator = torch.Generator(logits.device).manual_seed(request.seed)
+                noise[row].exponential_(generator=request.generator)
+        scales = cache.on_device(
+            [[temperature or 1.0] for temperature in temperatures], logits.device
+        )
+        logits.div_(scales).sub_(noise.clamp_min_(1e-30).log_())
     values, tokens = logits.max(-1)  # NaN if any of them is
-    if not values.isfinite().all():
-        broken = requests[(~values.isfinite()).nonzero()[0].item()].adapter
-        finite(math.nan, broken)
-    return tokens.tolist()
+    picked = tokens.masked_fill_(~values.isfinite(), BROKEN).tolist()
+    if BROKEN in picked:
+        finite(math.nan, requests[picked.index(BROKEN)].adapter)
+    return picked
 
 
 def finite(value: float, adapter: str | None) -> float:
