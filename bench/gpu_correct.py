@@ -1,7 +1,7 @@
 """Whether the toolkit computes the right numbers on this device. A part of bench/gpu.sh; prints
 rows (gpu_rows.py) with `value`, `tolerance` and `holds`.
 
-    python bench/gpu_correct.py [--seconds 150]
+    python bench/gpu_correct.py [--seconds 115]
 
 On small random models, in fp32 where rounding would hide a mistake:
 
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seconds", type=float, default=115)
     parser.add_argument("--hidden", type=int, default=256, help="size of the small models")
     return parser.parse_args()
 

@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of train_pref.py")
     parser.add_argument("--trl_steps", type=int, default=1, help="timed steps of TRL")
     parser.add_argument("--lora_r", type=int, default=64)
+    parser.add_argument("--no_compile", action="store_true", help="for a rehearsal")
     parser.add_argument("--trl", nargs="+", default=["4:on", "8:on", "2:off"], metavar="PAIRS:on")
     return parser.parse_args()
 
@@ -109,7 +110,7 @@ class Bench:
             dtype="bfloat16",
             quant="none",  # the checkpoint itself is in NF4
             checkpointing=setting.checkpointing,
-            compile=setting.compile,
+            compile="off" if self.args.no_compile else setting.compile,
             liger=setting.liger,
             lora_r=self.args.lora_r,
             learning_rate=1e-4,
