@@ -364,9 +364,9 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
     args = settings.for_attention(args, longest, ranks)
     if args.dry_run is None:
         run_folder.check_computed_as_before(folder, architecture.read(args.model))
+    args = settings.as_begun(args, folder)
     packing = settings.packing_of(args, tokenizer.pad_token_id)
-    begun = settings.as_begun(args, folder)
-    planned = plan.of_run(begun, pairs["train"], packing, ranks, pairs["val"])
+    planned = plan.of_run(args, pairs["train"], packing, ranks, pairs["val"])
     args, packing = planned.args, planned.packing
     if args.dry_run is not None:
         plan.show(planned, ranks)

@@ -102,7 +102,8 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
     config, blocks = base.config.get_text_config(), architecture.find_layers(base)
     linears = {id(m.weight): m.weight for m in blocks.modules() if isinstance(m, nn.Linear)}
     in_linears = [weight.numel() for weight in linears.values()]
-    heads = getattr(config, "num_attention_heads", 0) or 0
+    heads = getattr(config, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else 0  # none, or another number in each layer
     of_head = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     parameters = sum(p.numel() for p in base.parameters())
     largest_block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
