@@ -3,7 +3,9 @@ machine and for cards that are not in it.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -137,14 +139,14 @@ def test_checkpointing_some_layers_changes_no_gradient(tiny_model, pairs_folder)
     pairs = val_pairs(tiny_model, pairs_folder)
     batch = make_batch(pairs[:2], Packing(0), ONE.device)
     kept, gradients = [], []
-    for first in (0, 1, 2):
+    for first in (0, 1):
         policy = tiny_policy(tiny_model)
         policy.prepare_layers(compiled=False, checkpointed=first > 0, first=first)
         kept.append(kept_bytes(policy, batch))
         gradients.append(gates.logps_and_gradients(policy, batch))
-    assert kept[0] > 1.5 * kept[1] > 1.5 * kept[2]
-    for other in gradients[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other))
+    # One of two layers, and what is kept outside of them.
+    assert 0.45 * kept[0] < kept[1] < 0.75 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
 def test_a_gpu_holds_more_than_weights_and_activations():
@@ -182,29 +184,52 @@ def test_layers_are_compiled_in_long_runs(tiny_model, monkeypatch):
     assert decided(10**7, on_cuda=True) == "off" and decided(10**7, on_cuda=False) == "on"
 
 
-def test_compiled_layers_that_compute_something_else_are_an_error(tiny_model, pairs_folder):
-    """Whatever the compiler did: its backend is one that computes 1 % too much."""
+def test_compiled_layers_that_compute_something_else_are_an_error(
+    tiny_model, pairs_folder, monkeypatch
+):
+    """In place of a compiler, a layer whose output is off by 1 % except where all is eager."""
+    policy, state = tiny_policy(tiny_model), {"eager": False, "factor": 1.0}
+    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:1], Packing(0), ONE.device)
+    layer = policy.causal[0].model.layers[0]
+    forward = layer.forward
+
+    @contextlib.contextmanager
+    def set_stance(stance):
+        state["eager"] = stance == "force_eager"
+        yield
+        state["eager"] = False
+
+    def compiled(*args, **more):
+        return forward(*args, **more) * (1 if state["eager"] else state["factor"])
+
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    layer.forward = compiled
+    gates.check_compiled(policy, batch, torch.float32, ONE)
+    assert all(p.grad is None for p in policy.parameters())
+    for state["factor"] in (1.01, math.nan):
+        with pytest.raises(UserError, match="differ from eager ones by .* give --compile off"):
+            gates.check_compiled(policy, batch, torch.float32, ONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_what_the_compiler_made_is_compared(tiny_model, pairs_folder, factor):
+    """The same with torch.compile, whose backend multiplies all that it computes."""
     policy = tiny_policy(tiny_model)
     batch = make_batch(val_pairs(tiny_model, pairs_folder)[:1], Packing(0), ONE.device)
 
-    def compile_with(factor: float) -> None:
-        def backend(graph, inputs):
-            return lambda *args: [out * factor for out in graph(*args)]
+    def backend(graph, inputs):
+        return lambda *args: [out * factor for out in graph(*args)]
 
-        for layer in policy.causal[0].model.layers:
-            layer.forward = torch.compile(type(layer).forward.__get__(layer), backend=backend)
-
-    compile_with(1.0)
-    gates.check_compiled(policy, batch, torch.float32, ONE)
-    assert all(p.grad is None for p in policy.parameters())
-    torch._dynamo.reset()
-    compile_with(1.01)
-    with pytest.raises(
-        UserError, match="compiled layers differ from eager ones by .* --compile off"
-    ):
+    for layer in policy.causal[0].model.layers:
+        layer.forward = torch.compile(layer.forward, backend=backend)
+    try:
         gates.check_compiled(policy, batch, torch.float32, ONE)
+        assert factor == 1
+    except UserError:
+        assert factor != 1
+    assert run_folder.compiled_text().startswith("compiled: 1 graphs, 0 graph breaks")
     torch._dynamo.reset()
-    assert "graph breaks" in run_folder.compiled_text()
 
 
 # ---- evaluations --------------------------------------------------------------------------------
@@ -216,8 +241,8 @@ def test_compiled_layers_that_compute_something_else_are_an_error(tiny_model, pa
         (6750, 3, 750 / 20250, 53, 4),  # the first study: every 20 would be 17 % of it
         (6750, 3, 75 / 20250, 20, 11),
         (6750, 1, 750 / 6750, 20, 4),  # a third of its steps is less than 20
-        (128 * 1000, 1, 1000 / 128000, 41, 26),
-        (800, 3, 1.0, 20, 4),  # 21 steps
+        (128 * 1000, 1, 1000 / 128000, 38, 28),
+        (800, 3, 1.0, 20, 5),  # 21 steps
         (64, 1, 1.0, 20, 2),
     ],
 )
@@ -241,10 +266,10 @@ def test_the_share_of_evaluation_stays_below_its_limit():
         count = sum(schedule.is_evaluated(n, steps, pairs, args) for n in range(steps + 1))
         return count * ratio / 2 / (1 + count * ratio / 2)
 
-    rng = random.Random(0)
-    for _ in range(200):
+    rng, given = random.Random(0), arguments.parse_args([])
+    for _ in range(100):
         pairs, ratio = rng.randint(100, 60_000), rng.uniform(0.0001, 0.05)
-        args = arguments.parse_args(["--epochs", str(rng.choice([0.5, 1, 2.5, 3]))])
+        args = settings.replaced(given, epochs=rng.choice([0.5, 1, 2.5, 3]))
         steps = schedule.number_of_steps(args, pairs)
         every = schedule.eval_interval(args, steps, pairs, ratio)
         now, before = (
@@ -347,13 +372,17 @@ def test_a_plan_for_cards_that_are_not_here(tiny_model, pairs_folder, tmp_path, 
     assert f"{written['evaluation_share']:.1%} of the run's operations" in shown
     assert "give fewer validation pairs" in shown  # 8 of them, twice and more in 6 steps
 
-    shown, written = planned("--gpu_gib", "80")
-    assert list(written["hours"]) == ["a100-80", "h100"] and "a card with 80 GiB" in shown
-    assert (
-        written["tokens_per_microbatch"] % FLEX_BLOCK == 0 and written["parts_gib"]["buffers"] > 0
-    )
-    shown, _ = planned("--gpu_gib", "0.5")
+    shown, written = planned("--gpu_gib", "0.5")
     assert "warning: the plan needs" in shown and "a card with 0.5 GiB has 0.5" in shown
+    assert written["hours"] == {} and "hours" not in shown  # no card has so little
+    assert written["tokens_per_microbatch"] == 2048 and written["parts_gib"]["buffers"] > 0
+
+
+def test_the_cards_with_a_given_memory():
+    args = arguments.parse_args(["--dry_run", "--gpu_gib", "80"])
+    device = hardware.device_of(args, hardware.planned_ranks(args, ONE))
+    assert list(device.cards) == ["a100-80", "h100"] and device.bytes == 80 * 2**30
+    assert device.on_cuda and not device.is_here
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 from losses import COUPLES_BATCH
 from pref.files import disk, run_folders
@@ -377,6 +376,8 @@ def compiled_text() -> str:
     """How many graphs torch.compile has made in this process, and why it made more than one of a
     function: code that it cannot compile is computed eagerly between two graphs.
     """
+    from torch._dynamo.utils import counters  # takes seconds, which most commands need not wait
+
     graphs, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
     text = f"compiled: {graphs} graphs, {sum(breaks.values())} graph breaks"
     return "; ".join([text, *(str(reason).partition("\n")[0] for reason in list(breaks)[:3])])
