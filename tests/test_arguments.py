@@ -53,7 +53,8 @@ def test_the_analysis_groups_runs_by_every_argument_that_changes_a_result():
 
 def test_what_makes_another_run():
     """Written out: a run continued with another value cannot be told apart later."""
-    session = {"dry_run", "plan_json", "report_to", "status", "max_bad_pairs"}
+    session = {"dry_run", "plan_json", "gpu", "gpu_gib", "mfu"}
+    session |= {"report_to", "status", "max_bad_pairs"}
     assert set(names_affecting("session")) == session
     assert {
         *("model", "results_dir", "run_id", "data", "loss_file", "init_adapter"),
