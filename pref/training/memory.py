@@ -256,11 +256,13 @@ def buffer_bytes(args: argparse.Namespace, sizes: Sizes, world: int) -> float:
     #    has been allocated.
     width = 2 if args.dtype == "bfloat16" else 4
     dequantised = 2 * sizes.largest_linear * width if args.quant == "nf4" else 0
+    # 2) The adapter in the compute dtype, which the backward pass needs again: cast by each layer,
+    #    or gathered by FSDP.
+    copied = sizes.trainable * width
     if world == 1:
-        return CUBLAS + dequantised
-    # 2) FSDP gathers the adapter in the compute dtype, and adds up whole gradients in fp32 until
-    #    the step's last micro-batch, when it reduces them layer by layer.
-    adapter = sizes.trainable * (width + 4) + 2 * sizes.trainable / sizes.layers * 4
-    # 3) A gathered layer is copied from one buffer into its tensors.
+        return CUBLAS + dequantised + copied
+    # 3) FSDP adds up whole gradients in fp32 until the step's last micro-batch, when it reduces
+    #    them layer by layer. A gathered layer of the base is copied from one buffer into tensors.
+    gradients = sizes.trainable * 4 + 2 * sizes.trainable / sizes.layers * 4
     gathered = sizes.largest_block * width if args.shard == "full" else 0
-    return CUBLAS + dequantised + adapter + gathered
+    return CUBLAS + dequantised + copied + gradients + gathered
