@@ -4,13 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pref.answering import generation
 from pref.answering.adapters import LayerWeights
 from pref.answering.generation import GREEDY_BELOW, MOST_ADAPTERS, Engine, Request, Slot, pick
 from pref.files.console import UserError
-from pref.model.loading import load_base
+from pref.model import architecture
 
 
 def plain_generate(model, ids: list[int], count: int) -> tuple[list[int], list[float]]:
@@ -91,11 +91,13 @@ def test_the_host_waits_once_a_token(tiny_model):
     an adapter and without. Its tokens are then read in one list.
     """
     meta = torch.device("meta")
-    engine = Engine(load_base(tiny_model, torch.float32, "none", meta), {}, 4, 600, ends=[])
+    model = architecture.on_meta(AutoConfig.from_pretrained(tiny_model), None, torch.float32)
+    engine = Engine(model, {}, 4, 600, ends=[])
     engine.adapters.folders = {"mine": None}
     mlp = engine.model.model.layers[1].mlp
-    mlp.up_proj.forward = lambda x: engine.adapters.forward("up", up, x)
-    up, (outputs, inputs) = type(mlp.up_proj).forward.__get__(mlp.up_proj), mlp.up_proj.weight.shape
+    base = mlp.up_proj.forward
+    mlp.up_proj.forward = lambda x: engine.adapters.forward("up", base, x)
+    outputs, inputs = mlp.up_proj.weight.shape
     a, b = torch.empty(2, inputs, device=meta), torch.empty(2, outputs, device=meta)
     engine.adapters.load = lambda name: {"up": LayerWeights(a, b, scaling=2.0)}
     engine.adapters.use({"mine"})
