@@ -48,6 +48,13 @@ def parse_args() -> argparse.Namespace:
 # ---- a CUDA build of torch without a driver -----------------------------------------------------
 
 
+def torch_with_cuda() -> Path | None:
+    """The folder of this Python's torch, if that is a CUDA build."""
+    folders = (Path(path) / "torch" for path in sys.path)
+    first = next((folder for folder in folders if (folder / "lib").is_dir()), None)
+    return first if first and (first / "lib" / "libc10_cuda.so").is_file() else None
+
+
 def load_stand_in(torch_folder: Path) -> ctypes.CDLL:
     """Load a library that answers, in the driver's place, the one question that torch's backward
     pass asks without a GPU: whether a device has a context (none has). torch asks only for devices
@@ -336,13 +343,11 @@ def write_model(args: argparse.Namespace, folder: Path) -> None:
 
 def main() -> int:
     args = parse_args()
-    packages = next(
-        (p for p in map(Path, sys.path) if (p / "torch" / "lib" / "libc10_cuda.so").is_file()), None
-    )
-    if packages is None:
+    folder = torch_with_cuda()
+    if folder is None:
         print("error: needs the CUDA build of torch; it may be used without a GPU", file=sys.stderr)
         return 2
-    without_driver(load_stand_in(packages / "torch"))
+    without_driver(load_stand_in(folder))
     results = {}
     print("| ranks, weights | planned GiB | tracked GiB | ratio | kernels | blocking copies | s |")
     print("|---|---|---|---|---|---|---|", flush=True)

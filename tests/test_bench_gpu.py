@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))
 import gpu_rows
 import gpu_run
 from gpu_run import Part, goals_of, run_part
