@@ -128,12 +128,12 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
 
     from pref.model import attention, logps
     from pref.model.logps import ResponseLogps
-    from pref.training import plan
+    from pref.training import memory
 
     functorch_config.force_non_lazy_backward_lowering = True
     row = cuda_without_gpu.Row(1)
     given = cuda_without_gpu.arguments_of(row, folder, args.tokens)
-    policy = ResponseLogps(plan.with_lora(plan.shapes_of(given.model, torch.bfloat16), given))
+    policy = ResponseLogps(memory.with_lora(memory.shapes_of(given.model, torch.bfloat16), given))
     layer = logps.decoder_layers(policy)[0]
     batch = cuda_without_gpu.batch_on_cuda(cuda_without_gpu.make_pairs(args.tokens), 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())

@@ -6,8 +6,8 @@ Needs the CUDA build of torch (PyPI's wheel for Linux), gcc, and neither a GPU n
 training micro-batch of the real code (packing, LoRA, FSDP2, bitsandbytes' four bits, the output
 head, DPO's loss, backward) runs on the device cuda under FakeTensorMode: shapes without values.
 Whatever would read a value there, and so make the host wait for a GPU, is an error. torch's
-MemTracker counts the bytes that are alive, and --dry_run's plan (pref/training/plan.py) is compared
-with its peak. Ranks are a fake process group, of which this process is rank 0.
+MemTracker counts the bytes that are alive, and the plan of --dry_run (pref/training/memory.py) is
+compared with its peak, but for what no tensor holds: CUDA's context and cuBLAS's workspace. Ranks are a fake process group, of which this process is rank 0.
 
 Two things are stood in for: FlexAttention by flash attention, which keeps the same tensors (query,
 key, value, output, normaliser) but is no template to compile, and CUDA's streams and events by
@@ -152,7 +152,9 @@ class Found(NamedTuple):
     """What a micro-batch took on rank 0."""
 
     planned: float  # GiB
-    tracked: float  # GiB
+    tracked: float  # GiB, at the peak
+    parts_planned: dict[str, float]
+    parts_tracked: dict[str, float]
     kernels: int  # operations that the host starts, forward and backward
     blocking: int  # copies to the device that the host waits for
 
@@ -258,7 +260,7 @@ def measure(row: Row, folder: Path, tokens: int) -> Found:
     from pref.model import attention, sharding
     from pref.model.logps import ResponseLogps, sum_by_row, trainable
     from pref.model.ranks import Ranks
-    from pref.training import plan
+    from pref.training import memory
 
     class Launches(TorchDispatchMode):
         kernels = blocking = 0
@@ -274,10 +276,13 @@ def measure(row: Row, folder: Path, tokens: int) -> Found:
     # 1) The plan, and the policy on meta.
     args, pairs = arguments_of(row, folder, tokens), make_pairs(tokens)
     batch = batch_on_cuda(pairs, 0)
-    load = plan.Load((2, 2), 2 * batch.tokens, 2 * batch.tokens, batch.tokens, len(batch.targets))
-    planned = plan.memory_of(args, load, row.ranks, on_cuda=True)
+    plan = memory.memory_of(
+        args, memory.sizes_of(args), batch.tokens, len(batch.targets), row.ranks, on_cuda=True
+    )
+    # The tracker knows of tensors alone.
+    planned = plan.total - plan.process - memory.CUBLAS / GIB
     dtype = torch.bfloat16
-    adapted = plan.with_lora(plan.shapes_of(args.model, dtype), args)
+    adapted = memory.with_lora(memory.shapes_of(args.model, dtype), args)
     for name, parameter in adapted.named_parameters():
         assert parameter.dtype == (torch.float32 if "lora_" in name else dtype), name
     policy = ResponseLogps(adapted)
@@ -314,18 +319,17 @@ def measure(row: Row, folder: Path, tokens: int) -> Found:
                         chosen, rejected, reference, reference, *batch.lengths.float().chunk(2)
                     )
                     losses.dpo(inputs)[0].sum().backward()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cuda", 0)]["Total"]
+        peak = tracker.get_tracker_snapshot("peak")[torch.device("cuda", 0)]
     finally:
         dist.destroy_process_group()
-    if "show" in sys.argv:
-        print(
-            planned,
-            {
-                k: v / GIB
-                for k, v in tracker.get_tracker_snapshot("peak")[torch.device("cuda", 0)].items()
-            },
-        )
-    return Found(planned.total, peak / GIB, Launches.kernels // 2, Launches.blocking // 2)
+    return Found(
+        planned=planned,
+        tracked=peak["Total"] / GIB,
+        parts_planned=plan._asdict(),
+        parts_tracked={str(part): size / GIB for part, size in peak.items()},
+        kernels=Launches.kernels // 2,
+        blocking=Launches.blocking // 2,
+    )
 
 
 def write_model(args: argparse.Namespace, folder: Path) -> None:
