@@ -7,7 +7,8 @@ training micro-batch of the real code (packing, LoRA, FSDP2, bitsandbytes' four 
 head, DPO's loss, backward) runs on the device cuda under FakeTensorMode: shapes without values.
 Whatever would read a value there, and so make the host wait for a GPU, is an error. torch's
 MemTracker counts the bytes that are alive, and the plan of --dry_run (pref/training/memory.py) is
-compared with its peak, but for what no tensor holds: CUDA's context and cuBLAS's workspace. Ranks are a fake process group, of which this process is rank 0.
+compared with its peak, but for what no tensor holds: CUDA's context and cuBLAS's workspace. Ranks
+are a fake process group, of which this process is rank 0.
 
 Two things are stood in for: FlexAttention by flash attention, which keeps the same tensors (query,
 key, value, output, normaliser) but is no template to compile, and CUDA's streams and events by
