@@ -311,7 +311,7 @@ def exo_pair(pairs: PairLogps, *, beta=0.1, label_smoothing=1e-3, logp="sum"):
     Fails: undefined at eps = 0; bounded, so a pair ranked clearly wrong has almost no gradient.
     """
     z = beta * reduced(pairs, logp).rho
-    eps = torch.tensor(label_smoothing, dtype=z.dtype, device=z.device)
+    eps = torch.full((), label_smoothing, dtype=z.dtype, device=z.device)
     right = torch.sigmoid(z) * (F.logsigmoid(z) - torch.log1p(-eps))
     return _preference(right + torch.sigmoid(-z) * (F.logsigmoid(-z) - torch.log(eps)))
 

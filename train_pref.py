@@ -34,8 +34,8 @@ from pref.files import console, output
 from pref.model import architecture, chat, sharding, template, token_scores
 from pref.model.logps import ResponseLogps, sum_by_row, trainable
 from pref.model.lora import dropout
-from pref.model.packing import Batch, Packing, make_batch, share_out
-from pref.model.ranks import Ranks, close_ranks, init_ranks
+from pref.model.packing import MicroBatch, Packing, micro_batches, share_out, to_device
+from pref.model.ranks import Ranks, close_ranks, ended_by_lost_ranks, init_ranks
 from pref.training import (
     arguments,
     assembly,
@@ -97,21 +97,24 @@ class Study(NamedTuple):
         parameters = self.parameters | self.learned.loss_parameters()
         return loss_options.bind(self.args.loss, parameters)(inputs)
 
-    def pair_logps(self, split: Split, members: list[int]) -> tuple[PairLogps, Batch]:
-        """Run the policy on the pairs `members` of `split`. Returns what a loss may read, (B,)
-        each, and the batch.
+    def pair_logps(self, split: Split, micro: MicroBatch) -> PairLogps:
+        """Run the policy on a micro-batch of `split`. Returns what a loss may read, (B,) each. The
+        host does not wait for the device.
         """
-        kl = self.token_kl
-        batch = make_batch([split.pairs[i] for i in members], self.packing, self.ranks.device)
+        kl, members, batch = self.token_kl, micro.members, micro.batch
+        references = [split.reference.sums[members]]
+        if kl == "k3":
+            references.append(split.reference.of(members))
+        ref_sums, *ref_tokens = to_device(references, self.ranks.device)
         logps, divergence, scores = self.policy(batch, kl, self.token_score)  # (N,) each, or None
         if kl == "k3":
-            divergence = token_scores.token_k3(logps - split.reference.of(members).to(logps.device))
+            divergence = token_scores.token_k3(logps - ref_tokens[0])
 
         # Sums by response, (2B,): the chosen responses of all pairs come first, then the rejected.
         # With pairs 4 and 7: [chosen 4, chosen 7, rejected 4, rejected 7].
         chosen, rejected = sum_by_row(logps, batch).chunk(2)
         chosen_tokens, rejected_tokens = batch.lengths.float().chunk(2)
-        ref_chosen, ref_rejected = split.reference.sums[members].to(logps.device).unbind(1)
+        ref_chosen, ref_rejected = ref_sums.unbind(1)
         inputs = PairLogps(
             chosen=chosen,
             rejected=rejected,
@@ -125,7 +128,7 @@ class Study(NamedTuple):
             inputs = inputs._replace(kl_chosen=kl_chosen, kl_rejected=kl_rejected)
         if scores is not None:  # of the chosen responses alone
             inputs = inputs._replace(score_chosen=sum_by_row(scores, batch)[: len(members)])
-        return inputs, batch
+        return inputs
 
     def metric_rows(self, inputs: PairLogps) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (B,) with their gradient, and the metrics of each pair by name, (B,) each.
@@ -182,28 +185,28 @@ def compute_gradients(study: Study, split: Split, members: list[int]) -> Step:
     """Clipped gradients of one optimiser step on the pairs `members`: of the sum of their losses,
     divided by their number, so that neither ranks nor micro-batches change them.
     """
-    args, ranks, policy = study.args, study.ranks, study.policy
+    args, ranks, policy, packing = study.args, study.ranks, study.policy, study.packing
     weight = 1 / len(members)  # of a pair; gradients are then added over ranks (sharding.py)
     totals: dict[str, Tensor] = {}  # sums over this rank's pairs, fp64
 
     # 1) Forward and backward, micro-batch by micro-batch. A rank whose share is empty runs along
-    #    with weight 0: FSDP's collectives need all ranks.
-    micro_batches = share_out(members, split.pairs, study.packing, ranks.rank, ranks.world)
-    for number, micro in enumerate(micro_batches, 1):
+    #    with weight 0: FSDP's collectives need all ranks. Nothing in here waits for the device, so
+    #    that the host is always ahead of it.
+    shares = share_out(members, split.pairs, packing, ranks.rank, ranks.world)
+    batches = micro_batches(shares, split.pairs, packing, ranks.device, stand_ins=members[:2])
+    for number, micro in enumerate(batches, 1):
         study.stop.check()
-        policy.set_requires_gradient_sync(number == len(micro_batches))
-        inputs, batch = study.pair_logps(split, micro or members[:2])
-        losses, rows = study.metric_rows(inputs)
-        (losses.sum() * (weight if micro else 0.0)).backward()
-        sums = {name: row.sum() for name, row in rows.items()}
-        sums["tokens"] = losses.new_tensor(batch.tokens, dtype=torch.double)
-        for name, value in sums.items():
-            value = value if micro else torch.zeros_like(value)
+        sharding.prepare_backward(policy, args.shard, is_last=number == len(shares))
+        losses, rows = study.metric_rows(study.pair_logps(split, micro))
+        (losses.sum() * (weight if micro.counts else 0.0)).backward()
+        for name, row in rows.items():
+            value = (row if micro.counts else torch.zeros_like(row)).sum()
             totals[name] = totals.get(name, 0.0) + value
     study.learned.sum_gradient(ranks)
 
     # 2) Metrics and gradient norm over all ranks in one collective. The gradients are clipped on
-    #    the device, so that the host waits for it only once, at the end.
+    #    the device, so that the host waits for it only once, at the end. The tokens of all ranks
+    #    are those of all pairs.
     grads = [sharding.local(p.grad) for p in trainable(policy).values() if p.grad is not None]
     totals["squared_norm"] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
     summed = ranks.sum(torch.stack(list(totals.values())))
@@ -213,9 +216,10 @@ def compute_gradients(study: Study, split: Split, members: list[int]) -> Step:
         torch._foreach_mul_(grads, clip.to(grads[0].dtype))
 
     values = dict(zip(totals, summed.tolist()))
-    tokens, squared_norm = values.pop("tokens"), values.pop("squared_norm")
+    grad_norm = math.sqrt(values.pop("squared_norm"))
     means = {name: total / len(members) for name, total in values.items()}
-    return Step(means, int(tokens), math.sqrt(squared_norm))
+    tokens = sum(packing.size(split.pairs[i]) for i in members)
+    return Step(means, tokens, grad_norm)
 
 
 def take_step(study: Study, split: Split, steps: int) -> dict:
@@ -266,23 +270,28 @@ def policy_sums(study: Study, split: Split) -> dict[str, Tensor]:
     """Of all pairs of `split`, the sums over tokens that depend on the policy: fields of PairLogps,
     (pairs,) each.
     """
-    ranks, count = study.ranks, len(split.pairs)
-    # Every rank fills the rows of its share; the others stay 0, so that the sum over ranks is the
-    # whole table.
+    ranks, packing, count = study.ranks, study.packing, len(split.pairs)
     fields = ("chosen", "rejected", "kl_chosen", "kl_rejected", "score_chosen")
-    columns = {field: torch.zeros(count, device=ranks.device) for field in fields}
-    batches = share_out(list(range(count)), split.pairs, study.packing, ranks.rank, ranks.world)
+    # 1) This rank's share: (5, B) of each micro-batch, which stay on the device, because reading
+    #    them would wait for it.
+    shares = share_out(list(range(count)), split.pairs, packing, ranks.rank, ranks.world)
+    batches = micro_batches(shares, split.pairs, packing, ranks.device, stand_ins=[0])
+    members, parts = [], [torch.zeros(len(fields), 0, device=ranks.device)]
     with dropout(study.policy, active=False):
-        for members in ranks.progress(batches, "evaluating"):
+        for micro in ranks.progress(batches, "evaluating", total=len(shares)):
             study.stop.check()
-            inputs, _ = study.pair_logps(split, members or [0])
-            for field, column in columns.items():
-                values = getattr(inputs, field)
-                if members and values is not None:
-                    column[members] = values
-    study.policy.reshard()
-    table = ranks.sum(torch.stack(list(columns.values()), dim=1)).cpu()  # (pairs, 5)
-    return dict(zip(fields, table.unbind(1)))
+            inputs = study.pair_logps(split, micro)
+            if micro.counts:
+                zeros = torch.zeros_like(inputs.chosen)  # what the loss does not read
+                values = (getattr(inputs, field) for field in fields)
+                parts.append(torch.stack([zeros if v is None else v for v in values]))
+                members += micro.members
+    sharding.reshard(study.policy)
+    # 2) Every rank fills its rows; the others stay 0, so that the sum over ranks is the whole
+    #    table.
+    table = torch.zeros(len(fields), count)
+    table[:, members] = torch.cat(parts, dim=1).cpu()
+    return dict(zip(fields, ranks.sum(table.to(ranks.device)).cpu()))
 
 
 @torch.no_grad()
@@ -516,7 +525,7 @@ def main(argv: list[str] | None = None) -> int:
     ranks = init_ranks()
     command = run_folder.start_command(sys.argv[1:] if argv is None else argv, ranks)
     ranks = hardware.planned_ranks(args, ranks)
-    with Stop(ranks) as stop:
+    with Stop(ranks) as stop, ended_by_lost_ranks(ranks):
         code = train(args, ranks, stop, command)
     # Not after an error: the other ranks may wait in a collective that this one will never join.
     close_ranks()

@@ -48,15 +48,17 @@ def measure(case: str) -> float:
     index = torch.arange(TOKENS)
     ids = torch.zeros(1, 8, dtype=torch.long)
     batch = Batch(
-        ids,
-        None,
-        ids,
-        index,
-        index * 7,
-        torch.zeros_like(index),
-        torch.tensor([TOKENS]),
-        TOKENS,
-        TOKENS,
+        input_ids=ids,
+        position_ids=None,
+        mask=ids,
+        positions=index,
+        targets=index * 7,
+        segments=torch.zeros_like(index),
+        lengths=torch.tensor([TOKENS]),
+        layout=(),
+        response_lengths=(TOKENS,),
+        tokens=TOKENS,
+        chosen_tokens=TOKENS,
     )
     scores = {
         "masked_log": {"score": "brier", "score_masked_log": 0.1, "score_smoothing": 0.1},

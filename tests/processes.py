@@ -32,23 +32,54 @@ def run_forked(
     """
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        stdout.touch()
-        stderr.touch()
-        environments = [environment]
-        if ranks > 1:
-            environments = [environment | variables for variables in rank_variables(ranks)]
-        processes = []
-        for variables in environments:
-            given = (str(script), arguments, variables, str(stdout), str(stderr))
-            processes.append(forkserver.Process(target=run_as_main, args=given, daemon=True))
-            processes[-1].start()
-        code = wait_for(processes)
+        code = wait_for(started(script, arguments, environment, ranks, stdout, stderr))
         return subprocess.CompletedProcess(
             args=[str(script), *arguments],
             returncode=code,
             stdout=stdout.read_text(encoding="utf-8"),
             stderr=stderr.read_text(encoding="utf-8"),
         )
+
+
+def run_ranks(
+    script: Path, environment: dict[str, str], ranks: int, within_s: float
+) -> tuple[list[int | None], str]:
+    """Run `script` in several ranks of which none is ended because another one fails. Returns their
+    exit codes, None for one that is still running after `within_s`, and what they said on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        processes = started(script, [], environment, ranks, stdout, stderr)
+        until = time.monotonic() + within_s
+        for process in processes:
+            process.join(max(0, until - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        return codes, stderr.read_text(encoding="utf-8")
+
+
+def started(
+    script: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    ranks: int,
+    stdout: Path,
+    stderr: Path,
+) -> list[BaseProcess]:
+    """The processes of `script`, with their output in these two files."""
+    stdout.touch()
+    stderr.touch()
+    environments = [environment]
+    if ranks > 1:
+        environments = [environment | variables for variables in rank_variables(ranks)]
+    processes = []
+    for variables in environments:
+        given = (str(script), arguments, variables, str(stdout), str(stderr))
+        processes.append(forkserver.Process(target=run_as_main, args=given, daemon=True))
+        processes[-1].start()
+    return processes
 
 
 def run_as_main(

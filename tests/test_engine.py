@@ -337,6 +337,8 @@ SETTINGS = {
         "on",
     ),
     "4 ranks": (4,),
+    # A pair or two a rank; in the ragged fourth step two of the ranks have none.
+    "8 ranks": (8, "--tokens_per_microbatch", "800"),
 }
 
 

@@ -82,7 +82,7 @@ def assert_same(run, expected) -> None:
 
 
 def signal_at(
-    monkeypatch, call: int, number: int, module=train_pref, function: str = "make_batch"
+    monkeypatch, call: int, number: int, module=train_pref.Study, function: str = "pair_logps"
 ) -> None:
     """Send this process a signal in the given call of `module`'s `function`."""
     original, calls = getattr(module, function), iter(range(1, 10**6))
@@ -103,7 +103,7 @@ def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
 
 # ---- stopped by a signal ------------------------------------------------------------------------
 
-# In train_pref.py, make_batch is called four times for the first step's pairs and for each
+# In train_pref.py, pair_logps is called four times for the first step's pairs and for each
 # evaluation, and three or four times per step.
 MOMENTS = {
     "first step's pairs": 1,

@@ -167,7 +167,7 @@ def part_of(
                 projections = Projections.of_width(hidden.shape[1])
             rows = reference.batch_rows(members)
             phi[rows] = project(slopes, hidden, batch.lengths, projections).cpu()
-            for row, piece in zip(rows, logps.cpu().split(batch.lengths.tolist())):
+            for row, piece in zip(rows, logps.cpu().split(batch.response_lengths)):
                 tokens[starts[row] : starts[row + 1]] = piece
             bar.update(len(members))
     if not (tokens.isfinite().all() and phi.isfinite().all()):

@@ -68,7 +68,7 @@ def block_mask(batch: Batch) -> BlockMask:
     # Per token: its row, and its part: 0 prompt, 1 first response, 2 second. Padding is row -1.
     row = torch.full((length,), -1, device=device)
     part = torch.zeros(length, dtype=torch.long, device=device)
-    for number, (start, prompt, first, second) in enumerate(layout_rows(batch.mask)):
+    for number, (start, prompt, first, second) in enumerate(batch.layout):
         # `start` is an index, the other three are lengths.
         first_start = start + prompt
         second_start = first_start + first

@@ -349,6 +349,11 @@ def lora_forward(layer: LoraLayer, x: Tensor) -> Tensor:
     return output.unflatten(0, x.shape[:-1])
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Whether `lora_forward` computes every LoRA layer, and PEFT's code none."""
+    return all("forward" in vars(m) for m in model.modules() if isinstance(m, LoraLayer))
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Context in which `model` is the frozen reference: every LoRA layer is its base alone, or has

@@ -30,8 +30,11 @@ attention.
 """
 
 import heapq
+import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +42,9 @@ from torch import Tensor
 from pref.model.chat import TokenPair
 
 FLEX_BLOCK = 128  # FlexAttention's block: on CUDA a sequence is padded to a multiple of it
+COPY_ALIGNMENT = 256  # bytes, at whose multiples tensors start in `to_device`
+
+Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
 class Packing(NamedTuple):
@@ -66,21 +72,6 @@ class Packing(NamedTuple):
         return (1 if self.shared else 2) * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
-class Batch(NamedTuple):
-    """B pairs as rows of tokens, and their N response tokens, those of chosen responses first."""
-
-    input_ids: Tensor  # (1, T), or (2B, T) if plain
-    position_ids: Tensor | None  # (1, T); None if plain
-    # Plain: (2B, T) of 0 and 1. Else the layout (1, 1, rows + 1, 4), on the CPU: see `layout_rows`.
-    mask: Tensor
-    positions: Tensor  # (N,) index into the flattened hidden states that predicts each token
-    targets: Tensor  # (N,) the response tokens
-    segments: Tensor  # (N,) which response each token belongs to, 0 .. 2B-1
-    lengths: Tensor  # (2B,) tokens of each response
-    tokens: int  # without padding
-    chosen_tokens: int  # how many of the N belong to chosen responses
-
-
 class RowLayout(NamedTuple):
     """Where a row starts in the sequence, and the lengths of its parts."""
 
@@ -88,6 +79,37 @@ class RowLayout(NamedTuple):
     prompt: int
     first: int
     second: int = 0  # 0: a row with one response
+
+
+class Batch(NamedTuple):
+    """B pairs as rows of tokens, and their N response tokens, those of chosen responses first."""
+
+    input_ids: Tensor  # (1, T), or (2B, T) if plain
+    position_ids: Tensor | None  # (1, T); None if plain
+    # Plain: (2B, T) of 0 and 1. Else the layout as the CPU's attention operator takes it,
+    # (1, 1, rows + 1, 4); None on CUDA.
+    mask: Tensor | None
+    positions: Tensor  # (N,) index into the flattened hidden states that predicts each token
+    targets: Tensor  # (N,) the response tokens
+    segments: Tensor  # (N,) which response each token belongs to, 0 .. 2B-1
+    lengths: Tensor  # (2B,) tokens of each response
+    # What the host reads is not in tensors: reading one waits for all that is queued on its device,
+    # and FSDP moves every tensor of a module's input there.
+    layout: tuple[RowLayout, ...]  # its rows; () if plain
+    response_lengths: tuple[int, ...]  # `lengths`
+    tokens: int  # without padding
+    chosen_tokens: int  # how many of the N belong to chosen responses
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`. The host does not wait for the copy."""
+        on_device = {
+            name: value
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor) and (name != "mask" or not self.layout)
+        }
+        moved = to_device(list(on_device.values()), device)
+        batch = self._replace(**dict(zip(on_device, moved)))
+        return batch._replace(mask=None) if self.layout and device.type == "cuda" else batch
 
 
 class Response(NamedTuple):
@@ -109,8 +131,48 @@ def layout_rows(layout: Tensor) -> list[RowLayout]:
     return [RowLayout(*row) for row in layout[0, 0, :-1].tolist()]
 
 
+def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """CPU `tensors` on `device`, in one copy that the host does not wait for.
+
+    From ordinary memory it would wait: CUDA first finishes all that is queued on the device. So the
+    tensors are put together in pinned memory, and what is returned are views of their copy.
+    """
+    if device.type == "cpu":
+        return tensors
+    # The allocator of pinned memory gives the buffer to nobody else before the copy has been made.
+    buffer = in_one(tensors, pinned=device.type == "cuda")
+    return taken_apart(buffer.to(device, non_blocking=True), tensors)
+
+
+def in_one(tensors: list[Tensor], pinned: bool) -> Tensor:
+    """The bytes of CPU `tensors` in one tensor. pinned: in memory that a GPU can read by itself."""
+    places = places_of(tensors)
+    buffer = torch.empty(places[-1].stop, dtype=torch.uint8, pin_memory=pinned)
+    for tensor, place in zip(tensors, places):
+        buffer[place] = tensor.reshape(-1).view(torch.uint8)
+    return buffer
+
+
+def taken_apart(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Views of `buffer`, which holds the bytes of `tensors` (`in_one`), with their shapes."""
+    places = places_of(tensors)
+    return [buffer[place].view(t.dtype).view(t.shape) for t, place in zip(tensors, places)]
+
+
+def places_of(tensors: list[Tensor]) -> list[slice]:
+    """The bytes of each of `tensors` in one buffer."""
+    sizes = [-(-tensor.nbytes // COPY_ALIGNMENT) * COPY_ALIGNMENT for tensor in tensors]
+    starts = [0, *itertools.accumulate(sizes)]
+    return [slice(start, start + tensor.nbytes) for start, tensor in zip(starts, tensors)]
+
+
 def make_batch(pairs: list[TokenPair], packing: Packing, device: torch.device) -> Batch:
-    """Lay `pairs` out as `packing` says. The module's docstring has an example."""
+    """Lay `pairs` out on `device` as `packing` says. The module's docstring has an example."""
+    return lay_out(pairs, packing, FLEX_BLOCK if device.type == "cuda" else 1).to(device)
+
+
+def lay_out(pairs: list[TokenPair], packing: Packing, multiple: int) -> Batch:
+    """The batch of `pairs` on the CPU. multiple: to which a packed sequence is padded."""
     # 1) Rows. In a plain batch all chosen rows come first.
     rows = [row for pair in pairs for row in packing.rows(pair)]
     if packing.plain:
@@ -134,36 +196,78 @@ def make_batch(pairs: list[TokenPair], packing: Packing, device: torch.device) -
         padding = width - length if packing.padded else 0
         ids += [packing.pad_id] * padding
         position_ids += [0] * padding
-    if device.type == "cuda" and not packing.plain:
-        padding = -len(ids) % FLEX_BLOCK
+    if not packing.plain:
+        padding = -len(ids) % multiple
         ids += [packing.pad_id] * padding
         position_ids += [0] * padding
 
     # 3) Responses alternate, chosen and rejected, unless plain: chosen first.
     if not packing.plain:
         responses = responses[::2] + responses[1::2]
-    lengths = torch.tensor([len(response.tokens) for response in responses])
+    response_lengths = tuple(len(response.tokens) for response in responses)
 
-    # 4) Tensors on the device, except the layout, which the host reads.
-    def to_device(values: list | Tensor) -> Tensor:
-        return torch.as_tensor(values).to(device, non_blocking=True)
-
+    # 4) Tensors.
     if packing.plain:
-        real = torch.arange(width) < torch.tensor(row_lengths)[:, None]  # (2B, T)
-        mask = to_device(real.long())
+        mask = (torch.arange(width) < torch.tensor(row_lengths)[:, None]).long()  # (2B, T)
     else:
         mask = torch.tensor([[[*layout, RowLayout(0, 0, 0, 0)]]])
+    lengths = torch.tensor(response_lengths)
     return Batch(
-        input_ids=to_device(torch.tensor(ids).reshape(len(rows) if packing.plain else 1, -1)),
-        position_ids=None if packing.plain else to_device([position_ids]),
+        input_ids=torch.tensor(ids).reshape(len(rows) if packing.plain else 1, -1),
+        position_ids=None if packing.plain else torch.tensor([position_ids]),
         mask=mask,
-        positions=to_device([i for response in responses for i in response.positions]),
-        targets=to_device([token for response in responses for token in response.tokens]),
-        segments=to_device(torch.arange(len(responses)).repeat_interleave(lengths)),
-        lengths=to_device(lengths),
+        positions=torch.tensor([i for response in responses for i in response.positions]),
+        targets=torch.tensor([token for response in responses for token in response.tokens]),
+        segments=torch.arange(len(responses)).repeat_interleave(lengths),
+        lengths=lengths,
+        layout=() if packing.plain else tuple(layout),
+        response_lengths=response_lengths,
         tokens=sum(row_lengths),
         chosen_tokens=sum(len(pair.chosen) for pair in pairs),
     )
+
+
+class MicroBatch(NamedTuple):
+    """Some pairs of a step or of a pass over a split, on the device."""
+
+    members: list[int]  # the pairs in the batch
+    counts: bool  # False: stand-ins of a rank that has no pairs left; their values are dropped
+    batch: Batch
+
+
+def micro_batches(
+    shares: list[list[int]],
+    pairs: list[TokenPair],
+    packing: Packing,
+    device: torch.device,
+    stand_ins: list[int],
+) -> Iterator[MicroBatch]:
+    """The batches of `shares`, this rank's part from `share_out`. The next one is laid out in a
+    thread while the device computes.
+
+    stand_ins: the pairs of a share without any. FSDP's collectives need all ranks, so that such a
+    rank runs along.
+    """
+
+    def laid_out(share: list[int]) -> Batch:
+        multiple = FLEX_BLOCK if device.type == "cuda" else 1
+        return lay_out([pairs[i] for i in share or stand_ins], packing, multiple)
+
+    batches = map(laid_out, shares) if device.type == "cpu" else made_ahead(laid_out, shares)
+    for share, batch in zip(shares, batches):
+        yield MicroBatch(share or stand_ins, bool(share), batch.to(device))
+
+
+def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+    """`make(item)` of each item. A thread makes the next one while the caller uses this one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming: list[Future[Made]] = []
+        for item in items:
+            coming.append(thread.submit(make, item))
+            if len(coming) == 2:
+                yield coming.pop(0).result()
+        if coming:
+            yield coming.pop().result()
 
 
 def share_out(

@@ -1,9 +1,21 @@
-"""The processes of a run: torchrun's ranks, or a single process, each with its device."""
+"""The processes of a run: torchrun's ranks, or a single process, each with its device.
+
+Two groups of all ranks exchange data on CUDA:
+
+    NCCL   tensors: gradients, adapters, metrics. The host queues these like any other work of its
+           device and goes on.
+    gloo   what the hosts tell each other: whether a signal came, small objects of rank 0. It does
+           not wait for the devices, and is the first to notice that a rank is gone.
+
+On the CPU, and in a single process, there is gloo alone.
+"""
 
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -12,6 +24,11 @@ from torch import Tensor
 
 from pref.files import console
 from pref.files.console import Item
+
+# The longest that ranks wait for another one. Where it is right that they wait, it takes minutes:
+# rank 0 hashes and reads the weights of a large model from a slow disk, layers are compiled. A rank
+# that hangs costs all the others this time.
+TIMEOUT = timedelta(minutes=30)
 
 
 class Ranks(NamedTuple):
@@ -46,7 +63,7 @@ class Ranks(NamedTuple):
     def from_main(self, value: object) -> object:
         """Rank 0's `value`, on every rank (collective)."""
         values = [value]
-        dist.broadcast_object_list(values, 0)
+        dist.broadcast_object_list(values, 0, group=self.hosts)
         return values[0]
 
     def print(self, *args: object) -> None:
@@ -54,24 +71,61 @@ class Ranks(NamedTuple):
         if self.main:
             print(*args, flush=True)
 
-    def progress(self, items: Iterable[Item], what: str, unit: str = "batches") -> Iterator[Item]:
-        """`items`, with rank 0 showing how far it has come through its share."""
-        return console.progress(items, what, unit, enabled=self.main)
+    def progress(
+        self, items: Iterable[Item], what: str, unit: str = "batches", total: int | None = None
+    ) -> Iterator[Item]:
+        """`items`, with rank 0 showing how far it has come through its share. total: how many there
+        are, if they cannot be counted.
+        """
+        return console.progress(items, what, unit, total, enabled=self.main)
 
 
 def init_ranks() -> Ranks:
-    """Join torchrun's process group, or open one of this single process.
-
-    Collectives run over NCCL on CUDA and over gloo on the CPU.
-    """
-    device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    """Join torchrun's process group, or open one of this single process."""
+    device, hosts = pick_device(int(os.environ.get("LOCAL_RANK", 0))), None
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        # It has nobody to exchange tensors with, so that NCCL would only take time and memory.
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    elif device.type == "cuda":
+        # With its device named, NCCL connects the ranks now, where an error is easy to place, and
+        # its barrier does not have to guess the device.
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    hosts = dist.new_group(backend="gloo") if backend == "nccl" else None
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, hosts)
+
+
+@contextmanager
+def ended_by_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Context in which a collective that fails, because another rank has ended or has not come
+    within TIMEOUT, ends this process with a line that says so.
+
+    At once and without cleaning up: a device may still wait in a collective for the rank that is
+    gone, and every exit that frees its memory would wait with it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1 or not is_of_collective(error):
+            raise
+        print(
+            f"error (rank {ranks.rank}): another rank has ended, or has not come within "
+            f"{TIMEOUT} h ({console.first_line(error)}); its own message, if it has one, says why. "
+            "A rank without any such line is the one that hangs. The same command continues from "
+            "the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+
+def is_of_collective(error: RuntimeError) -> bool:
+    """Whether an error comes from the exchange between ranks: NCCL and the store have classes of
+    their own, gloo has its name in the text.
+    """
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def pick_device(local_rank: int) -> torch.device:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from pref.files.console import UserError
-from pref.model import logps
+from pref.model import logps, lora
 from pref.model.logps import ResponseLogps
 from pref.model.ranks import Ranks
 
@@ -22,7 +22,8 @@ BUCKET_BYTES = 2**26  # of each rank's shards in one collective of `gather`
 
 
 def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Apply FSDP2 to `policy` over all ranks, layer by layer.
+    """Apply FSDP2 to `policy` over all ranks, layer by layer. A single rank needs none, unless PEFT
+    computes a LoRA layer: only our own forward casts the adapter's matrices itself.
 
     mode: 'adapters' shards the adapter and replicates the frozen base. 'full' shards the base too;
     then only rank 0 has to hold the weights, and each layer is sent to the others just before it is
@@ -30,8 +31,13 @@ def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) ->
 
     Raises UserError if gradients would not be summed over ranks.
     """
+    if ranks.world == 1 and lora.is_ours(policy):
+        return
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # What goes into a layer stays as it is: OLMo's angles of positions are in fp32, as in one rank.
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     if ranks.world > 1:
         check_gradient_sum(mesh, precision, ranks)
     replicated = set()
@@ -41,8 +47,35 @@ def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) ->
         if mode == "full" and ranks.world > 1:
             receive(part, ranks)
             policy.causal[0].tie_weights()
-        fully_shard(part, mesh=mesh, mp_policy=precision, ignored_params=replicated)
+        fully_shard(
+            part,
+            mesh=mesh,
+            reshard_after_forward=mode == "full" and part is not policy,
+            mp_policy=precision,
+            ignored_params=replicated,
+        )
         sum_gradients(part)
+
+
+def prepare_backward(policy: ResponseLogps, mode: str, is_last: bool) -> None:
+    """Before each micro-batch of a step: only after the last one are gradients summed over ranks.
+
+    Adapters alone (mode 'adapters') are gathered once a step, in the first forward pass, and kept
+    until the last backward pass: they are small, and do not change before the optimiser's step. A
+    base that is sharded is gathered anew in every pass.
+    """
+    if isinstance(policy, FSDPModule):
+        policy.set_requires_gradient_sync(is_last)
+        policy.set_reshard_after_backward(is_last or mode == "full")
+
+
+def reshard(policy: ResponseLogps) -> None:
+    """Free what forward passes without a backward pass left gathered. Saving and the optimiser need
+    the shards: gathered parameters are copies in the compute dtype.
+    """
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def receive(module: nn.Module, ranks: Ranks) -> None:

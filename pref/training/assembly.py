@@ -127,7 +127,5 @@ def load_splits(
         split: reference_logps(policy, pairs[split], packing, files, ranks, split)
         for split in pairs
     }
-    # A forward pass without a backward pass leaves the root's parameters gathered, and the
-    # optimiser must get the sharded ones.
-    policy.reshard()
+    sharding.reshard(policy)  # the optimiser must get the shards
     return {split: Split(rows[split], pairs[split], references[split]) for split in pairs}

@@ -60,7 +60,7 @@ def check_reference(
     start adapter was compared with PEFT (`check_logps`).
     """
     tokens = reference.compute(policy, split.pairs, packing, ranks, f"{what} again")
-    policy.reshard()
+    sharding.reshard(policy)
     now = reference.Reference(split.pairs, tokens).sums
     return check_difference(now, split, dtype, what, "base model")
 

@@ -24,7 +24,7 @@ from pref.files.console import UserError, first_line
 from pref.model import lora
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
-from pref.model.packing import Packing, make_batch, share_out
+from pref.model.packing import Packing, micro_batches, share_out
 from pref.model.ranks import Ranks
 
 # ---- what a step reads --------------------------------------------------------------------------
@@ -192,18 +192,24 @@ def compute(
     """Per-token log-probs (all response tokens,) of `pairs` under the reference (`policy` with
     `lora.adapter_off`), computed by all ranks together. what: names the pairs in the progress bar.
     """
+    shares = share_out(list(range(len(pairs))), pairs, packing, ranks.rank, ranks.world)
+    batches = micro_batches(shares, pairs, packing, ranks.device, stand_ins=[0])
+    rows, lengths = [], []
+    # Read at the end, because reading waits for the device.
+    computed = [torch.zeros(0, device=ranks.device)]
+    with lora.adapter_off(policy), lora.dropout(policy, active=False):
+        progress = ranks.progress(batches, f"reference log-probs, {what}", total=len(shares))
+        for micro in progress:
+            logps = policy(micro.batch)[0]
+            if micro.counts:
+                rows += batch_rows(micro.members)
+                lengths += micro.batch.response_lengths
+                computed.append(logps)
+
     starts = response_starts(pairs)
     tokens = torch.zeros(starts[-1])
-    batches = share_out(list(range(len(pairs))), pairs, packing, ranks.rank, ranks.world)
-    with lora.adapter_off(policy), lora.dropout(policy, active=False):
-        for members in ranks.progress(batches, f"reference log-probs, {what}"):
-            # A rank without a share runs along: FSDP's collectives need all ranks.
-            batch = make_batch([pairs[i] for i in members or [0]], packing, ranks.device)
-            logps = policy(batch)[0].cpu()
-            if members:
-                pieces = logps.split(batch.lengths.tolist())
-                for row, piece in zip(batch_rows(members), pieces):
-                    tokens[starts[row] : starts[row + 1]] = piece
+    for row, piece in zip(rows, torch.cat(computed).cpu().split(lengths)):
+        tokens[starts[row] : starts[row + 1]] = piece
     return ranks.sum(tokens.to(ranks.device)).cpu()  # each rank has zeros outside its share
 
 
