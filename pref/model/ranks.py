@@ -62,6 +62,8 @@ class Ranks(NamedTuple):
 
     def from_main(self, value: object) -> object:
         """Rank 0's `value`, on every rank (collective)."""
+        if self.world == 1:
+            return value
         values = [value]
         dist.broadcast_object_list(values, 0, group=self.hosts)
         return values[0]

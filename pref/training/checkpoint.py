@@ -160,7 +160,8 @@ class Checkpoints:
                 elif kind == "step":  # AdamW keeps its count of steps on the CPU
                     optimizer.state[parameter][kind] = value
                 else:
-                    optimizer.state[parameter][kind] = value.to(parameter.device)
+                    # A copy: what is read may be a view of the file, which is soon removed.
+                    optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
         return progress
 
     def distribute(self, full: Tensor, parameter: Tensor) -> Tensor:
