@@ -314,7 +314,7 @@ def measure(row: Row, folder: Path, tokens: int) -> Found:
             tracker.track_external(policy, *loose, *moments)
             with tracker, Launches():
                 for last in (False, True):
-                    policy.set_requires_gradient_sync(last)
+                    sharding.prepare_backward(policy, row.shard, is_last=last)
                     chosen, rejected = sum_by_row(policy(batch).logps, batch).chunk(2)
                     inputs = losses.PairLogps(
                         chosen, rejected, reference, reference, *batch.lengths.float().chunk(2)

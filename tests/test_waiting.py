@@ -16,7 +16,7 @@ from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
 from pref.model.packing import Packing, make_batch, micro_batches
 from pref.model.ranks import Ranks
-from pref.training import arguments, loss_options, plan, reference
+from pref.training import arguments, loss_options, memory, reference
 from pref.training.checkpoint import Progress
 from pref.training.learned_mix import LearnedMix
 from pref.training.reference import Reference, Split
@@ -43,7 +43,7 @@ def study_of(model, pairs_folder, ranks: Ranks, packing: Packing, *more) -> trai
     args = arguments.parse_args([str(argument) for argument in given])
     parameters = arguments.loss_parameters(args)
     if ranks.device == META:
-        policy = ResponseLogps(plan.with_lora(plan.shapes_of(args.model, torch.float32), args))
+        policy = ResponseLogps(memory.with_lora(memory.shapes_of(args.model, torch.float32), args))
     else:
         policy = tiny_policy(model)
     return train_pref.Study(
