@@ -18,10 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pref
+from pref.files.console import UserError
 from pref.model import sharding
 from pref.model.logps import trainable
 from pref.model.packing import Packing
-from pref.model.ranks import Ranks
+from pref.model.ranks import Ranks, pick_device
 
 CPU = torch.device("cpu")
 LAYERS, MICRO_BATCHES = 2, 3
@@ -78,6 +79,13 @@ def test_a_single_rank_shards_nothing(tiny_model, pairs_folder):
     for mode in ("adapters", "full"):
         sharding.shard(study.policy, mode, torch.float32, study.ranks)
     assert not any(isinstance(module, FSDPModule) for module in study.policy.modules())
+
+
+def test_a_rank_without_a_gpu_is_told_how_many_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="local rank 4 has no GPU: this machine shows 4; use"):
+        pick_device(4)
 
 
 # Three ranks that tell each other something a hundred times; what happens in between is the test's.

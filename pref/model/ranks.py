@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pref.files import console
-from pref.files.console import Item
+from pref.files.console import Item, UserError
 
 # The longest that ranks wait for another one. Where it is right that they wait, it takes minutes:
 # rank 0 hashes and reads the weights of a large model from a slow disk, layers are compiled. A rank
@@ -132,7 +132,7 @@ def is_of_collective(error: RuntimeError) -> bool:
 
 def pick_device(local_rank: int) -> torch.device:
     """This rank's GPU, or the CPU. Warns, once per machine, if the CPU may come as a surprise or
-    other work keeps the machine busy.
+    other work keeps the machine busy. Raises UserError if there are fewer GPUs than ranks.
     """
     on_cuda = torch.cuda.is_available()
     if local_rank == 0:
@@ -149,6 +149,11 @@ def pick_device(local_rank: int) -> torch.device:
         if note := busy_note(os.getloadavg()[0], console.usable_cores(), threads):
             print(note, file=sys.stderr)
     if on_cuda:
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this machine shows {count}; use torchrun "
+                f"--nproc_per_node {count}, or see CUDA_VISIBLE_DEVICES"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
