@@ -191,7 +191,10 @@ def test_compiled_layers_that_compute_something_else_are_an_error(
 ):
     """In place of a compiler, a layer whose output is off by 1 % except where all is eager."""
     policy, state = tiny_policy(tiny_model), {"eager": False, "factor": 1.0}
-    batch = make_batch(val_pairs(tiny_model, pairs_folder)[:1], Packing(0), ONE.device)
+    pairs = val_pairs(tiny_model, pairs_folder)
+    batch = make_batch(gates.cut(pairs), Packing(0), ONE.device)
+    assert len(batch.lengths) == 4 and batch.tokens <= 6 * gates.CUT_TOKENS
+    assert gates.cut(pairs)[0].prompt == pairs[0].prompt[-gates.CUT_TOKENS :]
     layer = policy.causal[0].model.layers[0]
     forward = layer.forward
 

@@ -121,7 +121,8 @@ def load_splits(
     plain = make_batch(probe, packing._replace(padded=True, shared=False), ranks.device)
     check_logps(policy, ours, plain, has_adapter=args.init_adapter is not None)
     if args.compile == "on" and ranks.device.type == "cuda":
-        gates.check_compiled(policy, ours, getattr(torch, args.dtype), ranks)
+        short = make_batch(gates.cut(probe), packing, ranks.device)
+        gates.check_compiled(policy, short, getattr(torch, args.dtype), ranks)
     files = cache_files(args.data, record)
     references = {
         split: reference_logps(policy, pairs[split], packing, files, ranks, split)
