@@ -26,12 +26,12 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 class OneOnMeta(Ranks):
-    """A single rank. Its only exchange, at the end of a step or a pass, is where the host may wait;
-    what it then reads are ones.
+    """A single rank. Where metrics are exchanged, at the end of a step, the host may wait; what it
+    then reads are ones.
     """
 
     def sum(self, tensor):
-        return torch.ones(tensor.shape, dtype=tensor.dtype)
+        return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.ndim else tensor
 
 
 ONE_ON_META = OneOnMeta(0, 1, META)

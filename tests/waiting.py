@@ -17,7 +17,8 @@ READS = {
 }
 # Made by copying from a Python value. Their copy is hidden from TorchDispatchMode.
 FROM_VALUES = {torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.new_tensor}
-# Takes its layout on the CPU, where alone it runs.
+INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
+# Takes its layout on the CPU, the only device that it is for.
 ON_CPU_ONLY = {"pref::branch_attention", "pref::branch_attention_backward"}
 
 
@@ -31,9 +32,12 @@ class NoWaitingOperators(TorchDispatchMode):
         name, inputs = operator.name().partition(".")[0], tensors_in([args, kwargs])
         if name in READS and any(tensor.is_meta for tensor in inputs):
             raise Waits(f"{name} reads from the device")
+        is_fine = name in ON_CPU_ONLY or is_queued(operator, args, kwargs)
+        # A number in a tensor without dimensions is handed over with the operator, not copied.
+        if not is_fine and {t.is_meta for t in inputs if t.ndim} == {True, False}:
+            raise Waits(f"{name} mixes tensors of host and device")
         result = operator(*args, **kwargs)
-        devices = {t.is_meta for t in inputs + tensors_in(result) if t.ndim or name == COPY}
-        if len(devices) == 2 and name not in ON_CPU_ONLY and not is_queued(operator, args, kwargs):
+        if not is_fine and name == COPY and inputs[0].is_meta != result.is_meta:
             raise Waits(f"{name} copies between host and device")
         return result
 
@@ -55,7 +59,13 @@ class NoWaitingFunctions(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         if function in FROM_VALUES and result.is_meta:
             raise Waits(f"{function.__name__} copies from the host")
+        if function in INDEXING and args[0].is_meta and has_list(args[1]):
+            raise Waits(f"{function.__name__} copies a list from the host")
         return result
+
+
+def has_list(index: object) -> bool:
+    return any(isinstance(one, list) for one in (index if isinstance(index, tuple) else (index,)))
 
 
 def tensors_in(values: object) -> list[Tensor]:

@@ -149,7 +149,7 @@ def in_one(tensors: list[Tensor], pinned: bool) -> Tensor:
     places = places_of(tensors)
     buffer = torch.empty(places[-1].stop, dtype=torch.uint8, pin_memory=pinned)
     for tensor, place in zip(tensors, places):
-        buffer[place] = tensor.reshape(-1).view(torch.uint8)
+        buffer[place] = tensor.contiguous().view(-1).view(torch.uint8)
     return buffer
 
 
@@ -300,6 +300,8 @@ def fill_bins(
     sizes = {i: packing.size(pairs[i]) for i in members}
     order = sorted(members, key=lambda i: (-sizes[i], i))
     count = world * math.ceil(sum(sizes.values()) / packing.tokens / world)
+    # Where most pairs are above the budget: an empty micro-batch would cost as much as another.
+    count = min(count, world * math.ceil(len(members) / world))
     while True:
         heap = [(0, number) for number in range(count)]  # (tokens, number of the bin)
         bins: list[list[int]] = [[] for _ in range(count)]
