@@ -19,8 +19,9 @@ from torch.nn.attention.flex_attention import flex_attention
 import train_pref
 from pref.files.console import UserError
 from pref.model import logps
-from pref.model.attention import block_mask, branch_attention
+from pref.model.attention import branch_attention
 from pref.model.chat import TokenPair
+from pref.model.flex import block_mask
 from pref.model.logps import ResponseLogps, TargetLogps, logps_of, slopes_of, sum_by_row
 from pref.model.packing import Packing, fill_bins, layout_rows, make_batch, share_out
 from pref.training import arguments, memory, schedule

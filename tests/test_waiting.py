@@ -11,7 +11,7 @@ from waiting import NoWaitingFunctions, NoWaitingOperators, Waits
 
 import train_pref
 from losses import LOSSES, PairLogps
-from pref.model import attention, packing
+from pref.model import flex, packing
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
 from pref.model.packing import Packing, make_batch, micro_batches
@@ -114,7 +114,7 @@ def test_the_mask_is_made_without_waiting():
     pairs = [TokenPair([1] * 60, [1] * 50, [1] * 30), TokenPair([1] * 40, [1] * 70, [1] * 6)]
     with NoWaitingOperators(), NoWaitingFunctions():
         batch = make_batch(pairs, Packing(0), META)
-        assert attention.block_mask(batch).shape[-1] == 256
+        assert flex.block_mask(batch).shape[-1] == 256
     assert all(type(number) is int for row in batch.layout for number in row)
 
 

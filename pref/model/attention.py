@@ -12,7 +12,7 @@ of prompt 2, first 2, second 1 (query down, key across; 1 = visible):
 
 Two implementations of the same mask:
 
-CUDA  FlexAttention, which skips the blocks of a BlockMask that are all zero (`block_mask`).
+CUDA  FlexAttention, which skips the blocks of a BlockMask that are all zero (flex.py).
 CPU   three calls of flash attention per row on the dense parts of the mask, so that no work is
       spent on zeros (`branch_attention`).
 
@@ -26,14 +26,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pref.files.console import UserError
-from pref.model.packing import Batch, layout_rows
+from pref.model import flex
+from pref.model.packing import layout_rows
 
 # Arguments of an attention function that change nothing here: a window is wider than the longest
 # sequence (architecture.py), dropout is off (lora.py), masks and positions are in the layout.
@@ -60,27 +60,6 @@ def unused(arguments: dict) -> tuple[str, ...]:
         for name, value in arguments.items()
         if name not in HARMLESS and value is not None and value is not False
     )
-
-
-def block_mask(batch: Batch) -> BlockMask:
-    """FlexAttention's mask of a packed batch (1, T) on CUDA: what the module's docstring draws."""
-    device, length = batch.input_ids.device, batch.input_ids.shape[1]
-    # Per token: its row, and its part: 0 prompt, 1 first response, 2 second. Padding is row -1.
-    row = torch.full((length,), -1, device=device)
-    part = torch.zeros(length, dtype=torch.long, device=device)
-    for number, (start, prompt, first, second) in enumerate(batch.layout):
-        # `start` is an index, the other three are lengths.
-        first_start = start + prompt
-        second_start = first_start + first
-        end = second_start + second
-        row[start:end] = number
-        part[first_start:second_start] = 1
-        part[second_start:end] = 2
-
-    def is_visible(_batch, _head, q, k):
-        return (q >= k) & (row[q] == row[k]) & ((part[k] == 0) | (part[q] == part[k]))
-
-    return create_block_mask(is_visible, None, None, length, length, device=device)
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -246,13 +225,14 @@ def branches(module, query, key, value, attention_mask, scaling=None, **kwargs):
             f"{type(module).__name__} gives its attention more than packed attention uses "
             f"({', '.join(names)}); add --packing off --prefix_sharing off"
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, BlockMask):
-        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        output = flex.attend(query, key, value, attention_mask, scale)
+        return output.transpose(1, 2), None
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     width = value.shape[-1]
     output, _ = branch_attention(*same_width(query, key, value), attention_mask, scale)
     return output[..., :width].transpose(1, 2), None

@@ -16,6 +16,14 @@ from transformers import PreTrainedModel
 from pref.files.console import UserError
 from pref.model import architecture
 
+# fp32 logits held at once, 64 MiB: 524 response tokens at a vocabulary of 32k.
+LOGITS_CHUNK = 2**24
+# On CUDA a product is computed in tiles of 128 to 256 rows by as many columns. A chunk of whole
+# tiles wastes none of them, and one of at least 1,024 tokens reads the head's weight (1 GB at a
+# vocabulary of 128k) seldom enough that the products, not the reads, take the time.
+CUDA_TILE = 256
+CUDA_LEAST_TOKENS = 1024
+
 
 class OnlyHidden(tuple):
     """The output of a backbone that has hidden states (1, n, H) and nothing else."""
@@ -40,6 +48,14 @@ def replaced_forward(module: nn.Module, forward) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
+
+
+def chunk_tokens(vocabulary: int, on_cuda: bool) -> int:
+    """How many response tokens go through the head at once."""
+    tokens = max(1, LOGITS_CHUNK // vocabulary)
+    if not on_cuda:
+        return tokens
+    return max(CUDA_LEAST_TOKENS, tokens // CUDA_TILE * CUDA_TILE)
 
 
 def own_logits(causal: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -22,12 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pref.files.console import UserError
-from pref.model import architecture, attention, head, lora, token_scores
+from pref.model import architecture, flex, head, lora, token_scores
 from pref.model.packing import Batch
 
 # Mean |ours - own forward| per response token (nats) that needs no measurement to be explained.
 OWN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-LOGITS_CHUNK = 2**24  # fp32 logits held at once, 64 MiB: 524 response tokens at a vocabulary of 32k
 
 
 def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
@@ -119,7 +118,7 @@ def set_attention(causal: PreTrainedModel, name: str) -> None:
 class ResponseLogps(nn.Module):
     """A causal LM (PEFT-wrapped or plain) whose forward gives log-probs of response tokens.
 
-    Only response positions reach the output head, at most LOGITS_CHUNK logits at a time, in forward
+    Only response positions reach the output head, some (`head.chunk_tokens`) at a time, in forward
     and backward.
     """
 
@@ -134,18 +133,29 @@ class ResponseLogps(nn.Module):
         lora.only_adapter_trains(model)
         self.causal = [causal]  # in a list, because it is part of `model` already
         self.is_plain_head, self.softcap = head.kind_of(causal)
-        self.chunk_tokens = max(1, LOGITS_CHUNK // causal.config.get_text_config().vocab_size)
+        self.chunk_tokens = head.chunk_tokens(self.vocabulary, on_cuda=False)
         self.head_functions = (logps_of, slopes_of)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.causal[0].config.get_text_config().vocab_size
 
     @property
     def backbone(self) -> nn.Module:
         return architecture.backbone_of(self.causal[0])
 
-    def prepare_layers(self, compiled: bool, checkpointed: bool, first: int | None = None) -> None:
+    def prepare_layers(
+        self,
+        compiled: bool,
+        checkpointed: bool,
+        first: int | None = None,
+        on_cuda: bool = False,
+    ) -> None:
         """Apply torch.compile and activation checkpointing, layer by layer.
 
         first: checkpoint only the first so many layers. The others' activations are free by the
-        time that these are recomputed.
+        time that these are recomputed. on_cuda: where the policy will run, which may not be where
+        it was loaded.
 
         One compiled graph then serves all layers and any number of tokens. Both are set on the
         layers' `forward`, not on the modules, so that FSDP's hooks stay outside of the graph.
@@ -159,13 +169,26 @@ class ResponseLogps(nn.Module):
                 layer.forward = torch.compile(layer.forward)
             if checkpointed and (first is None or number < first):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if compiled:
+        if on_cuda:
+            self.prepare_for_cuda(compiled)
+        elif compiled:
             self.head_functions = tuple(torch.compile(f, dynamic=True) for f in self.head_functions)
+
+    def prepare_for_cuda(self, compiled: bool) -> None:
+        """What `prepare_layers` does for a GPU alone."""
+        self.chunk_tokens = head.chunk_tokens(self.vocabulary, on_cuda=True)
+        # Uncompiled, the head takes twelve passes over its logits in fp32, as much time as for its
+        # products. FlexAttention is compiled anyway, so that this needs nothing more. Not with
+        # dynamic=True: the vocabulary's size would become a variable too, and its rows unaligned.
+        if compiled or self.causal[0].config._attn_implementation == "branches":
+            self.head_functions = tuple(torch.compile(f) for f in self.head_functions)
+        if compiled:
+            flex.forbid_fallback()
 
     def hidden(self, batch: Batch) -> Tensor:
         """(N, H) last hidden states, each at the position that predicts a response token."""
         packed = batch.position_ids is not None
-        mask = attention.block_mask(batch) if packed and batch.input_ids.is_cuda else batch.mask
+        mask = flex.block_mask(batch) if packed and batch.input_ids.is_cuda else batch.mask
         # A plain batch leaves positions to the architecture; not every one takes them.
         positions = {"position_ids": batch.position_ids} if packed else {}
         output = self.backbone(
@@ -299,6 +322,11 @@ class ResponseLogps(nn.Module):
         return TokenValues(**joined)
 
 
+def eager() -> torch.compiler.set_stance:
+    """Context in which nothing is compiled."""
+    return torch.compiler.set_stance("force_eager")
+
+
 @torch.no_grad()
 def check_logps(
     policy: ResponseLogps, batch: Batch, plain: Batch, has_adapter: bool = False
@@ -313,16 +341,20 @@ def check_logps(
     Raises UserError if ours differ by more than that.
     """
     causal, name = policy.causal[0], type(policy.causal[0]).__name__
-    with lora.dropout(policy, active=False), torch.compiler.set_stance("force_eager"):
+    # Compiling for a few short pairs takes longer than it is worth. But on CUDA, FlexAttention is
+    # other code where it is not compiled, and what is checked should be what training runs.
+    as_trained = nullcontext() if batch.input_ids.is_cuda else eager()
+    with lora.dropout(policy, active=False), as_trained:
         ours = policy(batch).logps
-        with lora.forward_of_peft(policy) if has_adapter else nullcontext():
-            expected = policy(plain, own_attention="eager").logps
-            rounding = 0.0
-            # Where packed attention or sdpa was decided upon, its own sdpa is right too.
-            has_sdpa = getattr(causal, "_supports_sdpa", False)
-            if causal.config._attn_implementation != "eager" and has_sdpa:
-                other = policy(plain, own_attention="sdpa").logps
-                rounding = (other - expected).abs().mean().item()
+    of_peft = lora.forward_of_peft(policy) if has_adapter else nullcontext()
+    with lora.dropout(policy, active=False), eager(), of_peft:
+        expected = policy(plain, own_attention="eager").logps
+        rounding = 0.0
+        # Where packed attention or sdpa was decided upon, its own sdpa is right too.
+        has_sdpa = getattr(causal, "_supports_sdpa", False)
+        if causal.config._attn_implementation != "eager" and has_sdpa:
+            other = policy(plain, own_attention="sdpa").logps
+            rounding = (other - expected).abs().mean().item()
     own = f"{name} and PEFT" if has_adapter else name
     difference = (ours - expected).abs().mean().item()
     tolerance = OWN_TOLERANCE[next(causal.parameters()).dtype] + 2 * rounding

@@ -41,7 +41,10 @@ from torch import Tensor
 
 from pref.model.chat import TokenPair
 
-FLEX_BLOCK = 128  # FlexAttention's block: on CUDA a sequence is padded to a multiple of it
+# FlexAttention's block. On CUDA a sequence is padded to a multiple of it: the kernels then need no
+# checks at its end, and in a last block that is not full their backward pass can give NaN (pytorch
+# issue 153799).
+FLEX_BLOCK = 128
 COPY_ALIGNMENT = 256  # bytes, at whose multiples tensors start in `to_device`
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
@@ -89,6 +92,9 @@ class Batch(NamedTuple):
     # Plain: (2B, T) of 0 and 1. Else the layout as the CPU's attention operator takes it,
     # (1, 1, rows + 1, 4); None on CUDA.
     mask: Tensor | None
+    # (3, T), int32; None if plain. A token sees the tokens from the first of its three numbers up to
+    # itself, but for those from the second up to, not including, the third.
+    spans: Tensor | None
     positions: Tensor  # (N,) index into the flattened hidden states that predicts each token
     targets: Tensor  # (N,) the response tokens
     segments: Tensor  # (N,) which response each token belongs to, 0 .. 2B-1
@@ -166,6 +172,24 @@ def places_of(tensors: list[Tensor]) -> list[slice]:
     return [slice(start, start + tensor.nbytes) for start, tensor in zip(starts, tensors)]
 
 
+def visible_spans(rows: list[RowLayout], length: int) -> Tensor:
+    """What the tokens of a sequence of `length` tokens see: `Batch.spans`, on the CPU.
+
+    A second response does not see the first: that is its hole. Padding sees itself, so that its
+    softmax is not over nothing.
+    """
+    spans = torch.arange(length, dtype=torch.int32).repeat(3, 1)
+    _, hole_start, hole_end = spans
+    for row in rows:
+        first_start = row.start + row.prompt
+        second_start = first_start + row.first
+        end = second_start + row.second
+        spans[:, row.start : end] = row.start  # an empty hole
+        hole_start[second_start:end] = first_start
+        hole_end[second_start:end] = second_start
+    return spans
+
+
 def make_batch(pairs: list[TokenPair], packing: Packing, device: torch.device) -> Batch:
     """Lay `pairs` out on `device` as `packing` says. The module's docstring has an example."""
     return lay_out(pairs, packing, FLEX_BLOCK if device.type == "cuda" else 1).to(device)
@@ -216,6 +240,7 @@ def lay_out(pairs: list[TokenPair], packing: Packing, multiple: int) -> Batch:
         input_ids=torch.tensor(ids).reshape(len(rows) if packing.plain else 1, -1),
         position_ids=None if packing.plain else torch.tensor([position_ids]),
         mask=mask,
+        spans=None if packing.plain else visible_spans(layout, len(ids)),
         positions=torch.tensor([i for response in responses for i in response.positions]),
         targets=torch.tensor([token for response in responses for token in response.tokens]),
         segments=torch.arange(len(responses)).repeat_interleave(lengths),

@@ -96,7 +96,8 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
         ranks.print(f"warning: {warning}")
     policy = ResponseLogps(adapted, settings.attention_of(args))
     first = int(args.checkpointing) if args.checkpointing.isdecimal() else None
-    policy.prepare_layers(args.compile == "on", args.checkpointing != "off", first)
+    on_cuda = ranks.device.type == "cuda"
+    policy.prepare_layers(args.compile == "on", args.checkpointing != "off", first, on_cuda)
     sharding.shard(policy, args.shard, dtype, ranks)
     return policy, hashes
 

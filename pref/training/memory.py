@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig
 
-from pref.model import architecture, logps, lora
+from pref.model import architecture, head, logps, lora
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
 from pref.model.packing import Packing, make_batch
@@ -205,7 +205,7 @@ def memory_of(
 
     # 3) Logits: one chunk of them in the compute dtype and three times in fp32, and the hidden
     #    states of response tokens with their gradient.
-    chunk = min(logps.LOGITS_CHUNK, responses * sizes.vocabulary)
+    chunk = min(head.chunk_tokens(sizes.vocabulary, on_cuda), responses) * sizes.vocabulary
     logits = chunk * (width + 12) + 2 * responses * sizes.hidden * width
 
     # 4) What the process has besides.
