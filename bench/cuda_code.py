@@ -126,7 +126,7 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    from pref.model import attention, logps
+    from pref.model import flex, logps
     from pref.model.logps import ResponseLogps
     from pref.training import memory
 
@@ -140,7 +140,7 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
     with fake:
         cuda_without_gpu.to_fake_cuda(policy, row.quant)
         moved = {"input_ids": fake.from_tensor(batch.input_ids).to("cuda")}
-        mask = attention.block_mask(batch._replace(**moved))
+        mask = flex.block_mask(batch._replace(**moved))
         shape = (1, args.tokens, args.hidden)
         x = torch.empty(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         width = args.hidden // args.heads

@@ -238,14 +238,13 @@ def batch_on_cuda(pairs: list, pad_id: int):
     return batch
 
 
-def flash_attention(module, query, key, value, mask, scaling=None, **_):
+def flash_attention(query, key, value, mask, scale):
     """In FlexAttention's place."""
     import torch
 
-    output = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, True, scale=scaling
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, True, scale=scale
     )[0]
-    return output.transpose(1, 2), None
 
 
 def measure(row: Row, folder: Path, tokens: int) -> Found:
@@ -258,7 +257,7 @@ def measure(row: Row, folder: Path, tokens: int) -> Found:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     import losses
-    from pref.model import attention, sharding
+    from pref.model import flex, sharding
     from pref.model.logps import ResponseLogps, sum_by_row, trainable
     from pref.model.ranks import Ranks
     from pref.training import memory
@@ -292,7 +291,7 @@ def measure(row: Row, folder: Path, tokens: int) -> Found:
     # 2) The ranks; their collectives are not carried out.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=row.ranks)
     sharding.check_gradient_sum = lambda *_: None  # reads values
-    attention.flex_attention_forward = flash_attention
+    flex.attend = flash_attention
     fake, tracker = FakeTensorMode(allow_non_fake_inputs=True), MemTracker()
     try:
         with fake:
