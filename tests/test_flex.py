@@ -169,7 +169,7 @@ def test_a_policy_prepared_for_cuda(tiny_model, val_pairs, monkeypatch, compiled
     layers = 2 * compiled
     assert functions[layers:] == [(logps.logps_of, {}), (logps.slopes_of, {})]
     assert len(functions) == layers + 2
-    assert config.fail_on_recompile_limit_hit == compiled
+    assert config.fail_on_recompile_limit_hit and config.recompile_limit == flex.VERSIONS
     assert theirs.chunk_tokens % 256 == 0
     packing = LAYOUTS["shared, packed"]
     assert_equal(*(logps_and_gradients(policy, val_pairs, packing) for policy in (ours, theirs)))

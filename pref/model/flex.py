@@ -25,18 +25,19 @@ from pref.model.packing import FLEX_BLOCK, Batch
 # FlashAttention 4 on a Hopper or Blackwell GPU, where the package is installed.
 KERNEL_OPTIONS: dict | None = None
 
-# Dynamo compiles a function anew for other shapes, dtypes, or with gradients, at most so many
-# times, and from then on runs it and all that it calls uncompiled. FlexAttention would then hold
-# heads x T x T scores in fp32, 8 GiB a layer at 8,192 tokens, with a line in the log. So that is an
-# error: here by `fullgraph`, in compiled layers by `forbid_fallback`. A layer needs about five
-# (T fixed and variable, with gradients and without), a model with several kinds of layers more.
-COMPILATIONS = 32
+# Dynamo compiles a function anew for other shapes, dtypes, or with gradients, so many times, eight
+# unless it is told otherwise. From then on it runs the function and all that this calls
+# uncompiled. FlexAttention would then hold heads x T x T scores in fp32, 8 GiB a layer at 8,192
+# tokens, with a line in the log. So that is an error: of FlexAttention by itself by `fullgraph`, in
+# compiled layers by `forbid_fallback`. A layer needs about five versions (T fixed and variable,
+# with gradients and without), a model with several kinds of layers more.
+VERSIONS = 32
 compiled_attention = torch.compile(flex_attention, fullgraph=True)
 
 
 def forbid_fallback() -> None:
     """Let dynamo stop the run where it would continue uncompiled."""
-    torch._dynamo.config.recompile_limit = COMPILATIONS
+    torch._dynamo.config.recompile_limit = VERSIONS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 

@@ -176,14 +176,13 @@ class ResponseLogps(nn.Module):
 
     def prepare_for_cuda(self, compiled: bool) -> None:
         """What `prepare_layers` does for a GPU alone."""
+        flex.forbid_fallback()
         self.chunk_tokens = head.chunk_tokens(self.vocabulary, on_cuda=True)
         # Uncompiled, the head takes twelve passes over its logits in fp32, as much time as for its
         # products. FlexAttention is compiled anyway, so that this needs nothing more. Not with
         # dynamic=True: the vocabulary's size would become a variable too, and its rows unaligned.
         if compiled or self.causal[0].config._attn_implementation == "branches":
             self.head_functions = tuple(torch.compile(f) for f in self.head_functions)
-        if compiled:
-            flex.forbid_fallback()
 
     def hidden(self, batch: Batch) -> Tensor:
         """(N, H) last hidden states, each at the position that predicts a response token."""
