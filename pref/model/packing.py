@@ -92,8 +92,8 @@ class Batch(NamedTuple):
     # Plain: (2B, T) of 0 and 1. Else the layout as the CPU's attention operator takes it,
     # (1, 1, rows + 1, 4); None on CUDA.
     mask: Tensor | None
-    # (3, T), int32; None if plain. A token sees the tokens from the first of its three numbers up to
-    # itself, but for those from the second up to, not including, the third.
+    # (3, T), int32; None if plain. A token sees those from the first of its three numbers up to
+    # itself, except for those from the second up to, not including, the third.
     spans: Tensor | None
     positions: Tensor  # (N,) index into the flattened hidden states that predicts each token
     targets: Tensor  # (N,) the response tokens
