@@ -51,6 +51,7 @@ def measure(case: str) -> float:
         input_ids=ids,
         position_ids=None,
         mask=ids,
+        spans=None,
         positions=index,
         targets=index * 7,
         segments=torch.zeros_like(index),
