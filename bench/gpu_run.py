@@ -57,9 +57,9 @@ class Sizes(NamedTuple):
 FULL = Sizes()
 TOY = Sizes(
     shape="--vocabulary 400 --layers 2 --hidden 64 --heads 4 --intermediate 128",
-    pairs="--pairs 12 --median 12 --longest 30",
+    pairs="--pairs 12 --median 8 --longest 20",
     correct="--hidden 64 --no_compile",
-    train="--max_length 128 --global_batch 4 --tokens 256 --steps 1 --lora_r 4 --trl 2:on 2:off"
+    train="--max_length 256 --global_batch 4 --tokens 256 --steps 1 --lora_r 4 --trl 2:on 2:off"
     " --no_compile",
     generate="--rows 2 4 --prompt 8 --new_tokens 4 --lora_r 4",
 )
