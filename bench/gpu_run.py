@@ -41,6 +41,7 @@ BENCH = ROOT / "bench"
 NEEDED = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "safetensors", "tqdm")
 FOR_TRL = ("trl", "datasets")
 MFU_GOALS = {"H100": 0.45, "H200": 0.45, "A100": 0.55}
+MINUTES = 9.5  # the parts' limits are for this many in all, and grow with --minutes
 RESERVE_S = 5  # for the table
 
 
@@ -97,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, help="train.jsonl of prep_data.py")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything")
     parser.add_argument("--wheels", help="read by gpu.sh, which installs them")
     return parser.parse_args()
 
@@ -105,9 +106,9 @@ def parse_args() -> argparse.Namespace:
 # ---- parts --------------------------------------------------------------------------------------
 
 
-def run_part(part: Part, out: Path, end: float, environment: dict) -> list[dict]:
+def run_part(part: Part, out: Path, environment: dict) -> list[dict]:
     """The rows of a part, until it ends or its time is over. The reason of a failure is a row."""
-    seconds = min(part.seconds, end - time.monotonic())
+    seconds = part.seconds
     if seconds <= 0:
         return [{"row": part.name, "failed": "no time was left for it"}]
     rows, log = [], out / f"{part.name}.log"
@@ -294,10 +295,11 @@ def main() -> int:
     pairs, making = make_inputs(args, sizes, folder)
     for part in [*making, *measuring(sizes, folder / "model", pairs)]:
         print(f"{part.name}, {end - time.monotonic():.0f} s left", flush=True)
+        seconds = min(part.seconds * args.minutes / MINUTES, max(0.0, end - time.monotonic()))
         command = [str(word) for word in part.command]
-        if part.name == "train":  # it plans its rows by the time that is left
-            command += ["--seconds", f"{max(0.0, end - time.monotonic()):.0f}"]
-        found = run_part(part._replace(command=command), args.out, end, environment)
+        if part.name in ("correct", "train"):  # these give up rows before they are ended
+            command += ["--seconds", f"{0.95 * seconds:.0f}"]
+        found = run_part(Part(part.name, command, seconds), args.out, environment)
         rows += [{"part": part.name, **row} for row in found]
     shutil.rmtree(folder, ignore_errors=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
