@@ -86,6 +86,10 @@ def as_if_there(card: SimpleNamespace) -> None:
     interface.get_compute_capability = staticmethod(lambda *_: 10 * card.major + card.minor)
     interface.Worker.get_device_properties = staticmethod(lambda *_: card)
     interface.Worker.current_device = staticmethod(lambda: 0)
+    interface.get_device_properties = staticmethod(lambda *_: card)
+    interface.current_device = staticmethod(lambda: 0)
+    interface.device_count = staticmethod(lambda: 1)
+    interface.is_bf16_supported = staticmethod(lambda *_, **__: True)
     driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 10 * card.major + card.minor, 32),
@@ -149,11 +153,20 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
             for _ in range(2)
         ]
 
-        def forward(x, cos, sin):
-            return layer(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
+    def forward(x, cos, sin):
+        return layer(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
 
-        graph, _ = torch._dynamo.export(forward)(x, *rotary)
-        inductor(graph, [x, *rotary])
+    class Same(FakeTensorMode):
+        """Dynamo makes a fake mode for each graph; tensors of another one it would not take."""
+
+        def __new__(cls, shape_env=None, **_):
+            fake.shape_env = shape_env
+            return fake
+
+    torch._subclasses.FakeTensorMode = Same
+    graph = torch._dynamo.export(forward)(x, *rotary).graph_module
+    torch._subclasses.FakeTensorMode = FakeTensorMode
+    inductor(graph, [x, *rotary])
 
 
 def machine_code(name: str, source: str, arch: int) -> dict:
