@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_engine import kept_bytes
 from test_train import ONE, tiny_policy, train, train_args, val_pairs
+from transformers import DeepseekV2Config, LlamaConfig, MixtralConfig
 
 import train_pref  # noqa: F401  (sets the allocator's variables)
 from pref.files import allocator, disk
@@ -40,6 +41,7 @@ LAYERS = 32
 LLAMA = Sizes(
     parameters=6_738_415_616,
     linear=LAYERS * (4 * 4096 * 4096 + 3 * 4096 * 11008),
+    used=LAYERS * (4 * 4096 * 4096 + 3 * 4096 * 11008),
     largest_linear=4096 * 11008,
     largest_block=202_383_360,
     layers=LAYERS,
@@ -339,6 +341,14 @@ def test_a_token_of_llama_2_7b_takes_28_gflop():
     work = operations.work_of(LLAMA, sums, sums, sums, LAYERS)
     assert 27.6e9 < work.training / 1000 < 28.4e9
     assert (work.training + work.recomputed) / work.training == pytest.approx(1.49, abs=0.01)
+
+
+def test_a_token_uses_the_experts_that_it_goes_to():
+    """Two of eight; of the DeepSeek kind six of 64."""
+    assert memory.expert_share(LlamaConfig()) == 1
+    assert memory.expert_share(MixtralConfig(num_local_experts=8, num_experts_per_tok=2)) == 0.25
+    config = DeepseekV2Config(n_routed_experts=64, num_experts_per_tok=6)
+    assert memory.expert_share(config) == 6 / 64
 
 
 @pytest.mark.parametrize(

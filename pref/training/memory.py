@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from pref.model import architecture, head, logps, lora
 from pref.model.chat import TokenPair
@@ -48,6 +48,7 @@ class Sizes(NamedTuple):
 
     parameters: int  # of the base
     linear: int  # of the linear layers' weights in all blocks; these are what is quantised
+    used: float  # weights of all blocks that a token is multiplied with: not those of idle experts
     largest_linear: int
     largest_block: int
     layers: int
@@ -106,15 +107,16 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
     heads = heads if isinstance(heads, int) else 0  # none, or another number in each layer
     of_head = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     parameters = sum(p.numel() for p in base.parameters())
-    largest_block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    block_sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
 
     # 2) With the adapter.
     adapted = with_lora(base, args)
     return Sizes(
         parameters=parameters,
         linear=sum(in_linears),
+        used=sum(in_linears) + (sum(block_sizes) - sum(in_linears)) * expert_share(config),
         largest_linear=max(in_linears, default=0),
-        largest_block=largest_block,
+        largest_block=max(block_sizes),
         layers=len(blocks),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
@@ -122,6 +124,16 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
         trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         kept=kept_bytes(args),
     )
+
+
+def expert_share(config: PretrainedConfig) -> float:
+    """The share of a model's experts that each token goes to; 1 without experts. They are what a
+    block has besides linear layers, but for a few vectors.
+    """
+    chosen = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    there = next((n for name in names if (n := getattr(config, name, None))), None)
+    return chosen / there if chosen and there else 1.0
 
 
 def kept_bytes(args: argparse.Namespace) -> Kept:

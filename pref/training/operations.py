@@ -1,5 +1,6 @@
 """The operations of a run, counted from shapes and token ids, and the hours that they take."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pref.model.chat import TokenPair
@@ -34,7 +35,7 @@ class Work(NamedTuple):
         return self.evaluation / self.of_run
 
 
-def sums_of(pairs: list[TokenPair], packing: Packing) -> Sums:
+def sums_of(pairs: Sequence[TokenPair], packing: Packing) -> Sums:
     """Of a row [prompt | chosen | rejected], or of two rows: each token attends to those before it
     in its row and to itself, but not to the other response.
     """
@@ -52,7 +53,7 @@ def forward(sizes: Sizes, sums: Sums, head: bool = True) -> tuple[float, float, 
     """Operations of a forward pass: of the frozen weights, of the adapter, and of attention; two
     for each weight and token, four for each pair of query and key and element of a head's output.
     """
-    frozen = 2 * sizes.linear * sums.tokens
+    frozen = 2 * sizes.used * sums.tokens
     frozen += 2 * sizes.hidden * sizes.vocabulary * sums.responses if head else 0
     adapter = 2 * sizes.trainable * sums.tokens
     return frozen, adapter, 4 * sizes.layers * sizes.attention * sums.keys

@@ -20,7 +20,7 @@ from pref.model.ranks import Ranks
 from pref.training import hardware, memory, operations, schedule, settings
 from pref.training.hardware import Device
 from pref.training.memory import Memory, Sizes
-from pref.training.operations import Work
+from pref.training.operations import Sums, Work
 
 # Operations from where on compiling pays, on one rank. A CPU takes one to two minutes for them and
 # half a minute to compile; an A100 takes five minutes, and compiles for one or two.
@@ -258,7 +258,7 @@ def of_run(
     work = operations.work_of(
         draft.sizes,
         training=operations.sums_of(trained, packing),
-        evaluation=operations.sums_of([*val] * len(evaluations), packing),
+        evaluation=Sums(*(n * len(evaluations) for n in operations.sums_of(val, packing))),
         reference=operations.sums_of([*pairs, *val], packing),
         checkpointed=memory.checkpointed_layers(args, draft.sizes.layers),
     )
