@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_pref
 from pref.files.console import UserError
 from pref.model import sharding
+from pref.model.loading import load_base
 from pref.model.logps import trainable
 from pref.model.packing import Packing
 from pref.model.ranks import Ranks, pick_device
@@ -79,6 +80,12 @@ def test_a_single_rank_shards_nothing(tiny_model, pairs_folder):
     for mode in ("adapters", "full"):
         sharding.shard(study.policy, mode, torch.float32, study.ranks)
     assert not any(isinstance(module, FSDPModule) for module in study.policy.modules())
+
+
+def test_ranks_that_get_their_weights_from_another_hold_none(tiny_model):
+    """With --shard full only rank 0 has the weights in memory."""
+    base = load_base(str(tiny_model), torch.float32, "none", torch.device("meta"))
+    assert all(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
 
 
 def test_a_rank_without_a_gpu_is_told_how_many_there_are(monkeypatch):

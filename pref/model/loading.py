@@ -67,7 +67,8 @@ def load_base(
     files = find_model(model)
     if device.type == "meta":
         config = AutoConfig.from_pretrained(files.name, trust_remote_code=False)
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with device:
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         quantisation = None
         if quant == "nf4":
