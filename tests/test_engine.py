@@ -290,6 +290,14 @@ def test_bins_hold_every_pair_once_within_the_budget(world):
         assert len(bins) <= math.ceil(sum(loads) / 2048) + 1
 
 
+@pytest.mark.parametrize(("world", "expected"), [(1, 5), (2, 6), (4, 8)])
+def test_bins_never_outnumber_pairs(world, expected):
+    """An empty one is computed too, with weight 0: only as many as keep the ranks in step."""
+    pairs = [TokenPair([0] * 3000, [0], [0])] * 5
+    bins = fill_bins(list(range(5)), pairs, Packing(0, tokens=1024), world)
+    assert len(bins) == expected and sorted(map(len, bins)) == [0] * (expected - 5) + [1] * 5
+
+
 @pytest.mark.parametrize(
     "packing", [Packing(0, tokens=1000), Packing(0, pairs=3, padded=True)], ids=["tokens", "pairs"]
 )
