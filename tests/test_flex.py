@@ -108,7 +108,7 @@ def test_kernel_options_reach_flex_attention(monkeypatch):
         seen.update(options)
         return query
 
-    monkeypatch.setattr(flex, "compiled_attention", record)
+    monkeypatch.setattr(flex, "compiled_attention", lambda: record)
     monkeypatch.setattr(flex, "KERNEL_OPTIONS", {"BACKEND": "FLASH"})
     q, k = torch.randn(1, 6, 4, 16), torch.randn(1, 2, 4, 16)
     flex.attend(q, k, k, None, 0.25)
@@ -126,7 +126,7 @@ def test_flex_attention_in_a_policy_equals_the_cpus_operator(
     # torch refuses gradients on the CPU, because it has no kernel for them there.
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
     traced = torch.compile(flex_attention, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(flex, "compiled_attention", traced)
+    monkeypatch.setattr(flex, "compiled_attention", lambda: traced)
     ours, theirs = policy_of(tiny_model), policy_of(tiny_model)
     theirs.prepare_layers(compiled=False, checkpointed=checkpointed)
     hidden = theirs.hidden

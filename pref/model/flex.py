@@ -14,6 +14,9 @@ every element. Rows of 500 to 1,000 tokens have mostly blocks of the third kind,
 cheap: 32-bit integers, looked up by the query alone.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +35,12 @@ KERNEL_OPTIONS: dict | None = None
 # compiled layers by `forbid_fallback`. A layer needs about five versions (T fixed and variable,
 # with gradients and without), a model with several kinds of layers more.
 VERSIONS = 32
-compiled_attention = torch.compile(flex_attention, fullgraph=True)
+
+
+@functools.cache
+def compiled_attention() -> Callable[..., Tensor]:
+    """FlexAttention, compiled; made when it is first needed, because a CPU never does."""
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def forbid_fallback() -> None:
@@ -95,7 +103,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: fl
     Raises dynamo's FailOnRecompileLimitHit instead of computing without a fused kernel.
     """
     # Inside of a compiled layer it is compiled along with it.
-    attention = flex_attention if torch.compiler.is_compiling() else compiled_attention
+    attention = flex_attention if torch.compiler.is_compiling() else compiled_attention()
     return attention(
         query,
         key,
