@@ -29,14 +29,14 @@ def batch_of(*sizes: tuple[int, int, int], padded: bool = False):
 
 
 def visible(batch) -> torch.Tensor:
-    """(T, T), token by token: which key each query sees. Padding sees itself."""
+    """(T, T), query by query: which key each one sees. Padding sees itself."""
     length = batch.input_ids.shape[1]
     mask = torch.eye(length, dtype=torch.bool)
-    for start, prompt, first, second in batch.mask[0, 0, :-1].tolist():
-        part = [0] * prompt + [1] * first + [2] * second
+    for start, prompt, first, second in batch.layout:
+        part = torch.tensor([0] * prompt + [1] * first + [2] * second)
         for q in range(len(part)):
-            for k in range(q + 1):
-                mask[start + q, start + k] = part[k] in (0, part[q])
+            before = part[: q + 1]  # itself too
+            mask[start + q, start : start + q + 1] = (before == 0) | (before == part[q])
     return mask
 
 
