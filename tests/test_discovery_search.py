@@ -323,6 +323,30 @@ def test_a_grid_of_candidates_is_one_that_the_scheduler_reads(ended):
     assert len(points) == 4 and all("--seed" in point.arguments for point in points)
 
 
+def test_relatives_of_what_failed_in_training_are_not_trained_before_others():
+    """p0002 did much worse than dpo. p0003 is the best on the proxy, and behaves like it."""
+    fields = {"p0001": [0.0, 0.0], "p0002": [1.0, 0.0], "p0003": [0.8, 0.4], "p0004": [0.2, 0.4]}
+    right = {"p0001": (np.arange(PAIRS) > 3) + 0.0, "p0002": (np.arange(PAIRS) < 6) + 0.0}
+    events = []
+    for id, gain in zip(fields, (0.0, 0.09, 0.1, 0.02)):
+        by = "seed" if id == "p0001" else "evolve"
+        events.append({"event": "proposed", "id": id, "round": 1, "by": by, "operator": "x"})
+        events[-1] |= {"parents": [], "name": "x", "usd": 0.0, "genome": None}
+        events.append({"event": "fingerprint", "id": id, "cell": id, "gradient": {}})
+        events.append({"event": "proxy", "id": id, "acc": 0.6, "bits": 0.1, "seeds": 8})
+        events[-1] |= {"difference": gain, "se": 0.01}
+    for id, correct in right.items():
+        run = {"event": "trained", "id": id, "seed": 101, "status": "finished", "rung": 0}
+        events.append(run | {"correct": archive.encode(correct)})
+    one = argparse.Namespace(settings=settings_of(), state=state_of(events), field_of=fields.get)
+    step = search.Step("rung", 0, 0)
+    assert rungs.first_choice(one, step, 1) == ["p0004"]
+    assert rungs.first_choice(one, step, 2) == ["p0003", "p0004"]
+    events[-1]["correct"] = archive.encode(right["p0001"])  # as good as dpo
+    one.state = state_of(events)
+    assert rungs.first_choice(one, step, 1) == ["p0003"]
+
+
 def test_a_program_that_was_changed_is_not_trained(ended, tmp_path):
     folder = shutil.copytree(ended, tmp_path / "copy")
     one = make_search(folder)

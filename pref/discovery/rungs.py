@@ -161,6 +161,10 @@ def first_choice(search: Search, step: Step, count: int) -> list[str]:
     """Candidates for an instalment of rung 0: the best by proxy, apart in behaviour from all that
     are trained, at most three of a cell; and the instalment's share of those that are drawn from
     all that reached the proxy, so that the proxy can be compared with training.
+
+    What training has found of a candidate's nearest relative comes before the proxy. On real pairs
+    the proxy has put losses first that push the rejected response alone, hundreds of nats down: to
+    first order that ranks pairs well, and a real model then loses both responses (bench/README.md).
     """
     settings, state = search.settings, search.state
     dice = random.Random(f"{settings.seed}:{step.name}")
@@ -180,6 +184,8 @@ def first_choice(search: Search, step: Step, count: int) -> list[str]:
     dice.shuffle(order)  # decides between equals; without the proxy, all
     if by_proxy:
         order.sort(key=lambda id: gains[id].rank, reverse=True)
+        behind = {id for id in trained if estimates.is_behind(state.entries[id], state.dpo)}
+        order.sort(key=lambda id: nearest(search, id, trained) in behind)  # keeps equals in order
     chosen = apart(search, order, [*trained, *drawn], count - len(drawn))
     return sorted([*chosen, *drawn])
 
@@ -210,6 +216,14 @@ def is_apart(search: Search, id: str, others: Iterable[str]) -> bool:
     own = search.field_of(id)
     fields = (search.field_of(other) for other in others)
     return all(fingerprint.distance(own, other) >= APART for other in fields if other is not None)
+
+
+def nearest(search: Search, id: str, others: list[str]) -> str | None:
+    """Which of `others` behaves most like `id`; None if that is not known of any."""
+    fields = {other: search.field_of(other) for other in others}
+    known = {other: field for other, field in fields.items() if field is not None}
+    own = search.field_of(id)
+    return min(known, key=lambda o: (fingerprint.distance(own, known[o]), o), default=None)
 
 
 def ranking(state: State) -> list[str]:
