@@ -22,10 +22,9 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(ROOT))
 
 from pref.model.chat import TokenPair  # noqa: E402
-from pref.model.packing import Packing  # noqa: E402
 from pref.model.ranks import Ranks  # noqa: E402
 from pref.sweeping import grid  # noqa: E402
-from pref.training import arguments, hardware, plan, settings  # noqa: E402
+from pref.training import arguments, hardware, operations, plan, settings  # noqa: E402
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000,
@@ -51,22 +50,28 @@ def pairs_of(count: int, row_tokens: int, longest: int, seed: int) -> list[Token
     ]
 
 
-def plan_of(model: str, card: str, row_tokens: int, mfu: float) -> tuple[plan.Plan, Ranks]:
+def plan_of(model: str, card: str, row_tokens: int) -> tuple[plan.Plan, Ranks]:
     """One run of the study on one `card`."""
-    options = ["--model", model, "--dry_run", "1", "--gpu", card, "--mfu", str(mfu)]
+    options = ["--model", model, "--dry_run", "1", "--gpu", card]
     given = arguments.parse_args([*options, "--quant", "nf4", "--dtype", "bfloat16"])
     ranks = hardware.planned_ranks(given, Ranks(0, 1, torch.device("cpu")))
-    packing: Packing = settings.packing_of(given, pad_id=0)
+    packing = settings.packing_of(given, pad_id=0)
     train = pairs_of(TRAIN_PAIRS, row_tokens, given.max_length, seed=1)
     val = pairs_of(VAL_PAIRS, row_tokens, given.max_length, seed=2)
     return plan.of_run(given, train, packing, ranks, val), ranks
 
 
-def hours_of_study(planned: plan.Plan, card: str, cards: int, runs: int) -> float:
-    """The runs in waves of one per card, after one of the cards has computed the reference."""
-    waves = -(-runs // cards)
-    of_run = planned.hours(planned.work.of_run)[card] + START_MINUTES / 60
-    return waves * of_run + planned.hours(planned.work.reference)[card]
+def row_of(planned: plan.Plan, card: str, cards: int, runs: int, mfu: float) -> str:
+    """Tokens a second, hours of a run, and hours of all runs: in waves of one per card, after one
+    card has computed the reference.
+    """
+
+    def hours(work: float) -> float:
+        return operations.hours(work, hardware.CARDS[card], mfu, world=1)
+
+    of_run, waves = hours(planned.work.of_run), -(-runs // cards)
+    in_all = waves * (of_run + START_MINUTES / 60) + hours(planned.work.reference)
+    return f"{planned.load.tokens / of_run / 3600:,.0f} | {of_run:.2f} | {in_all:.1f} |"
 
 
 def main() -> None:
@@ -80,32 +85,27 @@ def main() -> None:
     args = parser.parse_args()
 
     points = grid.expand(grid.settings_of(grid.grid_path("tddpo"))[0])
-    table = []
+    rows = []
     with tempfile.TemporaryDirectory() as model:
         LLAMA_2_7B.save_pretrained(model)
         for fleet in args.fleet:
             cards, _, card = fleet.partition("x")
             for row_tokens in args.row_tokens:
-                for mfu in args.mfu:
-                    planned, ranks = plan_of(model, card, row_tokens, mfu)
-                    hours = hours_of_study(planned, card, int(cards), len(points))
-                    of_run = planned.hours(planned.work.of_run)[card]
-                    speed = planned.load.tokens / (3600 * of_run)
-                    table.append((fleet, row_tokens, mfu, of_run, speed, hours))
-                print(f"\n{fleet}, one run, rows of {row_tokens} tokens:")
+                planned, ranks = plan_of(model, card, row_tokens)
+                print(f"\n{fleet}, one run on one card, rows of {row_tokens} tokens:")
                 plan.show(planned, ranks)
+                for mfu in args.mfu:
+                    text = row_of(planned, card, int(cards), len(points), mfu)
+                    rows.append(f"| {fleet} | {row_tokens:,} | {mfu:.0%} | {text}")
     waves = ", ".join(f"{-(-len(points) // int(f.partition('x')[0]))} on {f}" for f in args.fleet)
     print(
         f"\n{len(points)} runs of grids/tddpo, {TRAIN_PAIRS:,} and {VAL_PAIRS} pairs, one run per "
-        f"GPU in waves ({waves}), {START_MINUTES} min of start-up each; answers and judging are "
-        "not counted, and nothing of this is measured\n"
+        f"GPU in waves ({waves}), {START_MINUTES} min of start-up each, recomputation added to the "
+        "MFU; answers and judging are not counted, and nothing of this is measured\n"
     )
     print("| cards | tokens a row | MFU | tok/s a GPU | hours a run | hours in all |")
     print("|---|---|---|---|---|---|")
-    for fleet, row_tokens, mfu, of_run, speed, hours in table:
-        print(
-            f"| {fleet} | {row_tokens:,} | {mfu:.0%} | {speed:,.0f} | {of_run:.2f} | {hours:.1f} |"
-        )
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
