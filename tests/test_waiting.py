@@ -160,6 +160,7 @@ def test_the_next_micro_batch_is_laid_out_meanwhile(monkeypatch, device):
 WAITING = {
     "a value": lambda x: x.sum().item(),
     "a copy from the host": lambda x: torch.ones(3).to(META),
+    "a copy from memory that is not pinned": lambda x: torch.ones(3).to(META, non_blocking=True),
     "a copy to the host": lambda x: torch.empty(8).copy_(x, non_blocking=True),
     "a tensor of values": lambda x: torch.tensor([1.0], device=META),
     "another tensor of values": lambda x: x.new_tensor([1.0]),
