@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pref.files.console import UserError
+from pref.files.console import UserError, first_line
 from pref.model import architecture, flex, head, lora, token_scores
 from pref.model.packing import Batch
 
@@ -337,14 +337,21 @@ def check_logps(
     forward is run with each of its attentions, which differ by rounding alone. has_adapter: the
     adapter has been trained before; then it is PEFT's own code that computes it there.
 
-    Raises UserError if ours differ by more than that.
+    Raises UserError if ours differ by more than that, or cannot be compiled.
     """
     causal, name = policy.causal[0], type(policy.causal[0]).__name__
     # Compiling for a few short pairs takes longer than it is worth. But on CUDA, FlexAttention is
     # other code where it is not compiled, and what is checked should be what training runs.
-    as_trained = nullcontext() if batch.input_ids.is_cuda else eager()
-    with lora.dropout(policy, active=False), as_trained:
-        ours = policy(batch).logps
+    on_cuda = batch.input_ids.is_cuda
+    with lora.dropout(policy, active=False), nullcontext() if on_cuda else eager():
+        try:
+            ours = policy(batch).logps
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(
+                f"FlexAttention, the head or the layers cannot be compiled on this machine "
+                f"({first_line(error)}); install Triton and a C compiler, or add --compile off "
+                "--packing off --prefix_sharing off"
+            ) from None
     of_peft = lora.forward_of_peft(policy) if has_adapter else nullcontext()
     with lora.dropout(policy, active=False), eager(), of_peft:
         expected = policy(plain, own_attention="eager").logps
@@ -364,6 +371,8 @@ def check_logps(
         )
     if not difference <= tolerance:
         remedy = "add --packing off --prefix_sharing off"
+        if on_cuda:
+            remedy = f"add --compile off; if that does not help, {remedy}"
         if batch.position_ids is None:
             remedy = "it computes something that this engine does not know; use another model"
         raise UserError(
