@@ -326,6 +326,21 @@ def eager() -> torch.compiler.set_stance:
     return torch.compiler.set_stance("force_eager")
 
 
+def logps_as_trained(policy: ResponseLogps, batch: Batch) -> Tensor:
+    """(N,) log-probs for a comparison. Raises UserError if their code cannot be compiled."""
+    # Compiling for a few short pairs takes longer than it is worth. But on CUDA, FlexAttention is
+    # other code where it is not compiled, and what is compared should be what training runs.
+    with nullcontext() if batch.input_ids.is_cuda else eager():
+        try:
+            return policy(batch).logps
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(
+                "FlexAttention, the head or the layers cannot be compiled on this machine "
+                f"({first_line(error)}); install Triton and a C compiler, or add --compile off "
+                "--packing off --prefix_sharing off"
+            ) from None
+
+
 @torch.no_grad()
 def check_logps(
     policy: ResponseLogps, batch: Batch, plain: Batch, has_adapter: bool = False
@@ -340,18 +355,8 @@ def check_logps(
     Raises UserError if ours differ by more than that, or cannot be compiled.
     """
     causal, name = policy.causal[0], type(policy.causal[0]).__name__
-    # Compiling for a few short pairs takes longer than it is worth. But on CUDA, FlexAttention is
-    # other code where it is not compiled, and what is checked should be what training runs.
-    on_cuda = batch.input_ids.is_cuda
-    with lora.dropout(policy, active=False), nullcontext() if on_cuda else eager():
-        try:
-            ours = policy(batch).logps
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise UserError(
-                f"FlexAttention, the head or the layers cannot be compiled on this machine "
-                f"({first_line(error)}); install Triton and a C compiler, or add --compile off "
-                "--packing off --prefix_sharing off"
-            ) from None
+    with lora.dropout(policy, active=False):
+        ours = logps_as_trained(policy, batch)
     of_peft = lora.forward_of_peft(policy) if has_adapter else nullcontext()
     with lora.dropout(policy, active=False), eager(), of_peft:
         expected = policy(plain, own_attention="eager").logps
@@ -371,7 +376,7 @@ def check_logps(
         )
     if not difference <= tolerance:
         remedy = "add --packing off --prefix_sharing off"
-        if on_cuda:
+        if batch.input_ids.is_cuda:
             remedy = f"add --compile off; if that does not help, {remedy}"
         if batch.position_ids is None:
             remedy = "it computes something that this engine does not know; use another model"
