@@ -8,9 +8,10 @@ import torch.nn.attention.flex_attention as torch_flex
 from test_engine import LAYOUTS, assert_equal, logps_and_gradients, policy_of
 from test_train import ONE
 from test_train import val_pairs as pairs_of_val
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
+from pref.files.console import UserError
 from pref.model import flex, head, logps
 from pref.model.chat import TokenPair
 from pref.model.flex import block_mask
@@ -180,3 +181,36 @@ def test_a_plain_batch_needs_no_compiler_on_cuda(tiny_model):
     logps.set_attention(policy.causal[0], "sdpa")
     policy.prepare_layers(compiled=False, checkpointed=False, on_cuda=True)
     assert policy.head_functions == (logps.logps_of, logps.slopes_of)
+
+
+# ---- the start check ----------------------------------------------------------------------------
+
+
+def batch_with(is_cuda: bool) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=SimpleNamespace(is_cuda=is_cuda))
+
+
+def test_the_start_check_runs_what_training_runs_on_cuda():
+    """There uncompiled FlexAttention is other code. On the CPU nothing is compiled for it."""
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+
+    def policy(_batch):
+        return SimpleNamespace(logps=double(torch.ones(3)))
+
+    for is_cuda in (False, True):
+        assert logps.logps_as_trained(policy, batch_with(is_cuda)).tolist() == [2, 2, 2]
+        assert len(compiled) == is_cuda
+
+
+def test_what_cannot_be_compiled_is_an_error_with_a_remedy():
+    def policy(_batch):
+        raise TorchDynamoException("Failed to find C compiler. Please specify via CC.")
+
+    with pytest.raises(UserError, match=r"Failed to find C compiler.*--compile off --packing off"):
+        logps.logps_as_trained(policy, batch_with(is_cuda=True))
