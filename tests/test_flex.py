@@ -126,7 +126,13 @@ def test_flex_attention_in_a_policy_equals_the_cpus_operator(
     """
     # torch refuses gradients on the CPU, because it has no kernel for them there.
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-    traced = torch.compile(flex_attention, fullgraph=True, backend="aot_eager")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    traced = torch.compile(flex_attention, fullgraph=True, backend=backend)
     monkeypatch.setattr(flex, "compiled_attention", lambda: traced)
     ours, theirs = policy_of(tiny_model), policy_of(tiny_model)
     theirs.prepare_layers(compiled=False, checkpointed=checkpointed)
