@@ -6,8 +6,9 @@ One decoder layer of Llama-2-7B as training runs it (LoRA on four-bit weights, F
 the packed rows' mask, forward and backward) is captured from fake tensors on the device cuda, and
 given to Inductor as if an A100 (sm_80) or an H100 (sm_90) were there. Its Triton kernels are then
 compiled to machine code by Triton, which needs no driver for that. Nothing is run. Needs what
-cuda_without_gpu.py needs. Prints, for each kernel, its name, registers' spills and shared memory,
-and one JSON object as the last line; the exit code is 1 if a kernel has no code.
+cuda_without_gpu.py needs. Prints, for each kernel, the bytes of its machine code, its shared memory
+and its tensor-core instructions, and one JSON object as the last line; the exit code is 1 if a
+kernel has no code.
 
 What is not shown: that the kernels are right or fast, and that a launcher finds them.
 """
@@ -62,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--out", type=Path, help="where to write the kernels' source")
     args = parser.parse_args()
-    args.layers = 1
+    args.layers, args.kv_heads = 1, 0
     return args
 
 
@@ -139,12 +140,11 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
     given = cuda_without_gpu.arguments_of(row, folder, args.tokens)
     policy = ResponseLogps(memory.with_lora(memory.shapes_of(given.model, torch.bfloat16), given))
     layer = logps.decoder_layers(policy)[0]
-    batch = cuda_without_gpu.batch_on_cuda(cuda_without_gpu.make_pairs(args.tokens), 0)
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    batch = cuda_without_gpu.batch_on_cuda(cuda_without_gpu.make_pairs(args.tokens), fake)
     with fake:
-        cuda_without_gpu.to_fake_cuda(policy, row.quant)
-        moved = {"input_ids": fake.from_tensor(batch.input_ids).to("cuda")}
-        mask = flex.block_mask(batch._replace(**moved))
+        cuda_without_gpu.to_fake_cuda(policy, row.quant, fake)
+        mask = flex.block_mask(batch)
         shape = (1, args.tokens, args.hidden)
         x = torch.empty(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         width = args.hidden // args.heads
@@ -171,16 +171,23 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
 
 def machine_code(name: str, source: str, arch: int) -> dict:
     """Compile a kernel as Inductor wrote it, in the first of its configurations."""
+    import triton
     from torch._inductor.codecache import PyCodeCache
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
     kernel_name = re.search(r"^def (triton_\w+)\(", source, re.MULTILINE).group(1)
     kernel = getattr(PyCodeCache.load(source), kernel_name)
-    result = kernel._precompile_config(kernel.configs[0])
-    binary = result.kernel
-    cubin = binary.asm["cubin"]
+    config = kernel.configs[0]
+    meta = kernel._create_compile_meta(config)
+    binary = triton.compile(
+        ASTSource(kernel.fn, meta["signature"], meta["constants"], meta["configs"][0]),
+        target=GPUTarget("cuda", arch, 32),
+        options=kernel._create_compile_options(config, meta),
+    )
     return {
         "kernel": name,
-        "cubin_bytes": len(cubin),
+        "cubin_bytes": len(binary.asm["cubin"]),
         "shared_bytes": binary.metadata.shared,
         "arch": re.search(r"\.target (sm_\w+)", binary.asm["ptx"]).group(1),
         "tensor_cores": "wgmma"

@@ -1,6 +1,8 @@
 """What can be run of CUDA on a machine without a GPU: training's kernels and memory, as fakes.
 
-    python bench/cuda_without_gpu.py [--layers 32] [--only "1 nf4" "8 full"]
+    python bench/cuda_without_gpu.py [--only "1 nf4" "8 full"]       Llama-2-7B
+    python bench/cuda_without_gpu.py --only "1 nf4" --tokens 2048 --layers 80 --hidden 8192 \\
+        --intermediate 28672 --heads 64 --kv_heads 8                 Llama-2-70B
 
 Needs the CUDA build of torch (PyPI's wheel for Linux), gcc, and neither a GPU nor a driver. A
 training micro-batch of the real code (packing, LoRA, FSDP2, bitsandbytes' four bits, the output
@@ -41,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv_heads", type=int, default=0, help="0: as --heads")
     parser.add_argument("--tokens", type=int, default=4096, help="of the micro-batch")
     parser.add_argument("--only", nargs="+", help="rows of the table by name")
     return parser.parse_args()
@@ -180,15 +183,16 @@ def arguments_of(row: Row, folder: Path, tokens: int) -> argparse.Namespace:
     return arguments.parse_args(argv, "")
 
 
-def to_fake_cuda(policy, quant: str) -> list:
+def to_fake_cuda(policy, quant: str, fake) -> list:
     """Move the policy's tensors from meta to fake cuda, inside the fake mode; four bits in place of
     the layers' linear weights. Returns tensors that no module holds.
     """
     import bitsandbytes
     import torch
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes import functional
     from peft.tuners.lora import LoraLayer
     from torch import nn
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     class FourBits(nn.Linear):
         """bitsandbytes' product; its own layer's weight is no tensor that can be fake."""
@@ -201,16 +205,19 @@ def to_fake_cuda(policy, quant: str) -> list:
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue
-            fake = torch.empty_like(tensor, device="cuda")
+            moved = torch.empty_like(tensor, device="cuda")
             if isinstance(tensor, nn.Parameter):
-                module._parameters[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=tensor.requires_grad)
             else:
-                module._buffers[name] = fake
+                module._buffers[name] = moved
     if quant == "nf4":
+        with unset_fake_temporarily():
+            table = functional.create_dynamic_map()  # of which bitsandbytes reads the values
+        functional.name2qmap["dynamic"] = fake.from_tensor(table).to("cuda")
         for layer in [m for m in policy.modules() if isinstance(m, LoraLayer)]:
             linear = layer.get_base_layer()
             linear.__class__ = FourBits
-            packed, linear.state = quantize_4bit(
+            packed, linear.state = functional.quantize_4bit(
                 linear.weight.data, quant_type="nf4", compress_statistics=True
             )
             linear.weight = nn.Parameter(packed, requires_grad=False)
@@ -227,15 +234,21 @@ def make_pairs(tokens: int) -> list:
     return [pair] * (tokens // 1024)
 
 
-def batch_on_cuda(pairs: list, pad_id: int):
-    """The batch that `make_batch` makes, its tensors fake. What the host reads stays real."""
+def batch_on_cuda(pairs: list, fake):
+    """The batch that `make_batch` makes for CUDA, its tensors fake. What the host reads stays
+    real.
+    """
     import torch
 
-    from pref.model.packing import Packing, make_batch
+    from pref.model.packing import FLEX_BLOCK, Packing, lay_out
 
-    batch = make_batch(pairs, Packing(pad_id), torch.device("cpu"))
-    assert batch.input_ids.shape[1] % 128 == 0  # what CUDA would pad to
-    return batch
+    batch = lay_out(pairs, Packing(pad_id=0), FLEX_BLOCK)._replace(mask=None)
+    moved = {
+        key: fake.from_tensor(value).to("cuda")
+        for key, value in batch._asdict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    return batch._replace(**moved)
 
 
 def flash_attention(query, key, value, mask, scale):
@@ -247,88 +260,108 @@ def flash_attention(query, key, value, mask, scale):
     )[0]
 
 
-def measure(row: Row, folder: Path, tokens: int) -> Found:
-    """Two micro-batches of one optimiser step on rank 0 of `row.ranks`."""
-    import torch
-    import torch.distributed as dist
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def launches():
+    """A mode that counts what the host starts, and the copies that it waits for."""
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    import losses
-    from pref.model import flex, sharding
-    from pref.model.logps import ResponseLogps, sum_by_row, trainable
-    from pref.model.ranks import Ranks
-    from pref.training import memory
 
     class Launches(TorchDispatchMode):
         kernels = blocking = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.overloadpacket.__name__
-            Launches.kernels += not func.is_view
+            self.kernels += not func.is_view
             target = (kwargs or {}).get("device")
-            if name == "_to_copy" and target is not None and target != args[0].device:
-                Launches.blocking += not kwargs.get("non_blocking")
+            if func.overloadpacket.__name__ == "_to_copy" and target not in (None, args[0].device):
+                self.blocking += not kwargs.get("non_blocking")
             return func(*args, **(kwargs or {}))
 
-    # 1) The plan, and the policy on meta.
-    args, pairs = arguments_of(row, folder, tokens), make_pairs(tokens)
-    batch = batch_on_cuda(pairs, 0)
-    plan = memory.memory_of(
-        args, memory.sizes_of(args), batch.tokens, len(batch.targets), row.ranks, on_cuda=True
-    )
-    # The tracker knows of tensors alone.
-    planned = plan.total - plan.process - memory.CUBLAS / GIB
-    dtype = torch.bfloat16
-    adapted = memory.with_lora(memory.shapes_of(args.model, dtype), args)
-    for name, parameter in adapted.named_parameters():
-        assert parameter.dtype == (torch.float32 if "lora_" in name else dtype), name
-    policy = ResponseLogps(adapted)
-    policy.prepare_layers(compiled=False, checkpointed=args.checkpointing == "on")
+    return Launches()
 
-    # 2) The ranks; their collectives are not carried out.
+
+@contextlib.contextmanager
+def ranks_of(row: Row):
+    """This process as rank 0 of `row.ranks`, whose collectives are not carried out."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed._tools.fake_collectives  # noqa: F401  shapes of collectives
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from pref.model import sharding
+    from pref.model.ranks import Ranks
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=row.ranks)
+    mesh = init_device_mesh("cuda", (row.ranks,))  # of values, so not under the fake mode
+    sharding.init_device_mesh = lambda *_: mesh
     sharding.check_gradient_sum = lambda *_: None  # reads values
-    flex.attend = flash_attention
-    fake, tracker = FakeTensorMode(allow_non_fake_inputs=True), MemTracker()
     try:
-        with fake:
-            loose = to_fake_cuda(policy, row.quant)
-            ranks = Ranks(0, row.ranks, torch.device("cuda", 0))
-            sharding.shard(policy, row.shard, dtype, ranks)
-            moments = [
-                torch.zeros_like(sharding.local(parameter))
-                for parameter in trainable(policy).values()
-                for _ in range(2)
-            ]
-            moved = {
-                key: fake.from_tensor(value).to("cuda")
-                for key, value in batch._asdict().items()
-                if isinstance(value, torch.Tensor) and key != "mask"
-            }
-            batch = batch._replace(**moved)
-            reference = torch.zeros(len(pairs), device="cuda")
-            tracker.track_external(policy, *loose, *moments)
-            with tracker, Launches():
-                for last in (False, True):
-                    sharding.prepare_backward(policy, row.shard, is_last=last)
-                    chosen, rejected = sum_by_row(policy(batch).logps, batch).chunk(2)
-                    inputs = losses.PairLogps(
-                        chosen, rejected, reference, reference, *batch.lengths.float().chunk(2)
-                    )
-                    losses.dpo(inputs)[0].sum().backward()
-        peak = tracker.get_tracker_snapshot("peak")[torch.device("cuda", 0)]
+        yield Ranks(0, row.ranks, torch.device("cuda", 0))
     finally:
         dist.destroy_process_group()
+
+
+def policy_on_meta(args: argparse.Namespace):
+    """The policy that a run would have, before it is sharded."""
+    import torch
+
+    from pref.model import flex
+    from pref.model.logps import ResponseLogps
+    from pref.training import memory
+
+    flex.attend = flash_attention
+    policy = ResponseLogps(memory.with_lora(memory.shapes_of(args.model, torch.bfloat16), args))
+    policy.prepare_layers(compiled=False, checkpointed=args.checkpointing == "on")
+    return policy
+
+
+def train(policy, batch, shard: str, reference) -> None:
+    """Forward and backward of two micro-batches of one optimiser step."""
+    import losses
+    from pref.model import sharding
+    from pref.model.logps import sum_by_row
+
+    for last in (False, True):
+        sharding.prepare_backward(policy, shard, is_last=last)
+        chosen, rejected = sum_by_row(policy(batch).logps, batch).chunk(2)
+        lengths = batch.lengths.float().chunk(2)
+        inputs = losses.PairLogps(chosen, rejected, reference, reference, *lengths)
+        losses.dpo(inputs)[0].sum().backward()
+
+
+def measure(row: Row, folder: Path, tokens: int, fake) -> Found:
+    """Two micro-batches of a step on rank 0 of `row.ranks`, planned and tracked."""
+    import torch
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    from pref.model import sharding
+    from pref.model.logps import trainable
+    from pref.training import memory
+
+    # 1) The plan. The tracker knows of tensors alone.
+    args, pairs = arguments_of(row, folder, tokens), make_pairs(tokens)
+    batch = batch_on_cuda(pairs, fake)
+    sizes = memory.sizes_of(args)
+    plan = memory.memory_of(args, sizes, batch.tokens, len(batch.targets), row.ranks, on_cuda=True)
+    planned = plan.total - plan.process - memory.CUBLAS / GIB
+
+    # 2) The run. AdamW's moments are there from the first step on.
+    policy, tracker, counts = policy_on_meta(args), MemTracker(), launches()
+    with ranks_of(row) as ranks, fake:
+        loose = to_fake_cuda(policy, row.quant, fake)
+        sharding.shard(policy, row.shard, torch.bfloat16, ranks)
+        local = [sharding.local(parameter) for parameter in trainable(policy).values()]
+        moments = [torch.zeros_like(tensor) for tensor in local for _ in range(2)]
+        reference = torch.zeros(len(pairs), device="cuda")
+        tracker.track_external(policy, *loose, *moments)
+        with tracker, counts:
+            train(policy, batch, row.shard, reference)
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cuda", 0)]
     return Found(
         planned=planned,
         tracked=peak["Total"] / GIB,
         parts_planned=plan._asdict(),
         parts_tracked={str(part): size / GIB for part, size in peak.items()},
-        kernels=Launches.kernels // 2,
-        blocking=Launches.blocking // 2,
+        kernels=counts.kernels // 2,
+        blocking=counts.blocking // 2,
     )
 
 
@@ -342,6 +375,7 @@ def write_model(args: argparse.Namespace, folder: Path) -> None:
         hidden_size=args.hidden,
         intermediate_size=args.intermediate,
         num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
     ).save_pretrained(folder)
 
 
@@ -352,7 +386,9 @@ def main() -> int:
         print("error: needs the CUDA build of torch; it may be used without a GPU", file=sys.stderr)
         return 2
     without_driver(load_stand_in(folder))
-    results = {}
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake, results = FakeTensorMode(allow_non_fake_inputs=True), {}
     print("| ranks, weights | planned GiB | tracked GiB | ratio | kernels | blocking copies | s |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -361,7 +397,7 @@ def main() -> int:
             if args.only and row.name not in args.only:
                 continue
             begun = time.monotonic()
-            found = measure(row, Path(temporary), args.tokens)
+            found = measure(row, Path(temporary), args.tokens, fake)
             ratio = found.planned / found.tracked
             results[row.name] = found._asdict() | {"ratio": ratio}
             print(

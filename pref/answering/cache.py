@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from pref.model.packing import to_device
+
 STRETCH = 256  # positions: see `group_rows`, and set to zero at a time
 IMPLEMENTATION = "answers"  # name of the attention function in transformers
 
@@ -52,13 +54,8 @@ def rounded_up(length: int) -> int:
 
 
 def on_device(values: list, device: torch.device) -> Tensor:
-    """`values` as a tensor on `device`. A GPU copies it from pinned memory when its turn comes;
-    the host does not wait for what the GPU has to do before.
-    """
-    tensor = torch.tensor(values)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """`values` as a tensor on `device`, which the host does not wait for."""
+    return to_device([torch.tensor(values)], device)[0]
 
 
 class Cache:
