@@ -41,7 +41,7 @@ from pref.model.packing import Packing, make_batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY = 512
-STEPS, KILLED_AFTER = 5, 2
+STEPS, KILLED_AFTER = 12, 2  # a step takes a GPU a moment: the kill must come before the end
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,6 +82,7 @@ def small_llama(hidden: int, seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2,
         initializer_range=0.1,
         max_position_embeddings=2048,
+        eos_token_id=None,
     )
     model = LlamaForCausalLM(config).to(DEVICE)
     model.requires_grad_(False)
@@ -156,10 +157,10 @@ def nf4_distance(rows: int, dtype: torch.dtype, hidden: int) -> float:
     from bitsandbytes.nn import Linear4bit
 
     torch.manual_seed(4)
-    layer = Linear4bit(
-        hidden, 2 * hidden, bias=False, compute_dtype=dtype, compress_statistics=True,
-        quant_type="nf4",
-    ).to(DEVICE)  # fmt: skip
+    options = {"compute_dtype": dtype, "compress_statistics": True, "quant_type": "nf4"}
+    layer = Linear4bit(hidden, 2 * hidden, bias=False, **options)
+    layer.weight.data = layer.weight.data.to(dtype)  # as a checkpoint's weights are
+    layer = layer.to(DEVICE)
     dense = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     x = torch.randn(rows, hidden, device=DEVICE, dtype=dtype, requires_grad=True)
     incoming = torch.randn(rows, 2 * hidden, device=DEVICE, dtype=dtype)
@@ -206,7 +207,9 @@ def wrong_answers(hidden: int, folder: Path, count: int = 24) -> float:
     asked = [(prompt, name) for prompt in prompts for name in names]
     expected = {}
     for number, name in enumerate(names):
-        config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+        config = LoraConfig(
+            r=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         torch.manual_seed(10 + number)
         tuned = get_peft_model(small_llama(hidden), config)
         tuned.save_pretrained(folder / name)
@@ -259,7 +262,7 @@ class Runs:
             *(sys.executable, ROOT / "train_pref.py", "--model", self.folder / "model"),
             *("--data", self.folder / "data", "--results_dir", self.folder, "--run_id", name),
             *("--loss", "dpo", "--beta", 0.1, "--quant", "nf4", "--compile", "off"),
-            *("--global_batch", 8, "--max_steps", STEPS, "--save_steps", 1, "--eval_steps", 2),
+            *("--global_batch", 8, "--max_steps", STEPS, "--save_steps", 1, "--eval_steps", 6),
             *("--max_length", 512, "--lora_r", 8, "--learning_rate", 1e-3),
         ]
         return subprocess.Popen(

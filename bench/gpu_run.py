@@ -271,6 +271,21 @@ def check_packages() -> None:
         print(f"warning: {', '.join(missing)} cannot be imported: TRL's rows will fail")
 
 
+def ask_torch(environment: dict) -> tuple[str | None, str]:
+    """The card's name, if there is one, and torch's version; by a process of its own, because one
+    that has looked holds memory of the card until it ends.
+    """
+    code = (
+        "import torch; c = torch.cuda; print(torch.__version__); "
+        "print(c.get_device_name() if c.is_available() else '')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    version, card = done.stdout.splitlines()[-2:]
+    return card or None, version
+
+
 def main() -> int:
     args = parse_args()
     begun = float(os.environ.get("BEGUN", time.time()))  # of gpu.sh, wheels included
@@ -278,10 +293,8 @@ def main() -> int:
     check_packages()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
-
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    card, torch_version = ask_torch(environment)
     if card is None and args.device != "cpu":
         print("error: torch sees no GPU; --device cpu rehearses the script", file=sys.stderr)
         return 2
@@ -306,7 +319,7 @@ def main() -> int:
     (args.out / "rows.jsonl").write_text(text, encoding="utf-8")
     about = {
         "card": card or "cpu (a rehearsal)",
-        "torch": torch.__version__,
+        "torch": torch_version,
         "seconds": time.time() - begun,
     }
     return report(rows, goals_of(rows, card), about)

@@ -184,7 +184,7 @@ def trl_worker(args: argparse.Namespace) -> None:
     rows = [
         json.loads(line)
         for line in (args.folder / "in_order.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    ][: (args.warmup + args.steps) * args.global_batch]
     columns = ("prompt", "chosen", "rejected")
     config = DPOConfig(
         output_dir=str(args.folder / args.worker),
