@@ -40,6 +40,7 @@ from pref.training import (
     arguments,
     assembly,
     checkpoint,
+    cpu_memory,
     gates,
     hardware,
     loss_options,
@@ -380,6 +381,8 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
     if args.dry_run is not None:
         plan.show(planned, ranks)
         return 0
+    if ranks.device.type == "cpu":
+        cpu_memory.keep_freed_memory(int(planned.memory.total * 2**30))
 
     # 3) One process per run: the lock is held until the summary is written.
     with checkpoint.run_lock(folder, ranks):
