@@ -19,6 +19,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, dealt out to the halves that the two processes of `-n 2` begin
+    with: what one of them takes over from the other at the end is then short.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow = lambda tests: sum(test.get_closest_marker("slow") is not None for test in tests)  # noqa: E731
+    files_in_order = sorted(files.values(), key=slow, reverse=True)
+    halves = [*files_in_order[::2], *files_in_order[1::2]]
+    items[:] = [item for tests in halves for item in tests]
+
+
 def example_rows(count: int) -> list[dict]:
     """Pairs in prep_data.py's format from examples/preferences.jsonl."""
     lines = (
@@ -120,18 +133,10 @@ def server():
 
 
 def run_script(
-    name: str | Path, *args, torchrun: int = 0, launcher: bool = False, **environment
+    name: str | Path, *args, torchrun: int = 0, **environment
 ) -> subprocess.CompletedProcess:
-    """Run a stage as a user would, in a process of its own. torchrun: number of ranks. launcher:
-    start python or torchrun itself, which takes seconds, instead of forking (see processes.py).
+    """Run a stage as a user would, in a process of its own (see processes.py). torchrun: number of
+    ranks, which start without torchrun itself.
     """
-    script, arguments = ROOT / name, list(map(str, args))
     env = {**os.environ, **environment}
-    if not launcher:
-        return run_forked(script, arguments, env, ranks=max(1, torchrun))
-    command = [sys.executable, str(script), *arguments]
-    if torchrun:
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-        ranks = ["--nproc_per_node", str(torchrun), *rendezvous]
-        command[1:1] = ["-m", "torch.distributed.run", *ranks]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    return run_forked(ROOT / name, list(map(str, args)), env, ranks=max(1, torchrun))

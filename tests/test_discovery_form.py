@@ -11,7 +11,7 @@ import time
 import discovery_attacks
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from losses import COUPLES_BATCH, LOSSES, PairLogps
 from pref.discovery import form, form_tables, printing, second_reader
@@ -135,13 +135,9 @@ print("left", left, flush=True)
 os._exit(0)
 """
     values = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(**values)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        stdin=subprocess.DEVNULL,
-    )
+    executes = tmp_path / "executes.py"
+    executes.write_text(script.format(**values))
+    done = run_script(executes)
     assert int(done.stdout.split()[-1]) > 60, done.stderr[-2000:]
 
 

@@ -4,11 +4,9 @@ import argparse
 import ast
 import importlib
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 # What a stage or a room of pref/ may import. A room may always import itself.
 STAGES = ("prep_data", "train_pref", "gen_mtbench", "judge", "analyze")
@@ -138,17 +136,16 @@ for command in {commands!r}:
 
 
 @pytest.mark.slow
-def test_modules_and_help_need_no_linux():
-    script = ELSEWHERE + IMPORTS + HELP
+def test_modules_and_help_need_no_linux(tmp_path):
+    script = tmp_path / "elsewhere.py"
     values = {
         "platform": "darwin",
         "root": str(ROOT),
         "modules": [m for m in MODULES if not m.endswith("__main__")],
         "commands": COMMANDS,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(**values)], capture_output=True, text=True, timeout=240
-    )
+    script.write_text((ELSEWHERE + IMPORTS + HELP).format(**values))
+    done = run_script(script)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("usage:") == len(COMMANDS)
 

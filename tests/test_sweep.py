@@ -532,20 +532,20 @@ def test_answers_that_judge_would_refuse_are_left_out(tmp_path):
 # ---- preflight ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def mt_bench(tmp_path_factory) -> str:
+    """The folder that prep_data.py --mt_bench makes."""
+    folder = tmp_path_factory.mktemp("prepared") / "mt_bench"
+    done = run_script("prep_data.py", "--mt_bench", "nvidia", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return str(folder)
+
+
 @pytest.fixture
-def ready(tmp_path, monkeypatch, tiny_model, pairs_folder, server):
+def ready(tmp_path, monkeypatch, tiny_model, pairs_folder, mt_bench, server):
     """A study with data, model and a judge; its plan without the wait for train_pref.py
     --dry_run.
     """
-    call = [
-        sys.executable,
-        str(ROOT / "prep_data.py"),
-        "--mt_bench",
-        "nvidia",
-        "--out",
-        str(tmp_path / "mt_bench"),
-    ]
-    subprocess.run(call, check=True, capture_output=True)
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     monkeypatch.setattr(
         preflight, "plan_of", lambda study, point: preflight.Plan(159, 12_000_000, 2.5, 0.6)
@@ -554,7 +554,7 @@ def ready(tmp_path, monkeypatch, tiny_model, pairs_folder, server):
     settings = {
         "MODEL": str(tiny_model),
         "DATA": str(pairs_folder),
-        "MT_BENCH": str(tmp_path / "mt_bench"),
+        "MT_BENCH": mt_bench,
         "JUDGE": "j",
     }
     study = study_of(

@@ -283,10 +283,12 @@ def test_clipping_can_be_turned_off(tiny_model, pairs_folder, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_alone_ends_the_run_and_is_shown(tiny_model, pairs_folder, tmp_path):
-    """Only rank 0 tries to make the results folder, and fails; rank 1 waits in a collective."""
+    """Only rank 0 tries to make the results folder, and fails; rank 1 waits in a collective, until
+    the launcher ends it.
+    """
     (tmp_path / "file").write_text("not a folder")
     arguments = train_args(tiny_model, pairs_folder, tmp_path / "file", "--run_id", "x")
-    done = run_script("train_pref.py", *arguments, torchrun=2, launcher=True)
+    done = run_script("train_pref.py", *arguments, torchrun=2)
     assert done.returncode != 0 and "Not a directory" in done.stderr
 
 

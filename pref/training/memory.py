@@ -122,7 +122,7 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
         vocabulary=config.vocab_size,
         attention=heads * of_head,
         trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        kept=kept_bytes(args),
+        kept=kept_bytes(args, adapted),
     )
 
 
@@ -136,14 +136,15 @@ def expert_share(config: PretrainedConfig) -> float:
     return chosen / there if chosen and there else 1.0
 
 
-def kept_bytes(args: argparse.Namespace) -> Kept:
+def kept_bytes(args: argparse.Namespace, adapted: PeftModel) -> Kept:
     """What autograd keeps, counted in a forward pass on the meta device; where the architecture
     cannot be run there (it looks at values), the inputs and outputs of all linear layers.
+
+    adapted: the model with its adapter on the meta device; all of it gets the dtype of the run.
     """
-    # 1) The model with its adapter, and a batch of one pair.
+    # 1) The policy, and a batch of one pair.
     dtype, plain = getattr(torch, args.dtype), "on" not in (args.packing, args.prefix_sharing)
-    adapted = with_lora(shapes_of(args.model, dtype), args).to(dtype)
-    policy = ResponseLogps(adapted, settings.attention_of(args))
+    policy = ResponseLogps(adapted.to(dtype), settings.attention_of(args))
     layers = logps.decoder_layers(policy)
     third = [0] * (PROBE_TOKENS // 3)
     packing = Packing(pad_id=0, padded=plain, shared=not plain)
