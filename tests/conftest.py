@@ -3,10 +3,11 @@ import os
 import shutil
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from processes import run_forked
+from processes import run_forked, started
 from tiny import chatml_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,3 +141,17 @@ def run_script(
     """
     env = {**os.environ, **environment}
     return run_forked(ROOT / name, list(map(str, args)), env, ranks=max(1, torchrun))
+
+
+def start_script(name: str | Path, arguments: list, output: Path, **environment) -> BaseProcess:
+    """A stage that runs while the test goes on, with its output in the file `output`."""
+    env, given = {**os.environ, **environment}, list(map(str, arguments))
+    (process,) = started(ROOT / name, given, env, 1, output, output)
+    return process
+
+
+def start_torchrun(arguments: list, output: Path, **environment) -> BaseProcess:
+    """torchrun itself, with the arguments that follow its name."""
+    script = output.with_suffix(".py")
+    script.write_text("from torch.distributed.run import main\n\nmain()\n")
+    return start_script(script, arguments, output, **environment)

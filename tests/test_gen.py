@@ -5,15 +5,12 @@ kills; errors name place, fact and remedy.
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_jsonl
+from conftest import run_script, start_script, write_jsonl
 from doubles import completion, load_fastchat
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -434,17 +431,13 @@ def test_after_a_kill_nothing_is_lost_or_doubled(results, bench, tmp_path):
 
     # 1) Kill it after a few turns, and leave half a line as a kill can.
     arguments = arguments_of(tmp_path / "r", bench, "--batch_size 3")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "gen_mtbench.py"), *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_script("gen_mtbench.py", arguments, tmp_path / "output")
     turns = tmp_path / "r" / "dpo" / "mt_bench" / "turns.0.jsonl"
     until = time.monotonic() + 60
     while (not turns.exists() or turns.read_bytes().count(b"\n") < 5) and time.monotonic() < until:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     with open(turns, "ab") as file:
         file.write(b'{"question_id": 81, "cho')
     answered = sum(

@@ -7,13 +7,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, start_torchrun
 from safetensors.torch import load_file, save_file
 from test_train import metrics_of, train, train_args, val_pairs
 
@@ -99,6 +97,24 @@ def stop_at(monkeypatch, given, call: int, number: int = signal.SIGTERM) -> int:
     with monkeypatch.context() as patch:
         signal_at(patch, call, number)
         return train_pref.main(given)
+
+
+@pytest.fixture(scope="module")
+def stopped(arguments, tmp_path_factory):
+    """A run stopped after a few steps."""
+    return stopped_at(15, arguments, tmp_path_factory.mktemp("stopped"))
+
+
+@pytest.fixture(scope="module")
+def stopped_late(arguments, tmp_path_factory):
+    """A run stopped when it has two checkpoints."""
+    return stopped_at(27, arguments, tmp_path_factory.mktemp("stopped_late"))
+
+
+def stopped_at(call: int, arguments, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        assert stop_at(patch, arguments(folder), call) == 75
+    return folder
 
 
 # ---- stopped by a signal ------------------------------------------------------------------------
@@ -253,19 +269,16 @@ def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, 
     """
     run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
     assert stop_at(monkeypatch, given, 15) == 75
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    launcher.append(str(ROOT / "train_pref.py"))
-    lines = len(metrics_of(run))
-    process = subprocess.Popen(
-        [sys.executable, *launcher, *given], stdout=subprocess.PIPE, text=True
-    )
+    lines, output = len(metrics_of(run)), tmp_path / "output"
+    launcher = ["--nproc_per_node", "2", "--standalone", ROOT / "train_pref.py"]
+    process = start_torchrun([*launcher, *given], output)
     until = time.monotonic() + 120
     while len(complete_lines(run)) < lines + 3 and time.monotonic() < until:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
-    assert "the same command continues:\n  torchrun --nproc_per_node 2" in output
+    process.terminate()
+    process.join(120)
+    assert process.exitcode not in (None, 0)
+    assert "the same command continues:\n  torchrun --nproc_per_node 2" in output.read_text()
     done = run_script("train_pref.py", *given, torchrun=2)
     assert done.returncode == 0, done.stderr
     starts = json.loads((run / "args.json").read_text())["starts"]
@@ -361,10 +374,10 @@ def test_a_step_with_a_nan_is_not_taken(arguments, tmp_path, monkeypatch):
     ids=["truncated", "one byte", "empty", "best adapter lost", "best adapter damaged"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    undisturbed, arguments, tmp_path, monkeypatch, capsys, damage, message
+    undisturbed, stopped_late, arguments, tmp_path, capsys, damage, message
 ):
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 27) == 75
+    shutil.copytree(stopped_late / "run", tmp_path / "run")
     older, newest = sorted(checkpoints.glob("step-*.safetensors"))
     if "best" in message:
         shutil.copytree(
@@ -398,10 +411,10 @@ def rewrite(path, **changes) -> None:
 
 @pytest.mark.slow
 def test_without_a_whole_checkpoint_the_run_starts_over(
-    undisturbed, arguments, tmp_path, monkeypatch, capsys
+    undisturbed, stopped_late, arguments, tmp_path, capsys
 ):
     given = arguments(tmp_path)
-    assert stop_at(monkeypatch, given, 21) == 75
+    shutil.copytree(stopped_late / "run", tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoint").glob("step-*"):
         path.write_bytes(b"nothing")
     assert train_pref.main(given) == 0
@@ -421,11 +434,11 @@ run_main(train_pref.main)
 
 @pytest.mark.slow
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
-    undisturbed, arguments, tmp_path, monkeypatch
+    undisturbed, stopped, arguments, tmp_path
 ):
     """A limit on the size of files acts as a full disk: the write fails half-way."""
     given, checkpoints = arguments(tmp_path), tmp_path / "run" / "checkpoint"
-    assert stop_at(monkeypatch, given, 15) == 75
+    shutil.copytree(stopped / "run", tmp_path / "run")
     (saved,) = checkpoints.glob("step-*.safetensors")
     before = saved.read_bytes()
     script = tmp_path / "limited.py"
@@ -454,15 +467,6 @@ def test_results_that_cannot_be_written_are_reported_before_the_model_is_loaded(
 
 
 # ---- another run, another process ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stopped(arguments, tmp_path_factory):
-    """A run stopped after a few steps."""
-    folder = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        assert stop_at(patch, arguments(folder), 15) == 75
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ VARIANTS += ["--loss dpo --sft_coef 0.5 --score pseudo_spherical --score_alpha 1
 @pytest.mark.slow
 @pytest.mark.parametrize("more", VARIANTS)
 def test_every_loss_trains_five_steps(tiny_model, pairs_folder, tmp_path, more):
-    more = f"--max_steps 5 --epochs 2 --per_device_batch 8 {more}".split()
+    more = f"--max_steps 5 --epochs 2 --per_device_batch 8 --max_length 96 {more}".split()
     assert train(*train_args(tiny_model, pairs_folder, tmp_path, *more)) == 0
     run = only_run(tmp_path)
     lines = [line for line in metrics_of(run) if "loss" in line]

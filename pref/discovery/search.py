@@ -170,7 +170,8 @@ def run(search: Search, take_rung: Callable[[Search, Step], bool]) -> bool:
             elif step.kind == "control":
                 take_control(search)
             else:
-                rest(search)
+                if not search.settings.is_stand_in:  # where the workers stand in for training
+                    rest(search)
                 if not take_rung(search, step):
                     return False
     except Stopped:  # while models were asked: the round is taken again, from what is stored
