@@ -15,4 +15,5 @@ if [ "${1:-}" = --fast ]; then
   shift
   set -- -m "not slow" "$@"
 fi
+unset PYTHONDONTWRITEBYTECODE # tests start stages in many processes, each of which would compile them
 exec python -m pytest -n 2 --dist worksteal "$@"

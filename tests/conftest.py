@@ -150,8 +150,18 @@ def start_script(name: str | Path, arguments: list, output: Path, **environment)
     return process
 
 
+TORCHRUN = f"""
+import multiprocessing, sys
+multiprocessing.current_process()._config["daemon"] = False  # daemons may not fork
+sys.path.insert(0, {str(ROOT)!r})
+from torch.distributed.run import main
+main()
+"""
+
+
 def start_torchrun(arguments: list, output: Path, **environment) -> BaseProcess:
-    """torchrun itself, with the arguments that follow its name."""
+    """torchrun itself, with the arguments that follow its name. It forks its ranks."""
     script = output.with_suffix(".py")
-    script.write_text("from torch.distributed.run import main\n\nmain()\n")
-    return start_script(script, arguments, output, **environment)
+    script.write_text(TORCHRUN)
+    fork = ["--start-method", "fork", "--run-path"]
+    return start_script(script, [*fork, *arguments], output, **environment)
