@@ -1,0 +1,244 @@
+"""train_pref.py against TRL, Unsloth's CPU backend, ms-swift and LLaMA-Factory: pairs per second
+and peak memory of DPO with LoRA on the same pairs, on a CPU.
+
+    python bench/train_vs_peers.py --model MODEL --pairs PAIRS.jsonl --unsloth PYTHON \\
+      --swift PYTHON --llamafactory PYTHON
+
+Each PYTHON is the interpreter of an environment in which one peer is installed; a peer that is not
+named is left out, and one that does not run is a row with its error. This script's own interpreter
+needs what bench/train_vs_trl.py needs: ours and TRL's rows are that script's contestants.
+
+The work is the same, and that it is the same is checked, not assumed:
+
+ 1. Pairs that nobody has to cut at --max_length (the tools cut in different ways), in one order, a
+    micro-batch of --batch pairs to a step; no activation checkpointing; the references by a second
+    forward pass in every step, which is how the peers do it (ours caches them before step 1).
+ 2. LoRA r --lora_r on all linear layers with our initial values; AdamW, cosine, beta 0.1.
+ 3. Checked for each: the loss of step 1 is ln 2; its decoder has seen as many tokens, padding
+    aside, as our tokenizer counts. In float32 the losses of all steps are equal too (--dtype
+    float32 fails where they are not); in bfloat16 their distance to ours is printed.
+
+The chat template is SmolLM2's: MODEL is the embedded model (`examples/embedded_model.py`). The
+first --warmup steps are not timed. Processes run in turn. Prints one table and a line of JSON;
+exit code 1 if a check failed or a named peer did not run.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import train_vs_trl
+
+PEERS = ("unsloth", "unsloth_compile", "swift", "llamafactory")
+STEP_1_TOLERANCE = 2e-3  # nats from ln 2: losses are logged with four decimals
+LOSS_TOLERANCE = 5e-4  # float32, every step
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of the embedded model")
+    parser.add_argument("--pairs", type=Path, required=True, help="train.jsonl of prep_data.py")
+    for peer in ("unsloth", "swift", "llamafactory"):
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"interpreter that has {peer}")
+    parser.add_argument("--max_length", type=int, default=512, help="longer pairs are left out")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per round")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them, not timed")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4, help="pairs per step and micro-batch")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--lora_r", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--seconds", type=int, default=600, help="limit of one process")
+    return parser.parse_args()
+
+
+# ---- here: the pairs, the runs, the table --------------------------------------------------------
+
+
+def options_of_trl_bench(args: argparse.Namespace, pairs: Path) -> argparse.Namespace:
+    """train_vs_trl.py's own options for the same work."""
+    same = ("model", "max_length", "steps", "warmup", "batch", "dtype", "lora_r", "learning_rate")
+    given = [f"--{key}={getattr(args, key)}" for key in same]
+    with mock.patch.object(sys, "argv", ["train_vs_trl.py", *given, f"--pairs={pairs}"]):
+        return train_vs_trl.parse_args()
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> dict:
+    """Write the pairs for each contestant, the LoRA values to begin with and work.json. Returns
+    train_vs_trl's counts of a timed pair's tokens. Loads the model: run it in a process of its own,
+    since a child's peak memory begins at its parent's.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from pref.files.disk import read_jsonl, write_jsonl
+    from pref.files.pairs import read_pairs
+    from pref.model.chat import load_tokenizer, tokenize_pair
+    from pref.model.loading import load_base
+    from pref.model.lora import add_lora
+
+    tokenizer = load_tokenizer(args.model)
+    uncut = folder / "uncut.jsonl"
+    fits = lambda row: tokenize_pair(tokenizer, row).longest <= args.max_length  # noqa: E731
+    write_jsonl(uncut, [row for row in read_pairs(args.pairs) if fits(row)])
+    counts = train_vs_trl.choose_pairs(options_of_trl_bench(args, uncut), folder)
+
+    formats = {"unsloth": [], "swift": [], "llamafactory": []}
+    for _line, row in read_jsonl(folder / "in_order.jsonl"):
+        prompt, chosen, rejected = (row[key] for key in ("prompt", "chosen", "rejected"))
+        formats["unsloth"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        formats["swift"].append(
+            {"messages": prompt + chosen, "rejected_response": rejected[0]["content"]}
+        )
+        formats["llamafactory"].append(
+            {"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]}
+        )
+    for name, rows in formats.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+
+    model = load_base(args.model, torch.float32, "none", torch.device("cpu"))
+    model = add_lora(model, args.lora_r, 16, 0.0, "all-linear", train_vs_trl.SEED)
+    first = {n: p.detach().contiguous() for n, p in model.named_parameters() if "lora_A" in n}
+    save_file(first, folder / "first_lora.safetensors")
+    keys = ("model", "max_length", "dtype", "lora_r", "batch", "learning_rate")
+    work = {key: getattr(args, key) for key in keys} | {"beta": train_vs_trl.BETA}
+    (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
+    return counts
+
+
+def run_peer(args: argparse.Namespace, name: str, folder: Path) -> dict:
+    """One peer's result.json. Raises train_vs_trl.Failed."""
+    (folder / "result.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "output", ignore_errors=True)
+    python = getattr(args, name.removesuffix("_compile"))
+    settings = [f"HF_HOME={folder}/hf", f"MODELSCOPE_CACHE={folder}/modelscope"]  # no stale rows
+    if name == "unsloth_compile":
+        settings.append("UNSLOTH_CPU_COMPILE=1")
+    here = ["env", f"--chdir={folder}", *settings]  # peers write caches where they are started
+    worker = Path(__file__).resolve().with_name("peer_worker.py")
+    train_vs_trl.run([*here, python, "-P", str(worker), name, str(folder)], args.seconds)
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def problems(args: argparse.Namespace, name: str, result: dict, ours: dict, counts: dict) -> list:
+    """What shows that `result` is not of the same work, as sentences; none if it is."""
+    found = []
+    losses = result["losses"]
+    if len(losses) != args.steps + args.warmup:
+        found.append(f"{name}: {len(losses)} steps, not {args.steps + args.warmup}")
+    elif not abs(losses[0] - math.log(2)) < STEP_1_TOLERANCE:
+        found.append(f"{name}: the loss of step 1 is {losses[0]:.4f}, not ln 2")
+    elif args.dtype == "float32" and not difference(losses, ours["losses"]) < LOSS_TOLERANCE:
+        found.append(f"{name}: losses differ from ours by {difference(losses, ours['losses']):.4f}")
+    if tokens := result.get("tokens"):
+        per_pair = sum(tokens[args.warmup :]) / (args.batch * args.steps)
+        if per_pair != counts["unpadded"]:
+            found.append(f"{name}: {per_pair:.2f} tokens a pair, not {counts['unpadded']:.2f}")
+    return found
+
+
+def difference(losses: list[float], others: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
+
+
+def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
+    """Results of every contestant, a list over rounds. A failed one's last has "error"."""
+    theirs = options_of_trl_bench(args, folder / "uncut.jsonl")
+    runners = {
+        "train_pref": lambda: train_vs_trl.run_ours(theirs, "train_pref", folder, args.seconds),
+        "trl": lambda: train_vs_trl.run_trl(theirs, "trl", folder, args.seconds),
+    }
+    for name in PEERS:
+        if getattr(args, name.removesuffix("_compile")):
+            runners[name] = lambda name=name: run_peer(args, name, folder)
+    results: dict[str, list[dict]] = {name: [] for name in runners}
+    for number in range(args.rounds):
+        for name, runner in runners.items():
+            if results[name] and "error" in results[name][-1]:
+                continue
+            begun = time.perf_counter()
+            try:
+                results[name].append(runner())
+                outcome = " ".join(f"{second:.1f}" for second in results[name][-1]["seconds"])
+            except train_vs_trl.Failed as error:
+                results[name].append({"error": str(error)})
+                outcome = "did not run"
+            print(
+                f"round {number + 1}: {name}: seconds of steps: {outcome}; process "
+                f"{time.perf_counter() - begun:.0f} s",
+                flush=True,
+            )
+    return results
+
+
+def report(args: argparse.Namespace, results: dict[str, list[dict]], counts: dict) -> bool:
+    """Print the table, the errors, what is not the same work and a line of JSON. True if all is
+    well.
+    """
+    ours = results["train_pref"][0]
+    if "error" in ours:
+        sys.exit(f"train_pref.py did not run: {ours['error']}")
+    rows, bad = {}, []
+    for name, rounds in results.items():
+        if "error" in rounds[-1]:
+            bad.append(f"{name} did not run: {rounds[-1]['error']}")
+            continue
+        for one in rounds:
+            bad += problems(args, name, one, ours, counts)
+        seconds = [second for one in rounds for second in one["seconds"][args.warmup :]]
+        rows[name] = {
+            "pairs_per_s": args.batch * len(seconds) / sum(seconds),
+            "peak_gib": max(one["peak_gib"] for one in rounds),
+            "loss_difference": difference(rounds[0]["losses"], ours["losses"]),
+            "versions": rounds[0].get("versions", {}),
+        }
+    own = rows["train_pref"]
+    print("\n| contestant | pairs/s | ours / it | peak GiB | ours / it | loss differs by |")
+    print("|---|---|---|---|---|---|")
+    for name in results:
+        if name not in rows:
+            print(f"| {name} | did not run | | | | |")
+            continue
+        row = rows[name]
+        row["ratio_pairs_per_s"] = own["pairs_per_s"] / row["pairs_per_s"]
+        row["ratio_peak_memory"] = own["peak_gib"] / row["peak_gib"]
+        print(
+            f"| {name} | {row['pairs_per_s']:.3f} | {row['ratio_pairs_per_s']:.2f} | "
+            f"{row['peak_gib']:.2f} | {row['ratio_peak_memory']:.2f} | "
+            f"{row['loss_difference']:.4f} |"
+        )
+    print(*(["", *bad] if bad else []), sep="\n")
+    work = {key: getattr(args, key) for key in ("max_length", "dtype", "batch", "steps", "warmup")}
+    print(json.dumps(work | {"tokens_per_pair": counts["unpadded"], "contestants": rows}))
+    return not bad
+
+
+def main() -> None:
+    args = parse_args()
+    args.model = str(Path(args.model).resolve())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one_process:
+            counts = one_process.submit(prepare, args, folder).result()
+        print(
+            f"{(args.steps + args.warmup) * args.batch} pairs, no sequence above {args.max_length} "
+            f"tokens; a pair is {counts['shared']:.0f} tokens as one row, "
+            f"{counts['unpadded']:.0f} as two",
+            flush=True,
+        )
+        well = report(args, run_all(args, folder), counts)
+    sys.exit(0 if well else 1)
+
+
+if __name__ == "__main__":
+    main()
