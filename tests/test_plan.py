@@ -228,6 +228,7 @@ def test_what_the_compiler_made_is_compared(tiny_model, pairs_folder, factor):
     def backend(graph, inputs):
         return lambda *args: [out * factor for out in graph(*args)]
 
+    torch._dynamo.utils.counters.clear()
     for layer in policy.causal[0].model.layers:
         layer.forward = torch.compile(layer.forward, backend=backend)
     try:
@@ -235,7 +236,8 @@ def test_what_the_compiler_made_is_compared(tiny_model, pairs_folder, factor):
         assert factor == 1
     except UserError:
         assert factor != 1
-    assert run_folder.compiled_text().startswith("compiled: 1 graphs, 0 graph breaks")
+    # Two: what goes into the first layer needs no gradient.
+    assert run_folder.compiled_text() == "compiled: 2 graphs, 0 graph breaks"
     torch._dynamo.reset()
 
 
