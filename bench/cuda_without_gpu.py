@@ -344,7 +344,11 @@ def measure(row: Row, folder: Path, tokens: int, fake) -> Found:
     planned = plan.total - plan.process - memory.CUBLAS / GIB
 
     # 2) The run. AdamW's moments are there from the first step on.
-    policy, tracker, counts = policy_on_meta(args), MemTracker(), launches()
+    policy, counts = policy_on_meta(args), launches()
+    tracker = MemTracker()
+    # It would hook the gradient of every parameter, and frozen ones have none.
+    track = tracker._track_module_params_and_buffers
+    tracker._track_module_params_and_buffers = lambda module, **_: track(module, False)
     with ranks_of(row) as ranks, fake:
         loose = to_fake_cuda(policy, row.quant, fake)
         sharding.shard(policy, row.shard, torch.bfloat16, ranks)
