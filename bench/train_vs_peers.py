@@ -14,9 +14,9 @@ The work is the same, and that it is the same is checked, not assumed:
     micro-batch of --batch pairs to a step; no activation checkpointing; the references by a second
     forward pass in every step, which is how the peers do it (ours caches them before step 1).
  2. LoRA r --lora_r on all linear layers with our initial values; AdamW, cosine, beta 0.1.
- 3. Checked for each: the loss of step 1 is ln 2; its decoder has seen as many tokens, padding
-    aside, as our tokenizer counts. In float32 the losses of all steps are equal too (--dtype
-    float32 fails where they are not); in bfloat16 their distance to ours is printed.
+ 3. Checked for each: the loss of step 1 is ln 2 and, of the peers, the decoder has seen as many
+    tokens, padding aside, as our tokenizer counts. In float32 all steps' losses are ours
+    (--dtype float32 fails where they are not); in bfloat16 their distance to ours is printed.
 
 The chat template is SmolLM2's: MODEL is the embedded model (`examples/embedded_model.py`). The
 first --warmup steps are not timed. Processes run in turn. Prints one table and a line of JSON;
@@ -38,7 +38,9 @@ from unittest import mock
 import train_vs_trl
 
 PEERS = ("unsloth", "unsloth_compile", "swift", "llamafactory")
-STEP_1_TOLERANCE = 2e-3  # nats from ln 2: losses are logged with four decimals
+# Distance of step 1's loss from ln 2. Some log four decimals. In bfloat16 a cached reference is off
+# by rounding, 1.2 nats a pair (bench/rounding.py): 0.03 in the loss of 4 pairs at beta 0.1.
+STEP_1_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 LOSS_TOLERANCE = 5e-4  # float32, every step
 
 
@@ -136,7 +138,7 @@ def problems(args: argparse.Namespace, name: str, result: dict, ours: dict, coun
     losses = result["losses"]
     if len(losses) != args.steps + args.warmup:
         found.append(f"{name}: {len(losses)} steps, not {args.steps + args.warmup}")
-    elif not abs(losses[0] - math.log(2)) < STEP_1_TOLERANCE:
+    elif not abs(losses[0] - math.log(2)) < STEP_1_TOLERANCE[args.dtype]:
         found.append(f"{name}: the loss of step 1 is {losses[0]:.4f}, not ln 2")
     elif args.dtype == "float32" and not difference(losses, ours["losses"]) < LOSS_TOLERANCE:
         found.append(f"{name}: losses differ from ours by {difference(losses, ours['losses']):.4f}")
