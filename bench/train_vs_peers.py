@@ -76,9 +76,9 @@ def options_of_trl_bench(args: argparse.Namespace, pairs: Path) -> argparse.Name
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict:
-    """Write the pairs for each contestant, the LoRA values to begin with and work.json. Returns
-    train_vs_trl's counts of a timed pair's tokens. Loads the model: run it in a process of its own,
-    since a child's peak memory begins at its parent's.
+    """Write the pairs for each contestant, the peers' model, the LoRA values to begin with and
+    work.json. Returns train_vs_trl's counts of a timed pair's tokens. Loads the model: run it in a
+    process of its own, since a child's peak memory begins at its parent's.
     """
     import torch
     from safetensors.torch import save_file
@@ -108,12 +108,16 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict:
     for name, rows in formats.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
 
-    model = load_base(args.model, torch.float32, "none", torch.device("cpu"))
+    # In --dtype on disk: LLaMA-Factory 0.9.5 trains in the checkpoint's, whatever it is asked for.
+    shutil.copytree(args.model, folder / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    model = load_base(args.model, getattr(torch, args.dtype), "none", torch.device("cpu"))
+    model.save_pretrained(folder / "model")
     model = add_lora(model, args.lora_r, 16, 0.0, "all-linear", train_vs_trl.SEED)
     first = {n: p.detach().contiguous() for n, p in model.named_parameters() if "lora_A" in n}
     save_file(first, folder / "first_lora.safetensors")
-    keys = ("model", "max_length", "dtype", "lora_r", "batch", "learning_rate")
-    work = {key: getattr(args, key) for key in keys} | {"beta": train_vs_trl.BETA}
+    keys = ("max_length", "dtype", "lora_r", "batch", "learning_rate")
+    work = {key: getattr(args, key) for key in keys}
+    work |= {"beta": train_vs_trl.BETA, "model": str(folder / "model")}
     (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
     return counts
 
