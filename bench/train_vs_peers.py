@@ -14,9 +14,10 @@ The work is the same, and that it is the same is checked, not assumed:
     micro-batch of --batch pairs to a step; no activation checkpointing; the references by a second
     forward pass in every step, which is how the peers do it (ours caches them before step 1).
  2. LoRA r --lora_r on all linear layers with our initial values; AdamW, cosine, beta 0.1.
- 3. Checked for each: the loss of step 1 is ln 2 and, of the peers, the decoder has seen as many
-    tokens, padding aside, as our tokenizer counts. In float32 all steps' losses are ours
-    (--dtype float32 fails where they are not); in bfloat16 their distance to ours is printed.
+ 3. Checked for each: the loss of step 1 is ln 2 and, of the peers, the decoder has seen in each
+    step as many tokens, padding aside, as our tokenizer counts. In float32 the losses of all steps
+    are ours too (--dtype float32 fails where they are not); in bfloat16 their distance to ours is
+    printed.
 
 The chat template is SmolLM2's: MODEL is the embedded model (`examples/embedded_model.py`). The
 first --warmup steps are not timed. Processes run in turn. Prints one table and a line of JSON;
@@ -50,8 +51,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder of the embedded model")
     parser.add_argument("--pairs", type=Path, required=True, help="train.jsonl of prep_data.py")
-    for peer in ("unsloth", "swift", "llamafactory"):
-        parser.add_argument(f"--{peer}", metavar="PYTHON", help=f"interpreter that has {peer}")
+    parser.add_argument("--unsloth", metavar="PYTHON")
+    parser.add_argument("--unsloth_compile", metavar="PYTHON", help="with UNSLOTH_CPU_COMPILE=1")
+    parser.add_argument("--swift", metavar="PYTHON", help="interpreter that has ms-swift")
+    parser.add_argument("--llamafactory", metavar="PYTHON")
     parser.add_argument("--max_length", type=int, default=512, help="longer pairs are left out")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per round")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them, not timed")
@@ -77,8 +80,9 @@ def options_of_trl_bench(args: argparse.Namespace, pairs: Path) -> argparse.Name
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict:
     """Write the pairs for each contestant, the peers' model, the LoRA values to begin with and
-    work.json. Returns train_vs_trl's counts of a timed pair's tokens. Loads the model: run it in a
-    process of its own, since a child's peak memory begins at its parent's.
+    work.json. Returns train_vs_trl's counts of a timed pair's tokens, and "of_steps": the tokens of
+    each step. Loads the model: run it in a process of its own, since a child's peak memory begins
+    at its parent's.
     """
     import torch
     from safetensors.torch import save_file
@@ -95,8 +99,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict:
     write_jsonl(uncut, [row for row in read_pairs(args.pairs) if fits(row)])
     counts = train_vs_trl.choose_pairs(options_of_trl_bench(args, uncut), folder)
 
-    formats = {"unsloth": [], "swift": [], "llamafactory": []}
+    formats, tokens = {"unsloth": [], "swift": [], "llamafactory": []}, []
     for _line, row in read_jsonl(folder / "in_order.jsonl"):
+        tokens.append(tokenize_pair(tokenizer, row).tokens)
         prompt, chosen, rejected = (row[key] for key in ("prompt", "chosen", "rejected"))
         formats["unsloth"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         formats["swift"].append(
@@ -105,6 +110,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict:
         formats["llamafactory"].append(
             {"prompt": prompt, "chosen": chosen[0], "rejected": rejected[0]}
         )
+    counts["of_steps"] = [
+        sum(tokens[i : i + args.batch]) for i in range(0, len(tokens), args.batch)
+    ]
     for name, rows in formats.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
 
@@ -126,13 +134,13 @@ def run_peer(args: argparse.Namespace, name: str, folder: Path) -> dict:
     """One peer's result.json. Raises train_vs_trl.Failed."""
     (folder / "result.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "output", ignore_errors=True)
-    python = getattr(args, name.removesuffix("_compile"))
     settings = [f"HF_HOME={folder}/hf", f"MODELSCOPE_CACHE={folder}/modelscope"]  # no stale rows
     if name == "unsloth_compile":
         settings.append("UNSLOTH_CPU_COMPILE=1")
     here = ["env", f"--chdir={folder}", *settings]  # peers write caches where they are started
     worker = Path(__file__).resolve().with_name("peer_worker.py")
-    train_vs_trl.run([*here, python, "-P", str(worker), name, str(folder)], args.seconds)
+    command = [*here, getattr(args, name), "-P", str(worker), name, str(folder)]
+    train_vs_trl.run(command, args.seconds)
     return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
@@ -146,15 +154,15 @@ def problems(args: argparse.Namespace, name: str, result: dict, ours: dict, coun
         found.append(f"{name}: the loss of step 1 is {losses[0]:.4f}, not ln 2")
     elif args.dtype == "float32" and not difference(losses, ours["losses"]) < LOSS_TOLERANCE:
         found.append(f"{name}: losses differ from ours by {difference(losses, ours['losses']):.4f}")
-    if tokens := result.get("tokens"):
-        per_pair = sum(tokens[args.warmup :]) / (args.batch * args.steps)
-        if per_pair != counts["unpadded"]:
-            found.append(f"{name}: {per_pair:.2f} tokens a pair, not {counts['unpadded']:.2f}")
+    tokens = result.get("tokens", counts["of_steps"])  # the peers' alone
+    if tokens != counts["of_steps"]:
+        found.append(f"{name}: {tokens} tokens in the steps, not {counts['of_steps']}")
     return found
 
 
 def difference(losses: list[float], others: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
+    """The largest over the steps that both have."""
+    return max((abs(a - b) for a, b in zip(losses, others, strict=False)), default=math.nan)
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
@@ -165,7 +173,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
         "trl": lambda: train_vs_trl.run_trl(theirs, "trl", folder, args.seconds),
     }
     for name in PEERS:
-        if getattr(args, name.removesuffix("_compile")):
+        if getattr(args, name):
             runners[name] = lambda name=name: run_peer(args, name, folder)
     results: dict[str, list[dict]] = {name: [] for name in runners}
     for number in range(args.rounds):
