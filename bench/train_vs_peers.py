@@ -148,12 +148,13 @@ def problems(args: argparse.Namespace, name: str, result: dict, ours: dict, coun
     """What shows that `result` is not of the same work, as sentences; none if it is."""
     found = []
     losses = result["losses"]
-    if len(losses) != args.steps + args.warmup:
-        found.append(f"{name}: {len(losses)} steps, not {args.steps + args.warmup}")
+    apart = difference(losses, ours["losses"])
+    if not all(math.isfinite(loss) for loss in losses):
+        found.append(f"{name}: a loss is not finite: {losses}")
     elif not abs(losses[0] - math.log(2)) < STEP_1_TOLERANCE[args.dtype]:
         found.append(f"{name}: the loss of step 1 is {losses[0]:.4f}, not ln 2")
-    elif args.dtype == "float32" and not difference(losses, ours["losses"]) < LOSS_TOLERANCE:
-        found.append(f"{name}: losses differ from ours by {difference(losses, ours['losses']):.4f}")
+    elif args.dtype == "float32" and not apart < LOSS_TOLERANCE:
+        found.append(f"{name}: losses differ from ours by {apart:.4f}")
     tokens = result.get("tokens", counts["of_steps"])  # the peers' alone
     if tokens != counts["of_steps"]:
         found.append(f"{name}: {tokens} tokens in the steps, not {counts['of_steps']}")
@@ -161,8 +162,16 @@ def problems(args: argparse.Namespace, name: str, result: dict, ours: dict, coun
 
 
 def difference(losses: list[float], others: list[float]) -> float:
-    """The largest over the steps that both have."""
-    return max((abs(a - b) for a, b in zip(losses, others, strict=False)), default=math.nan)
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
+
+
+def complete(args: argparse.Namespace, result: dict) -> dict:
+    """`result` if it has every step, else an error."""
+    wanted = args.steps + args.warmup
+    if len(result["seconds"]) == len(result["losses"]) == wanted:
+        return result
+    seen = f"{len(result['seconds'])} steps and {len(result['losses'])} losses"
+    return {"error": f"{seen} were seen, not {wanted}"}
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
@@ -182,13 +191,13 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
                 continue
             begun = time.perf_counter()
             try:
-                results[name].append(runner())
-                outcome = " ".join(f"{second:.1f}" for second in results[name][-1]["seconds"])
+                result = complete(args, runner())
             except train_vs_trl.Failed as error:
-                results[name].append({"error": str(error)})
-                outcome = "did not run"
+                result = {"error": str(error)}
+            results[name].append(result)
+            outcome = " ".join(f"{second:.1f}" for second in result.get("seconds", []))
             print(
-                f"round {number + 1}: {name}: seconds of steps: {outcome}; process "
+                f"round {number + 1}: {name}: seconds of steps: {outcome or 'none'}; process "
                 f"{time.perf_counter() - begun:.0f} s",
                 flush=True,
             )
