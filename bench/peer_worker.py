@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-# What differs from run to run, for all contestants alike.
+# transformers' options, which every peer passes on.
 TRAINER = {
     "num_train_epochs": 1,
     "lr_scheduler_type": "cosine",
@@ -23,6 +23,7 @@ TRAINER = {
     "max_grad_norm": 1.0,
     "gradient_checkpointing": False,
     "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # as the default, a NaN would be logged as the last good loss
     "save_strategy": "no",
     "report_to": "none",
     "use_cpu": True,

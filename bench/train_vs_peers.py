@@ -162,7 +162,9 @@ def problems(args: argparse.Namespace, name: str, result: dict, ours: dict, coun
 
 
 def difference(losses: list[float], others: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
+    """The largest over the steps; NaN if there is one."""
+    apart = [abs(a - b) for a, b in zip(losses, others, strict=True)]
+    return math.nan if any(map(math.isnan, apart)) else max(apart)
 
 
 def complete(args: argparse.Namespace, result: dict) -> dict:
