@@ -148,20 +148,3 @@ def start_script(name: str | Path, arguments: list, output: Path, **environment)
     env, given = {**os.environ, **environment}, list(map(str, arguments))
     (process,) = started(ROOT / name, given, env, 1, output, output)
     return process
-
-
-TORCHRUN = f"""
-import multiprocessing, sys
-multiprocessing.current_process()._config["daemon"] = False  # daemons may not fork
-sys.path.insert(0, {str(ROOT)!r})
-from torch.distributed.run import main
-main()
-"""
-
-
-def start_torchrun(arguments: list, output: Path, **environment) -> BaseProcess:
-    """torchrun itself, with the arguments that follow its name. It forks its ranks."""
-    script = output.with_suffix(".py")
-    script.write_text(TORCHRUN)
-    fork = ["--start-method", "fork", "--run-path"]
-    return start_script(script, [*fork, *arguments], output, **environment)

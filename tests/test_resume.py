@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, run_script, start_torchrun
+from conftest import ROOT, run_script
 from safetensors.torch import load_file, save_file
 from test_train import metrics_of, train, train_args, val_pairs
 
@@ -269,16 +271,19 @@ def test_two_ranks_stop_together_and_continue(undisturbed, arguments, tmp_path, 
     """
     run, given = tmp_path / "run", arguments(tmp_path, "--lora_dropout", "0", "--epochs", "6")
     assert stop_at(monkeypatch, given, 15) == 75
-    lines, output = len(metrics_of(run)), tmp_path / "output"
-    launcher = ["--nproc_per_node", "2", "--standalone", ROOT / "train_pref.py"]
-    process = start_torchrun([*launcher, *given], output)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    launcher.append(str(ROOT / "train_pref.py"))
+    lines = len(metrics_of(run))
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *given], stdout=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 120
     while len(complete_lines(run)) < lines + 3 and time.monotonic() < until:
         time.sleep(0.01)
-    process.terminate()
-    process.join(120)
-    assert process.exitcode not in (None, 0)
-    assert "the same command continues:\n  torchrun --nproc_per_node 2" in output.read_text()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "the same command continues:\n  torchrun --nproc_per_node 2" in output
     done = run_script("train_pref.py", *given, torchrun=2)
     assert done.returncode == 0, done.stderr
     starts = json.loads((run / "args.json").read_text())["starts"]

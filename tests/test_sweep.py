@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script, start_torchrun
+from conftest import ROOT, run_script
 from safetensors.torch import load_file
 from test_train import metrics_of, train_args
 
@@ -723,14 +723,9 @@ def test_two_agents_are_one_agent_with_two_ranks(tmp_path, tiny_model, pairs_fol
     study.args.nodes = 2
     args = train_args(tiny_model, pairs_folder, tmp_path / "two", *small)
     command = commands.train_command(study, Point(0, "run", list(map(str, args))), [])
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    agents = [
-        start_torchrun(command[3:], tmp_path / f"agent{number}", **commands.TORCHRUN_ENVIRONMENT)
-        for number in range(2)
-    ]
-    for agent in agents:
-        agent.join(240)
-    assert [agent.exitcode for agent in agents] == [0, 0]
+    environment = os.environ | commands.TORCHRUN_ENVIRONMENT
+    agents = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
     args = train_args(tiny_model, pairs_folder, tmp_path / "one", *small)
     assert run_script("train_pref.py", *args, torchrun=2).returncode == 0
     one, two = (
