@@ -170,8 +170,7 @@ def run(search: Search, take_rung: Callable[[Search, Step], bool]) -> bool:
             elif step.kind == "control":
                 take_control(search)
             else:
-                if not search.settings.is_stand_in:  # where the workers stand in for training
-                    rest(search)
+                rest(search)
                 if not take_rung(search, step):
                     return False
     except Stopped:  # while models were asked: the round is taken again, from what is stored
