@@ -14,7 +14,7 @@ Two implementations of the same mask:
 
 CUDA  FlexAttention, which skips the blocks of a BlockMask that are all zero (flex.py).
 CPU   three calls of flash attention per row on the dense parts of the mask, so that no work is
-      spent on zeros (`branch_attention`).
+      spent on zeros (`branch_attention`). In bf16 the gradients of short rows by matrix products.
 
 transformers finds both as the attention implementation "branches" (`branches`, registered below).
 Plain padded batches go to its ordinary attention. Which architectures may use it is decided in
