@@ -4,7 +4,6 @@ run is shown by the rehearsal (slow).
 
 import json
 import os
-import subprocess
 import sys
 import time
 
@@ -141,22 +140,3 @@ def test_the_reason_of_a_failure_is_one_line():
         == "error: --model x: not there"
     )
     assert gpu_rows.reason_of("") == "no message"
-
-
-@pytest.mark.slow
-def test_the_rehearsal_runs_to_its_end(tmp_path):
-    """All parts at toy sizes. TRL's rows alone may fail, where it is not installed."""
-    done = subprocess.run(
-        ["bash", "bench/gpu.sh", "--device", "cpu", "--out", tmp_path, "--minutes", "20"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
-        timeout=1500,
-    )
-    assert done.returncode in (0, 1), done.stderr[-2000:]
-    last = json.loads(done.stdout.splitlines()[-1])
-    failed = [row for row in last["rows"] if "failed" in row]
-    assert [row for row in failed if not row["row"].startswith("TRL")] == []
-    assert last["goals"][0]["holds"], done.stdout
-    assert any(row["row"] == "ours, best" for row in last["rows"])

@@ -142,8 +142,9 @@ def test_flex_attention_in_a_policy_equals_the_cpus_operator(
         assert_equal(
             *(logps_and_gradients(p, some, LAYOUTS["shared, packed"]) for p in (ours, theirs))
         )
-    # Not once for every mask: T fixed, T variable, and perhaps a T of a single block.
-    assert 2 <= len(graphs) <= 3
+    # Not once for every mask: T fixed, T variable, and perhaps a T of a single block. One, if torch
+    # knows T as a variable from the other case.
+    assert 1 <= len(graphs) <= 3
 
 
 # ---- the head -----------------------------------------------------------------------------------

@@ -115,6 +115,11 @@ module.close_ranks()
 LOST = "error (rank {}): another rank has ended, or has not come within 0:00:{:02} h"
 
 
+def without_note(errors: str) -> str:
+    """Without what is said where other work keeps the machine busy."""
+    return "".join(line for line in errors.splitlines(True) if not line.startswith("note: other"))
+
+
 def talk(tmp_path, happens: str, timeout_s: int, within_s: float = 60) -> tuple[list, str]:
     script = tmp_path / "talk.py"
     script.write_text(TALK.replace("TIMEOUT_S", str(timeout_s)).replace("HAPPENS", happens))
@@ -133,7 +138,7 @@ def test_ranks_end_when_one_dies(tmp_path):
 @pytest.mark.slow
 def test_ranks_end_when_one_hangs(tmp_path):
     """The rank that says nothing is the one that hangs."""
-    codes, errors = talk(tmp_path, "time.sleep(600)", timeout_s=3, within_s=30)
+    codes, errors = talk(tmp_path, "time.sleep(600)", timeout_s=3, within_s=15)
     assert codes == [2, None, 2]
     assert all(LOST.format(rank, 3) in errors for rank in (0, 2))
     assert "rank 1" not in errors and "Traceback" not in errors
@@ -141,7 +146,8 @@ def test_ranks_end_when_one_hangs(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_wait_for_a_slow_one(tmp_path):
-    assert talk(tmp_path, "time.sleep(3)", timeout_s=50) == ([0, 0, 0], "")
+    codes, errors = talk(tmp_path, "time.sleep(3)", timeout_s=50)
+    assert (codes, without_note(errors)) == ([0, 0, 0], "")
 
 
 @pytest.mark.slow

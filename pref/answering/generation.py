@@ -42,7 +42,7 @@ from pref.answering import cache
 from pref.answering.adapters import Adapters
 from pref.answering.cache import Cache, Group
 from pref.files.console import UserError
-from pref.model import logps
+from pref.model import head, logps
 
 GREEDY_BELOW = 1e-4  # FastChat takes the most probable token at temperatures below this
 BROKEN = -1  # in place of a token: the logits are not finite
@@ -244,7 +244,8 @@ class Engine:
         targets = torch.tensor([token for turn in turns for token in turn.answer])
         targets = targets.to(hidden.device)
         # The logits in chunks: a long answer over a large vocabulary is gigabytes of them.
-        size = max(1, logps.LOGITS_CHUNK // self.model.config.get_text_config().vocab_size)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        size = head.chunk_tokens(vocabulary, hidden.is_cuda)
         losses = []
         for chunk, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             self.adapters.begin([adapter] * len(chunk))
