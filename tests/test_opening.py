@@ -99,6 +99,17 @@ def test_the_best_setting_against_the_untrained_model():
     }
 
 
+def test_what_is_decided_between_losses_comes_before_what_is_not():
+    lost = difference(("noisy_dpo β=0.1", 0.40), DPO, -0.20, -0.10)
+    statement = open_study(part_of(RAISED, OPEN | SIZES, lost))["statement"]
+    between = statement.split("nats of KL. ")[1]
+    assert between.startswith(
+        "dpo β=0.1 is better than noisy_dpo β=0.1. Not decided: td_dpo β=0.5 τ=1 against dpo β=0.1 "
+        "is +0.010 [-0.030, +0.050]; 6 more seeds"
+    )
+    assert "nothing is decided" not in statement
+
+
 def test_the_answer_of_a_score_does_not_contradict_its_badge():
     (one,) = answer.find_answers(study(part_of(RAISED, OPEN | SIZES)))
     assert one["finding"]["verdict"] == "decided"

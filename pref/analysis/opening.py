@@ -250,18 +250,20 @@ class Teller(NamedTuple):
         """What is decided, and not, between losses of which none is found to be better."""
         rows = [row for row, verdict in self.compared.headline if verdict == "not decided"]
         worse = [row for row, verdict in self.compared.headline if verdict == "worse"]
-        found = [self.open_between(rows[0]) if rows else ""]
+        found = [f"{worse[0]['baseline']} is better than {names(worse)}." if worse else ""]
+        found.append(self.open_between(rows[0], nothing=not worse) if rows else "")
         found.append(self.others_undecided(rows[1:]))
-        found.append(f"{worse[0]['baseline']} is better than {names(worse)}." if worse else "")
         losses = {row["loss"] for row, _ in self.compared.untrained}
         if not self.compared.headline and len(losses) > 1:
             found.append(scores.without_comparison(self.score, self.comparison))
         return " ".join(filter(None, found))
 
-    def open_between(self, row: dict) -> str:
+    def open_between(self, row: dict, nothing: bool) -> str:
+        """nothing: nothing else is decided either."""
         pair = f"{row['proposed']} against {row['baseline']}"
         numbers = f"{self.numbers(row)}; {self.why_open(row)}"
-        return f"Between losses nothing is decided: {pair} is {numbers}."
+        start = "Between losses nothing is decided" if nothing else "Not decided"
+        return f"{start}: {pair} is {numbers}."
 
     def others_undecided(self, rows: list[dict]) -> str:
         return f"Nor is it for {names(rows[: scores.MOST_NAMED])}." if rows else ""
