@@ -63,7 +63,8 @@ def test_gradients_by_products_against_masked_attention(kv_heads, queries, monke
     q, k, v, upstream = heads(4), heads(kv_heads), heads(kv_heads), heads(4)
     output, lse = branch_attention(q, k, v, ROWS, 0.3)
     ours = tuple(torch.zeros_like(t) for t in (q, k, v))
-    attention._set_by_products(ours, upstream, q, k, v, output, lse, layout_rows(ROWS), 0.3)
+    given = attention.Backward(upstream, q, k, v, output, lse)
+    attention._set_by_products(ours, given, layout_rows(ROWS), 0.3)
     inputs = [t.requires_grad_() for t in (q, k, v)]
     masked = F.scaled_dot_product_attention(
         *inputs, attn_mask=visible(), scale=0.3, enable_gqa=True

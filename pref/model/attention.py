@@ -147,15 +147,21 @@ def _(query, key, value, layout, scale):
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+class Backward(NamedTuple):
+    """What the backward pass starts from: the gradient of the output, and the forward pass's
+    tensors as `branch_attention` has them.
+    """
+
+    grad: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    lse: Tensor  # the log-normaliser
+
+
 def _gradients_by_flash(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    rows: list[RowLayout],
-    scale: float,
+    inputs: Backward, rows: list[RowLayout], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`branch_attention_backward` of some rows, zeros elsewhere, by flash attention's.
 
@@ -163,14 +169,14 @@ def _gradients_by_flash(
     normaliser over all of a query's blocks, it returns exactly the block's share of the gradients;
     the shares are added.
     """
+    grad, query, key, value, output, lse = inputs
     repeated = (query, *(_all_heads(t, query) for t in (key, value)))
     gradients = tuple(torch.zeros_like(t) for t in repeated)  # zeros: padding gets none
     for queries, keys, causal in _blocks(rows):
         places = (queries, keys, keys)
-        inputs = (t[:, :, place] for t, place in zip(repeated, places))
         shares = _flash_backward(
             grad[:, :, queries],
-            *inputs,
+            *(t[:, :, place] for t, place in zip(repeated, places)),
             output[:, :, queries],
             lse[:, :, queries],
             0.0,
@@ -230,12 +236,7 @@ def _less(tensor: Tensor, value: Tensor) -> Tensor:
 
 def _set_by_products(
     gradients: tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
+    inputs: Backward,
     rows: list[RowLayout],
     scale: float,
 ) -> None:
@@ -248,6 +249,7 @@ def _set_by_products(
     The query heads that share a key head are rows of the same product, which adds them up.
     """
     # 1) By key head: (groups, shared, T, D + 2) and (groups, T, D + 2).
+    grad, query, key, value, output, lse = inputs
     groups, width = key.shape[1], key.shape[-1]
     grad, query, output, lse, d_query = (
         t[0].unflatten(0, (groups, -1)) for t in (grad, query, output, lse, gradients[0])
@@ -299,13 +301,13 @@ def branch_attention_backward(
         length = row.prompt + max(row.first, row.second)
         is_short = query.dtype == torch.bfloat16 and length <= LONGEST_BY_PRODUCTS
         (by_products if is_short else by_flash).append(row)
-    inputs = (grad, query, key, value, output, lse)
+    inputs = Backward(grad, query, key, value, output, lse)
     if by_flash:
-        gradients = _gradients_by_flash(*inputs, by_flash, scale)
+        gradients = _gradients_by_flash(inputs, by_flash, scale)
     else:
         gradients = tuple(torch.zeros_like(t) for t in (query, key, value))  # padding gets none
     if by_products:
-        _set_by_products(gradients, *inputs, by_products, scale)
+        _set_by_products(gradients, inputs, by_products, scale)
     return gradients
 
 
