@@ -15,7 +15,18 @@ from test_report import Reader
 
 from losses import LOSSES
 from pref.analysis.report import escape, own_parts
-from pref.discovery import curves, figures, marks, proposal_cards, report, report_tables, winner
+from pref.discovery import (
+    curves,
+    estimates,
+    figures,
+    marks,
+    proposal_cards,
+    report,
+    report_data,
+    report_tables,
+    status,
+    winner,
+)
 from pref.discovery.archive import Archive
 from pref.discovery.report_data import read_story
 from pref.files import drawing
@@ -72,6 +83,16 @@ def test_without_a_confirmation_it_says_so_first(tmp_path, fast_disk, monkeypatc
     first = re.search(r'<p class="won">(.*?)</p>', page)[1]
     assert first == "not confirmed yet: the numbers below were selected on."
     assert "all gains are those of the proxy" in page and "--confirm 3" in page
+
+
+def test_where_nothing_came_up_to_dpo_the_report_and_the_terminal_say_so(story):
+    lost = estimates.Gain(-0.088, 0.035, -0.0, 0.0, "trained", 6)
+    best = report_data.Candidate(story.candidates[3].entry, lost)
+    assert report.best_text(story, best) == (
+        f"No candidate that was trained has done as well as DPO: the best, {best.label}, is at "
+        "-8.8 points of accuracy (6 training seeds)."
+    )
+    assert status.points(-0.0) == status.points(-0.0004) == "+0.0"
 
 
 def test_a_second_confirmation_is_never_called_better(search, story):

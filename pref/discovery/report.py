@@ -90,10 +90,15 @@ def best_text(story: Story, best: Candidate | None) -> str:
         return "Nothing was measured: the funnel says where the proposals ended."
     gain = best.gain
     how, unit = measured_with(gain), settings.unit_of(gain, settings.read(story.folder))
+    if gain.measured == "trained" and gain.difference < 0:
+        return (
+            "No candidate that was trained has done as well as DPO: the best, "
+            f"{clean(best.label)}, is at {status.points(gain.difference)} {unit} ({how})."
+        )
     return (
-        f"The best is {clean(best.label)}: {100 * gain.difference:+.1f} {unit} over "
-        f"DPO as measured, {100 * gain.gain:+.1f} ± {100 * gain.gain_se:.1f} of it to be expected "
-        f"again ({how})."
+        f"The best is {clean(best.label)}: {status.points(gain.difference)} {unit} over "
+        f"DPO as measured, {status.points(gain.gain)} ± {100 * gain.gain_se:.1f} of it to be "
+        f"expected again ({how})."
     )
 
 

@@ -106,11 +106,15 @@ def best_lines(state: State, count: int = 3) -> list[str]:
             f"{100 * gain.gain_se:.1f} points over dpo, shrunk from {points(gain.difference)} "
             f"({how}, {gain.seeds} seed{'s' * (gain.seeds > 1)}, {clean(entry.by)})"
         )
+    trained = [gains[id] for id in ranked if id != state.dpo.id and gains[id].measured == "trained"]
+    if trained and all(gain.difference < 0 for gain in trained):
+        lines.append("no candidate that was trained has done as well as dpo")
     return lines or ["nothing measured yet"]
 
 
 def points(fraction: float) -> str:
-    return f"{100 * fraction:+.1f}"
+    """Percentage points; never "-0.0"."""
+    return f"{round(100 * fraction, 1) + 0.0:+.1f}"
 
 
 def time_left(folder: Path, recorded: Settings, state: State, left: list) -> str:
