@@ -212,7 +212,8 @@ def merge_and_write(run: Run, files: ModelFiles, wanted: Wanted, args: argparse.
     # 2) Base and adapter.
     dtype, device = getattr(torch, wanted.dtype), pick_device(0)
     base = loading.load_base(files.name, dtype, "none", device)
-    check_same(run, files)  # a hub id's weights are here only now
+    if not files.is_local:  # its weights are here only now
+        check_same(run, files)
     adapted = lora.add_lora(base, 0, 0, 0.0, "", SEED, init=run.adapter, is_reference=False)
     if lora.tied_head_warning(adapted):
         raise UserError(

@@ -10,6 +10,13 @@ SHOWN = ("beta", "tau", "beta_mix", "discopop_tau", "kl", "gamma", "label_smooth
 SHOWN += ("learning_rate", "epochs", "max_steps", "global_batch", "max_length", "weight_decay")
 SHOWN += ("warmup_ratio", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "quant", "dtype")
 SHOWN += ("seed", "init_adapter", "round")
+# Values of summary.json that are shown.
+ACCURACIES = {
+    "best_acc_ref": "accuracy against the reference, best step (the adapter's)",
+    "final_acc_ref": "accuracy against the reference, last step",
+    "steps": "optimiser steps",
+    "best_step": "step of the adapter",
+}
 MOST_HEADER = 100  # lines of a README that are searched for a licence
 
 
@@ -69,14 +76,6 @@ def source_of(data: Path) -> str:
     path = data / "manifest.json"
     found = disk.read_json(path).get("source") if path.is_file() else None
     return cell(str(found or data.name))
-
-
-ACCURACIES = {
-    "best_acc_ref": "accuracy against the reference, best step (the adapter's)",
-    "final_acc_ref": "accuracy against the reference, last step",
-    "steps": "optimiser steps",
-    "best_step": "step of the adapter",
-}
 
 
 def number(value: float) -> str:
