@@ -117,9 +117,15 @@ def pays_to_compile(args: argparse.Namespace, draft: Draft) -> bool:
     """
     kind = "cuda" if draft.device.on_cuda else "cpu"
     work = 4 * draft.load.computed * draft.sizes.parameters / draft.world
-    if kind == "cuda" and hasattr(AutoConfig.from_pretrained(args.model), "quantization_config"):
+    if kind == "cuda" and is_quantised(args.model):
         return False
     return work > COMPILE_FLOP[kind] and hardware.can_compile(draft.device)
+
+
+def is_quantised(model: str) -> bool:
+    """Whether the checkpoint itself is quantised, as its configuration says."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return hasattr(config, "quantization_config")
 
 
 def with_memory(args: argparse.Namespace, packing: Packing, draft: Draft) -> argparse.Namespace:
