@@ -1,4 +1,5 @@
-"""Train a LoRA adapter on preference pairs with one of the losses in losses.py.
+"""Train a LoRA adapter, or all parameters of a model, on preference pairs with one of the losses in
+losses.py.
 
     python train_pref.py --data data/dpo-mix-7k --loss dpo --beta 0.1
     torchrun --nproc_per_node 8 train_pref.py --loss td_dpo --beta 2.5 --tau 2
@@ -44,6 +45,7 @@ from pref.training import (
     gates,
     hardware,
     loss_options,
+    optimisers,
     plan,
     reference,
     run_folder,
@@ -197,7 +199,8 @@ def compute_gradients(study: Study, split: Split, members: list[int]) -> Step:
     batches = micro_batches(shares, split.pairs, packing, ranks.device, stand_ins=members[:2])
     for number, micro in enumerate(batches, 1):
         study.stop.check()
-        sharding.prepare_backward(policy, args.shard, is_last=number == len(shares))
+        is_last = number == len(shares) or args.tune == "full"
+        sharding.prepare_backward(policy, args.shard, is_last)
         losses, rows = study.metric_rows(study.pair_logps(split, micro))
         (losses.sum() * (weight if micro.counts else 0.0)).backward()
         for name, row in rows.items():
@@ -335,9 +338,7 @@ def assemble(
 ) -> Study:
     """Optimisers and progress, with all their state from the last checkpoint if there is one."""
     learned = LearnedMix(args, parameters, ranks.device)
-    optimizer = torch.optim.AdamW(
-        trainable(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay
-    )
+    optimizer = optimisers.make(policy, args)
     trained = {name: (parameter, optimizer) for name, parameter in trainable(policy).items()}
     checkpoints = Checkpoints(folder, trained | learned.trained(), ranks)
     return Study(

@@ -14,7 +14,14 @@ from pref.files.benchmarks import MT_BENCH
 from pref.files.mt_bench import AnswerKey
 
 # Options that older runs lack, with the value that they had.
-LATER_OPTIONS = {"append_eos": False, "round": 1, "reference_model": "start"}
+LATER_OPTIONS = {
+    "append_eos": False,
+    "round": 1,
+    "reference_model": "start",
+    "tune": "lora",
+    "optim": "adamw",
+    "freeze": None,
+}
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
 SUMMARY_KEYS = (*ACCURACIES, "best_step", *TRAINING_NUMBERS)  # what is read of summary.json

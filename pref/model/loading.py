@@ -302,8 +302,9 @@ def no_gradient(place: str, kind: type, name: str, reason: str) -> str:
 # ---- records of version 1.0.0 -------------------------------------------------------------------
 
 
-def fingerprint(base: PreTrainedModel) -> str:
-    """sha256 over a sample of every parameter as loaded, at most 8,191 values of each.
+def fingerprint(base: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """sha256 over a sample of every parameter as loaded, at most 8,191 values of each; as if loaded
+    in `dtype`, where it is given.
 
     What version 1.0.0 knew a model by. It depends on quantisation and dtype, and misses changes
     between its samples: weights.identity does not.
@@ -311,7 +312,9 @@ def fingerprint(base: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(base.named_parameters()):
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 4096)].contiguous().view(torch.uint8).cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+        sample = flat[:: max(1, flat.numel() // 4096)].contiguous()
+        if dtype is not None and sample.dtype == torch.float32:
+            sample = sample.to(dtype)
+        digest.update(f"{name} {tuple(parameter.shape)} {sample.dtype}".encode())
+        digest.update(sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -40,17 +40,24 @@ def sum_by_row(values: Tensor, batch: Batch) -> Tensor:
 
 
 class TargetLogps(torch.autograd.Function):
-    """Log-probabilities of target tokens from hidden states, through a frozen output head.
+    """Log-probabilities of target tokens from hidden states, through the output head.
 
     For a token with hidden state h (H,), logits z = W h and target y:
 
-        log p(y)    = z_y - logsumexp(z)
-        d log p / dh = (onehot(y) - softmax(z)) W     (H,)
+        log p(y)     = z_y - logsumexp(z)
+        d log p / dz = onehot(y) - softmax(z)         (V,), the slopes
+        d log p / dh = (d log p / dz) W               (H,)
+        d log p / dW = (d log p / dz)^T h             (V, H)
 
-    The second line needs nothing from later layers. So the forward pass computes it along with
-    the first, from the same chunk of logits, and saves it: (N, H) instead of logits (N, V).
-    Backward only multiplies each row by the incoming gradient. The head runs once, where
-    recomputing the logits in backward would run it twice.
+    With a frozen weight, the third line needs nothing from later layers. So the forward pass
+    computes it along with the first, from the same chunk of logits, and saves it: (N, H) instead of
+    logits (N, V). Backward only multiplies each row by the incoming gradient. The head runs once,
+    where recomputing the logits in backward would run it twice.
+
+    A trained weight's gradient is a sum over tokens, each times its incoming gradient, which is
+    known only when the losses of the whole micro-batch are. So the forward pass saves the hidden
+    states and the normalisers, and the backward pass computes each chunk's logits again, and both
+    gradients from the same slopes. The weight's is summed over the chunks in fp32.
     """
 
     @staticmethod
@@ -59,8 +66,12 @@ class TargetLogps(torch.autograd.Function):
 
         logps_of, slopes_of: the functions below, or compiled versions of them.
         """
+        is_trained = any(ctx.needs_input_grad[1:3])
         logps = hidden.new_empty(len(targets), dtype=torch.float32)
-        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        normalisers = torch.empty_like(logps) if is_trained else None
+        gradients = None
+        if ctx.needs_input_grad[0] and not is_trained:
+            gradients = torch.empty_like(hidden)
         for start in range(0, len(targets), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = F.linear(hidden[rows], weight, bias)  # (n, V)
@@ -68,14 +79,50 @@ class TargetLogps(torch.autograd.Function):
             if gradients is not None:
                 slopes = slopes_of(logits, targets[rows], normaliser, softcap)  # (n, V)
                 torch.mm(slopes, weight, out=gradients[rows])
-        ctx.save_for_backward(gradients)
+            if is_trained:
+                normalisers[rows] = normaliser
+        ctx.softcap, ctx.chunk_tokens, ctx.slopes_of = softcap, chunk_tokens, slopes_of
+        if is_trained:
+            ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        else:
+            ctx.save_for_backward(gradients)
         return logps
 
     @staticmethod
     def backward(ctx, grad):
-        """grad (N,) -> the gradient for `hidden` (N, H); None for the seven other arguments."""
+        """grad (N,) -> the gradients for `hidden` (N, H), weight and bias; None for the five other
+        arguments.
+        """
+        if any(ctx.needs_input_grad[1:3]):
+            return *head_gradients(ctx, grad), *[None] * 5
         (gradients,) = ctx.saved_tensors
         return (grad.unsqueeze(1) * gradients).to(gradients.dtype), *[None] * 7
+
+
+def head_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias of TargetLogps, as far as they are needed; a
+    chunk of tokens at a time. grad: (N,), of the log-probs.
+    """
+    hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+    of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+    hidden_grad = torch.empty_like(hidden) if of_hidden else None
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+    bias_grad = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
+    for start in range(0, len(targets), ctx.chunk_tokens):
+        rows = slice(start, start + ctx.chunk_tokens)
+        logits = F.linear(hidden[rows], weight, bias)  # (n, V)
+        slopes = ctx.slopes_of(logits, targets[rows], normalisers[rows], ctx.softcap, grad[rows])
+        if of_hidden:
+            torch.mm(slopes, weight, out=hidden_grad[rows])
+        if of_weight:
+            weight_grad += slopes.t() @ hidden[rows]  # (V, H)
+        if of_bias:
+            bias_grad += slopes.sum(0, dtype=torch.float32)
+    return (
+        hidden_grad,
+        weight_grad.to(weight.dtype) if of_weight else None,
+        bias_grad.to(bias.dtype) if of_bias else None,
+    )
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -91,13 +138,23 @@ def logps_of(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Te
     return logits.gather(1, targets.unsqueeze(1)).squeeze(1) - normaliser, normaliser
 
 
-def slopes_of(logits: Tensor, targets: Tensor, normaliser: Tensor, softcap: float | None) -> Tensor:
-    """d log p(target) / d logits = onehot - softmax, (n, V) in the dtype of the logits."""
+def slopes_of(
+    logits: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    softcap: float | None,
+    factors: Tensor | None = None,
+) -> Tensor:
+    """d log p(target) / d logits = onehot - softmax, (n, V) in the dtype of the logits; each row
+    times its factor, if `factors` (n,) are given.
+    """
     squashed = capped(logits, softcap)
     slopes = -torch.exp(squashed - normaliser.unsqueeze(1))
     slopes = slopes + (torch.arange(logits.shape[1], device=logits.device) == targets.unsqueeze(1))
     if softcap is not None:
         slopes = slopes * (1 - (squashed / softcap) ** 2)  # d c tanh(z/c) / dz = 1 - tanh(z/c)^2
+    if factors is not None:
+        slopes = slopes * factors.unsqueeze(1)
     return slopes.to(logits.dtype)
 
 
@@ -259,8 +316,8 @@ class ResponseLogps(nn.Module):
         the reference too, where a divergence is asked for.
         """
         linear = self.causal[0].get_output_embeddings()
-        is_frozen = type(linear) is nn.Linear and not linear.weight.requires_grad
-        if reference is None and score is None and is_frozen and self.is_plain_head:
+        is_plain = type(linear) is nn.Linear and self.is_plain_head
+        if reference is None and score is None and is_plain:
             logps = TargetLogps.apply(
                 hidden,
                 linear.weight,
@@ -343,14 +400,19 @@ def logps_as_trained(policy: ResponseLogps, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def check_logps(
-    policy: ResponseLogps, batch: Batch, plain: Batch, has_adapter: bool = False
+    policy: ResponseLogps,
+    batch: Batch,
+    plain: Batch,
+    has_adapter: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Compare our log-probs of `batch` with the architecture's own forward and unmodified attention
     on the same pairs as a `plain` batch.
 
     How far two right computations are apart is measured, not assumed: the architecture's own
     forward is run with each of its attentions, which differ by rounding alone. has_adapter: the
-    adapter has been trained before; then it is PEFT's own code that computes it there.
+    adapter has been trained before; then it is PEFT's own code that computes it there. dtype: of
+    the computation, where the weights are in another one.
 
     Raises UserError if ours differ by more than that, or cannot be compiled.
     """
@@ -368,7 +430,7 @@ def check_logps(
             rounding = (other - expected).abs().mean().item()
     own = f"{name} and PEFT" if has_adapter else name
     difference = (ours - expected).abs().mean().item()
-    tolerance = OWN_TOLERANCE[next(causal.parameters()).dtype] + 2 * rounding
+    tolerance = OWN_TOLERANCE[dtype or next(causal.parameters()).dtype] + 2 * rounding
     if not expected.isfinite().all():
         raise UserError(
             f"{name} gives non-finite log-probabilities in its own forward; check its weights and "

@@ -8,6 +8,7 @@ backend, so `shard` switches the division off and `check_gradient_sum` tests the
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -22,18 +23,18 @@ BUCKET_BYTES = 2**26  # of each rank's shards in one collective of `gather`
 
 
 def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Apply FSDP2 to `policy` over all ranks, layer by layer. A single rank needs none, unless PEFT
-    computes a LoRA layer: only our own forward casts the adapter's matrices itself.
+    """Apply FSDP2 to `policy` over all ranks, layer by layer. A single rank needs none, unless FSDP
+    has to cast what is trained (`is_cast_by_fsdp`).
 
-    mode: 'adapters' shards the adapter and replicates the frozen base. 'full' shards the base too;
-    then only rank 0 has to hold the weights, and each layer is sent to the others just before it is
+    mode: 'adapters' shards the adapter and replicates the frozen base. 'full' shards all weights;
+    then only rank 0 has to hold them, and each layer is sent to the others just before it is
     sharded. dtype: of the computation; gradients are reduced in fp32.
 
     Raises UserError if gradients would not be summed over ranks.
     """
-    if ranks.world == 1 and lora.is_ours(policy):
+    if ranks.world == 1 and not is_cast_by_fsdp(policy, dtype):
         return
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    mesh = mesh_of(ranks)
     # What goes into a layer stays as it is: OLMo's angles of positions are in fp32, as in one rank.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -57,12 +58,31 @@ def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) ->
         sum_gradients(part)
 
 
+def is_cast_by_fsdp(policy: ResponseLogps, dtype: torch.dtype) -> bool:
+    """Whether trained parameters, which are in fp32, are cast by FSDP: all but the matrices of LoRA
+    layers that our own forward computes, which does that itself.
+    """
+    if isinstance(policy.model, PeftModel):
+        return not lora.is_ours(policy)
+    return any(p.dtype != dtype for p in logps.trainable(policy).values())
+
+
+def mesh_of(ranks: Ranks) -> DeviceMesh:
+    """All ranks in a row. A single process has a gloo group alone, for which its GPU would have to
+    wait wherever FSDP calls a collective of one rank (torch before 2.10): NCCL's is queued.
+    """
+    if ranks.world == 1 and ranks.device.type == "cuda":
+        return DeviceMesh.from_group(dist.new_group([0], backend="nccl"), "cuda")
+    return init_device_mesh(ranks.device.type, (ranks.world,))
+
+
 def prepare_backward(policy: ResponseLogps, mode: str, is_last: bool) -> None:
-    """Before each micro-batch of a step: only after the last one are gradients summed over ranks.
+    """Before each micro-batch of a step: gradients are summed over ranks after it if `is_last`.
 
     Adapters alone (mode 'adapters') are gathered once a step, in the first forward pass, and kept
     until the last backward pass: they are small, and do not change before the optimiser's step. A
-    base that is sharded is gathered anew in every pass.
+    base that is sharded is gathered anew in every pass. Where all parameters are trained, every
+    micro-batch counts as the last: a rank would otherwise hold all of their gradients.
     """
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(is_last)

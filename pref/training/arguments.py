@@ -13,6 +13,7 @@ from pathlib import Path
 from losses import COUPLES_BATCH, LOSSES, NEEDS_TWO_PAIRS
 from pref.files import disk
 from pref.files.console import UserError
+from pref.model.token_scores import FULL_KL
 from pref.training import hardware, loss_check, loss_options, schedule
 from pref.training.declaration import ABOVE_0, BELOW_1, Argument, Range
 from pref.training.schedule import TRIAL_STEPS
@@ -28,6 +29,11 @@ SHARE = Range(lambda x: 0 <= x <= 1, "a share from 0 to 1")
 STEPS = Range(lambda x: x >= 0, "0 (epochs decide) or more")
 LENGTHS = Range(lambda x: x >= 16, "at least 16 tokens")
 AUTO = ("auto", "on", "off")
+# Peak learning rates without --learning_rate, by --tune: that of the first study, and that of the
+# papers that train all parameters.
+LEARNING_RATES = {"lora": 1e-5, "full": 5e-7}
+OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")
+OF_FULL = ("freeze", "optim")
 
 
 def layers_to_recompute(text: str) -> str:
@@ -98,8 +104,10 @@ LOSS = (
     *loss_options.PARAMETERS,
 )
 OPTIMISATION = (
-    Argument("learning_rate", float, 1e-5, range=RATES, tag="lr").describe(
-        "peak learning rate of AdamW on the adapter, reached after the warm-up"
+    Argument("learning_rate", float, range=RATES, tag="lr").describe(
+        "peak learning rate, reached after the warm-up (default "
+        + ", ".join(f"{rate:g} with --tune {tune}" for tune, rate in LEARNING_RATES.items())
+        + ")"
     ),
     Argument("beta_mix_lr", float, 1e-3, range=RATES, tag="mlr").describe(
         "with --learn_beta_mix: learning rate of log beta_mix"
@@ -130,7 +138,10 @@ OPTIMISATION = (
         "share of pairs that may be left out because their tokens do not say what their texts say"
     ),
     Argument("weight_decay", float, 0.01, range=BELOW_1, tag="wd").describe(
-        "weight decay of AdamW on the adapter"
+        "weight decay of AdamW; with --tune full not on norms and biases"
+    ),
+    Argument("optim", ("adamw", "adamw_8bit"), "adamw", tag="").describe(
+        "adamw_8bit, with --tune full: moments in 8 bits (bitsandbytes), a quarter of their memory"
     ),
     Argument("warmup_ratio", float, 0.1, range=BELOW_1, tag="wu").describe(
         "share of the steps in which the learning rate rises from 0; then cosine to 0"
@@ -149,6 +160,13 @@ OPTIMISATION = (
     ),
 )
 MODEL = (
+    Argument("tune", ("lora", "full"), "lora", tag="").describe(
+        "what is trained: a LoRA adapter, or all parameters of the model"
+    ),
+    Argument("freeze", str, tag="fz").describe(
+        "with --tune full: module names with commas whose parameters stay as they are "
+        "(embed_tokens,layers.0)"
+    ),
     Argument("init_adapter", Path, affects="place").describe(
         "finished run (results/RUN) or folder of a LoRA adapter to start from; it sets r, alpha "
         "and targets"
@@ -180,7 +198,8 @@ MODEL = (
         "compute dtype; auto: bfloat16 where the hardware has it"
     ),
     Argument("shard", ("adapters", "full"), "adapters", affects="speed").describe(
-        "what FSDP2 shards over ranks: the adapters alone, or the frozen base too"
+        "what FSDP2 shards over ranks: the adapters alone, or the frozen base too; with --tune "
+        "full always all of it"
     ),
     Argument(
         "checkpointing",
@@ -257,7 +276,10 @@ def loss_help(text: str, defaults: dict[str, object]) -> str:
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """The arguments of train_pref.py, with those of the loss in --loss_file if there is one."""
     own = load_own_loss(argv)
-    return build_parser(own or DEFAULTS["loss"], description).parse_args(argv)
+    args = build_parser(own or DEFAULTS["loss"], description).parse_args(argv)
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.tune]
+    return args
 
 
 def build_parser(
@@ -344,6 +366,12 @@ def loss_parameters(args: argparse.Namespace) -> dict:
             raise UserError(
                 f"--{unused[0]}: has no effect without --sft_coef; the loss has no score in it"
             )
+    if args.tune == "full" and parameters.get("kl") in FULL_KL:
+        raise UserError(
+            f"--kl {parameters['kl']}: needs the reference's logits in every step, and with --tune "
+            "full no second model is held, only the reference's log-probs; give --kl k3 or --tune "
+            "lora"
+        )
     if args.learn_beta_mix and args.loss != "dlrml":
         raise UserError(f"--learn_beta_mix: {args.loss} has no beta_mix; it belongs to dlrml")
     return parameters
@@ -432,10 +460,34 @@ def check_args(args: argparse.Namespace, world: int) -> None:
     if args.plan_json and args.dry_run is None:
         raise UserError("--plan_json: only with --dry_run")
     hardware.check(args)
+    check_tuning(args)
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError("--report_to wandb needs the package wandb; pip install wandb")
     if args.shard == "full" and args.quant == "nf4":
         raise UserError(
             "--shard full with --quant nf4: sharded 4-bit weights are not verified; use --shard "
             "adapters"
+        )
+
+
+def check_tuning(args: argparse.Namespace) -> None:
+    """Raise UserError for arguments that do not go with --tune."""
+    foreign = OF_FULL if args.tune == "lora" else OF_LORA
+    if given := [name for name in foreign if getattr(args, name) != DEFAULTS[name]]:
+        other = "full" if args.tune == "lora" else "lora"
+        raise UserError(
+            f"--{given[0]} {getattr(args, given[0])}: belongs to --tune {other}; leave it out"
+        )
+    if args.tune == "lora":
+        return
+    if args.init_adapter:
+        raise UserError(
+            f"--init_adapter {args.init_adapter}: --tune full starts from the weights of --model; "
+            "merge the adapter into its base first (export.py), and give what that writes as "
+            "--model"
+        )
+    if args.quant == "nf4":
+        raise UserError(
+            "--quant nf4: weights in 4 bits cannot be trained, only adapters on them; leave it "
+            "out, or give --tune lora"
         )

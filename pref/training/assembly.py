@@ -6,10 +6,12 @@ import argparse
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from pref.files.console import UserError
 from pref.files.pairs import read_pairs
-from pref.model import loading, sharding, weights
+from pref.model import loading, sharding, trained, weights
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps, check_logps
 from pref.model.lora import add_lora, tied_head_warning
@@ -56,6 +58,7 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
     # 3) The run's name, from what the user gave; then the model's files, and each `auto`, resolved
     #    for this device.
     args = settings.replaced(started, run_id=run_id.choose(args, started, parameters))
+    args = settings.for_tuning(args)
     if start_adapter.is_missing(args):
         args = start_adapter.check_missing(args, ranks)
     start_adapter.warn_of_divergence(args, ranks)
@@ -68,20 +71,38 @@ def prepare(args: argparse.Namespace, ranks: Ranks) -> Prepared:
 
 
 def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps, BaseHashes]:
-    """The base model with its adapter, sharded over ranks, and which base model it is. Raises
-    UserError if the adapter of --init_adapter does not fit it.
+    """The base model, with its adapter or with all its parameters to be trained, sharded over
+    ranks, and which base model it is. Raises UserError if the adapter of --init_adapter does not
+    fit it, or --freeze does not.
     """
+    is_full = args.tune == "full"
     dtype, device = getattr(torch, args.dtype), ranks.device
     if args.shard == "full" and ranks.world > 1:
         # Rank 0 loads the weights into RAM; the others get their shards from it.
         device = torch.device("cpu" if ranks.main else "meta")
-    base = loading.load_base(args.model, dtype, args.quant, device)
+    loaded = torch.float32 if is_full else dtype
+    base = loading.load_base(args.model, loaded, args.quant, device)
     hashes = None
     if ranks.main:
         model = weights.identity(weights.find_model(args.model))
-        hashes = BaseHashes(model, loading.fingerprint(base))
+        hashes = BaseHashes(model, loading.fingerprint(base, dtype if is_full else None))
     hashes = ranks.from_main(hashes)
-    start_adapter.check_base(args, hashes, ranks)
+    if is_full:
+        trained.train_all(base, args.freeze, dtype)
+        model = base
+    else:
+        start_adapter.check_base(args, hashes, ranks)
+        model = with_adapter(args, base, ranks)
+    policy = ResponseLogps(model, settings.attention_of(args))
+    first = int(args.checkpointing) if args.checkpointing.isdecimal() else None
+    on_cuda = ranks.device.type == "cuda"
+    policy.prepare_layers(args.compile == "on", args.checkpointing != "off", first, on_cuda)
+    sharding.shard(policy, args.shard, dtype, ranks)
+    return policy, hashes
+
+
+def with_adapter(args: argparse.Namespace, base: PreTrainedModel, ranks: Ranks) -> PeftModel:
+    """`base` with the run's LoRA adapter."""
     adapted = add_lora(
         base,
         r=args.lora_r,
@@ -94,12 +115,7 @@ def build_policy(args: argparse.Namespace, ranks: Ranks) -> tuple[ResponseLogps,
     )
     if warning := tied_head_warning(adapted):
         ranks.print(f"warning: {warning}")
-    policy = ResponseLogps(adapted, settings.attention_of(args))
-    first = int(args.checkpointing) if args.checkpointing.isdecimal() else None
-    on_cuda = ranks.device.type == "cuda"
-    policy.prepare_layers(args.compile == "on", args.checkpointing != "off", first, on_cuda)
-    sharding.shard(policy, args.shard, dtype, ranks)
-    return policy, hashes
+    return adapted
 
 
 def load_splits(
@@ -120,10 +136,11 @@ def load_splits(
     probe = gates.probe_of(pairs["val"])
     ours = make_batch(probe, packing, ranks.device)
     plain = make_batch(probe, packing._replace(padded=True, shared=False), ranks.device)
-    check_logps(policy, ours, plain, has_adapter=args.init_adapter is not None)
+    dtype = getattr(torch, args.dtype)
+    check_logps(policy, ours, plain, args.init_adapter is not None, dtype)
     if args.compile == "on" and ranks.device.type == "cuda":
         short = make_batch(gates.cut(probe), packing, ranks.device)
-        gates.check_compiled(policy, short, getattr(torch, args.dtype), ranks)
+        gates.check_compiled(policy, short, dtype, ranks)
     files = cache_files(args.data, record)
     references = {
         split: reference_logps(policy, pairs[split], packing, files, ranks, split)

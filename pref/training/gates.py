@@ -6,7 +6,8 @@ import itertools
 import math
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from pref.files.console import UserError, first_line
 from pref.model import lora, sharding
@@ -137,17 +138,50 @@ def logps_and_gradients(policy: ResponseLogps, batch: Batch) -> list[Tensor]:
 
 
 def check_gradients(policy: ResponseLogps, ranks: Ranks) -> None:
-    """Raise UserError if a LoRA matrix B got no gradient in the first step: it would never be
-    trained. (A gets none yet, because B is zero.)
+    """Raise UserError if something that should be trained got no gradient in the first step: it
+    would never be trained. Of an adapter that is a matrix B (A gets none yet, because B is zero).
     """
-    grads = {name: p.grad for name, p in trainable(policy).items() if "lora_B" in name}
-    sums = [0.0 if g is None else sharding.local(g).abs().sum().item() for g in grads.values()]
-    totals = ranks.sum(torch.tensor(sums, device=ranks.device)).tolist()
-    if dead := [name for name, total in zip(grads, totals) if total == 0]:
+    parameters = trainable(policy)
+    if not isinstance(policy.model, PeftModel):
+        check_full_gradients(parameters, ranks)
+        return
+    matrices = {name: p for name, p in parameters.items() if "lora_B" in name}
+    grads = gradient_sums(matrices, ranks)
+    if dead := [name for name, total in grads.items() if total == 0]:
         raise UserError(
             f"{len(dead)} of {len(grads)} LoRA matrices B got a zero gradient in the first step "
             f"(the first is {dead[0]}): either the loss is saturated on every pair (try a smaller "
             "beta or a larger tau), or this architecture sends no gradient to these layers (leave "
             "them out of --lora_targets), or 4-bit weights were repacked by a forward pass in eval "
             "mode (see `only_adapter_trains` in pref/model/lora.py)"
+        )
+
+
+def gradient_sums(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict[str, float]:
+    """Sum of the absolute values of each parameter's gradient, over all ranks."""
+    grads = [p.grad for p in parameters.values()]
+    sums = [0.0 if g is None else sharding.local(g).abs().sum().item() for g in grads]
+    totals = ranks.sum(torch.tensor(sums, device=ranks.device))
+    return dict(zip(parameters, totals.tolist()))
+
+
+def check_full_gradients(parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
+    """The same where all parameters are trained: every matrix that took part in the first step must
+    have a gradient. Those that did not, such as experts that no token went to, are named.
+    """
+    sums = gradient_sums(parameters, ranks)
+    unused = [name for name, p in parameters.items() if p.grad is None]
+    dead = [name for name, p in parameters.items() if sums[name] == 0 and p.ndim > 1]
+    if dead := [name for name in dead if name not in unused]:
+        raise UserError(
+            f"{len(dead)} of {len(sums)} parameters got a zero gradient in the first step (the "
+            f"first is {dead[0].removeprefix('model.')}): either the loss is saturated on every "
+            "pair (try a smaller beta or a larger tau), or this architecture sends them no "
+            "gradient (leave them out with --freeze)"
+        )
+    if unused:
+        ranks.print(
+            f"note: {len(unused)} of {len(sums)} parameters had no part in the first step (the "
+            f"first is {unused[0].removeprefix('model.')}): without a gradient they stay as they "
+            "are"
         )

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from pref.model import architecture, head, logps, lora
+from pref.model import architecture, head, logps, lora, trained
 from pref.model.chat import TokenPair
 from pref.model.logps import ResponseLogps
 from pref.model.packing import Packing, make_batch
@@ -21,6 +21,9 @@ from pref.training import peak_memory, settings
 
 # Bytes per weight: four bits, and a share of the doubly quantised scales.
 NF4_BYTES = 0.5 + 0.127 / 8
+# Bytes of AdamW's two moments of a parameter, by --optim: fp32, or 8 bits each with an fp32 scale
+# for 256 of them.
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2 * (1 + 4 / 256)}
 PROBE_TOKENS = 258
 # Share of the activations autograd keeps that compiled layers keep too: measured on a Llama, 18.7
 # of 24.1 kB per token.
@@ -57,6 +60,9 @@ class Sizes(NamedTuple):
     attention: int  # heads * elements of a head
     trainable: int
     kept: Kept
+    is_full: bool = False  # whether the base's own parameters are trained
+    root: int = 0  # parameters outside of the blocks: embedding, head and norm
+    head: int = 0  # elements of the head's weight, if it is trained
 
 
 class Memory(NamedTuple):
@@ -64,8 +70,9 @@ class Memory(NamedTuple):
 
     process: float  # resident before the first step, or outside of torch's allocator
     weights: float
-    adapter: float
-    optimiser: float
+    adapter: float  # 0 if all parameters are trained, as is the next one if an adapter is
+    gradients: float
+    optimiser: float  # of an adapter with its gradient
     buffers: float  # weights dequantised for a product, workspaces, what FSDP gathers and reduces
     activations: float
     logits: float
@@ -109,8 +116,14 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
     parameters = sum(p.numel() for p in base.parameters())
     block_sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
 
-    # 2) With the adapter.
-    adapted = with_lora(base, args)
+    # 2) With what is trained.
+    if args.tune == "full":
+        trained.train_all(base, args.freeze, getattr(torch, args.dtype))
+        adapted = base
+    else:
+        adapted = with_lora(base, args)
+    linear = base.get_output_embeddings()
+    is_trained_head = args.tune == "full" and linear is not None and linear.weight.requires_grad
     return Sizes(
         parameters=parameters,
         linear=sum(in_linears),
@@ -123,6 +136,9 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
         attention=heads * of_head,
         trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         kept=kept_bytes(args, adapted),
+        is_full=args.tune == "full",
+        root=parameters - sum(block_sizes),
+        head=linear.weight.numel() if is_trained_head else 0,
     )
 
 
@@ -136,11 +152,12 @@ def expert_share(config: PretrainedConfig) -> float:
     return chosen / there if chosen and there else 1.0
 
 
-def kept_bytes(args: argparse.Namespace, adapted: PeftModel) -> Kept:
+def kept_bytes(args: argparse.Namespace, adapted: nn.Module) -> Kept:
     """What autograd keeps, counted in a forward pass on the meta device; where the architecture
     cannot be run there (it looks at values), the inputs and outputs of all linear layers.
 
-    adapted: the model with its adapter on the meta device; all of it gets the dtype of the run.
+    adapted: the model, with its adapter if it has one, on the meta device; all of it gets the dtype
+    of the run.
     """
     # 1) The policy, and a batch of one pair.
     dtype, plain = getattr(torch, args.dtype), "on" not in (args.packing, args.prefix_sharing)
@@ -198,6 +215,34 @@ def memory_of(
     largest, responses: tokens of the largest micro-batch with padding, and the most response tokens
     of one.
     """
+    # 1) What is held all the time.
+    if sizes.is_full:
+        held = full_bytes(args, sizes, world)
+    else:
+        held = lora_bytes(args, sizes, world)
+
+    # 2) Logits: one chunk of them in the compute dtype and three times in fp32, and the hidden
+    #    states of response tokens with their gradient.
+    width = 2 if args.dtype == "bfloat16" else 4
+    heap = 1 if on_cuda else CPU_HEAP[args.compile]
+    chunk = min(head.chunk_tokens(sizes.vocabulary, on_cuda), responses) * sizes.vocabulary
+    logits = heap * (chunk * (width + 12) + 2 * responses * sizes.hidden * width)
+    activations = heap * largest * bytes_per_token(args, sizes)
+
+    # 3) What the process has besides.
+    if on_cuda:
+        process = CUDA_CONTEXT + (NCCL if world > 1 else 0)
+    else:
+        process = peak_memory.resident_bytes() + CPU_GROWTH
+    buffers = buffer_bytes(args, sizes, world) if on_cuda else 0
+    if sizes.is_full:
+        buffers = full_buffers(args, sizes, world, activations + logits) + CUBLAS * on_cuda
+    parts = Memory(process=process, **held, buffers=buffers, activations=activations, logits=logits)
+    return Memory(*(part / 2**30 for part in parts))
+
+
+def lora_bytes(args: argparse.Namespace, sizes: Sizes, world: int) -> dict[str, float]:
+    """Bytes of a rank's weights, adapter and optimiser, where an adapter is trained."""
     # 1) Weights: quantised linear layers, everything else in the compute dtype. Sharded, a rank
     #    holds its share, and gathers the root and two layers, this one and the next.
     width = 2 if args.dtype == "bfloat16" else 4
@@ -215,28 +260,39 @@ def memory_of(
     reference_adapter = trainable * 4 if is_copied else 0
     adapter = trainable * 4 / world + trainable / sizes.layers * width + reference_adapter
     optimiser = trainable * 12 / world
+    return {"weights": weights, "adapter": adapter, "gradients": 0, "optimiser": optimiser}
 
-    # 3) Logits: one chunk of them in the compute dtype and three times in fp32, and the hidden
-    #    states of response tokens with their gradient.
-    chunk = min(head.chunk_tokens(sizes.vocabulary, on_cuda), responses) * sizes.vocabulary
-    logits = chunk * (width + 12) + 2 * responses * sizes.hidden * width
 
-    # 4) What the process has besides.
-    if on_cuda:
-        process = CUDA_CONTEXT + (NCCL if world > 1 else 0)
-    else:
-        process = peak_memory.resident_bytes() + CPU_GROWTH
-    heap = 1 if on_cuda else CPU_HEAP[args.compile]
-    parts = Memory(
-        process=process,
-        weights=weights,
-        adapter=adapter,
-        optimiser=optimiser,
-        buffers=buffer_bytes(args, sizes, world) if on_cuda else 0,
-        activations=heap * largest * bytes_per_token(args, sizes),
-        logits=heap * logits,
-    )
-    return Memory(*(part / 2**30 for part in parts))
+def full_bytes(args: argparse.Namespace, sizes: Sizes, world: int) -> dict[str, float]:
+    """Bytes of a rank's shares of weights, gradients and moments, where all parameters are trained:
+    fp32, but for frozen weights and 8-bit moments.
+    """
+    width = 2 if args.dtype == "bfloat16" else 4
+    trainable, frozen = sizes.trainable, sizes.parameters - sizes.trainable
+    return {
+        "weights": (trainable * 4 + frozen * width) / world,
+        "adapter": 0,
+        "gradients": trainable * 4 / world,
+        "optimiser": trainable * MOMENT_BYTES[args.optim] / world,
+    }
+
+
+def full_buffers(args: argparse.Namespace, sizes: Sizes, world: int, activations: float) -> float:
+    """Bytes of what comes and goes beside `activations` (with logits), where all parameters are
+    trained, at the moment when all of it is the most.
+    """
+    width = 2 if args.dtype == "bfloat16" else 4
+    # 1) In the head's backward pass: its weight's gradient in fp32, and what a chunk adds to it.
+    at_head = sizes.head * (4 + width)
+    if world == 1 and width == 4:  # nothing is gathered, and gradients are where they stay
+        return at_head
+    # 2) In the last layer's: the head's gradient, which waits for the embedding's, and the layer's
+    #    own, in the compute dtype; those of this layer and the one before it as they are reduced.
+    in_layer = sizes.head * width + sizes.largest_block * (width + 2 * 4)
+    gathered = (sizes.root + 2 * sizes.largest_block) * width
+    # 3) At the end: gradients of the root, as computed and as they are reduced. No activations.
+    at_end = sizes.root * (width + width + 4)
+    return max(gathered + max(at_head, in_layer), at_end - activations)
 
 
 def checkpointed_layers(args: argparse.Namespace, layers: int) -> int:

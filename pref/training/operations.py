@@ -55,7 +55,7 @@ def forward(sizes: Sizes, sums: Sums, head: bool = True) -> tuple[float, float, 
     """
     frozen = 2 * sizes.used * sums.tokens
     frozen += 2 * sizes.hidden * sizes.vocabulary * sums.responses if head else 0
-    adapter = 2 * sizes.trainable * sums.tokens
+    adapter = 0 if sizes.is_full else 2 * sizes.trainable * sums.tokens
     return frozen, adapter, 4 * sizes.layers * sizes.attention * sums.keys
 
 
@@ -63,14 +63,20 @@ def work_of(
     sizes: Sizes, training: Sums, evaluation: Sums, reference: Sums, checkpointed: int
 ) -> Work:
     """Operations of a run. A frozen weight has a forward pass and the gradient of its input, the
-    adapter also its own gradient, and attention twice its forward pass for the gradient.
+    adapter also its own gradient, and attention twice its forward pass for the gradient. Where all
+    parameters are trained, all have their own gradient.
 
     training, evaluation: over all steps and evaluations. checkpointed: how many layers are.
     """
     frozen, adapter, attention = forward(sizes, training)
+    passes = 2
+    if sizes.is_full:
+        # The gradient of each weight too, and the trained head's logits are computed twice.
+        passes = 3
+        frozen += 2 * sizes.head * training.responses / passes
     again = sum(forward(sizes, training, head=False)) * checkpointed / sizes.layers
     return Work(
-        training=2 * frozen + 3 * adapter + 3 * attention,
+        training=passes * frozen + 3 * adapter + 3 * attention,
         recomputed=again,
         evaluation=sum(forward(sizes, evaluation)),
         reference=sum(forward(sizes, reference)),

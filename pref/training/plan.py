@@ -185,6 +185,7 @@ class Plan(NamedTuple):
     device: Device
     load: Load
     layers: int
+    parameters: int  # of the model
     memory: Memory
     work: Work
 
@@ -198,6 +199,21 @@ class Plan(NamedTuple):
             name: operations.hours(work, card, self.mfu, self.world)
             for name, card in self.device.cards.items()
         }
+
+    @property
+    def saved_gib(self) -> float:
+        """What a run leaves on the disk: the adapter in fp32, or the model in the compute dtype."""
+        if self.args.tune == "lora":
+            return self.memory.optimiser * self.world / 3
+        width = 2 if self.args.dtype == "bfloat16" else 4
+        return self.parameters * width / 2**30
+
+    @property
+    def checkpoint_gib(self) -> float:
+        """Size on disk of a checkpoint: what is trained in fp32, and the optimiser's moments."""
+        if self.args.tune == "lora":
+            return self.memory.optimiser * self.world
+        return (self.memory.gradients + self.memory.optimiser) * self.world
 
     def as_json(self) -> dict:
         work = self.work
@@ -216,7 +232,9 @@ class Plan(NamedTuple):
             "total_gib": self.memory.total,  # of a rank, as the parts
             "parts_gib": self.memory._asdict(),
             "device_gib": self.device.bytes / 2**30,
-            "adapter_gib": self.memory.optimiser * self.world / 3,  # one copy, fp32
+            "tune": self.args.tune,
+            "adapter_gib": self.saved_gib,
+            "checkpoint_gib": self.checkpoint_gib,
             "operations": work._asdict(),
             "mfu": self.mfu,
             "hours": self.hours(work.of_run),
@@ -278,6 +296,7 @@ def of_run(
         device=device,
         load=load,
         layers=draft.sizes.layers,
+        parameters=draft.sizes.parameters,
         memory=memory_of(args, load, draft),
         work=work,
     )
@@ -310,8 +329,10 @@ def show(plan: Plan, ranks: Ranks) -> None:
         f"peak memory of a rank, GiB ({plan.device.name}, {args.dtype}, {how}, checkpointing "
         f"{layers_text(plan)}, compile {args.compile}):"
     )
+    other = "gradients" if args.tune == "lora" else "adapter"
     for name, part in plan.memory._asdict().items():
-        ranks.print(f"  {name:<12}{part:7.2f}")
+        if name != other:
+            ranks.print(f"  {name:<12}{part:7.2f}")
     ranks.print(f"  {'total':<12}{plan.memory.total:7.2f}")
     for line in (*hours_text(plan), memory_warning(plan)):
         if line:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from losses import COUPLES_BATCH
@@ -95,10 +96,13 @@ def check_same_run(folder: Path, record: dict) -> None:
                 "back, give another --run_id, or remove the folder"
             )
         return
-    old, new = disk.read_json(folder / "args.json"), json.loads(json.dumps(record))
+    old = {"tune": "lora"} | disk.read_json(folder / "args.json")  # which earlier versions lack
+    new = json.loads(json.dumps(record))
     free = NOT_THE_RUN
     if old.get("loss") not in COUPLES_BATCH:
         free = NOT_THE_RUN | NOT_THE_RUN_UNLESS_COUPLED
+    if old.get("optim") == "adamw_8bit":
+        free = free - {"world_size"}  # its moments are scaled in blocks of a rank's own shards
     if new.get("eval_steps") is None and old.get("eval_steps") == EARLIER_EVAL_STEPS:
         # Begun by an earlier version with its default, or by one that was given the same.
         free = free | {"eval_steps"}
@@ -300,6 +304,10 @@ def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Rank
     with checkpoint.saving(folder):
         for leftover in (temporary, folder):  # of an evaluation that is now repeated
             shutil.rmtree(leftover, ignore_errors=True)
+        if not isinstance(policy.model, PeftModel):
+            policy.model.save_pretrained(temporary / "model", state_dict=state)
+            temporary.rename(folder)
+            return None
         policy.model.save_pretrained(
             temporary / "adapter", state_dict=state, save_embedding_layers=False
         )
@@ -315,7 +323,7 @@ def publish(run: Path, best: Path | None, summary: dict) -> None:
     the checkpoints. best: None if no step was evaluated.
     """
     with checkpoint.saving(run):
-        if best is not None:
+        if best is not None and (best / "adapter").is_dir():
             temporary, adapter = run / "adapter.tmp", run / "adapter"
             for leftover in (temporary, adapter):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -358,6 +366,7 @@ def start_text(args: argparse.Namespace, parameters: dict, ranks: Ranks, progres
     return (
         f"run {args.run_id}: {args.loss} {parameters}, {ranks.world} rank(s) on "
         f"{ranks.device.type}, {args.dtype}, quant {args.quant}"
+        + (", all parameters" if args.tune == "full" else "")
         + (f"; continued after step {progress.step}" if progress.step else "")
     )
 

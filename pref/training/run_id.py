@@ -26,6 +26,8 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
     # 2) Everything else that differs from its default, where the loss's own parameters have the
     #    loss's own defaults.
     changed = {}
+    rate = arguments.LEARNING_RATES[args.tune]
+    defaults = settings.replaced(defaults, learning_rate=rate)
     loss_defaults = loss_options.loss_defaults(args.loss)
     for key, value in parameters.items():
         if key not in ("beta", "tau") and value != loss_defaults[key]:

@@ -2,6 +2,7 @@
 
     arguments.parse_args
       -> start_adapter.with_start    lora_r, lora_alpha, lora_targets, init_adapter_sha256, round
+      -> for_tuning          shard; no LoRA with --tune full
       -> for_device          quant, dtype
       -> for_attention       packing, prefix_sharing
       -> as_begun            compile, checkpointing, tokens_per_microbatch, eval_steps of a run
@@ -22,7 +23,7 @@ from pref.files.console import UserError
 from pref.model import architecture, loading, weights
 from pref.model.packing import Packing
 from pref.model.ranks import Ranks
-from pref.training import arguments, hardware
+from pref.training import arguments, hardware, optimisers
 
 # Settled only once the token ids are known. They change how the work is done, not its result, so
 # args.json is first compared without them and completed later.
@@ -35,15 +36,32 @@ def replaced(args: argparse.Namespace, **values) -> argparse.Namespace:
     return argparse.Namespace(**(vars(args) | values))
 
 
+def for_tuning(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with what --tune full implies: all of the model is sharded, and there is no adapter,
+    so that the record of the run has no LoRA settings.
+    """
+    if args.tune == "lora":
+        return args
+    return replaced(args, shard="full", **dict.fromkeys(arguments.OF_LORA))
+
+
 def for_device(
     args: argparse.Namespace, files: weights.ModelFiles, ranks: Ranks
 ) -> argparse.Namespace:
     """`args` with --quant and --dtype as this device and the model in `files` have them. Raises
-    UserError if the model is quantised itself, and cannot be trained as asked for.
+    UserError if the model is quantised itself, and cannot be trained as asked for, or the device
+    has no 8-bit optimiser.
     """
     quant = args.quant
+    if args.optim == "adamw_8bit" and not hardware.is_elsewhere(args):
+        optimisers.check_8bit(ranks.device)
     if own := files.quantisation:
         place = f"--model {args.model}: its weights are quantised already ({own})"
+        if args.tune == "full":
+            raise UserError(
+                f"{place}, and only adapters on them can be trained; give the model's release that "
+                "is not quantised, or --tune lora"
+            )
         if quant == "nf4":
             raise UserError(f"{place}; leave out --quant nf4")
         if args.shard == "full":

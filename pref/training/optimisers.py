@@ -1,0 +1,115 @@
+"""The optimiser of a run: AdamW, on the adapter or on all parameters, or with moments in 8 bits.
+
+- `--tune lora`: AdamW on the adapter's matrices, all of them with `--weight_decay`.
+- `--tune full`: AdamW on all trained parameters. Norms and biases (one dimension) do not decay.
+- `--optim adamw_8bit`: the same with the moments of bitsandbytes, 8 bits each, scaled in blocks of
+  256. The blocks are of a rank's own shards, so that another number of ranks rounds differently.
+"""
+
+import argparse
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from pref.files.console import UserError, first_line
+from pref.model import sharding
+from pref.model.logps import ResponseLogps, trainable
+
+BLOCK = 256  # moments that share a scale
+TRIED = 4096  # elements of a tensor from which on bitsandbytes keeps its moments in 8 bits
+
+
+def make(policy: ResponseLogps, args: argparse.Namespace) -> "torch.optim.Optimizer | AdamW8bit":
+    """The optimiser of the policy's trained parameters, which must be sharded already."""
+    parameters = list(trainable(policy).values())
+    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.tune == "lora":
+        return torch.optim.AdamW(parameters, **settings)
+    groups = decay_groups(parameters)
+    if args.optim == "adamw_8bit":
+        return AdamW8bit(groups, **settings)
+    # Not foreach, the default on CUDA: it holds the root of all second moments at once.
+    return torch.optim.AdamW(groups, foreach=False, **settings)
+
+
+def decay_groups(parameters: list[nn.Parameter]) -> list[dict]:
+    """Parameters with and without weight decay, as torch's optimisers take them."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class AdamW8bit:
+    """bitsandbytes' AdamW8bit on this rank's shards; used as torch's optimisers are.
+
+    bitsandbytes takes plain tensors. So it is given this rank's part of each parameter, which
+    shares its memory, and before each step the same part of its gradient.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, weight_decay: float):
+        from bitsandbytes.optim import AdamW8bit as OfShards  # takes seconds
+
+        # A rank may have no part of a small parameter.
+        self.shards: dict[nn.Parameter, nn.Parameter] = {
+            p: nn.Parameter(shard)
+            for group in groups
+            for p in group["params"]
+            if (shard := sharding.local(p.detach())).numel()
+        }
+        of_shards = [
+            group | {"params": [self.shards[p] for p in group["params"] if p in self.shards]}
+            for group in groups
+        ]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.of_shards = OfShards(of_shards, lr=lr, weight_decay=weight_decay)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.of_shards.param_groups
+
+    @property
+    def state(self) -> Mapping[nn.Parameter, dict]:
+        """The state of each parameter's shard: `step`, and `state1` and `state2`, in 8 bits with
+        `absmax1` and `absmax2` (a number for BLOCK of them), or in fp32 for less than TRIED
+        elements.
+        """
+        return {p: self.of_shards.state[shard] for p, shard in self.shards.items()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, shard in self.shards.items():
+            grad = parameter.grad
+            shard.grad = None if grad is None else sharding.local(grad)
+        self.of_shards.step()
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        for shard in self.shards.values():
+            shard.grad = None
+
+
+def check_8bit(device: torch.device) -> None:
+    """Raise UserError if bitsandbytes cannot take a step with 8-bit moments on `device`."""
+    parameter = nn.Parameter(torch.zeros(TRIED, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimiser = AdamW8bit([{"params": [parameter]}], lr=0.5, weight_decay=0.0)
+        optimiser.step()
+        moved = parameter.detach().cpu()
+    except (ImportError, NotImplementedError, RuntimeError, AttributeError, OSError) as error:
+        raise UserError(
+            f"--optim adamw_8bit: bitsandbytes cannot do this on {device.type} "
+            f"({first_line(error)}); install the version that requirements.txt names, or leave it "
+            "out"
+        ) from None
+    # The first step of Adam is the learning rate against the sign of the gradient.
+    if not torch.allclose(moved, torch.tensor(-0.5), rtol=1e-3):
+        raise UserError(
+            f"--optim adamw_8bit: on {device.type} bitsandbytes takes a wrong first step "
+            f"({moved[0]:g} instead of -0.5); install the version that requirements.txt names, or "
+            "leave it out"
+        )
