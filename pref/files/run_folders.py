@@ -4,9 +4,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from pref.files import disk
 from pref.files.console import UserError
 
 BASE_RUN = "base"  # run id of the untrained model
+# The folder of a run's weights, by the `tune` of its args.json.
+WEIGHTS = {"lora": "adapter", "full": "model"}
 
 
 def is_run_id(name: str) -> bool:
@@ -57,6 +60,26 @@ def find_runs(paths: Iterable[Path], check: bool = True) -> list[Path]:
         return name != BASE_RUN, name
 
     return sorted(dict.fromkeys(runs), key=base_first)
+
+
+def tune_of(record: dict) -> str:
+    """What a run trains, by its args.json: `lora`, also where nothing is recorded, or `full`."""
+    return record.get("tune", "lora")
+
+
+def weights_of(run: Path) -> Path:
+    """Where a run's trained weights are, or will be: `adapter/` (PEFT's format), or `model/` (a
+    folder that transformers loads) where all parameters are trained.
+
+    Raises UserError if the run has no args.json, or one that says something else of `tune`.
+    """
+    tune = tune_of(disk.read_json(run / "args.json"))
+    if tune not in WEIGHTS:
+        raise UserError(
+            f"{run / 'args.json'}: tune is {tune!r}, which this version does not know; use the "
+            "version that trained the run"
+        )
+    return run / WEIGHTS[tune]
 
 
 def folder_of(run: Path) -> Path:
