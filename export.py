@@ -32,16 +32,22 @@ from torch import Tensor
 from pref.files import console, disk, model_card
 from pref.files.console import UserError
 from pref.files.pairs import read_pairs
-from pref.model import architecture, chat, hub, loading, lora, merge, token_check, weights
+from pref.model import (
+    architecture,
+    chat,
+    hub,
+    loading,
+    lora,
+    merge,
+    model_folder,
+    token_check,
+    weights,
+)
 from pref.model.ranks import pick_device
 from pref.model.weights import ModelFiles
 
-SHARD = "5GB"
 WIDTH = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a weight
 SEED = 0  # the adapter's matrices are loaded: nothing is drawn
-# What a tokenizer and generation are made of, copied from the base byte for byte.
-COPIED = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
-COPIED += ("added_tokens.json", "generation_config.json", "additional_chat_templates/*")
 # A share of the adapter's own effect: above it, rounding hides what was trained.
 MUCH = 0.25
 
@@ -279,12 +285,7 @@ def write(model, run: Run, files: ModelFiles, wanted: Wanted, record: dict) -> N
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     try:
-        model.config.use_cache = True
-        model.save_pretrained(partial, max_shard_size=SHARD, safe_serialization=True)
-        for path in {path for pattern in COPIED for path in files.folder.glob(pattern)}:
-            place = partial / path.relative_to(files.folder)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+        model_folder.write(model, partial, files.folder, getattr(torch, wanted.dtype))
         card = model_card.text(run.record, run.summary, files.name, files.folder, record)
         disk.write_text(partial / "README.md", card)
         disk.write_json(partial / "export.json", record)

@@ -68,6 +68,14 @@ class Ranks(NamedTuple):
         dist.broadcast_object_list(values, 0, group=self.hosts)
         return values[0]
 
+    def of_all(self, value: object) -> list:
+        """Every rank's `value`, by rank, on every rank (collective)."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
     def print(self, *args: object) -> None:
         """Print on rank 0 only."""
         if self.main:

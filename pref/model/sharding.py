@@ -174,21 +174,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def gather(
+    tensors: dict[str, Tensor], ranks: Ranks, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The full tensors of FSDP shards, by name, on the CPU of rank 0; {} on the other ranks.
 
-    Collective: call it on every rank. One collective moves up to BUCKET_BYTES of a rank. An
-    adapter and its optimiser's state are hundreds of small tensors, whose `full_tensor` would be a
-    collective each and would end on every rank, although only rank 0 writes.
+    dtype: what they are converted to, before they are sent. Collective: call it on every rank. One
+    collective moves up to BUCKET_BYTES of a rank's shards. An adapter and its optimiser's state are
+    hundreds of small tensors, whose `full_tensor` would be a collective each and would end on every
+    rank, although only rank 0 writes.
     """
     full, shards = {}, {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor) and ranks.world > 1:
             shards[name] = tensor
         elif ranks.main:
-            full[name] = local(tensor).cpu()
+            full[name] = local(tensor).to("cpu", dtype or tensor.dtype)
     for bucket in buckets(shards):
-        full |= gather_bucket(bucket, ranks)
+        full |= gather_bucket(bucket, ranks, dtype)
     return {name: full[name] for name in tensors} if ranks.main else {}
 
 
@@ -209,13 +212,15 @@ def buckets(shards: dict[str, DTensor]) -> list[dict[str, DTensor]]:
     return groups
 
 
-def gather_bucket(bucket: dict[str, DTensor], ranks: Ranks) -> dict[str, Tensor]:
+def gather_bucket(
+    bucket: dict[str, DTensor], ranks: Ranks, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """The full tensors of shards of one dtype on the CPU of rank 0; {} on the other ranks."""
     # 1) This rank's shards, one after another. FSDP gives the last ranks fewer rows, or none.
     padded = []
     for shard in bucket.values():
         assert shard.placements == (Shard(0),), shard.placements
-        values = local(shard).reshape(-1)
+        values = local(shard).reshape(-1).to(dtype or shard.dtype)
         padded.append(torch.nn.functional.pad(values, (0, shard_numel(shard) - values.numel())))
     mine = torch.cat(padded)
     # 2) Those of all ranks, on rank 0.
@@ -224,10 +229,11 @@ def gather_bucket(bucket: dict[str, DTensor], ranks: Ranks) -> dict[str, Tensor]
     if parts is None:
         return {}
     # 3) Each tensor is its pieces in the order of ranks; what was padded is at the end.
+    parts = [part.cpu() for part in parts]
     full, start = {}, 0
     for name, shard in bucket.items():
         end = start + shard_numel(shard)
-        pieces = torch.cat([part[start:end] for part in parts]).cpu()
+        pieces = torch.cat([part[start:end] for part in parts])
         full[name] = pieces[: shard.numel()].clone().view(shard.shape)
         start = end
     return full
