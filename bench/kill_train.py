@@ -2,9 +2,10 @@
 nothing disturbed.
 
     python bench/kill_train.py --model MODEL --data data/NAME --out OUT
+    python bench/kill_train.py ... --train_args "--tune full --loss dpo --global_batch 8 ..."
 
 On one rank and on two (`--ranks`), `--kills` times each: half of the moments are random in time,
-the others while a checkpoint is being written. Adapter and validation pairs must be equal to the
+the others while a checkpoint is being written. Weights and validation pairs must be equal to the
 byte, metrics and summary but for wall times and memory. Then what saving costs, from the
 undisturbed run: seconds per save against seconds per step.
 """
@@ -117,10 +118,8 @@ def run_until(
 
 
 def content_of(run: Path) -> dict:
-    found = {
-        path.name: path.read_bytes()
-        for path in [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]
-    }
+    weights = next(run / name for name in ("adapter", "model") if (run / name).is_dir())
+    found = {path.name: path.read_bytes() for path in [*weights.iterdir(), run / "val_pairs.jsonl"]}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found["metrics.jsonl"] = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     summary = json.loads((run / "summary.json").read_text())
@@ -128,7 +127,8 @@ def content_of(run: Path) -> dict:
 
 
 def where(run: Path) -> str:
-    saved = sorted((run / "checkpoint").glob("step-*.safetensors"))
+    found = (run / "checkpoint").glob("step-*")
+    saved = sorted(path for path in found if path.suffix in ("", ".safetensors"))
     return f"newest checkpoint {saved[-1].stem}" if saved else "no checkpoint"
 
 

@@ -58,7 +58,7 @@ def state_of(study: Study, point: Point, last: dict[str, "Event"]) -> State:
         return State("running", step=len(lines), steps=planned, seconds=seconds)
     saved = [
         progress.step
-        for path in (folder / "checkpoint").glob("step-*.safetensors")
+        for path in checkpoint.saved_states(folder / "checkpoint")
         if (progress := checkpoint.progress_in(path))
     ]
     event = last[point.run_id].event if point.run_id in last else ""

@@ -8,14 +8,15 @@ it had not.
     results/<run_id>/.lock                                held by the process that trains the run
 
 Nothing else needs saving: the order of pairs, dropout and the learning rate are functions of seed
-and step. `checkpoint/` is removed when the run is finished.
+and step. `checkpoint/` is removed when the run is finished. Where all parameters are trained, a
+state is a folder that every rank writes to: sharded_checkpoint.py.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from pref.files import disk
+from pref.files import disk, run_folders
 from pref.files.console import UserError
 from pref.model import sharding
 from pref.model.ranks import Ranks
@@ -67,10 +68,40 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: not written ({error}); make room and run the same command again: it "
-            "continues from the last checkpoint"
-        ) from None
+        raise not_written(path, error) from None
+
+
+def not_written(path: Path, reason: object) -> UserError:
+    return UserError(
+        f"{path}: not written ({reason}); make room and run the same command again: it continues "
+        "from the last checkpoint"
+    )
+
+
+def on_all(
+    work: Callable[[], object], place: Path, ranks: Ranks, partial: Path | None = None
+) -> list:
+    """What `work` returns on each rank, by rank. If it cannot write on one of them, every rank
+    raises the UserError that says so, and rank 0 removes the folder `partial`.
+    """
+    result, reason = None, None
+    try:
+        result = work()
+    except (OSError, SafetensorError) as error:
+        reason = str(error)
+    outcomes = ranks.of_all((result, reason))
+    if reasons := [reason for _, reason in outcomes if reason]:
+        if partial is not None and ranks.main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise not_written(place, reasons[0])
+    return [result for result, _ in outcomes]
+
+
+def on_main(
+    work: Callable[[], object], place: Path, ranks: Ranks, partial: Path | None = None
+) -> object:
+    """What `work` returns on rank 0, which alone does it; otherwise as `on_all`."""
+    return on_all(lambda: work() if ranks.main else None, place, ranks, partial)[0]
 
 
 def sync(path: Path) -> None:
@@ -126,12 +157,9 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Remove all but the newest checkpoints, and best adapters that none of them names."""
-        paths = sorted(self.folder.glob("step-*.safetensors"))
-        for path in (*paths[:-KEPT], *self.folder.glob("*.tmp")):
+        for path in (*saved_states(self.folder)[:-KEPT], *self.folder.glob("*.tmp")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        wanted = {self.best(progress) for path in paths[-KEPT:] if (progress := progress_in(path))}
-        for best in set(self.folder.glob("best-*")) - wanted:
-            shutil.rmtree(best)
+        prune_best(self.folder)
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -181,7 +209,7 @@ class Checkpoints:
         """Progress and tensors of the newest checkpoint that can be used. A damaged one is
         reported and renamed to *.damaged.
         """
-        for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
+        for path in reversed(saved_states(self.folder)):
             try:
                 return self.read(path)
             except (SafetensorError, ValueError) as error:
@@ -203,17 +231,9 @@ class Checkpoints:
         # 1) Whole, but nothing that can be continued: not to be thrown away as if it were damaged.
         progress = progress_in(path)
         if progress is None:
-            raise UserError(
-                f"{path}: written by another version of this toolkit; continue the run with that "
-                f"version, or remove {self.folder.parent} to train it again"
-            )
-        shapes = {name: parameter.shape for name, (parameter, _) in self.trained.items()}
-        if {k.removeprefix("value/"): t.shape for k, t in values_of(tensors)} != shapes:
-            raise UserError(
-                f"{path}: holds other parameters than this run trains (another --lora_targets, or "
-                f"another version of PEFT); put back what has changed, or remove "
-                f"{self.folder.parent} to train the run again"
-            )
+            raise of_another_version(path)
+        shapes = {k.removeprefix("value/"): t.shape for k, t in values_of(tensors)}
+        check_parameters(path, shapes, self.trained, "another --lora_targets, or version of PEFT")
 
         # 2) What goes with it.
         if best := self.best(progress):
@@ -222,17 +242,56 @@ class Checkpoints:
                 raise ValueError(f"{best.name} is missing")
             if disk.sha256_file(weights) != progress.best_sha256:
                 raise ValueError(f"the adapter in {best.name} is not the one that was saved there")
-        if (self.metrics.stat().st_size if self.metrics.exists() else 0) < progress.metrics_bytes:
-            raise UserError(
-                f"{self.metrics}: shorter than when {path.name} was saved; put it back, or remove "
-                f"{self.folder.parent} to train the run again"
-            )
+        check_metrics(self.metrics, progress, path)
         return progress, tensors
 
 
 def values_of(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The trained parameters in a checkpoint, without the optimiser's state."""
     return ((key, tensor) for key, tensor in tensors.items() if key.startswith("value/"))
+
+
+def of_another_version(path: Path) -> UserError:
+    return UserError(
+        f"{path}: written by another version of this toolkit; continue the run with that version, "
+        f"or remove {path.parent.parent} to train it again"
+    )
+
+
+def check_parameters(path: Path, shapes: dict, trained: Trained, cause: str) -> None:
+    """Raise UserError if a checkpoint holds other parameters (shapes by name) than are trained."""
+    if shapes != {name: parameter.shape for name, (parameter, _) in trained.items()}:
+        raise UserError(
+            f"{path}: holds other parameters than this run trains ({cause}); put back what has "
+            f"changed, or remove {path.parent.parent} to train the run again"
+        )
+
+
+def check_metrics(metrics: Path, progress: Progress, path: Path) -> None:
+    """Raise UserError if metrics.jsonl has lost lines that precede the checkpoint `path`."""
+    if (metrics.stat().st_size if metrics.exists() else 0) < progress.metrics_bytes:
+        raise UserError(
+            f"{metrics}: shorter than when {path.name} was saved; put it back, or remove "
+            f"{metrics.parent} to train the run again"
+        )
+
+
+# ---- a folder of checkpoints --------------------------------------------------------------------
+
+
+def saved_states(checkpoints: Path) -> list[Path]:
+    """The states in a run's checkpoint/, files or folders, oldest first."""
+    return sorted(
+        path for path in checkpoints.glob("step-*") if path.suffix in ("", ".safetensors")
+    )
+
+
+def prune_best(checkpoints: Path) -> None:
+    """Remove the best weights that none of the states that are kept names."""
+    states = saved_states(checkpoints)[-KEPT:]
+    wanted = {best_folder(checkpoints, p.best_step) for path in states if (p := progress_in(path))}
+    for best in set(checkpoints.glob("best-*")) - wanted:
+        shutil.rmtree(best)
 
 
 def best_folder(checkpoints: Path, step: int | None) -> Path | None:
@@ -242,6 +301,8 @@ def best_folder(checkpoints: Path, step: int | None) -> Path | None:
 def progress_in(path: Path) -> Progress | None:
     """The progress that a checkpoint holds, read without its tensors; None if it cannot be read."""
     try:
+        if path.is_dir():
+            return Progress(**json.loads((path / "progress.json").read_text())["progress"])
         with safe_open(path, framework="pt") as file:
             return Progress(**json.loads((file.metadata() or {})["progress"]))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
@@ -277,12 +338,13 @@ def status_of(run: Path) -> tuple[bool, str]:
     record = disk.read_json(run / "args.json")
     if (run / "summary.json").is_file():
         summary = disk.read_json(run / "summary.json")
-        ending = "; no adapter: it was never evaluated after a step"
+        kind = run_folders.WEIGHTS.get(run_folders.tune_of(record), "weights")
+        ending = f"; no {kind}: it was never evaluated after a step"
         if summary["best_step"] is not None:
             ending = f"; best acc_ref {summary['best_acc_ref']:.4f} at step {summary['best_step']}"
         return True, f"{run.name}: {summary['status']} after {summary['steps']} steps{ending}"
 
-    paths = (run / "checkpoint").glob("step-*.safetensors")
+    paths = saved_states(run / "checkpoint")
     saved = [progress.step for path in paths if (progress := progress_in(path))]
     state = "nothing saved yet"
     if saved:
