@@ -244,8 +244,7 @@ def take_step(study: Study, split: Split, steps: int) -> dict:
     if finite:
         if progress.step == 0:
             gates.check_gradients(study.policy, ranks)
-        for group in study.optimizer.param_groups:
-            group["lr"] = lr
+        optimisers.set_learning_rate(study.optimizer, lr)
         study.optimizer.step()
         learned.step()
         progress.running_rho = 0.9 * progress.running_rho + 0.1 * means["margin/rho"]

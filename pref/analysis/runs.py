@@ -21,6 +21,8 @@ LATER_OPTIONS = {
     "tune": "lora",
     "optim": "adamw",
     "freeze": None,
+    "use_rslora": False,
+    "loraplus_lr_ratio": 1.0,
 }
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")

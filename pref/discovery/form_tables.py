@@ -125,12 +125,12 @@ TAKEN_LOSSES = words(
 TAKEN_ARGUMENTS = words(
     """append_eos beta_mix_lr checkpointing compile data discopop_form dry_run dtype epochs
     eval_steps freeze global_batch gpu gpu_gib help init_adapter kl learn_beta_mix learning_rate
-    logp lora_alpha lora_dropout lora_r lora_targets loss loss_file margin max_bad_pairs
-    max_grad_norm max_length max_nonfinite max_steps mfu mode model optim packing per_device_batch
-    plan_json prefix_sharing quant reference
+    logp lora_alpha lora_dropout lora_r lora_targets loraplus_lr_ratio loss loss_file margin
+    max_bad_pairs max_grad_norm max_length max_nonfinite max_steps mfu mode model optim packing
+    per_device_batch plan_json prefix_sharing quant reference
     reference_model report_to results_dir round run_id save_steps score score_alpha
     score_masked_log score_smoothing seed shard status tokens_per_microbatch truncation
-    tune warmup_ratio weight_decay"""
+    tune use_rslora warmup_ratio weight_decay"""
 )
 # Parameters that losses of losses.py have too, and the values that train_pref.py allows them: from
 # the first up to but not including the second, 0 itself only where the third says so.

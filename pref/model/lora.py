@@ -4,6 +4,8 @@ A LoRA layer adds a product of two small matrices to a frozen linear layer:
 
     y = base(x) + scaling * dropout(x) A^T B^T      A (r, in), B (out, r), scaling = alpha / r
 
+or alpha / sqrt(r) for rank-stabilised LoRA (rsLoRA, https://arxiv.org/abs/2312.03732).
+
 B starts at zero, so that an untrained adapter is the identity and the policy equals its reference.
 With --init_adapter training starts from another run's adapter. With --reference start that start
 is part of the reference: its A and B are kept next to the trained ones (`initial_A`, `initial_B`).
@@ -68,12 +70,14 @@ def add_lora(
     seed: int,
     init: Path | None = None,
     is_reference: bool = True,
+    rslora: bool = False,
 ) -> PeftModel:
     """`base` with LoRA adapters in fp32: A random from `seed` (the same for every loss), B zero.
 
     targets: 'all-linear' (every linear layer but the output head) or module names with commas.
-    init: the folder of an adapter to start from; its config replaces r, alpha and targets.
+    init: the folder of an adapter to start from; its config replaces r, alpha, targets and rslora.
     is_reference: it is part of the reference too; if not, the reference is `base` alone.
+    rslora: updates are scaled by alpha / sqrt(r).
 
     Raises UserError if the targets are not in the model or `init` does not fit it.
     """
@@ -85,6 +89,7 @@ def add_lora(
         config = LoraConfig(
             r=r,
             lora_alpha=alpha,
+            use_rslora=rslora,
             lora_dropout=dropout,
             target_modules=targets if targets == "all-linear" else targets.split(","),
             task_type="CAUSAL_LM",

@@ -109,6 +109,11 @@ OPTIMISATION = (
         + ", ".join(f"{rate:g} with --tune {tune}" for tune, rate in LEARNING_RATES.items())
         + ")"
     ),
+    Argument(
+        "loraplus_lr_ratio", float, 1.0, range=ABOVE_0, tag="loraplus", always_recorded=False
+    ).describe(
+        "LoRA+: learning rate of the LoRA matrices B over that of A, which has --learning_rate"
+    ),
     Argument("beta_mix_lr", float, 1e-3, range=RATES, tag="mlr").describe(
         "with --learn_beta_mix: learning rate of log beta_mix"
     ),
@@ -185,6 +190,9 @@ MODEL = (
     Argument("lora_alpha", int, 16, range=ABOVE_0, tag="a").describe(
         "LoRA updates are scaled by alpha / r"
     ),
+    Argument("use_rslora", bool, False, tag="rslora", always_recorded=False).describe(
+        "rank-stabilised LoRA: scale the updates by alpha / sqrt(r)"
+    ),
     Argument("lora_dropout", float, 0.05, range=BELOW_1, tag="do").describe(
         "dropout on the input of the LoRA matrices"
     ),
@@ -237,6 +245,8 @@ def names_affecting(*what: str) -> tuple[str, ...]:
 
 
 NOT_RECORDED = names_affecting("session")  # left out of args.json
+# What an args.json says that does not have these keys.
+UNLESS_RECORDED = {a.name: a.default for a in ARGUMENTS if not a.always_recorded}
 
 
 def loss_arguments() -> dict[str, Argument]:

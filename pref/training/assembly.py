@@ -112,6 +112,7 @@ def with_adapter(args: argparse.Namespace, base: PreTrainedModel, ranks: Ranks) 
         seed=args.seed,
         init=args.init_adapter,
         is_reference=args.reference_model == "start",
+        rslora=args.use_rslora,
     )
     if warning := tied_head_warning(adapted):
         ranks.print(f"warning: {warning}")

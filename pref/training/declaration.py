@@ -54,6 +54,9 @@ class Argument(NamedTuple):
     options: dict | None = None  # further keywords of argparse's add_argument
     help: str = ""
     flag: str = ""  # on the command line, where it is not the name, which args.json has
+    # Whether args.json has it where it is the default. Not for an option that few runs use and
+    # earlier versions did not have: their records say the same.
+    always_recorded: bool = True
 
     def describe(self, help: str) -> "Argument":
         """The same argument with its help text, which names the unit."""

@@ -1,9 +1,13 @@
 """The optimiser of a run: AdamW, on the adapter or on all parameters, or with moments in 8 bits.
 
-- `--tune lora`: AdamW on the adapter's matrices, all of them with `--weight_decay`.
+- `--tune lora`: AdamW on the adapter's matrices, all of them with `--weight_decay`; with
+  `--loraplus_lr_ratio` those called B have a learning rate of their own.
 - `--tune full`: AdamW on all trained parameters. Norms and biases (one dimension) do not decay.
 - `--optim adamw_8bit`: the same with the moments of bitsandbytes, 8 bits each, scaled in blocks of
   256. The blocks are of a rank's own shards, so that another number of ranks rounds differently.
+
+Parameters that share settings are a group, a dict of torch.optim with a key of our own, `lr_ratio`:
+its learning rate over that of the schedule.
 """
 
 import argparse
@@ -22,22 +26,49 @@ TRIED = 4096  # elements of a tensor from which on bitsandbytes keeps its moment
 
 def make(policy: ResponseLogps, args: argparse.Namespace) -> "torch.optim.Optimizer | AdamW8bit":
     """The optimiser of the policy's trained parameters, which must be sharded already."""
-    parameters = list(trainable(policy).values())
+    parameters = trainable(policy)
     settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.tune == "lora":
-        return torch.optim.AdamW(parameters, **settings)
-    groups = decay_groups(parameters)
+        return torch.optim.AdamW(adapter_groups(args, parameters), **settings)
+    groups = decay_groups(list(parameters.values()))
     if args.optim == "adamw_8bit":
         return AdamW8bit(groups, **settings)
     # Not foreach, the default on CUDA: it holds the root of all second moments at once.
     return torch.optim.AdamW(groups, foreach=False, **settings)
 
 
+def set_learning_rate(optimizer: "torch.optim.Optimizer | AdamW8bit", lr: float) -> None:
+    """Give every group its share of `lr`, the schedule's learning rate at this step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+
+
+def adapter_groups(args: argparse.Namespace, parameters: dict[str, nn.Parameter]) -> list[dict]:
+    """Groups of an adapter's matrices by name; `lr` and `lr_ratio` in each.
+
+    LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354) trains the matrices B, which start
+    at zero, with a larger learning rate than A. As in PEFT's create_loraplus_optimizer, the
+    ratio multiplies B's rate. AdamW subtracts learning rate * weight decay * weight: of B, too,
+    that is `lr_ratio` times as much.
+    """
+    ratio = args.loraplus_lr_ratio
+    if ratio == 1:
+        by_ratio = {1.0: list(parameters.values())}
+    else:
+        by_ratio = {1.0: [], ratio: []}
+        for name, parameter in parameters.items():
+            by_ratio[ratio if ".lora_B." in name else 1.0].append(parameter)
+    return [
+        {"params": members, "lr": args.learning_rate * ratio, "lr_ratio": ratio}
+        for ratio, members in by_ratio.items()
+    ]
+
+
 def decay_groups(parameters: list[nn.Parameter]) -> list[dict]:
-    """Parameters with and without weight decay, as torch's optimisers take them."""
+    """Groups of parameters with and without weight decay."""
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "lr_ratio": 1.0},
+        {"params": [p for p in parameters if p.ndim < 2], "lr_ratio": 1.0, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -57,7 +57,12 @@ def begin_record(args: argparse.Namespace, parameters: dict, own_loss: dict, ran
     """What args.json will hold, as far as it is known without weights and token ids. own_loss:
     from arguments.check_own_loss.
     """
-    given = {key: value for key, value in vars(args).items() if key not in arguments.NOT_RECORDED}
+    absent = arguments.UNLESS_RECORDED
+    given = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in arguments.NOT_RECORDED and not (key in absent and value == absent[key])
+    }
     return {
         **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},
         **parameters,
@@ -96,8 +101,9 @@ def check_same_run(folder: Path, record: dict) -> None:
                 "back, give another --run_id, or remove the folder"
             )
         return
-    old = {"tune": "lora"} | disk.read_json(folder / "args.json")  # which earlier versions lack
-    new = json.loads(json.dumps(record))
+    old, new = disk.read_json(folder / "args.json"), json.loads(json.dumps(record))
+    old, new = arguments.UNLESS_RECORDED | old, arguments.UNLESS_RECORDED | new
+    old = {"tune": "lora"} | old  # which earlier versions lack
     free = NOT_THE_RUN
     if old.get("loss") not in COUPLES_BATCH:
         free = NOT_THE_RUN | NOT_THE_RUN_UNLESS_COUPLED
@@ -106,6 +112,8 @@ def check_same_run(folder: Path, record: dict) -> None:
     if new.get("eval_steps") is None and old.get("eval_steps") == EARLIER_EVAL_STEPS:
         # Begun by an earlier version with its default, or by one that was given the same.
         free = free | {"eval_steps"}
+    if new.get("init_adapter_sha256"):  # which says how its matrices are scaled
+        free = free | {"use_rslora"}
     different = [key for key in new if key in old and key not in free and old[key] != new[key]]
     if different:
         changes = ", ".join(

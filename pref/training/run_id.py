@@ -42,7 +42,7 @@ def run_id_of(args: argparse.Namespace, parameters: dict, defaults: argparse.Nam
     #    its first round is, before there is an adapter to hash.
     is_later = (args.round or 1) > 1
     if args.init_adapter and not is_later:
-        for key in ("lora_r", "lora_alpha", "lora_targets"):
+        for key in ("lora_r", "lora_alpha", "use_rslora", "lora_targets"):
             changed.pop(key, None)
         changed["init_adapter_sha256"] = (args.init_adapter_sha256 or "")[:8]
 

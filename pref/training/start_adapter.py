@@ -22,7 +22,7 @@ from pref.model.ranks import Ranks
 from pref.training import arguments, settings
 from pref.training.reference import BaseHashes
 
-OF_ADAPTER = ("lora_r", "lora_alpha", "lora_targets", "init_adapter_sha256")
+OF_ADAPTER = ("lora_r", "lora_alpha", "use_rslora", "lora_targets", "init_adapter_sha256")
 
 
 class Origin(NamedTuple):
@@ -51,8 +51,8 @@ def is_run(folder: Path) -> bool:
 
 
 def with_start(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with the folder of --init_adapter, its r, alpha and targets, the hash of its weights
-    and of how they are scaled where that is not by alpha / r, the reference and the round.
+    """`args` with the folder of --init_adapter, its r, alpha, scaling and targets, the hash of its
+    weights and of how they are scaled where that is not by alpha / r, the reference and the round.
 
     The hash is None if there is no adapter (`is_missing`). Raises UserError if the adapter cannot
     be trained on, or other values were given along with it.
@@ -79,6 +79,7 @@ def with_start(args: argparse.Namespace) -> argparse.Namespace:
     found = {
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,
+        "use_rslora": bool(config.use_rslora),
         "lora_targets": target_names(origin.adapter),
     }
     for key, value in found.items():
@@ -214,6 +215,7 @@ def check_missing(args: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
         record = disk.read_json(folder / "args.json")
         paths = (str(args.init_adapter), str(args.init_adapter / "adapter"))
         if record.get("init_adapter") in paths:
+            record = arguments.UNLESS_RECORDED | record
             return settings.replaced(args, **{key: record[key] for key in OF_ADAPTER})
     raise missing(args.init_adapter)
 
