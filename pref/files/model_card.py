@@ -8,7 +8,8 @@ from pref.files import disk
 # Arguments of train_pref.py that say how a run was trained, in this order.
 SHOWN = ("beta", "tau", "beta_mix", "discopop_tau", "kl", "gamma", "label_smoothing", "margin")
 SHOWN += ("learning_rate", "epochs", "max_steps", "global_batch", "max_length", "weight_decay")
-SHOWN += ("warmup_ratio", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "quant", "dtype")
+SHOWN += ("warmup_ratio", "loraplus_lr_ratio", "tune", "freeze", "optim", "lora_r", "lora_alpha")
+SHOWN += ("use_rslora", "lora_dropout", "lora_targets", "quant", "dtype")
 SHOWN += ("seed", "init_adapter", "round")
 # Values of summary.json that are shown.
 ACCURACIES = {
