@@ -56,7 +56,7 @@ def finished(arguments, tmp_path_factory):
 
 
 def optimisation(**more) -> argparse.Namespace:
-    given = {"learning_rate": 3e-4, "weight_decay": 0.02, "warmup_ratio": 0.25}
+    given = {"tune": "lora", "learning_rate": 3e-4, "weight_decay": 0.02, "warmup_ratio": 0.25}
     return argparse.Namespace(**given, **more)
 
 
@@ -74,7 +74,7 @@ def groups_of(optimizer) -> dict[frozenset, tuple]:
 
 def test_learning_rates_are_those_of_peft_at_every_step_of_the_schedule(policy):
     args, steps = optimisation(loraplus_lr_ratio=16.0), 8
-    ours = optimisers.make(args, trainable(policy))
+    ours = optimisers.make(policy, args)
     theirs = create_loraplus_optimizer(
         policy.model,
         torch.optim.AdamW,
@@ -98,7 +98,7 @@ def test_learning_rates_are_those_of_peft_at_every_step_of_the_schedule(policy):
 
 def test_without_it_there_is_one_group_with_the_schedules_rate(policy):
     """Byte for byte the optimiser of before: the order of its parameters too."""
-    optimizer = optimisers.make(optimisation(loraplus_lr_ratio=1.0), trainable(policy))
+    optimizer = optimisers.make(policy, optimisation(loraplus_lr_ratio=1.0))
     (group,) = optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in trainable(policy).values()]
     optimisers.set_learning_rate(optimizer, 1.2345e-5)
