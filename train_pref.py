@@ -212,7 +212,7 @@ def compute_gradients(study: Study, split: Split, members: list[int]) -> Step:
     #    the device, so that the host waits for it only once, at the end. The tokens of all ranks
     #    are those of all pairs.
     grads = [sharding.local(p.grad) for p in trainable(policy).values() if p.grad is not None]
-    totals["squared_norm"] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+    totals["squared_norm"] = sum_of_squares(grads, args.tune)
     summed = ranks.sum(torch.stack(list(totals.values())))
     squared_norm = dict(zip(totals, summed))["squared_norm"]
     if args.max_grad_norm:  # 0: no clipping
@@ -224,6 +224,19 @@ def compute_gradients(study: Study, split: Split, members: list[int]) -> Step:
     means = {name: total / len(members) for name, total in values.items()}
     tokens = sum(packing.size(split.pairs[i]) for i in members)
     return Step(means, tokens, grad_norm)
+
+
+def sum_of_squares(grads: list[Tensor], tune: str) -> Tensor:
+    """The sum of the squares of all elements, fp64.
+
+    On the CPU torch adds up a norm one element after another in fp32: of 30 million elements it is
+    0.2 % too small, of 200 million 3 %. Norms of rows are exact enough, whatever the matrix.
+    """
+    if tune == "lora":
+        norms = torch.stack(torch._foreach_norm(grads))
+    else:
+        norms = torch.cat([torch.linalg.vector_norm(g, dim=-1).reshape(-1) for g in grads])
+    return norms.double().square().sum()
 
 
 def take_step(study: Study, split: Split, steps: int) -> dict:

@@ -200,7 +200,7 @@ def test_two_steps_are_those_of_a_plain_loop(tiny_model, pairs_folder, tmp_path,
     ]
     if not tied:
         folder = untied(tiny_model, tmp_path / "untied")
-    study, split = study_of(folder, pairs, "--max_grad_norm", "0.5")
+    study, split = study_of(folder, pairs, "--max_grad_norm", "0.5", "--learning_rate", "1e-4")
     starts = {name: p.detach().clone() for name, p in plain_names(study.policy).items()}
     plain, model = plain_steps(folder, pairs, study.args, steps=2)
     for step, expected in enumerate(plain):
@@ -213,7 +213,7 @@ def test_two_steps_are_those_of_a_plain_loop(tiny_model, pairs_folder, tmp_path,
         total = math.sqrt(sum(g.square().sum().item() for g in expected.grads.values()))
         # AdamW's first step is the sign of each gradient. Where one is zero but for rounding, its
         # weight moves anywhere up to the learning rate.
-        tolerance = (1e-6, 5e-6)[step]
+        tolerance = (1e-6, 2e-6)[step]
         assert step0.grad_norm == pytest.approx(total, rel=tolerance)
         for name, gradient in expected.grads.items():
             apart = (ours[name].grad - gradient).norm()
@@ -223,7 +223,7 @@ def test_two_steps_are_those_of_a_plain_loop(tiny_model, pairs_folder, tmp_path,
         train_pref.take_step(study, split, 2)
     for name, parameter in model.named_parameters():
         moved = (parameter - starts[name]).norm()
-        assert (plain_names(study.policy)[name] - parameter).norm() < 1e-2 * moved, name
+        assert (plain_names(study.policy)[name] - parameter).norm() < 1e-3 * moved, name
 
 
 def untied(tiny_model, folder):
@@ -257,6 +257,14 @@ def test_layout_and_accumulation_change_no_gradient(tiny_model, pairs_folder, la
     assert other.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     for name, gradient in gradients.items():
         assert (gradient - others[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_the_norm_of_a_large_gradient():
+    torch.manual_seed(0)
+    grads = [torch.randn(1500, 1000), torch.randn(300), torch.zeros(0, 7), torch.zeros(0)]
+    exact = sum(g.double().square().sum().item() for g in grads)
+    assert train_pref.sum_of_squares(grads, "full").item() == pytest.approx(exact, rel=1e-7)
+    assert train_pref.sum_of_squares(grads, "lora").item() != pytest.approx(exact, rel=1e-6)
 
 
 # ---- what is trained, and how it is stepped ------------------------------------------------------
