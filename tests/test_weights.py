@@ -14,7 +14,7 @@ from test_train import metrics_of, train, train_args
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pref.files import sources
+from pref.files import sources, tensor_files
 from pref.files.console import UserError
 from pref.model import weights
 from pref.model.loading import check_backward, load_base
@@ -337,13 +337,13 @@ def test_another_model(tiny_model, copy, change):
 
 def test_a_file_is_hashed_once_until_it_changes(tiny_model, copy, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights, "HASH_CACHED_FROM", 0)
-    hashed, digests = [], weights.tensor_digests
-    monkeypatch.setattr(weights, "tensor_digests", lambda p: hashed.append(p) or digests(p))
+    monkeypatch.setattr(tensor_files, "HASH_CACHED_FROM", 0)
+    hashed, digests = [], tensor_files.tensor_digests
+    monkeypatch.setattr(tensor_files, "tensor_digests", lambda p: hashed.append(p) or digests(p))
     path = copy / "model.safetensors"
     assert identity(copy) == identity(copy)
     assert len(hashed) == 2  # changed a moment ago: it may change again within the clock's tick
-    monkeypatch.setattr(weights, "SETTLED_S", -1)
+    monkeypatch.setattr(tensor_files, "SETTLED_S", -1)
     before = identity(copy)
     assert identity(copy) == before and len(hashed) == 3
 

@@ -23,10 +23,9 @@ from pathlib import Path
 from pref.analysis import bench_data, judge_identity, run_metrics, stats
 from pref.analysis.bench_data import AllData, BenchData
 from pref.analysis.runs import MT_BENCH, BenchFiles, JudgeKey, Run, Stale
-from pref.files import console, disk, mt_bench, run_folders
+from pref.files import console, mt_bench, run_folders
 from pref.files.console import UserError
 
-ADAPTER = Path("adapter", "adapter_model.safetensors")
 # A margin this near to 0 (nats) may have another sign in the float32 of the training.
 NEAR_TIE = 5e-3
 # Mean change of the reference's margins (nats) that is no rounding: a run that was continued may
@@ -151,9 +150,9 @@ def why_other_curve(run: Run) -> str | None:
 
 
 def check_adapter(run: Run) -> Run:
-    """Take out answers that are not by the adapter in the folder."""
-    weights = run.path / ADAPTER
-    in_folder = None  # hash of the adapter, once it is needed
+    """Take out answers that are not by the weights in the folder."""
+    kind = run_folders.WEIGHTS.get(run_folders.tune_of(run.args), "weights")
+    in_folder = None  # hash of the weights, once it is needed
     for bench, files in run.benches.items():
         answered_by = {row.get("adapter_sha256") for row in files.answers.values()} - {None}
         if not answered_by:
@@ -161,13 +160,13 @@ def check_adapter(run: Run) -> Run:
         if run.untrained:
             why = "its answers are by an adapter, and the untrained model has none"
         elif run.status == "unfinished":
-            why = "it is being trained again, and its answers are by the adapter of before"
+            why = f"it is being trained again, and its answers are by the {kind} of before"
         else:
-            if in_folder is None and weights.is_file():
-                in_folder = disk.sha256_file(weights)
+            if in_folder is None:
+                in_folder = run_folders.weights_sha256(run.path)
             if in_folder is None or answered_by == {in_folder}:
                 continue
-            why = "its adapter was trained again, or replaced, after its answers were made"
+            why = f"its {kind} was trained again, or replaced, after its answers were made"
         run = without_answers(run, bench, why)
     return run
 

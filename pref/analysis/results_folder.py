@@ -169,6 +169,9 @@ def read_args(path: Path) -> dict:
             )
     if args["mode"] not in ("full", "trial"):
         raise UserError(f"{path}: mode {args['mode']!r} must be full or trial")
+    if (tune := run_folders.tune_of(args)) not in run_folders.WEIGHTS:
+        known = " or ".join(run_folders.WEIGHTS)
+        raise UserError(f"{path}: tune {tune!r} must be {known}")
     for name in (path.parent.name, args.get("run_id", path.parent.name)):
         run_folders.check_run_id(str(name), path)
     numbers = {key: read_number(args, key, path) for key in ("beta", "tau", "seed")}

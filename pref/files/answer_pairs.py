@@ -177,13 +177,14 @@ def check_answers(path: Path, answers: dict[AnswerKey, dict]) -> None:
 
 
 def check_adapter(folder: Path, answers: dict[AnswerKey, dict]) -> None:
-    """Raise UserError for answers of an adapter that the run no longer has."""
-    weights = folder.parent / "adapter" / "adapter_model.safetensors"
+    """Raise UserError for answers of weights that the run no longer has."""
     answered_by = next(iter(answers.values())).get("adapter_sha256")
-    if answered_by and weights.is_file() and answered_by != disk.sha256_file(weights):
+    now = run_folders.weights_sha256(folder.parent) if answered_by else None
+    if now is not None and answered_by != now:
+        weights = run_folders.weight_files(folder.parent)[0]
         raise UserError(
-            f"{folder}: these answers are from an older adapter than {weights}; run gen_mtbench.py "
-            "and judge.py again"
+            f"{folder}: these answers are from an older {weights.parent.name} than {weights}; run "
+            "gen_mtbench.py and judge.py again"
         )
 
 

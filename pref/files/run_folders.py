@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pref.files import disk
+from pref.files import disk, tensor_files
 from pref.files.console import UserError
 
 BASE_RUN = "base"  # run id of the untrained model
@@ -80,6 +80,31 @@ def weights_of(run: Path) -> Path:
             "version that trained the run"
         )
     return run / WEIGHTS[tune]
+
+
+def weight_files(run: Path) -> list[Path]:
+    """The files of a run's trained weights. None if there are none: it is the untrained model, has
+    not finished, or diverged before an evaluation.
+    """
+    folder = weights_of(run) if (run / "args.json").is_file() else run / WEIGHTS["lora"]
+    is_adapter = folder.name == WEIGHTS["lora"]
+    return sorted(folder.glob("adapter_model.safetensors" if is_adapter else "*.safetensors"))
+
+
+def has_weights(run: Path) -> bool:
+    return bool(weight_files(run))
+
+
+def weights_sha256(run: Path) -> str | None:
+    """Which trained weights a run has, as its answers keep it (`adapter_sha256` in answers.jsonl):
+    the hash of an adapter's file, or one of all tensors of a model. None if it has none.
+    """
+    paths = weight_files(run)
+    if not paths:
+        return None
+    if paths[0].parent.name == WEIGHTS["lora"]:
+        return disk.sha256_file(paths[0])
+    return tensor_files.digest_of(paths)
 
 
 def folder_of(run: Path) -> Path:

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pref.files import tensor_files
 from pref.files.console import UserError
 from pref.judging import reward_armo
 from pref.model import architecture, chat, loading, logps, template, weights
@@ -131,7 +132,7 @@ def check_head(place: Place) -> None:
     paths = weights.weight_files(files.folder, files.config, place.name)
     if any(path.suffix != ".safetensors" for path in paths):
         return
-    stored = {t.name: t.form for path in paths for t in weights.tensors_of(path, place.name)}
+    stored = {t.name: t.form for path in paths for t in tensor_files.tensors_of(path, place.name)}
     head = next((stored[name] for name in HEADS if name in stored), None)
     if head is None:
         name = (files.config.get("architectures") or ["it"])[0]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.files import benchmarks, console, disk, mt_bench, run_folders
+from pref.files import benchmarks, console, mt_bench, run_folders
 from pref.files.benchmarks import MT_BENCH
 from pref.files.console import UserError
 from pref.judging.benchmark import PAIR, PROGRAM, Bench
@@ -116,13 +116,15 @@ def check_questions(path: Path, answers: dict, bench: Bench) -> None:
 
 
 def check_adapter(run: Path, answers: dict, bench: str = MT_BENCH) -> None:
-    """Raise UserError for answers of an adapter that the run no longer has."""
-    weights = run / "adapter" / "adapter_model.safetensors"
+    """Raise UserError for answers of weights that the run no longer has."""
     answered_by = {row["adapter_sha256"] for row in answers.values() if row.get("adapter_sha256")}
-    if answered_by and weights.is_file() and answered_by != {disk.sha256_file(weights)}:
+    if not answered_by:
+        return
+    now = run_folders.weights_sha256(run)
+    if now is not None and answered_by != {now}:
         raise UserError(
-            f"run {run.resolve().name}: its answers are from an older adapter; answer again with "
-            f"{answer_command(run, bench)}"
+            f"run {run.resolve().name}: its answers are from an older "
+            f"{run_folders.weights_of(run).name}; answer again with {answer_command(run, bench)}"
         )
 
 

@@ -74,7 +74,7 @@ def can_start(runner: Scheduler, point: Point) -> bool:
         runner.reasons[point.run_id] = f"{point.start}, which it starts from, is not trained"
     elif summary["status"] == "diverged" or summary["best_step"] is None:
         runner.drop(point.run_id, f"{point.start}, which it would start from, diverged")
-    elif not (folder / "adapter" / "adapter_model.safetensors").is_file():
+    elif not run_folders.has_weights(folder):
         runner.reasons[point.run_id] = f"the adapter of {point.start} is missing"
     else:
         return True

@@ -200,8 +200,9 @@ def what_run_lacks(study: Study, name: str, benches: list[BenchState]) -> str | 
             return "not trained" if "train" in study.stages else None
         if summary["best_step"] is None:
             return None  # it diverged before its first evaluation: there is no adapter to answer
-        if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-            return f"its adapter is missing; restore it, or remove {folder} to train it again"
+        if not run_folders.has_weights(folder):
+            missing = run_folders.weights_of(folder).name
+            return f"its {missing} is missing; restore it, or remove {folder} to train it again"
 
     # 2) Answers and verdicts, of one benchmark after another.
     for bench in benches:
