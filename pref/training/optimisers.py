@@ -103,11 +103,12 @@ class AdamW8bit:
 
     @property
     def state(self) -> Mapping[nn.Parameter, dict]:
-        """The state of each parameter's shard: `step`, and `state1` and `state2`, in 8 bits with
-        `absmax1` and `absmax2` (a number for BLOCK of them), or in fp32 for less than TRIED
-        elements.
+        """The state of each parameter's shard, {} for an empty one: `step`, and `state1` and
+        `state2`, in 8 bits with `absmax1` and `absmax2` (a number for BLOCK of them), or in fp32
+        for less than TRIED elements.
         """
-        return {p: self.of_shards.state[shard] for p, shard in self.shards.items()}
+        states = self.of_shards.state
+        return {p: states[self.shards[p]] if p in self.shards else {} for p in self.parameters}
 
     @torch.no_grad()
     def step(self) -> None:
