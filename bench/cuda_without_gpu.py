@@ -341,7 +341,7 @@ def measure(row: Row, folder: Path, tokens: int, fake) -> Found:
     # 1) The plan. The tracker knows of tensors alone.
     args, pairs = arguments_of(row, folder, tokens), make_pairs(tokens)
     batch = batch_on_cuda(pairs, fake)
-    sizes = memory.sizes_of(args)
+    sizes = memory.sizes_of(args, on_cuda=True)
     plan = memory.memory_of(args, sizes, batch.tokens, len(batch.targets), row.ranks, on_cuda=True)
     planned = plan.total - plan.process - memory.CUBLAS / GIB
 

@@ -171,7 +171,7 @@ def test_meta_device_counts_what_a_step_keeps(tiny_model, val_pairs):
     args = arguments.parse_args(
         ["--model", str(tiny_model), "--dtype", "float32", "--lora_r", "4", "--lora_dropout", "0"]
     )
-    kept = memory.sizes_of(args).kept
+    kept = memory.sizes_of(args, on_cuda=False).kept
     measured = (kept_bytes(policy, batch) - weights) / batch.tokens
     assert sum(kept.layers) + kept.rest == pytest.approx(measured, rel=0.1)
 
@@ -546,7 +546,7 @@ def test_shapes_without_weights(tiny_model):
     whole = shapes_of(str(tiny_model))
     assert all(p.is_meta for p in whole.parameters()) and len(whole.model.layers) == 2
     args = arguments.parse_args(["--model", str(tiny_model), "--dtype", "float32"])
-    kept = memory.sizes_of(args).kept
+    kept = memory.sizes_of(args, on_cuda=False).kept
     # The first layer's input needs no gradient: nothing before it is trained.
     assert 0 < kept.rest < kept.layers[0] < kept.layers[1]
 

@@ -6,6 +6,7 @@ they give the memory of a rank (`memory_of`).
 """
 
 import argparse
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,10 @@ PROBE_TOKENS = 258
 # Share of the activations autograd keeps that compiled layers keep too: measured on a Llama, 18.7
 # of 24.1 kB per token.
 COMPILED_SHARE = 0.78
+# What the gradients in the last layer take, as a share of the activations that it keeps. On a CPU
+# measured with CPU_HEAP; for CUDA from torch's MemTracker (bench/cuda_without_gpu.py): what the
+# backward pass has read is freed, and its gradients take the place.
+GRADIENTS = {"cpu": 1.0, "cuda": 0.25}
 # Growth of a process on CPU before the first step, bytes: kernels, threads, check_logps.
 CPU_GROWTH = 0.55 * 2**30
 # Size of the C library's heap over that of the tensors in it, by --compile (measured).
@@ -101,7 +106,7 @@ def with_lora(base: nn.Module, args: argparse.Namespace) -> PeftModel:
     return adapted
 
 
-def sizes_of(args: argparse.Namespace) -> Sizes:
+def sizes_of(args: argparse.Namespace, on_cuda: bool) -> Sizes:
     """The sizes of the model and adapter of a run. It depends on --dtype, --packing and
     --prefix_sharing, which must be settled.
     """
@@ -135,7 +140,7 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
         vocabulary=config.vocab_size,
         attention=heads * of_head,
         trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        kept=kept_bytes(args, adapted),
+        kept=kept_bytes(args, adapted, on_cuda),
         is_full=args.tune == "full",
         root=parameters - sum(block_sizes),
         head=linear.weight.numel() if is_trained_head else 0,
@@ -152,7 +157,7 @@ def expert_share(config: PretrainedConfig) -> float:
     return chosen / there if chosen and there else 1.0
 
 
-def kept_bytes(args: argparse.Namespace, adapted: nn.Module) -> Kept:
+def kept_bytes(args: argparse.Namespace, adapted: nn.Module, on_cuda: bool) -> Kept:
     """What autograd keeps, counted in a forward pass on the meta device; where the architecture
     cannot be run there (it looks at values), the inputs and outputs of all linear layers.
 
@@ -163,6 +168,9 @@ def kept_bytes(args: argparse.Namespace, adapted: nn.Module) -> Kept:
     dtype, plain = getattr(torch, args.dtype), "on" not in (args.packing, args.prefix_sharing)
     policy = ResponseLogps(adapted.to(dtype), settings.attention_of(args))
     layers = logps.decoder_layers(policy)
+    if on_cuda:
+        for module in lora.lora_dropouts(policy):
+            module.forward = partial(dropout_on_cuda, p=getattr(module, "p", 0.0))
     third = [0] * (PROBE_TOKENS // 3)
     packing = Packing(pad_id=0, padded=plain, shared=not plain)
     batch = make_batch([TokenPair(third, third, third)], packing, torch.device("meta"))
@@ -193,6 +201,13 @@ def kept_bytes(args: argparse.Namespace, adapted: nn.Module) -> Kept:
         sizes[number] += nbytes  # the last one is what has no layer
     del hidden  # held the graph, and with it the saved tensors, until here
     return Kept([size // tokens for size in sizes[:-1]], sizes[-1] // tokens)
+
+
+def dropout_on_cuda(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout as CUDA computes it: a byte is kept for each element, where the CPU, and with it the
+    meta device, keeps the factor that the element was multiplied with.
+    """
+    return torch.native_dropout(x, p, True)[0] if p else x
 
 
 def linear_bytes(layer: nn.Module, dtype: torch.dtype) -> int:
@@ -227,7 +242,7 @@ def memory_of(
     heap = 1 if on_cuda else CPU_HEAP[args.compile]
     chunk = min(head.chunk_tokens(sizes.vocabulary, on_cuda), responses) * sizes.vocabulary
     logits = heap * (chunk * (width + 12) + 2 * responses * sizes.hidden * width)
-    activations = heap * largest * bytes_per_token(args, sizes)
+    activations = heap * largest * bytes_per_token(args, sizes, on_cuda)
 
     # 3) What the process has besides.
     if on_cuda:
@@ -301,19 +316,19 @@ def checkpointed_layers(args: argparse.Namespace, layers: int) -> int:
     return named[args.checkpointing] if args.checkpointing in named else int(args.checkpointing)
 
 
-def bytes_per_token(args: argparse.Namespace, sizes: Sizes) -> float:
+def bytes_per_token(args: argparse.Namespace, sizes: Sizes, on_cuda: bool) -> float:
     """Bytes of activations for each token of a micro-batch, when they are the most.
 
     The first k layers are checkpointed and keep their inputs; the others keep what autograd saves.
-    The most is held as the backward pass begins, in the last layer, which needs about its own
-    activations again for its gradients. Until it comes to the k layers, which are then recomputed
-    one at a time, those of all others are free. With k = L the last layer is held twice too: once
-    recomputed, and once for its gradients.
+    The most is held as the backward pass begins, in the last layer, which needs GRADIENTS besides.
+    Until it comes to the k layers, which are then recomputed one at a time, those of all others are
+    free. With k = L the last layer is one of them, and recomputed first.
     """
     width = 2 if args.dtype == "bfloat16" else 4
     share = COMPILED_SHARE if args.compile == "on" else 1
     count, kept = checkpointed_layers(args, sizes.layers), sizes.kept
-    held = share * (sum(kept.layers[count:]) + max(kept.layers))
+    gradients = GRADIENTS["cuda" if on_cuda else "cpu"] * max(kept.layers)
+    held = share * (sum(kept.layers[count:]) + gradients)
     if count == sizes.layers:
         held += share * max(kept.layers)
     return count * sizes.hidden * width + held + kept.rest

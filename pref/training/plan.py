@@ -261,7 +261,9 @@ def of_run(
         for step in range(steps)
     ]
     load = load_of(pairs, members, packing, world, device.on_cuda)
-    draft = Draft(load, memory.sizes_of(args), max(map(packing.size, pairs)), world, device)
+    draft = Draft(
+        load, memory.sizes_of(args, device.on_cuda), max(map(packing.size, pairs)), world, device
+    )
 
     # 2) How the work is done, and the load as it then is.
     args = decide(args, packing, draft)
