@@ -42,6 +42,7 @@ from pref.training import (
     assembly,
     checkpoint,
     cpu_memory,
+    disk_room,
     gates,
     hardware,
     loss_options,
@@ -58,6 +59,7 @@ from pref.training.learned_mix import LearnedMix
 from pref.training.peak_memory import peak_gib
 from pref.training.reference import Split, response_lengths
 from pref.training.run_folder import Log
+from pref.training.sharded_checkpoint import ShardedCheckpoints
 from pref.training.signals import Stop, Stopped
 
 # ---- the loss of some pairs ---------------------------------------------------------------------
@@ -74,7 +76,7 @@ class Study(NamedTuple):
     packing: Packing
     optimizer: torch.optim.Optimizer
     learned: LearnedMix
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | ShardedCheckpoints
     progress: Progress
 
     @property
@@ -352,7 +354,8 @@ def assemble(
     learned = LearnedMix(args, parameters, ranks.device)
     optimizer = optimisers.make(policy, args)
     trained = {name: (parameter, optimizer) for name, parameter in trainable(policy).items()}
-    checkpoints = Checkpoints(folder, trained | learned.trained(), ranks)
+    kept = ShardedCheckpoints if args.tune == "full" else Checkpoints
+    checkpoints = kept(folder, trained | learned.trained(), ranks)
     return Study(
         args=args,
         parameters=parameters,
@@ -393,7 +396,9 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
     args, packing = planned.args, planned.packing
     if args.dry_run is not None:
         plan.show(planned, ranks)
+        disk_room.show(planned, ranks)
         return 0
+    disk_room.check(planned, folder)
     if ranks.device.type == "cpu":
         cpu_memory.keep_freed_memory(int(planned.memory.total * 2**30))
 
@@ -426,7 +431,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
             )
             return stop.exit_code
 
-        # 7) Adapter and, last, the summary: a folder that has one is finished.
+        # 7) The weights and, last, the summary: a folder that has one is finished.
         summary = run_folder.summary_of(args, study.progress, ranks.device, study.learned.beta_mix)
         if ranks.main:
             run_folder.publish(folder, study.checkpoints.best(study.progress), summary)
@@ -530,7 +535,7 @@ def keep_evaluation(study: Study, val: Split, folder: Path, log: Log, epoch: flo
         if progress.best_acc_ref is None or accuracy > progress.best_acc_ref:
             progress.best_acc_ref, progress.best_step = accuracy, progress.step
             best = study.checkpoints.best(progress)
-            progress.best_sha256 = run_folder.save_best(study.policy, rows, best, ranks)
+            progress.best_sha256 = run_folder.save_best(study.args, study.policy, rows, best, ranks)
     progress.final, progress.evaluated = metrics, progress.step
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_train import metrics_of, train, train_args, val_pairs
 
 import train_pref
-from pref.files import disk
+from pref.files import disk, run_folders
 from pref.files.console import UserError
 from pref.model import logps
 from pref.model.loading import load_base
@@ -63,10 +63,10 @@ def untimed(row: dict) -> dict:
 
 
 def content_of(run) -> dict:
-    """Everything that must be equal: the bytes of adapter and validation pairs, and metrics and
+    """Everything that must be equal: the bytes of weights and validation pairs, and metrics and
     summary without times.
     """
-    paths = [*(run / "adapter").iterdir(), run / "val_pairs.jsonl"]
+    paths = [*run_folders.weights_of(run).iterdir(), run / "val_pairs.jsonl"]
     return {path.name: path.read_bytes() for path in paths} | {
         "metrics": [untimed(line) for line in metrics_of(run)],
         "summary": untimed(json.loads((run / "summary.json").read_text())),
@@ -196,7 +196,7 @@ KILLED = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train_pref
-from pref.files import disk
+from pref.files import disk, run_folders
 from pref.training import checkpoint, run_folder
 
 def die(*_):

@@ -1,40 +1,44 @@
-"""Whether the disk has room for a run that trains all parameters, before any weight is loaded."""
+"""What a run that trains all parameters takes on the disk, before any weight is loaded. Adapters
+are small, and not looked at.
+"""
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 from pref.files.console import UserError
+from pref.model.ranks import Ranks
 from pref.training.checkpoint import KEPT
+from pref.training.plan import Plan
 
 
-class Room(NamedTuple):
-    """What a run takes on the disk, GiB."""
-
-    state: float  # a checkpoint: values and moments of what is trained
-    model: float  # the weights as they are published
-
-    @property
-    def most(self) -> float:
-        """At the most: the states that are kept and the next one, the best weights that those name
-        and those since.
-        """
-        return (KEPT + 1) * (self.state + self.model)
-
-    def text(self) -> str:
-        return (
-            f"up to {self.most:.1f} GiB on the disk while it runs: {KEPT + 1} checkpoints of "
-            f"{self.state:.1f} and as many models of {self.model:.1f}, of which one stays"
-        )
+def most_gib(plan: Plan) -> float:
+    """GiB at the most: the states that are kept and the next one, the best weights that those name
+    and those since.
+    """
+    return (KEPT + 1) * (plan.checkpoint_gib + plan.saved_gib)
 
 
-def check_room(run: Path, room: Room) -> None:
+def text(plan: Plan) -> str:
+    return (
+        f"up to {most_gib(plan):.1f} GiB while it runs: {KEPT + 1} checkpoints of "
+        f"{plan.checkpoint_gib:.1f} and as many models of {plan.saved_gib:.1f}, of which one stays"
+    )
+
+
+def show(plan: Plan, ranks: Ranks) -> None:
+    if plan.args.tune == "full":
+        ranks.print(f"disk: {text(plan)}")
+
+
+def check(plan: Plan, run: Path) -> None:
     """Raise UserError if the disk of `run` has no room for it, beside what it has there already."""
+    if plan.args.tune != "full":
+        return
     place = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     files = [path for path in (run / "checkpoint").rglob("*") if path.is_file()]
     free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in files)
-    if room.most * 2**30 > free:
+    if most_gib(plan) * 2**30 > free:
         raise UserError(
-            f"{place}: has room for {free / 2**30:.1f} GiB, and the run takes {room.text()}; make "
+            f"{place}: has room for {free / 2**30:.1f} GiB, and the run takes {text(plan)}; make "
             "room, or give a --results_dir on another disk"
         )

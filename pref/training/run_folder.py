@@ -4,7 +4,8 @@ continues the same run.
     args.json         open_folder: when the run starts, with an entry in `starts` for every start
     metrics.jsonl     Log: a line per optimiser step and per evaluation
     val_pairs.jsonl   write_pairs at step 0; publish adds the best step's
-    adapter/          publish: the best adapter
+    adapter/          publish: the best adapter, or
+    model/            the best weights where all parameters are trained
     summary.json      publish, last: a folder that has it is finished
 """
 
@@ -17,17 +18,16 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from losses import COUPLES_BATCH
 from pref.files import disk, run_folders
 from pref.files.console import UserError
-from pref.model import sharding
+from pref.model import sharding, weights
 from pref.model.architecture import Architecture
 from pref.model.logps import ResponseLogps, trainable
 from pref.model.ranks import Ranks
-from pref.training import arguments, checkpoint, loss_options, settings
+from pref.training import arguments, best_model, checkpoint, loss_options, settings
 from pref.training.checkpoint import Progress
 from pref.training.peak_memory import peak_gib
 from pref.training.plan import Plan
@@ -165,7 +165,7 @@ def check_first_rows(folder: Path, progress: Progress, rows: list[dict]) -> None
 
 
 def has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoint").glob("step-*.safetensors"))
+    return bool(checkpoint.saved_states(folder / "checkpoint"))
 
 
 def is_finished(folder: Path) -> bool:
@@ -190,7 +190,7 @@ def open_folder(folder: Path, record: dict, progress: Progress, args: argparse.N
     else:
         if (folder / "args.json").is_file():
             print(f"{folder}: an earlier attempt left no checkpoint; starting over", flush=True)
-        for name in ("adapter", "checkpoint"):
+        for name in (*run_folders.WEIGHTS.values(), "checkpoint"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "val_pairs.jsonl"):
             (folder / name).unlink(missing_ok=True)
@@ -258,7 +258,7 @@ def open_wandb(folder: Path):
         ) from None
 
 
-# ---- adapter and validation pairs ---------------------------------------------------------------
+# ---- weights and validation pairs ---------------------------------------------------------------
 
 
 def pair_rows(split: Split, step: int, logps: Tensor) -> list[dict]:
@@ -296,11 +296,23 @@ def write_pairs(run: Path, rows: list[dict]) -> None:
         disk.write_jsonl(run / "val_pairs.jsonl", rows)
 
 
-def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Ranks) -> str | None:
-    """Write `folder`: the adapter as a PEFT directory (fp32 safetensors), and the validation pairs
-    as it ranks them. To be called on all ranks. Returns the sha256 of the weights on rank 0, else
-    None.
+def save_best(
+    args: argparse.Namespace, policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Ranks
+) -> str | None:
+    """Write `folder`: the weights as they are now, and the validation pairs as they rank them. To
+    be called on all ranks. Returns the sha256 of the weights on rank 0.
     """
+    if args.tune == "full":
+        origin = weights.find_model(args.model).folder
+        dtype = getattr(torch, args.dtype)
+        return best_model.save(policy, dtype, origin, rows, folder, ranks)
+    return save_best_adapter(policy, rows, folder, ranks)
+
+
+def save_best_adapter(
+    policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Ranks
+) -> str | None:
+    """`save_best` for an adapter: a PEFT directory (fp32 safetensors)."""
     shards = {
         name.removeprefix("model."): parameter.detach()
         for name, parameter in trainable(policy).items()
@@ -312,10 +324,6 @@ def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Rank
     with checkpoint.saving(folder):
         for leftover in (temporary, folder):  # of an evaluation that is now repeated
             shutil.rmtree(leftover, ignore_errors=True)
-        if not isinstance(policy.model, PeftModel):
-            policy.model.save_pretrained(temporary / "model", state_dict=state)
-            temporary.rename(folder)
-            return None
         policy.model.save_pretrained(
             temporary / "adapter", state_dict=state, save_embedding_layers=False
         )
@@ -327,22 +335,33 @@ def save_best(policy: ResponseLogps, rows: list[dict], folder: Path, ranks: Rank
 
 
 def publish(run: Path, best: Path | None, summary: dict) -> None:
-    """Write the run's adapter and validation pairs from `best` and then, last, its summary; remove
+    """Write the run's weights and validation pairs from `best` and then, last, its summary; remove
     the checkpoints. best: None if no step was evaluated.
     """
     with checkpoint.saving(run):
-        if best is not None and (best / "adapter").is_dir():
-            temporary, adapter = run / "adapter.tmp", run / "adapter"
-            for leftover in (temporary, adapter):
-                shutil.rmtree(leftover, ignore_errors=True)
-            shutil.copytree(best / "adapter", temporary)
-            checkpoint.sync(temporary / "adapter_model.safetensors")
-            temporary.rename(adapter)
+        if best is not None:
+            publish_weights(run, best)
             rows = [row for _, row in disk.read_jsonl(run / "val_pairs.jsonl") if row["step"] == 0]
             rows += [row for _, row in disk.read_jsonl(best / "val_pairs.jsonl")]
             write_pairs(run, rows)
         disk.write_json(run / "summary.json", summary)
     shutil.rmtree(run / "checkpoint", ignore_errors=True)
+
+
+def publish_weights(run: Path, best: Path) -> None:
+    """Put the weights in `best` into the run's folder: a copy of an adapter, a whole model itself.
+    A run that is killed before its summary is there takes the model back when it continues.
+    """
+    if (best / "model").is_dir():
+        shutil.rmtree(run / "model", ignore_errors=True)
+        shutil.move(best / "model", run / "model")
+        return
+    temporary, adapter = run / "adapter.tmp", run / "adapter"
+    for leftover in (temporary, adapter):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(best / "adapter", temporary)
+    checkpoint.sync(temporary / "adapter_model.safetensors")
+    temporary.rename(adapter)
 
 
 def summary_of(
