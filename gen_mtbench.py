@@ -1,12 +1,12 @@
-"""Answer a benchmark's questions with every trained adapter and with the untrained model.
+"""Answer a benchmark's questions with every trained run and with the untrained model.
 
     python gen_mtbench.py results/ --base
         all runs in results/ and the base model -> results/<run_id>/mt_bench/answers.jsonl
     python gen_mtbench.py results/dpo_b0.1_s42 --num_questions 8 --max_new_tokens 64
         a quick look at one run: eight questions, short answers
     python gen_mtbench.py results/ --base --kl
-        also log-probabilities of each answer under its adapter and under the base: choices[].logp
-        and logp_base in answers.jsonl
+        also log-probabilities of each answer under its run and under the base: choices[].logp and
+        logp_base in answers.jsonl
     torchrun --nproc_per_node 8 gen_mtbench.py results/ --base
         the same files from eight GPUs, which take questions from one counter
     python gen_mtbench.py results/ --base --bench alpaca_eval
@@ -16,10 +16,11 @@
         other questions -> results/<run_id>/mine/answers.jsonl, and model_outputs.json next to it
         for the program alpaca_eval
     OPENAI_API_KEY=x python gen_mtbench.py results/ --base_url http://localhost:8000/v1
-        the same files from an OpenAI-compatible server that serves each adapter under its run id
+        the same files from an OpenAI-compatible server that serves each run under its run id
 
-Reads   results/<run_id>/args.json and adapter/ (from train_pref.py), and the questions in
-        data/<bench>/ (from prep_data.py; --bench mt_bench by default) or the file of --questions.
+Reads   results/<run_id>/args.json and adapter/ or model/ (from train_pref.py), and the questions
+        in data/<bench>/ (from prep_data.py; --bench mt_bench by default) or the file of
+        --questions.
 Writes  results/<run_id>/<bench, or the stem of the questions' file>/answers.jsonl in FastChat's
         schema, plus what reproduces each answer; until all is answered, turns.<rank>.jsonl.
 
@@ -28,7 +29,8 @@ shapes what is drawn (FastChat's script applies the model's own top_p too). Each
 turn) has its own seed, and rows of a batch do not see each other: neither other runs nor a restart
 change an answer. Another batch size, device or version of torch does so in fp32 only where two
 tokens are equally good to six digits, in bf16 more often; and in bf16 the experts of a mixture see
-the rest of the batch. Runs with the same adapter share their answers. Every turn is on disk as soon
+the rest of the batch. Runs with the same weights share their answers. The base is loaded once for
+all adapters; the models of --tune full, one after the other. Every turn is on disk as soon
 as it is answered: after an interruption, run the same command again. Exit code 1: some answers are
 missing; the output names those that were refused.
 """
@@ -40,11 +42,12 @@ import contextlib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from pref.answering import local, questions, served, summary, twins, work
 from pref.answering.turns import Store
-from pref.answering.work import Base, Bench, Run, Sampling
+from pref.answering.work import Base, Bench, Item, Loaded, Run, Sampling
 from pref.files import benchmarks, console, disk, run_folders
 from pref.files.console import UserError
 from pref.model import chat, loading, server, template
@@ -55,7 +58,7 @@ PROMPT_ENDS = 600  # characters of the first prompt that are shown at either end
 
 # Too long for a line of the declaration.
 HELP = {
-    "quant": "quantisation of the base model; auto: as in training",
+    "quant": "quantisation of the base model under adapters; auto: as in training",
     "bench": "mt_bench, alpaca_eval, arena_hard_v0.1, arena_hard_v2.0, or another with a folder in "
     "data/ (default: %(default)s)",
     "bench_data": "its data folder (default: data/<bench>)",
@@ -67,9 +70,9 @@ HELP = {
     "max_new_tokens": "most tokens per turn (default: the benchmark's; mt_bench 1024, alpaca_eval "
     "2048, arena_hard 4096)",
     "batch_size": f"answers in flight (0: {local.ROWS_ON_CPU} on CPU, on a GPU what fits)",
-    "kl": "then compute log-probabilities of each answer under its adapter and under the base, for "
+    "kl": "then compute log-probabilities of each answer under its run and under the base, for "
     "the KL divergence on the policy's own answers",
-    "base_url": "let an OpenAI-compatible server answer; it serves each adapter under its run id",
+    "base_url": "let an OpenAI-compatible server answer; it serves each run under its run id",
     "served_base": "that server's name for the base model (default: --model)",
     "export": "also write what another program reads; alpaca_eval: model_outputs.json",
 }
@@ -146,7 +149,7 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
 
     Raises UserError if there is nothing to answer with, or the runs need different base models.
     """
-    # 1) Trained runs that have an adapter. With --base there need not be any.
+    # 1) Trained runs that have weights. With --base there need not be any.
     has_runs = any(
         (folder / "args.json").is_file()
         for path in args.results
@@ -160,7 +163,7 @@ def collect_runs(args: argparse.Namespace) -> tuple[list[Run], Base]:
     place = args.results[0]
     if not runs and not args.base:
         raise UserError(
-            f"{place}: no adapters here; train with train_pref.py, or give --base --model MODEL"
+            f"{place}: no trained runs here; train with train_pref.py, or give --base --model MODEL"
         )
     for run_id, count in Counter(run.run_id for run in runs).items():
         if count > 1:
@@ -182,7 +185,8 @@ def base_of(args: argparse.Namespace, runs: list[Run]) -> Base:
     """The base model that all runs were trained on, unless the arguments name another one."""
     place = args.results[0]
     models = sorted({model for run in runs if (model := run.record.get("model"))})
-    quants = {run.record.get("quant") for run in runs}
+    # A model whose parameters were all trained is not quantised, whatever the adapters' base is.
+    quants = {run.record.get("quant") for run in runs if run.model is None}
     # Of several names of one folder, the one that leads there.
     model = next(iter([m for m in models if Path(m).is_dir()] + models), None)
     if not (args.model or all(work.may_be_same_model(name, model) for name in models)):
@@ -207,28 +211,31 @@ def base_of(args: argparse.Namespace, runs: list[Run]) -> Base:
 
 
 def read_run(folder: Path) -> Run | None:
-    """A trained run; None, with a line to the user, for one without a finished adapter."""
+    """A trained run; None, with a line to the user, for one without finished weights."""
     record = disk.read_json(folder / "args.json")
     if record.get("run_id") == run_folders.BASE_RUN:
         return None
     if (folder / "metrics.jsonl").is_file() and not (folder / "summary.json").is_file():
         print(f"{folder}: training has not finished; left out", flush=True)
         return None
-    weights = folder / "adapter" / "adapter_model.safetensors"
-    if not weights.is_file():
-        print(f"{folder}: no adapter (unfinished or diverged); left out", flush=True)
+    weights = run_folders.weights_of(folder)
+    sha256 = run_folders.weights_sha256(folder)
+    if sha256 is None:
+        print(f"{folder}: no {weights.name} (unfinished or diverged); left out", flush=True)
         return None
+    is_full = run_folders.tune_of(record) == "full"
     return Run(
         folder=folder,
         run_id=folder.resolve().name,
-        adapter=weights.parent,
-        sha256=disk.sha256_file(weights),
+        adapter=None if is_full else weights,
+        model=weights if is_full else None,
+        sha256=sha256,
         record=record,
     )
 
 
 def base_run(folder: Path, base: Base) -> Run:
-    """The run `base`: a folder with args.json and answers, like the others, but no adapter."""
+    """The run `base`: a folder with args.json and answers, like the others, but no weights."""
     record = {
         "run_id": run_folders.BASE_RUN,
         "loss": None,
@@ -339,7 +346,8 @@ def show_prompt(author: local.Author, bench: Bench) -> None:
     if len(text) > 2 * PROMPT_ENDS:  # its ends show what the template makes of it
         left_out = f" [{len(text) - 2 * PROMPT_ENDS:,} characters not shown] "
         text = text[:PROMPT_ENDS] + left_out + text[-PROMPT_ENDS:]
-    print("first prompt as the model sees it:\n" + json.dumps(text, ensure_ascii=False), flush=True)
+    model = "the model" if author.loaded.full is None else author.loaded.model
+    print(f"first prompt as {model} sees it:\n" + json.dumps(text, ensure_ascii=False), flush=True)
 
 
 def print_next(args: argparse.Namespace, bench: Bench, runs: list[Run]) -> None:
@@ -372,11 +380,39 @@ def share_answers(store: Store, workers: work.Workers) -> None:
 
 
 def gather(store: Store) -> dict[str, list[dict]]:
-    """Write answers.jsonl, once more if runs with the same adapter share new ones."""
+    """Write answers.jsonl, once more if runs with the same weights share new ones."""
     table = store.gather()
     if twins.adopt(store):
         table = store.gather()
     return table
+
+
+def answer_with(
+    load: Callable[[Loaded], local.Author],
+    loaded: Loaded,
+    store: Store,
+    items: list[Item],
+    missing: list[Item],
+    workers: work.Workers,
+    kl: bool,
+) -> None:
+    """Load a model, answer `missing` with it and, if `kl`, compute the log-probabilities that it
+    can. Nothing is loaded if there is nothing to do. items: all conversations of this call.
+    """
+    unscored = work.from_main(store.unscored(items, loaded)) if kl else []
+    if not missing and not unscored:
+        return
+    author = load(loaded)
+    if workers.is_main:
+        show_prompt(author, store.bench)
+    local.answer_all(author, missing, workers)
+    if kl:
+        work.wait_for_all()
+        share_answers(store, workers)
+        unscored = work.from_main(store.unscored(items, loaded))
+        local.score_all(author, items, unscored, workers)
+    del author
+    local.free_memory()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -407,20 +443,17 @@ def main(argv: list[str] | None = None) -> int:
         if client is not None:
             name = args.served_base or base.model
             served.answer_all(client, store, missing, sampling, name, args.concurrency)
-        # 4) ... or the engine, which also computes log-probabilities, of a server's answers too.
-        if args.kl or (missing and client is None):
-            author = local.load_author(
-                store, base, dtype, workers.device, sampling, batch_size=args.batch_size
+
+        # 4) ... or the engine, which also computes log-probabilities, of a server's answers too:
+        # with one model after the other.
+        def load(loaded: Loaded) -> local.Author:
+            return local.load_author(
+                store, loaded, dtype, workers.device, sampling, batch_size=args.batch_size
             )
-            if workers.is_main:
-                show_prompt(author, bench)
-            if client is None:
-                local.answer_all(author, missing, workers)
-            if args.kl:
-                work.wait_for_all()
-                share_answers(store, workers)
-                unscored = work.from_main(store.unscored(items))
-                local.score_all(author, items, unscored, workers)
+
+        for loaded in work.loads_of(runs, base):
+            own = [item for item in missing if client is None and item.run in loaded.runs]
+            answer_with(load, loaded, store, items, own, workers, args.kl)
         work.wait_for_all()
     finally:
         # 5) answers.jsonl from the turns, also after an error: complete answers are usable.

@@ -274,7 +274,7 @@ def test_adapters_that_are_not_finite_are_named_before_anything_is_answered(
 def test_results_without_adapters(tmp_path, bench):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text("{}")
-    with pytest.raises(UserError, match="no adapters here"):
+    with pytest.raises(UserError, match="no trained runs here"):
         answer(tmp_path, bench)
     (tmp_path / "run" / "args.json").unlink()
     with pytest.raises(UserError, match="no runs here"):

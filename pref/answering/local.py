@@ -2,9 +2,12 @@
 
     Item -> Author.request -> Engine -> Author.finished -> Store.add, and the next turn's Request
 
+An author has one model in memory: the base with all adapters, or the model of one run whose
+parameters were all trained (work.Loaded). gen_mtbench.py takes them one after the other.
 `served.py` does the same through a server.
 """
 
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -17,8 +20,8 @@ from pref.answering import fitness, work
 from pref.answering.generation import Engine, Request, TurnTokens
 from pref.answering.plain import PlainEngine
 from pref.answering.turns import Store
-from pref.answering.work import Base, Bench, Item, Key, Run, Sampling, Workers
-from pref.files import console, disk, run_folders
+from pref.answering.work import Base, Bench, Item, Key, Loaded, Run, Sampling, Workers
+from pref.files import console, disk
 from pref.files.console import UserError
 from pref.model import chat, loading, weights
 
@@ -44,9 +47,10 @@ class Author:
         tokenizer: PreTrainedTokenizerBase,
         store: Store,
         sampling: Sampling,
+        loaded: Loaded,
     ):
         self.engine, self.tokenizer, self.store = engine, tokenizer, store
-        self.sampling = sampling
+        self.sampling, self.loaded = sampling, loaded
         self.room = engine.length - sampling.max_new_tokens  # tokens of a prompt at most
 
     def request(self, item: Item) -> Request | None:
@@ -77,37 +81,39 @@ class Author:
         return self.request(item)
 
 
-# ---- from a base model to an author -------------------------------------------------------------
+# ---- from a model to an author ------------------------------------------------------------------
 
 
 def load_author(
     store: Store,
-    base: Base,
+    loaded: Loaded,
     dtype: torch.dtype,
     device: torch.device,
     sampling: Sampling,
     batch_size: int,
 ) -> Author:
-    """The base model with all adapters, ready to answer. Sets the store's `batch_size` to the rows
-    in flight. Raises UserError if the model cannot be loaded, an adapter does not fit it, or
-    `max_new_tokens` exceeds its context.
+    """The model of `loaded`, with all adapters if it is the base, ready to answer. Sets the store's
+    `batch_size` to the rows in flight. Raises UserError if the model cannot be loaded, an adapter
+    does not fit it, or `max_new_tokens` exceeds its context.
     """
-    max_new_tokens = sampling.max_new_tokens
-    weights.find_model(base.model)  # says best what is wrong with a model
-    tokenizer = chat.load_tokenizer(base.model)
-    model = loading.load_base(base.model, dtype, base.quant, device).eval()
-    check_base(model, store.runs, base, dtype)
-    check_untrained(store, base)
+    max_new_tokens, name = sampling.max_new_tokens, loaded.model
+    # It says best what is wrong with a model.
+    weights.find_model(name, "--model " if loaded.full is None else "")
+    tokenizer = chat.load_tokenizer(name)
+    model = loading.load_base(name, dtype, loaded.quant, device).eval()
+    if loaded.full is None:
+        check_base(model, store.runs, Base(name, loaded.quant), dtype)
+        check_untrained(store, Base(name, loaded.quant))
     window = context_of(model.config.get_text_config())
     if max_new_tokens >= window:
         raise UserError(
-            f"--max_new_tokens {max_new_tokens}: the context of {base.model} is {window} tokens, "
+            f"--max_new_tokens {max_new_tokens}: the context of {name} is {window} tokens, "
             "prompt included; give fewer"
         )
     ends = chat.end_token_ids(tokenizer, model.generation_config)
     if not ends:
         print(
-            f"warning: the tokenizer of {base.model} has no end token and its chat template writes "
+            f"warning: the tokenizer of {name} has no end token and its chat template writes "
             "none: no answer will end before --max_new_tokens",
             flush=True,
         )
@@ -118,24 +124,36 @@ def load_author(
     store.batch_size = min(rows_in_flight(model, length, batch_size), conversations)
     engine = fitness.make_engine(
         model,
-        folders={run.run_id: run.adapter for run in store.runs if run.adapter},
+        folders={run.run_id: run.adapter for run in loaded.runs if run.adapter},
         rows=store.batch_size,
         length=length,
         ends=ends,
         prompt=chat.prompt_ids(tokenizer, work.conversation(store.bench.questions[0], [])),
     )
     store.batch_size, store.device = engine.rows, device_name(device)
-    return Author(engine, tokenizer, store, sampling)
+    return Author(engine, tokenizer, store, sampling, loaded)
+
+
+def free_memory() -> None:
+    """Return what is left of a model that nobody refers to any more. Layers with an adapter and the
+    engine refer to each other, so that only the collector frees them.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_base(model: PreTrainedModel, runs: list[Run], base: Base, dtype: torch.dtype) -> None:
-    """Raise UserError if an adapter was trained on other weights of the same name."""
+    """Raise UserError if a run was trained from other weights of the same name."""
     files, sampled = weights.identity(weights.find_model(base.model)), loading.fingerprint(model)
     for run in runs:
         trained = run.record
         same = trained.get("model_sha256", files) == files
         # A run of version 1.0.0 has only a sample of the weights as they were loaded.
-        if (trained.get("dtype"), trained.get("quant")) == (dtype_name(dtype), base.quant):
+        if run.model is None and (trained.get("dtype"), trained.get("quant")) == (
+            dtype_name(dtype),
+            base.quant,
+        ):
             same = same and trained.get("base_sha256", sampled) == sampled
         if not same:
             raise UserError(
@@ -149,7 +167,7 @@ def check_untrained(store: Store, base: Base) -> None:
     What it had then is in weights.json of its run folder.
     """
     for run in store.runs:
-        if run.adapter is not None:
+        if run.is_trained:
             continue
         path, now = run.folder / "weights.json", weights.identity(weights.find_model(base.model))
         known = disk.read_json(path) if path.is_file() else {}
@@ -213,14 +231,14 @@ def answer_all(author: Author, items: list[Item], workers: Workers) -> None:
     begun, tokens = time.monotonic(), 0
 
     def source() -> Iterator[Request]:
-        for number in workers.take("answers", len(items)):
+        for number in workers.take(f"answers {author.loaded.name}", len(items)):
             yield author.request(items[number])
 
     def finished(request: Request) -> Request | None:
         nonlocal tokens
         tokens += len(request.tokens)
         follow_up = author.finished(request)
-        name = request.adapter or run_folders.BASE_RUN
+        name = request.tag.item.run.run_id
         rate = tokens / (time.monotonic() - begun)
         bar.update(int(follow_up is None), note=f"{name}, {rate:.0f} tokens/s")
         return follow_up
@@ -237,12 +255,13 @@ def score_all(
     author: Author, items: list[Item], unscored: list[tuple[int, int]], workers: Workers
 ) -> None:
     """For --kl: store log-probabilities (nats, summed over the answer's tokens) of answered turns
-    under their adapter and under the base model. unscored: (position in `items`, turn).
+    under their run and under the base model, as far as the author's model computes them. unscored:
+    (position in `items`, turn), from `Store.unscored`.
     """
     total, missing = workers.share(len(unscored)), set(unscored)
     batches = scoring_batches(author, items, missing)
     with console.Progress("log-probabilities", "turns", total, enabled=workers.is_main) as bar:
-        for index in workers.take("scores", len(batches)):
+        for index in workers.take(f"scores {author.loaded.name}", len(batches)):
             score_batch(author, [(items[number], turn) for number, turn in batches[index]])
             bar.update(len(missing.intersection(batches[index])))
 
@@ -264,18 +283,26 @@ def scoring_batches(
 
 
 def score_batch(author: Author, batch: list[tuple[Item, int]]) -> None:
-    """Store the log-probabilities of answered turns of one run."""
+    """Store the log-probabilities of answered turns of one run: `logp` under it and `logp_base`
+    under the base, or of a run with a model of its own the one that the author's model gives.
+    """
     tokens = [turn_tokens(author, item, turn) for item, turn in batch]
     written = [turn for turn in tokens if turn.answer]
-    adapter = batch[0][0].run.adapter_name
-    under_base = author.engine.score(written, None) if written else []
-    under_run = under_base
-    if adapter is not None and written:
-        under_run = author.engine.score(written, adapter)
-    scores = iter(zip(under_run, under_base, strict=True))
+    run = batch[0][0].run
+
+    # 1) The model without adapters, then with the run's.
+    plain = author.engine.score(written, None) if written else []
+    under = {"logp" if author.loaded.full else "logp_base": plain}
+    if run.model is None:
+        adapter = run.adapter_name
+        adapted = author.engine.score(written, adapter) if adapter and written else plain
+        under = {"logp": adapted, **under}
+
+    # 2) To the store, 0 for an empty answer.
+    rows = iter(zip(*under.values(), strict=True))
     for (item, turn), (_, answer) in zip(batch, tokens, strict=True):
-        logp, logp_base = next(scores) if answer else (0.0, 0.0)
-        author.store.add(item, turn, logp=logp, logp_base=logp_base, logp_tokens=len(answer))
+        values = next(rows) if answer else (0.0,) * len(under)
+        author.store.add(item, turn, **dict(zip(under, values)), logp_tokens=len(answer))
 
 
 def turn_tokens(author: Author, item: Item, turn: int) -> TurnTokens:

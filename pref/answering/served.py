@@ -1,4 +1,4 @@
-"""Answers from an OpenAI-compatible server, which serves each adapter under its run id.
+"""Answers from an OpenAI-compatible server, which serves each run under its run id.
 
 A turn that the server will not answer (a content filter, a conversation beyond its context) is a
 `Failure`: the others go on, the next start asks for it again. What every request would meet ends
@@ -65,7 +65,7 @@ class Conversations:
     def __init__(self, client, store: Store, sampling: Sampling, base_name: str):
         self.client, self.store, self.sampling = client, store, sampling
         # The server's names of the runs.
-        self.names = {run.run_id: run.run_id if run.adapter else base_name for run in store.runs}
+        self.names = {run.run_id: run.run_id if run.is_trained else base_name for run in store.runs}
         self.unsupported: set[str] = set()  # parameters that the server has refused
         self.stop = threading.Event()
         self.lock, self.begun = threading.Lock(), time.monotonic()
@@ -250,5 +250,7 @@ def check_served(client, names: set[str]) -> None:
             f"{len(names)} names are missing); it serves "
             f"{server.clean(client, ', '.join(served[:5]))}. Load each adapter under its run id "
             "(vLLM: --lora-modules RUN_ID=results/RUN_ID/adapter ...), and give --served_base with "
-            "the server's name for the base model"
+            "the server's name for the base model. A run of --tune full is served by itself (vLLM: "
+            "vllm serve results/RUN_ID/model --served-model-name RUN_ID), and its folder alone is "
+            "given to gen_mtbench.py"
         )

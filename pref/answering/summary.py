@@ -16,7 +16,7 @@ def is_complete(store: Store, table: dict[str, list[dict]], kl: bool) -> bool:
     log-probabilities. table: from `Store.gather`.
     """
     for rows in table.values():
-        scored = all("logp" in choice for choice in choices_of(rows))
+        scored = all(map(is_scored, choices_of(rows)))
         if len(rows) != len(store.bench.questions) or (kl and not scored):
             return False
     return True
@@ -24,7 +24,7 @@ def is_complete(store: Store, table: dict[str, list[dict]], kl: bool) -> bool:
 
 def print_summary(store: Store, table: dict[str, list[dict]]) -> None:
     """One line per run: counts over turns, mean length of each turn in tokens, and the mean over
-    answers of log p_adapter - log p_base in nats, an estimate of KL(adapter || base).
+    answers of log p_run - log p_base in nats, an estimate of KL(run || base).
     """
     header = ["run", "answers", "tokens per turn", "truncated", "empty", "overflow"]
     lines = [[*header, "KL to base, nats per answer"]]
@@ -119,6 +119,11 @@ def print_failures(store: Store) -> None:
             print(f"... and {more} more: <run_id>/{store.bench.name}/failures.jsonl")
 
 
+def is_scored(choice: dict) -> bool:
+    """Whether an answer has its log-probabilities, under its run and under the base."""
+    return "logp" in choice and "logp_base" in choice
+
+
 def choices_of(rows: list[dict]) -> list[dict]:
     return [choice for row in rows for choice in row["choices"]]
 
@@ -135,7 +140,7 @@ def mean_lengths(choices: list[dict]) -> str:
 
 def mean_kl(choices: list[dict]) -> str:
     """Mean and standard error over answers; empty for fewer than two scored ones."""
-    ratios = [sum(c["logp"]) - sum(c["logp_base"]) for c in choices if "logp" in c]
+    ratios = [sum(c["logp"]) - sum(c["logp_base"]) for c in choices if is_scored(c)]
     if len(ratios) < 2:
         return ""
     error = np.std(ratios, ddof=1) / len(ratios) ** 0.5

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pref.answering.work import Bench, Item, Key, Run, may_be_same_model
+from pref.answering.work import Bench, Item, Key, Loaded, Run, may_be_same_model
 from pref.files import disk, mt_bench
 from pref.files.console import UserError
 
@@ -98,14 +98,25 @@ class Store:
             if len(self.texts(item)) < len(item.question["turns"])
         ]
 
-    def unscored(self, items: list[Item]) -> list[tuple[int, int]]:
-        """(position in `items`, turn) of each answered turn without log-probabilities."""
+    def unscored(self, items: list[Item], loaded: Loaded) -> list[tuple[int, int]]:
+        """(position in `items`, turn) of each answered turn that lacks log-probabilities under the
+        model that is loaded: of the run whose model it is, or of those whose base it is.
+        """
+        field, ids = "logp_base", loaded.base_of
+        if loaded.full is not None:
+            field, ids = "logp", (loaded.full.run_id,)
         return [
             (number, turn)
             for number, item in enumerate(items)
+            if item.run.run_id in ids
             for turn in range(len(self.texts(item)))
-            if "logp" not in self.turns[Key.of(item, turn)]
+            if field not in self.turns[Key.of(item, turn)]
         ]
+
+    def settings_of(self, run: Run) -> dict:
+        """The settings of a run's answers: a model of its own is not quantised."""
+        is_full = run.model is not None and self.settings.get("quant") is not None
+        return self.settings | {"quant": "none"} if is_full else self.settings
 
     # ---- one line per turn -----------------------------------------------------------------------
 
@@ -120,7 +131,7 @@ class Store:
             **fields,
             "tstamp": time.time(),
             "adapter_sha256": item.run.sha256,
-            "settings": self.settings,
+            "settings": self.settings_of(item.run),
             "question_sha256": mt_bench.question_sha256(
                 item.question["turns"], item.question["temperature"]
             ),
@@ -137,8 +148,8 @@ class Store:
             self.failures.append(failure)
 
     def load(self, report: bool = False) -> None:
-        """Read all turns from disk, those of other ranks too. report: print how many turns of an
-        older adapter are ignored.
+        """Read all turns from disk, those of other ranks too. report: print how many turns of older
+        weights are ignored.
 
         Raises UserError for answers with other settings or to other questions.
         """
@@ -151,11 +162,12 @@ class Store:
                     if line.get("adapter_sha256") != run.sha256:
                         stale += "text" in line  # not a line with log-probabilities only
                         continue
-                    self.check(path, line)
+                    self.check(run, path, line)
                     self.remember(run, line)
             if stale and report:
+                kind = "adapter" if run.model is None else "model"
                 print(
-                    f"{run.run_id}: {stale} answered turns are from an older adapter; "
+                    f"{run.run_id}: {stale} answered turns are from an older {kind}; "
                     "answering them again",
                     flush=True,
                 )
@@ -172,9 +184,9 @@ class Store:
         self.stamps.setdefault(key, line["tstamp"])
         self.origins.setdefault(key, {name: line.get(name) for name in ORIGIN})
 
-    def check(self, path: Path, line: dict) -> None:
+    def check(self, run: Run, path: Path, line: dict) -> None:
         """Raise UserError unless `line` answers today's question with today's settings."""
-        changes = changed_settings(line.get("settings"), self.settings)
+        changes = changed_settings(line.get("settings"), self.settings_of(run))
         if changes:
             raise UserError(
                 f"{path}: holds answers with other settings ({', '.join(changes)}); "
@@ -265,7 +277,8 @@ class Store:
             choices.append({"index": choice, "turns": [turn["text"] for turn in turns], **lists})
             stamps += [self.stamps[key] for key in keys]
         number, texts = question["question_id"], [choice["turns"] for choice in choices]
-        identity = [number, run.run_id, texts, run.sha256, self.settings]
+        settings = self.settings_of(run)
+        identity = [number, run.run_id, texts, run.sha256, settings]
         return {
             "question_id": number,
             "answer_id": disk.sha256_json(identity)[:22],
@@ -277,7 +290,7 @@ class Store:
             "temperature": question["temperature"],
             "adapter_sha256": run.sha256,
             "question_sha256": mt_bench.question_sha256(question["turns"], question["temperature"]),
-            "settings": self.settings,
+            "settings": settings,
             **self.origins[Key.of(Item(run, question, 0), 0)],
         }
 

@@ -1,4 +1,4 @@
-"""Runs with the very same adapter get the very same answers: one answers, the others copy.
+"""Runs with the very same weights get the very same answers: one answers, the others copy.
 
 Seeds depend on the question alone, so in exact arithmetic twins would answer alike anyway. In bf16
 on another device, with another batch size or from a server they would not, and the difference
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pref.answering.turns import ORIGIN, TURN_FIELDS, Store, changed_settings, read_turns
 from pref.answering.work import Item, Key, Run
-from pref.files import disk, mt_bench
+from pref.files import disk, mt_bench, run_folders
 from pref.files.console import UserError
 
 # Fields of adapter_config.json that change what given weights do.
@@ -18,9 +18,11 @@ SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def identity(folder: Path, sha256: str | None) -> str | None:
-    """Equal only for adapters that compute the same; None if that cannot be told. folder: the
-    run's; sha256: of its adapter's weights.
+    """Equal only for weights that compute the same; None if that cannot be told. folder: the
+    run's; sha256: of its weights.
     """
+    if (folder / run_folders.WEIGHTS["full"] / "config.json").is_file():
+        return sha256
     try:
         config = disk.read_json(folder / "adapter" / "adapter_config.json")
     except UserError:
@@ -30,7 +32,7 @@ def identity(folder: Path, sha256: str | None) -> str | None:
 
 def adopt(store: Store) -> int:
     """Give each run the complete conversations that another run of its folder, in this call or not,
-    has had with the same adapter, questions and settings. Returns their number.
+    has had with the same weights, questions and settings. Returns their number.
     """
     total = 0
     for run in store.runs:
@@ -48,7 +50,7 @@ def adopt(store: Store) -> int:
             if copied:
                 print(
                     f"{run.run_id}: {len(copied)} conversations are those of {folder.name}, whose "
-                    "adapter is the same",
+                    f"{'adapter' if run.model is None else 'model'} is the same",
                     flush=True,
                 )
     return total
@@ -76,7 +78,7 @@ def copy_conversations(store: Store, run: Run, path: Path, begun: set) -> set[tu
             and conversation not in begun
             and line["choice"] < store.settings.get("num_choices", 1)
             and line.get("adapter_sha256") == run.sha256
-            and not changed_settings(line.get("settings"), store.settings)
+            and not changed_settings(line.get("settings"), store.settings_of(run))
             and line.get("question_sha256")
             == mt_bench.question_sha256(question["turns"], question["temperature"])
         ):

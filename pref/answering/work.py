@@ -24,14 +24,34 @@ class Run(NamedTuple):
 
     folder: Path
     run_id: str
-    adapter: Path | None  # folder of the adapter; None: the untrained model
-    sha256: str | None  # of the adapter's weights
+    adapter: Path | None  # folder of the adapter, if it has one
+    sha256: str | None  # of the trained weights; None: the untrained model
     record: dict  # content of args.json
+    model: Path | None = None  # folder of the model, if all parameters were trained
 
     @property
     def adapter_name(self) -> str | None:
-        """The engine's name for the adapter; None for the untrained model."""
+        """The engine's name for the adapter; None for a model without one."""
         return None if self.adapter is None else self.run_id
+
+    @property
+    def is_trained(self) -> bool:
+        return self.adapter is not None or self.model is not None
+
+
+class Loaded(NamedTuple):
+    """What is in memory at one time: a model, and the runs that it answers for."""
+
+    model: str  # hub id or folder
+    quant: str  # "nf4" or "none"
+    runs: list[Run]  # whose answers it writes
+    full: Run | None = None  # the run whose model it is; None: the base, with its adapters
+    base_of: tuple[str, ...] = ()  # ids of the runs whose base it is
+
+    @property
+    def name(self) -> str:
+        """Different for all that one call loads."""
+        return f"{self.model} {self.quant}"
 
 
 class Base(NamedTuple):
@@ -39,6 +59,21 @@ class Base(NamedTuple):
 
     model: str | None  # hub id or folder; None: not known
     quant: str | None  # "nf4" or "none"
+
+
+def loads_of(runs: list[Run], base: Base) -> list[Loaded]:
+    """What is loaded one after the other: each run with a model of its own, then the base, for
+    itself and all adapters. --kl asks it about the others' answers too; where the adapters were
+    trained on the base in 4 bits, the others were not, and it is loaded for them by itself.
+    """
+    full = [run for run in runs if run.model is not None]
+    others = [run for run in runs if run.model is None]
+    of_full, of_others = (tuple(run.run_id for run in part) for part in (full, others))
+    loads = [Loaded(str(run.model), "none", [run], full=run) for run in full]
+    if base.quant != "none":
+        loads.append(Loaded(base.model, "none", [], base_of=of_full))
+        of_full = ()
+    return [*loads, Loaded(base.model, base.quant, others, base_of=of_others + of_full)]
 
 
 def may_be_same_model(old: str | None, new: str | None) -> bool:
