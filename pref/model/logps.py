@@ -229,6 +229,7 @@ class ResponseLogps(nn.Module):
         if on_cuda:
             self.prepare_for_cuda(compiled)
         elif compiled:
+            self.chunk_tokens = head.chunk_tokens(self.vocabulary, on_cuda=False, compiled=True)
             self.head_functions = tuple(torch.compile(f, dynamic=True) for f in self.head_functions)
 
     def prepare_for_cuda(self, compiled: bool) -> None:

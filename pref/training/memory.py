@@ -236,12 +236,16 @@ def memory_of(
     else:
         held = lora_bytes(args, sizes, world)
 
-    # 2) Logits: one chunk of them in the compute dtype and three times in fp32, and the hidden
-    #    states of response tokens with their gradient.
+    # 2) Logits: one chunk of them in the compute dtype and three times in fp32 (compiled on a CPU,
+    #    in the compute dtype alone, with their gradient), and the hidden states of response tokens
+    #    with their gradient.
     width = 2 if args.dtype == "bfloat16" else 4
     heap = 1 if on_cuda else CPU_HEAP[args.compile]
-    chunk = min(head.chunk_tokens(sizes.vocabulary, on_cuda), responses) * sizes.vocabulary
-    logits = heap * (chunk * (width + 12) + 2 * responses * sizes.hidden * width)
+    is_compiled = args.compile == "on"
+    tokens = head.chunk_tokens(sizes.vocabulary, on_cuda, is_compiled)
+    each = 2 * width if is_compiled and not on_cuda else width + 12
+    chunk = min(tokens, responses) * sizes.vocabulary * each
+    logits = heap * (chunk + 2 * responses * sizes.hidden * width)
     activations = heap * largest * bytes_per_token(args, sizes, on_cuda)
 
     # 3) What the process has besides.
