@@ -398,6 +398,7 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
         plan.show(planned, ranks)
         disk_room.show(planned, ranks)
         return 0
+    plan.check_held(planned)
     disk_room.check(planned, folder)
     if ranks.device.type == "cpu":
         cpu_memory.keep_freed_memory(int(planned.memory.total * 2**30))

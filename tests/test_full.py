@@ -30,7 +30,9 @@ from pref.training import (
     assembly,
     gates,
     memory,
+    operations,
     optimisers,
+    plan,
     reference,
     run_folder,
     run_id,
@@ -38,7 +40,9 @@ from pref.training import (
     settings,
 )
 from pref.training.checkpoint import Progress
+from pref.training.hardware import CARDS
 from pref.training.learned_mix import LearnedMix
+from pref.training.memory import Kept, Sizes
 from pref.training.reference import Reference, Split
 from pref.training.signals import Stop
 
@@ -562,3 +566,109 @@ def test_ranks_and_layout_do_not_change_the_run(one_rank, tiny_model, pairs_fold
             exact = key.endswith(("loss", "preference", "grad_norm", "lr", "epoch"))
             tolerance = 1e-5 if exact else 5e-4
             assert line[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), key
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+# Llama-2-7B and Gemma-2B (whose head is its embedding) as their configurations have them, and what
+# autograd keeps of a token.
+IN_LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+LLAMA = Sizes(
+    parameters=6_738_415_616,
+    linear=32 * (IN_LAYER - 2 * 4096),
+    used=32 * (IN_LAYER - 2 * 4096),
+    largest_linear=4096 * 11008,
+    largest_block=IN_LAYER,
+    layers=32,
+    hidden=4096,
+    vocabulary=32000,
+    attention=4096,
+    trainable=6_738_415_616,
+    kept=Kept([230_000] * 32, 20_000),
+    is_full=True,
+    root=2 * 32000 * 4096 + 4096,
+    head=32000 * 4096,
+)
+IN_GEMMA = 2048 * (2048 + 2 * 256 + 2048) + 3 * 2048 * 16384 + 2 * 2048
+GEMMA = LLAMA._replace(
+    parameters=18 * IN_GEMMA + 256_000 * 2048 + 2048,
+    trainable=18 * IN_GEMMA + 256_000 * 2048 + 2048,
+    largest_block=IN_GEMMA,
+    layers=18,
+    hidden=2048,
+    vocabulary=256_000,
+    root=256_000 * 2048 + 2048,
+    head=256_000 * 2048,
+)
+
+
+def memory_on_cards(sizes: Sizes, world: int, *more: str) -> memory.Memory:
+    args = full_args("x", "--dtype", "bfloat16", "--checkpointing", "on", *more)
+    return memory.memory_of(args, sizes, 4096, 3000, world, on_cuda=True)
+
+
+@pytest.mark.parametrize(("sizes", "world"), [(LLAMA, 8), (LLAMA, 4), (GEMMA, 1)])
+def test_what_a_gpu_holds_by_hand(sizes, world):
+    """16 bytes for each parameter over all ranks, and beside them what is gathered and reduced."""
+    gib, share = 2**30, sizes.parameters / world
+    planned = memory_on_cards(sizes, world)
+    assert planned.weights == planned.gradients == pytest.approx(4 * share / gib)
+    assert planned.optimiser == pytest.approx(8 * share / gib) and planned.adapter == 0
+    # The root and two layers in bf16; and either the head's gradient in fp32 with a chunk's in
+    # bf16, or in bf16, while a layer's gradients are there in bf16 and two layers' in fp32.
+    gathered = 2 * (sizes.root + 2 * sizes.largest_block)
+    peak = max(6 * sizes.head, 2 * sizes.head + 10 * sizes.largest_block)
+    assert planned.buffers == pytest.approx((gathered + peak + memory.CUBLAS) / gib)
+    eight = memory_on_cards(sizes, world, "--optim", "adamw_8bit")
+    assert eight.optimiser == pytest.approx(planned.optimiser * (2 + 8 / 256) / 8)
+    assert eight._replace(optimiser=0) == planned._replace(optimiser=0)
+    assert planned.total == sum(planned) < CARDS["a100-80"].gib
+
+
+def test_frozen_weights_are_held_in_the_compute_dtype_and_have_no_moments():
+    half = LLAMA._replace(trainable=LLAMA.parameters // 2, head=0)
+    planned, whole = memory_on_cards(half, 8), memory_on_cards(LLAMA, 8)
+    assert planned.weights == pytest.approx(whole.weights * 0.75)
+    assert planned.optimiser == pytest.approx(whole.optimiser / 2)
+    assert planned.gradients == pytest.approx(whole.gradients / 2)
+
+
+def test_sizes_are_counted_from_the_model(tiny_model):
+    args = full_args(tiny_model, "--freeze", "layers.0")
+    sizes, model = memory.sizes_of(args), memory.shapes_of(str(tiny_model))
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert sizes.is_full and sizes.parameters == sizes.root + 2 * layer
+    assert sizes.trainable == sizes.parameters - layer
+    assert sizes.root == 600 * 64 + 64 and sizes.head == 600 * 64
+    frozen = memory.sizes_of(full_args(tiny_model, "--freeze", "lm_head"))
+    assert (frozen.head, frozen.trainable) == (0, sizes.parameters - 600 * 64)
+    # Nothing before a frozen first layer and embedding needs a gradient: nothing of it is kept.
+    both = memory.sizes_of(full_args(tiny_model, "--freeze", "layers.0,embed_tokens"))
+    assert both.kept.layers[0] < 0.2 * frozen.kept.layers[0] < sizes.kept.layers[1]
+
+
+def test_a_token_of_all_parameters_takes_three_passes():
+    """6 operations for each weight, and the head's logits once more."""
+    sums = operations.Sums(tokens=1000, keys=0, responses=600)
+    work = operations.work_of(LLAMA, sums, sums, sums, checkpointed=0)
+    head = 600 * 2 * LLAMA.head
+    assert work.training == pytest.approx(6 * LLAMA.used * 1000 + 4 * head)
+    assert work.evaluation == pytest.approx(2 * LLAMA.used * 1000 + head)
+
+
+def test_a_device_that_cannot_hold_the_state_is_refused(tiny_model, pairs_folder, tmp_path):
+    given = five_steps(tiny_model, pairs_folder, tmp_path, "x")
+    args = settings.for_tuning(arguments.parse_args([str(value) for value in given]))
+    args = settings.replaced(args, quant="none", compile="off", checkpointing="off")
+    pairs = val_pairs(tiny_model, pairs_folder)
+    planned = plan.of_run(args, pairs, PACKED, ONE, pairs)
+    plan.check_held(planned)
+    small = planned._replace(device=planned.device._replace(bytes=2**20))
+    with pytest.raises(UserError, match="0.0 GiB on each of 1 rank.*: give more ranks, --optim ad"):
+        plan.check_held(small)
+    written = planned.as_json()
+    parameters = memory.sizes_of(args).parameters
+    trained_ones = memory.sizes_of(args).trainable
+    assert written["adapter_gib"] == pytest.approx(4 * parameters / 2**30)  # fp32
+    assert written["checkpoint_gib"] == pytest.approx(12 * trained_ones / 2**30)
+    assert written["total_gib"] == pytest.approx(sum(written["parts_gib"].values()))

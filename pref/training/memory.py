@@ -255,7 +255,7 @@ def memory_of(
         process = peak_memory.resident_bytes() + CPU_GROWTH
     buffers = buffer_bytes(args, sizes, world) if on_cuda else 0
     if sizes.is_full:
-        buffers = full_buffers(args, sizes, world, activations + logits) + CUBLAS * on_cuda
+        buffers = full_buffers(args, sizes, world, on_cuda, activations + logits)
     parts = Memory(process=process, **held, buffers=buffers, activations=activations, logits=logits)
     return Memory(*(part / 2**30 for part in parts))
 
@@ -296,22 +296,28 @@ def full_bytes(args: argparse.Namespace, sizes: Sizes, world: int) -> dict[str, 
     }
 
 
-def full_buffers(args: argparse.Namespace, sizes: Sizes, world: int, activations: float) -> float:
+def full_buffers(
+    args: argparse.Namespace, sizes: Sizes, world: int, on_cuda: bool, activations: float
+) -> float:
     """Bytes of what comes and goes beside `activations` (with logits), where all parameters are
     trained, at the moment when all of it is the most.
     """
-    width = 2 if args.dtype == "bfloat16" else 4
+    # 0) On a GPU cuBLAS. On a CPU the weights as they were loaded, of which FSDP makes its shards:
+    #    what it frees stays with the process, in pieces (measured: bench/README.md).
+    width, has_fsdp = 2 if args.dtype == "bfloat16" else 4, world > 1 or args.dtype == "bfloat16"
+    loaded = sizes.parameters * 4 if has_fsdp else 0
+    always = CUBLAS if on_cuda else loaded
     # 1) In the head's backward pass: its weight's gradient in fp32, and what a chunk adds to it.
     at_head = sizes.head * (4 + width)
-    if world == 1 and width == 4:  # nothing is gathered, and gradients are where they stay
-        return at_head
+    if not has_fsdp:  # nothing is gathered, and gradients are where they stay
+        return always + at_head
     # 2) In the last layer's: the head's gradient, which waits for the embedding's, and the layer's
     #    own, in the compute dtype; those of this layer and the one before it as they are reduced.
     in_layer = sizes.head * width + sizes.largest_block * (width + 2 * 4)
     gathered = (sizes.root + 2 * sizes.largest_block) * width
     # 3) At the end: gradients of the root, as computed and as they are reduced. No activations.
     at_end = sizes.root * (width + width + 4)
-    return max(gathered + max(at_head, in_layer), at_end - activations)
+    return always + max(gathered + max(at_head, in_layer), at_end - activations)
 
 
 def checkpointed_layers(args: argparse.Namespace, layers: int) -> int:

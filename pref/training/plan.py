@@ -376,6 +376,25 @@ def hours_text(plan: Plan) -> list[str]:
     return lines
 
 
+def check_held(plan: Plan) -> None:
+    """Raise UserError if weights, gradients and moments of all parameters alone are more than the
+    device has: numbers that are known exactly, where the rest of the plan is an estimate.
+    """
+    held = plan.memory.weights + plan.memory.gradients + plan.memory.optimiser
+    if plan.args.tune == "full" and held * 2**30 > plan.device.bytes:
+        raise UserError(
+            f"--tune full: weights, gradients and moments take {held:.1f} GiB on each of "
+            f"{plan.world} rank(s), and {plan.device.name} has {plan.device.bytes / 2**30:.1f}: "
+            f"give {full_remedy(plan)}"
+        )
+
+
+def full_remedy(plan: Plan) -> str:
+    """What takes less memory where all parameters are trained."""
+    eight_bit = "" if plan.args.optim == "adamw_8bit" else "--optim adamw_8bit, "
+    return f"more ranks, {eight_bit}a smaller model, or --tune lora"
+
+
 def memory_warning(plan: Plan) -> str | None:
     """What to do if the plan needs more than a GPU has."""
     device, need = plan.device, plan.memory.total
@@ -383,6 +402,8 @@ def memory_warning(plan: Plan) -> str | None:
         return None
     if memory.checkpointed_layers(plan.args, plan.layers) < plan.layers - 1:
         remedy = "--checkpointing on, or a smaller --tokens_per_microbatch"
+    elif plan.args.tune == "full":
+        remedy = f"a smaller --max_length, {full_remedy(plan)}"
     else:
         remedy = "a smaller --max_length, --lora_r or model"
         remedy += ", or --shard full" if plan.args.shard == "adapters" and plan.world > 1 else ""
