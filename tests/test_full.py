@@ -635,15 +635,17 @@ def test_frozen_weights_are_held_in_the_compute_dtype_and_have_no_moments():
 
 def test_sizes_are_counted_from_the_model(tiny_model):
     args = full_args(tiny_model, "--freeze", "layers.0")
-    sizes, model = memory.sizes_of(args), memory.shapes_of(str(tiny_model))
+    sizes, model = memory.sizes_of(args, on_cuda=False), memory.shapes_of(str(tiny_model))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     assert sizes.is_full and sizes.parameters == sizes.root + 2 * layer
     assert sizes.trainable == sizes.parameters - layer
     assert sizes.root == 600 * 64 + 64 and sizes.head == 600 * 64
-    frozen = memory.sizes_of(full_args(tiny_model, "--freeze", "lm_head"))
+    frozen = memory.sizes_of(full_args(tiny_model, "--freeze", "lm_head"), on_cuda=False)
     assert (frozen.head, frozen.trainable) == (0, sizes.parameters - 600 * 64)
     # Nothing before a frozen first layer and embedding needs a gradient: nothing of it is kept.
-    both = memory.sizes_of(full_args(tiny_model, "--freeze", "layers.0,embed_tokens"))
+    both = memory.sizes_of(
+        full_args(tiny_model, "--freeze", "layers.0,embed_tokens"), on_cuda=False
+    )
     assert both.kept.layers[0] < 0.2 * frozen.kept.layers[0] < sizes.kept.layers[1]
 
 
@@ -667,8 +669,8 @@ def test_a_device_that_cannot_hold_the_state_is_refused(tiny_model, pairs_folder
     with pytest.raises(UserError, match="0.0 GiB on each of 1 rank.*: give more ranks, --optim ad"):
         plan.check_held(small)
     written = planned.as_json()
-    parameters = memory.sizes_of(args).parameters
-    trained_ones = memory.sizes_of(args).trainable
+    parameters = memory.sizes_of(args, on_cuda=False).parameters
+    trained_ones = memory.sizes_of(args, on_cuda=False).trainable
     assert written["adapter_gib"] == pytest.approx(4 * parameters / 2**30)  # fp32
     assert written["checkpoint_gib"] == pytest.approx(12 * trained_ones / 2**30)
     assert written["total_gib"] == pytest.approx(sum(written["parts_gib"].values()))
