@@ -457,6 +457,8 @@ REFUSED = {
     "--lora_alpha 8": "--lora_alpha 8: belongs to --tune lora",
     "--lora_dropout 0": "--lora_dropout 0.0: belongs to --tune lora",
     "--lora_targets q_proj": "--lora_targets q_proj: belongs to --tune lora",
+    "--use_rslora": "--use_rslora True: belongs to --tune lora",
+    "--loraplus_lr_ratio 16": "--loraplus_lr_ratio 16.0: belongs to --tune lora",
     "--init_adapter results/x": "results/x: --tune full .* merge the adapter .*export.py",
     "--quant nf4": "--quant nf4: weights in 4 bits cannot be trained",
     **{f"--kl {kl}": f"--kl {kl}: needs the reference's logits" for kl in token_scores.FULL_KL},

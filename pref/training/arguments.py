@@ -33,6 +33,7 @@ AUTO = ("auto", "on", "off")
 # papers that train all parameters.
 LEARNING_RATES = {"lora": 1e-5, "full": 5e-7}
 OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")
+LORA_OPTIONS = ("use_rslora", "loraplus_lr_ratio")  # recorded only where they are used
 OF_FULL = ("freeze", "optim")
 
 
@@ -482,7 +483,7 @@ def check_args(args: argparse.Namespace, world: int) -> None:
 
 def check_tuning(args: argparse.Namespace) -> None:
     """Raise UserError for arguments that do not go with --tune."""
-    foreign = OF_FULL if args.tune == "lora" else OF_LORA
+    foreign = OF_FULL if args.tune == "lora" else (*OF_LORA, *LORA_OPTIONS)
     if given := [name for name in foreign if getattr(args, name) != DEFAULTS[name]]:
         other = "full" if args.tune == "lora" else "lora"
         raise UserError(
