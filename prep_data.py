@@ -34,6 +34,7 @@ from pref.files import (
     console,
     disk,
     rankings,
+    run_folders,
     sources,
     task_data,
 )
@@ -317,7 +318,9 @@ def print_summary(out: Path, manifest: dict) -> None:
     if record and record["model"]:
         model, about = record["model"], ""
     if record and record["adapter_sha256"]:  # the next round begins where this one ended
-        model = f"{model} --init_adapter {Path(record['results']) / record['run']}"
+        run = Path(record["results"]) / record["run"]
+        whole = run / run_folders.WEIGHTS["full"]
+        model = str(whole) if whole.is_dir() else f"{model} --init_adapter {run}"
     print(f"next: python train_pref.py --data {out} --model {model}{about}")
 
 

@@ -78,6 +78,7 @@ def clipped(pairs, *, beta: float = 0.1, clip: float = 1.0):
         ("quick", 9),
         ("controlled", 87),
         ("sentiment_rounds", 1),
+        ("discopop_paper", 10),
     ],
 )
 def test_every_grid_is_made_of_runs_that_train_pref_takes(name, count):
@@ -548,7 +549,7 @@ def ready(tmp_path, monkeypatch, tiny_model, pairs_folder, mt_bench, server):
     """
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     monkeypatch.setattr(
-        preflight, "plan_of", lambda study, point: preflight.Plan(159, 12_000_000, 2.5, 0.6)
+        preflight, "plan_of", lambda study, point: preflight.Plan(159, 12_000_000, 2.5, 0.6, 1.8)
     )
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False))
     settings = {
@@ -578,7 +579,7 @@ def test_preflight_says_what_it_will_take(ready, capsys, server):
 def test_preflight_names_every_problem_with_its_remedy(ready, monkeypatch, server):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     monkeypatch.setattr(
-        preflight, "plan_of", lambda study, point: preflight.Plan(159, 12_000_000, 1e4, 0.6)
+        preflight, "plan_of", lambda study, point: preflight.Plan(159, 12_000_000, 1e4, 0.6, 1.8)
     )
     server.answer = lambda body: (401, {"error": {"message": "no"}})
     with pytest.raises(UserError) as caught:
@@ -615,11 +616,11 @@ def test_preflight_wants_a_key(ready, monkeypatch):
 def test_a_gpu_that_is_in_use_is_named(ready, monkeypatch):
     monkeypatch.setattr(commands, "gpus", lambda: ["0", "1"])
     monkeypatch.setattr(preflight, "free_gib_of", {"0": 70.0, "1": 1.5}.get)
-    plan = preflight.Plan(159, 12_000_000, 12.5, 0.6)
+    plan = preflight.Plan(159, 12_000_000, 12.5, 0.6, 1.8)
     with pytest.raises(
         UserError, match="GPU 1 has 1.5 GiB free, a run needs 12.5; stop what runs there"
     ):
-        preflight.check_memory(ready, plan, ready.points)
+        preflight.check_memory(ready, plan)
 
 
 def test_it_asks_before_it_starts_unless_told_not_to(ready, monkeypatch):

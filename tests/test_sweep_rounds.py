@@ -60,7 +60,9 @@ def plain_environment(monkeypatch):
     for key in [key for key in os.environ if grid.is_setting(key) or key.startswith("SLURM_")]:
         monkeypatch.delenv(key)
     monkeypatch.setattr(scheduler, "POLL_S", 0.001)
-    monkeypatch.setattr(preflight, "plan_of", lambda study, point: preflight.Plan(2, 100, 0.1, 0.0))
+    monkeypatch.setattr(
+        preflight, "plan_of", lambda study, point: preflight.Plan(2, 100, 0.1, 0.0, 0.0)
+    )
 
 
 class Killed(Exception):

@@ -82,13 +82,18 @@ def weights_of(run: Path) -> Path:
     return run / WEIGHTS[tune]
 
 
+def weights_name(run: Path) -> str:
+    """`adapter` or `model`; the first one of a folder without args.json."""
+    return weights_of(run).name if (run / "args.json").is_file() else WEIGHTS["lora"]
+
+
 def weight_files(run: Path) -> list[Path]:
     """The files of a run's trained weights. None if there are none: it is the untrained model, has
     not finished, or diverged before an evaluation.
     """
-    folder = weights_of(run) if (run / "args.json").is_file() else run / WEIGHTS["lora"]
-    is_adapter = folder.name == WEIGHTS["lora"]
-    return sorted(folder.glob("adapter_model.safetensors" if is_adapter else "*.safetensors"))
+    name = weights_name(run)
+    pattern = "adapter_model.safetensors" if name == WEIGHTS["lora"] else "*.safetensors"
+    return sorted((run / name).glob(pattern))
 
 
 def has_weights(run: Path) -> bool:

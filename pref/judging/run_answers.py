@@ -124,7 +124,7 @@ def check_adapter(run: Path, answers: dict, bench: str = MT_BENCH) -> None:
     if now is not None and answered_by != {now}:
         raise UserError(
             f"run {run.resolve().name}: its answers are from an older "
-            f"{run_folders.weights_of(run).name}; answer again with {answer_command(run, bench)}"
+            f"{run_folders.weights_name(run)}; answer again with {answer_command(run, bench)}"
         )
 
 

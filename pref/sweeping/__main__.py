@@ -19,6 +19,9 @@ Axes       LOSSES BETAS TAUS BETA_MIXES SEEDS LRS LOGP: values separated by spac
            overrides BETAS for that loss. In LOSSES, FILE.py:NAME is a loss of your own. The line
            `AXIS lora_r 16 64` makes an axis of any other argument of train_pref.py, the
            parameters of your own losses included; its environment variable is AXIS_lora_r.
+Tune       TUNE lora full: adapters, all parameters, or both in one grid. Axes of LoRA alone do not
+           multiply full runs. LRS_full and TRAIN_ARGS_full are for full runs, LRS_lora and
+           TRAIN_ARGS_lora for the others.
 Drawn      LRS loguniform 5e-6 5e-5 x 6: six values drawn instead of listed (or uniform), the same
            ones for every loss. They depend on DRAW_SEED (default 42) and the axis' name; a larger
            number adds values. Two drawn axes are combined like listed ones. --list shows them.

@@ -38,7 +38,9 @@ AXES = {
     "BETAS": "beta",
     "TAUS": "tau",
     "BETA_MIXES": "beta_mix",
+    "TUNE": "tune",
 }
+TUNES = ("lora", "full")
 SLOW_AXES = ("SEEDS", "LRS", "LOGP")
 EVERY_LOSS_HAS = ("seed", "learning_rate", "loss")
 AXIS_DEFAULTS = dict.fromkeys(AXES, "default") | {"SEEDS": "42", "LOSSES": ""}
@@ -60,7 +62,7 @@ SETTING_DEFAULTS = {
 } | task_settings.DEFAULTS
 PLACEMENT_DEFAULTS = dict.fromkeys(("GPUS_PER_RUN", "NPROC", "JOBS"), "")
 DEFAULTS = AXIS_DEFAULTS | SETTING_DEFAULTS | PLACEMENT_DEFAULTS
-PER_LOSS = (*AXES, "TRAIN_ARGS")  # these names may carry the suffix _loss
+PER_LOSS = (*AXES, "TRAIN_ARGS")  # these names may carry the suffix _loss, _lora or _full
 PER_BENCH = ("GEN_ARGS", "JUDGE", "BASE_URL", "JUDGE_ARGS")  # and these the suffix _bench
 OWN_AXIS = "AXIS_"  # AXIS_clip: an axis of the argument --clip
 
@@ -73,6 +75,7 @@ class Point(NamedTuple):
     arguments: list[str]  # of train_pref.py
     round: int = 1
     start: str = run_folders.BASE_RUN  # the run whose answers its pairs are made of (ROUNDS)
+    tune: str = "lora"  # what it trains: an adapter, or all parameters ("full")
 
 
 class Study(NamedTuple):
@@ -296,14 +299,17 @@ def expand(settings: dict[str, str]) -> list[Point]:
     names = [load_loss(loss, settings) for loss in losses]
     axes = axes_of(settings, names)
 
-    # 1) All combinations, loss by loss, because a loss may have values of its own for an axis.
+    # 1) All combinations, for each loss and what is trained, which may have values of their own for
+    #    an axis.
     combinations = []
-    for loss, name in zip(losses, names):
+    kinds = [(*both, tune) for both in zip(losses, names) for tune in tunes_of(settings, both[1])]
+    for loss, name, tune in kinds:
         values = {
-            axis: values_of(settings, axis, parameter, name) for axis, parameter in axes.items()
+            axis: values_of(settings, axis, parameter, name, tune)
+            for axis, parameter in axes.items()
         }
-        values["LOSSES"] = [loss]
-        check_not_given_twice(settings, axes, values, name)
+        values |= {"LOSSES": [loss], "TUNE": [tune]}
+        check_not_given_twice(settings, axes, values, name, tune)
         for choice in itertools.product(*values.values()):
             chosen = dict(zip(axes, choice))
             position = [values[axis].index(chosen[axis]) for axis in SLOW_AXES]
@@ -317,10 +323,15 @@ def expand(settings: dict[str, str]) -> list[Point]:
     for _, chosen in combinations:
         given = arguments_of(settings, axes, chosen)
         run_id = run_id_from(given)
-        points.setdefault(run_id, Point(len(points), run_id, given))
+        points.setdefault(run_id, Point(len(points), run_id, given, tune=chosen["TUNE"]))
 
     # 4) Each of them once more for each later round.
     rounds = [list(points.values())]
+    if task_settings.rounds_of(settings) > 1 and any(p.tune == "full" for p in points.values()):
+        raise UserError(
+            "ROUNDS: a later round starts from the adapter of the one before, and runs of TUNE "
+            "full have none; set ROUNDS 1, or TUNE lora"
+        )
     for number in range(2, task_settings.rounds_of(settings) + 1):
         rounds.append([next_round(point, number, settings) for point in rounds[-1]])
     return [point for points in rounds for point in points]
@@ -353,12 +364,18 @@ def load_loss(loss: str, settings: dict[str, str]) -> str:
 
 
 def check_not_given_twice(
-    settings: dict[str, str], axes: dict[str, str], values: dict[str, list[str]], loss: str
+    settings: dict[str, str],
+    axes: dict[str, str],
+    values: dict[str, list[str]],
+    loss: str,
+    tune: str,
 ) -> None:
     """Raise UserError if TRAIN_ARGS give an argument that an axis has several values of: theirs
     would take the place of all of them.
     """
-    flags = {word.partition("=")[0] for word in extra_arguments(settings, loss)}
+    flags = {word.partition("=")[0] for word in extra_arguments(settings, loss, tune)}
+    if "--tune" in flags:
+        raise UserError("TRAIN_ARGS: --tune is the axis TUNE (lora, full); set that")
     for axis, parameter in axes.items():
         if len(values[axis]) > 1 and f"--{parameter}" in flags:
             raise UserError(
@@ -400,12 +417,28 @@ def axes_of(settings: dict[str, str], losses: list[str]) -> dict[str, str]:
     return axes
 
 
-def values_of(settings: dict[str, str], axis: str, parameter: str, loss: str) -> list[str]:
-    """The values of an axis for one loss; only `default` if the loss has no such parameter."""
+def tunes_of(settings: dict[str, str], loss: str) -> list[str]:
+    """What is trained with one loss: values of TUNE."""
+    given = settings.get(f"TUNE_{loss}", settings["TUNE"]).replace("default", TUNES[0]).split()
+    if unknown := [tune for tune in given if tune not in TUNES]:
+        raise UserError(f"TUNE: {unknown[0]!r} must be one of {', '.join(TUNES)}")
+    return list(dict.fromkeys(given))
+
+
+def values_of(
+    settings: dict[str, str], axis: str, parameter: str, loss: str, tune: str
+) -> list[str]:
+    """The values of an axis for one loss and what is trained; only `default` if the loss, or a run
+    that trains this, has no such parameter. The loss's own values precede those of `tune`.
+    """
     of_losses = parameter in arguments.loss_arguments()
     if of_losses and parameter not in loss_options.loss_defaults(loss):
         return ["default"]
-    text = settings.get(f"{axis}_{loss}", settings[axis])
+    of_lora = (*arguments.OF_LORA, *arguments.LORA_OPTIONS)
+    if parameter in (of_lora if tune == "full" else arguments.OF_FULL):
+        return ["default"]
+    text = settings.get(f"{axis}_{tune}", settings[axis])
+    text = settings.get(f"{axis}_{loss}", text)
     if draws.is_drawn(text):
         return drawn_values(settings, text, axis, parameter)
     return text.split() or ["default"]
@@ -423,20 +456,21 @@ def drawn_values(settings: dict[str, str], text: str, axis: str, parameter: str)
 
 def drawn_axes(settings: dict[str, str]) -> dict[str, list[str]]:
     """The values of each axis that is drawn, by its name: BETAS, or BETAS_dlrml if one loss has
-    its own.
+    its own, LRS_full if full training has.
     """
     losses = [loss_name(loss) for loss in settings["LOSSES"].split()]
     found = {}
     for axis, parameter in axes_of(settings, losses).items():
-        for name in (axis, *(f"{axis}_{loss}" for loss in losses)):
+        for name in (axis, *(f"{axis}_{kind}" for kind in (*losses, *TUNES))):
             if draws.is_drawn(text := settings.get(name, "")):
                 found[draws.name_of(name)] = drawn_values(settings, text, axis, parameter)
     return found
 
 
-def extra_arguments(settings: dict[str, str], loss: str) -> list[str]:
-    """TRAIN_ARGS, then TRAIN_ARGS_loss, as a list of arguments."""
-    texts = (settings.get(key, "") for key in ("TRAIN_ARGS", f"TRAIN_ARGS_{loss}"))
+def extra_arguments(settings: dict[str, str], loss: str, *tune: str) -> list[str]:
+    """TRAIN_ARGS, then those of `tune` if it is known, then TRAIN_ARGS_loss, as a list."""
+    names = ("TRAIN_ARGS", *(f"TRAIN_ARGS_{one}" for one in (*tune, loss)))
+    texts = (settings.get(name, "") for name in names)
     return [argument for text in texts for argument in shlex.split(text)]
 
 
@@ -449,10 +483,12 @@ def arguments_of(
     given = ["--model", settings["MODEL"], "--data", settings["DATA"]]
     given += ["--results_dir", settings["RESULTS"], *loss_argument(chosen["LOSSES"])]
     of_table = ("BETAS", "TAUS", "BETA_MIXES", "SEEDS", "LRS", "LOGP")
+    if chosen["TUNE"] != TUNES[0]:
+        given += ["--tune", chosen["TUNE"]]
     for axis in (*of_table, *(axis for axis in axes if axis not in AXES)):
         if chosen[axis] != "default":
             given += [f"--{axes[axis]}", chosen[axis]]
-    return given + extra_arguments(settings, loss_name(chosen["LOSSES"]))
+    return given + extra_arguments(settings, loss_name(chosen["LOSSES"]), chosen["TUNE"])
 
 
 def display(command: list[str]) -> str:

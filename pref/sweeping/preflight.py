@@ -29,9 +29,8 @@ from pref.training.memory import shapes_of
 # Assumed training speeds, until a run of the grid has been measured. Per core: half of the
 # 0.17 TFLOP/s (0.083 of 2.07) that bench/README.md has for two cores.
 GPU_TFLOPS, CORE_TFLOPS = 60.0, 0.08
-# Disk space of a run in progress, in units of its adapter: three checkpoints (two and the one
-# being written) of weights and two AdamW moments each, and two best adapters.
-CHECKPOINT_ADAPTERS = 3 * 3 + 2
+# Operations per parameter and token: 2 forward, 2 backward, and 2 for the gradients of parameters.
+OPERATIONS = {"lora": 4, "full": 6}
 
 
 class Plan(NamedTuple):
@@ -40,7 +39,18 @@ class Plan(NamedTuple):
     steps: int
     tokens: int
     gib: float  # memory per rank
-    adapter_gib: float
+    adapter_gib: float  # on the disk, of what it leaves: an adapter, or a model
+    checkpoint_gib: float  # of one checkpoint, optimiser included
+
+    @property
+    def working_gib(self) -> float:
+        """Disk space of a run in progress: three checkpoints (two and the one being written), and
+        the best weights twice.
+        """
+        return 3 * self.checkpoint_gib + 2 * self.adapter_gib
+
+
+Plans = dict[str, tuple[Plan, list[Point]]]  # by what is trained, "lora" or "full"
 
 
 def preflight(study: Study) -> None:
@@ -72,10 +82,13 @@ def preflight(study: Study) -> None:
                 rounds.check_pairs_args(study)
                 rounds.check_unchanged(study)
                 print(rounds.estimate_sampling(study, todo), flush=True)
-            plan = plan_of(study, todo[0])
-            for check in (check_memory, check_disk, estimate_hours):
+            plans = plans_of(study, todo)
+            largest = max((plan for plan, _ in plans.values()), key=lambda plan: plan.gib)
+            with collecting(problems):
+                print(check_memory(study, largest), flush=True)
+            for check in (check_disk, estimate_hours):
                 with collecting(problems):
-                    print(check(study, plan, todo), flush=True)
+                    print(check(study, plans), flush=True)
 
     # 3) The judge: does it answer, and what will it cost?
     for bench in study.benches if "judge" in study.stages else []:
@@ -133,6 +146,14 @@ def check_model(name: str, model: str) -> None:
 # ---- training -----------------------------------------------------------------------------------
 
 
+def plans_of(study: Study, todo: list[Point]) -> Plans:
+    """A plan for the first run of each kind, and the runs that it stands for."""
+    kinds: dict[str, list[Point]] = {}
+    for point in todo:
+        kinds.setdefault(point.tune, []).append(point)
+    return {tune: (plan_of(study, points[0]), points) for tune, points in kinds.items()}
+
+
 def plan_of(study: Study, point: Point) -> Plan:
     """The plan of one run, made by train_pref.py in a process of its own, so that this process
     holds no GPU. It reads the model's configuration and tokenizer, so a hub that refuses access
@@ -152,11 +173,14 @@ def plan_of(study: Study, point: Point) -> Plan:
             message = last_line.removeprefix("error: ")
             raise UserError(f"train_pref.py --dry_run of {point.run_id}: {message}")
         plan = disk.read_json(path)
-    return Plan(plan["steps"], plan["tokens"], plan["total_gib"], plan["adapter_gib"])
+    keys = ("steps", "tokens", "total_gib", "adapter_gib", "checkpoint_gib")
+    return Plan(*(plan[key] for key in keys))
 
 
-def check_memory(study: Study, plan: Plan, todo: list[Point]) -> str:
-    """Raises UserError if the runs do not fit into the memory that is free."""
+def check_memory(study: Study, plan: Plan) -> str:
+    """Raises UserError if runs as large as that of `plan` do not fit into the memory that is
+    free.
+    """
     slots = commands.slots_of(study)
     remedy = "lower --per_device_batch or --max_length (TRAIN_ARGS)"
     if not slots[0]:
@@ -198,25 +222,35 @@ def free_gib_of(device: str) -> float | None:
     return int(mib) / 1024 if mib.isdigit() else None
 
 
-def check_disk(study: Study, plan: Plan, todo: list[Point]) -> str:
-    """Raises UserError if adapters and checkpoints would not fit on the disk."""
-    at_a_time, logs_gib = len(commands.slots_of(study)), 0.01 * len(todo)
-    need = plan.adapter_gib * (len(todo) + CHECKPOINT_ADAPTERS * at_a_time) + logs_gib
+def check_disk(study: Study, plans: Plans) -> str:
+    """Raises UserError if what runs leave, and the checkpoints of those in progress, would not fit
+    on the disk.
+    """
+    count = sum(len(points) for _, points in plans.values())
+    at_a_time, logs_gib = len(commands.slots_of(study)), 0.01 * count
+    left = sum(plan.adapter_gib * len(points) for plan, points in plans.values())
+    need = left + at_a_time * max(plan.working_gib for plan, _ in plans.values()) + logs_gib
     free = shutil.disk_usage(study.results).free / 2**30
-    text = f"disk: {need:.1f} GiB for adapters and checkpoints, {free:.1f} free in {study.results}"
+    what = " and ".join(
+        {"lora": "adapters", "full": "models"}[tune] for tune in sorted(plans)[::-1]
+    )
+    text = f"disk: {need:.1f} GiB for {what} and checkpoints, {free:.1f} free in {study.results}"
     if need > free:
+        smaller = "fewer runs at a time (JOBS)" if "full" in plans else "a smaller --lora_r"
         raise UserError(
-            f"{text}; free some space, give another RESULTS, or a smaller --lora_r (TRAIN_ARGS)"
+            f"{text}; free some space, give another RESULTS, or {smaller}"
+            + " (TRAIN_ARGS)" * ("full" not in plans)
         )
     return text
 
 
-def estimate_hours(study: Study, plan: Plan, todo: list[Point]) -> str:
+def estimate_hours(study: Study, plans: Plans) -> str:
     """Hours per run and for all, measured in this grid if it has begun, else from an assumed
     speed.
     """
     slots = commands.slots_of(study)
     states = {p.run_id: status.state_of(study, p, {}) for p in study.points}
+    todo = [point for _, points in plans.values() for point in points]
     seconds, basis = status.seconds_per_run(list(states.values())), "measured in this grid"
     if seconds is None:
         weights = sum(p.numel() for p in shapes_of(study.settings["MODEL"]).parameters())
@@ -224,11 +258,17 @@ def estimate_hours(study: Study, plan: Plan, todo: list[Point]) -> str:
             tflops = GPU_TFLOPS * len(slots[0]) * study.args.nodes
         else:
             tflops = CORE_TFLOPS * console.usable_cores() / len(slots)
-        # A LoRA step takes 4 operations per base parameter and token: 2 forward, 2 backward.
-        seconds = 4 * weights * plan.tokens / (tflops * 1e12)
+        operations = {
+            tune: OPERATIONS[tune] * weights * plan.tokens for tune, (plan, _) in plans.items()
+        }
+        total = sum(operations[tune] * len(points) for tune, (_, points) in plans.items())
+        seconds = total / len(todo) / (tflops * 1e12)
+        plan, _ = next(iter(plans.values()))
+        factors = " or ".join(f"{OPERATIONS[tune]} ({tune})" for tune in plans)
+        factors = factors if len(plans) > 1 else f"{OPERATIONS[next(iter(plans))]}"
         basis = (
-            f"assumed: {plan.tokens:,} tokens per run at 4 x {weights / 1e9:.3g}B operations, "
-            f"{tflops:g} TFLOP/s"
+            f"assumed: {plan.tokens:,} tokens per run at {factors} x {weights / 1e9:.3g}B "
+            f"operations, {tflops:g} TFLOP/s"
         )
     waiting = [states[point.run_id] for point in todo]
     left = status.hours_text(status.time_left(waiting, len(slots), seconds))

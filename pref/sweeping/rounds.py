@@ -236,8 +236,13 @@ def gen_command(study: Study, number: int, runs: list[Path]) -> list[str]:
 
 
 def quant_of(study: Study) -> str:
-    """The quantisation of the base model that the study's runs will be trained with."""
-    args = arguments.parse_args(study.points[0].arguments)
+    """The quantisation of the base model under the study's adapters; where all runs train all
+    parameters, there is none.
+    """
+    points = [point for point in study.points if point.tune == "lora"]
+    if not points:
+        return "none"
+    args = arguments.parse_args(points[0].arguments)
     if args.quant != "auto":
         return args.quant
     if not commands.gpus() or args.shard == "full":

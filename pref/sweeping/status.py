@@ -201,7 +201,7 @@ def what_run_lacks(study: Study, name: str, benches: list[BenchState]) -> str | 
         if summary["best_step"] is None:
             return None  # it diverged before its first evaluation: there is no adapter to answer
         if not run_folders.has_weights(folder):
-            missing = run_folders.weights_of(folder).name
+            missing = run_folders.weights_name(folder)
             return f"its {missing} is missing; restore it, or remove {folder} to train it again"
 
     # 2) Answers and verdicts, of one benchmark after another.

@@ -61,7 +61,8 @@ def begin_record(args: argparse.Namespace, parameters: dict, own_loss: dict, ran
     given = {
         key: value
         for key, value in vars(args).items()
-        if key not in arguments.NOT_RECORDED and not (key in absent and value == absent[key])
+        if key not in arguments.NOT_RECORDED
+        and not (key in absent and value in (None, absent[key]))
     }
     return {
         **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()},

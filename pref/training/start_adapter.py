@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from pref.files import disk
+from pref.files import disk, run_folders
 from pref.files.console import UserError
 from pref.model import lora
 from pref.model.ranks import Ranks
@@ -66,6 +66,11 @@ def with_start(args: argparse.Namespace) -> argparse.Namespace:
         # Without a start adapter the two references are the same model.
         return settings.replaced(args, init_adapter_sha256=None, reference_model="start", round=1)
     origin = origin_of(args.init_adapter)
+    if run_folders.tune_of(origin.record) == "full":
+        raise UserError(
+            f"--init_adapter {args.init_adapter}: has a model of its own and no adapter (--tune "
+            f"full); give --model {origin.run / run_folders.WEIGHTS['full']} in its place"
+        )
     args = settings.replaced(
         args,
         init_adapter=origin.adapter,
