@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import test_architectures
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from pref.files import disk
 from pref.files.console import UserError
 from pref.model import loading, sharding, token_scores, trained
 from pref.model.chat import TokenPair
-from pref.model.logps import TargetLogps, logps_of, slopes_of, trainable
+from pref.model.logps import ResponseLogps, TargetLogps, logps_of, slopes_of, trainable
 from pref.model.packing import Packing
 from pref.model.weights import ModelFiles
 from pref.training import (
@@ -421,6 +422,49 @@ def test_in_bf16_steps_are_kept_that_bf16_would_round_away(tiny_model, pairs_fol
         apart = (sharding.local(parameter.detach()) - before[name]).abs()
         if parameter.ndim > 1:
             assert 0 < apart.max() < 1.5e-6, name
+
+
+CASES = {
+    "llama": "",
+    "llama+frozen": "embed_tokens,layers.0",  # below the first layer that is trained nothing is
+    "gemma": "",
+    "gemma2": "",
+    "qwen2": "lm_head",
+    "qwen3_moe": "mlp.gate",
+    "gpt2": "",
+    "cohere": "",
+    "mamba": "",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_in_bf16_gradients_are_those_of_fp32_but_for_rounding(name, one_process):
+    """Of architectures with tied heads, caps, biases, experts, Conv1D, scaled logits, a state."""
+    config = test_architectures.config_of(name.split("+")[0])
+    config.num_experts_per_tok = 2
+    base, own = test_architectures.random_models(config)
+    for model in (base, own):
+        for parameter in model.parameters():  # bf16 has them exactly
+            parameter.data = parameter.data.mul(0.5).bfloat16().float()
+    facts = test_architectures.architecture.of_config(config)
+    packed = not facts.plain(test_architectures.LONGEST)
+    trained.train_all(base, CASES[name] or None, torch.bfloat16)
+    policy = ResponseLogps(base, "branches" if packed else facts.attention)
+    sharding.shard(policy, "full", torch.bfloat16, ONE)
+    sums = test_architectures.engine_sums(policy, packed)
+    sums.sum().backward()
+    expected = test_architectures.plain_sums(own)
+    expected.sum().backward()
+    assert (sums - expected).abs().max() < 0.02 * expected.abs().max()
+    apart = whole = 0.0
+    for parameter_name, parameter in base.named_parameters():
+        right = own.get_parameter(parameter_name).grad
+        assert (parameter.grad is not None) == parameter.requires_grad or right is None
+        if parameter.grad is not None:
+            apart += (sharding.local(parameter.grad) - right).square().sum().item()
+            whole += right.square().sum().item()
+    assert 0 < apart < 0.1**2 * whole
 
 
 def test_the_reference_is_shared_with_lora(tiny_model):

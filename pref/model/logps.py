@@ -320,7 +320,7 @@ class ResponseLogps(nn.Module):
         is_plain = type(linear) is nn.Linear and self.is_plain_head
         if reference is None and score is None and is_plain:
             logps = TargetLogps.apply(
-                hidden,
+                hidden.to(linear.weight.dtype),  # Mamba's are in fp32, and it does so itself
                 linear.weight,
                 linear.bias,
                 batch.targets,

@@ -97,7 +97,7 @@ def cut(pairs: list[TokenPair]) -> list[TokenPair]:
 
 def check_compiled(policy: ResponseLogps, batch: Batch, dtype: torch.dtype, ranks: Ranks) -> None:
     """Compare the compiled layers with the eager ones on `batch`: log-probs, and the gradient of
-    their sum for the adapter. Collective. Raises UserError if they differ by more than rounding, or
+    their sum. Collective. Raises UserError if they differ by more than rounding, or
     cannot be compiled.
     """
     with lora.dropout(policy, active=False):
@@ -110,9 +110,12 @@ def check_compiled(policy: ResponseLogps, batch: Batch, dtype: torch.dtype, rank
                 f"the layers cannot be compiled on this machine ({first_line(error)}); give "
                 "--compile off"
             ) from None
-    # Squares of the adapter's gradient, over all ranks: each has its part.
-    squares = [[(a - b).square().sum(), b.square().sum()] for a, b in zip(ours[1:], expected[1:])]
-    summed = ranks.sum(torch.tensor(squares, device=ranks.device).sum(0)).tolist()
+    # Squares of the gradient, over all ranks: each has its part.
+    squares = [
+        torch.stack([(a.double() - b.double()).square().sum(), b.double().square().sum()])
+        for a, b in zip(ours[1:], expected[1:])
+    ]
+    summed = ranks.sum(torch.stack(squares).sum(0)).tolist()
     difference = (ours[0] - expected[0]).abs().mean().item()
     gradient = math.sqrt(summed[0] / max(summed[1], 1e-30))
     most, most_gradient = COMPILED_TOLERANCE[dtype]
@@ -126,12 +129,12 @@ def check_compiled(policy: ResponseLogps, batch: Batch, dtype: torch.dtype, rank
 
 def logps_and_gradients(policy: ResponseLogps, batch: Batch) -> list[Tensor]:
     """Log-probs (N,) of a batch, then this rank's part of the gradient of their sum for every
-    matrix of the adapter that has one.
+    parameter that has one.
     """
     logps = policy(batch).logps
     logps.sum().backward()
     parameters = list(trainable(policy).values())
-    grads = [sharding.local(p.grad).double() for p in parameters if p.grad is not None]
+    grads = [sharding.local(p.grad) for p in parameters if p.grad is not None]
     for parameter in parameters:
         parameter.grad = None
     return [logps.detach(), *grads]
