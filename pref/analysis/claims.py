@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pref.analysis import estimates, measures
-from pref.analysis.runs import Cell, Values
+from pref.analysis.runs import LATER_OPTIONS, Cell, Values
 from pref.files import disk
 from pref.files.console import UserError
 
@@ -197,8 +197,14 @@ def select_cells(cells: list[Cell], selector: dict) -> list[Cell]:
     selected = [cell for cell in cells if cell.loss == selector["loss"] and not cell.untrained]
     for key, wanted in selector.items():
         if key != "loss" and wanted != "best":
-            selected = [cell for cell in selected if matches(cell.runs[0].args.get(key), wanted)]
+            selected = [cell for cell in selected if matches(argument(cell, key), wanted)]
     return selected
+
+
+def argument(cell: Cell, key: str):
+    """A cell's value of an argument; of one that older runs do not record, the one they had."""
+    value = cell.runs[0].args.get(key)
+    return LATER_OPTIONS.get(key) if value is None else value
 
 
 def matches(value, wanted) -> bool:

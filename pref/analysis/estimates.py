@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pref.analysis import grouping, power, stats, texts, usual_tests, variation
-from pref.analysis.runs import LATER_OPTIONS, Cell, Run, ScoredCell, Values
+from pref.analysis.runs import LATER_OPTIONS, OF_TUNE, Cell, Run, ScoredCell, Values
 
 DIFFERENCE_NUMBERS = ("estimate", "se", "df", "low", "high", "seed_share")
 WITHOUT_GAMED = ("without_gamed", "without_gamed_low", "without_gamed_high")
@@ -70,11 +70,14 @@ def cell_table(cell: Cell, values: Values) -> np.ndarray:
 
 
 def differences(one: Cell, other: Cell) -> list[str]:
-    """Settings that both cells have and that differ; None is "does not apply", not a difference."""
+    """Settings that both cells have and that differ; None is "does not apply", not a difference.
+    What follows from another `tune` is none besides it.
+    """
     a, b = settings_of(one), settings_of(other)
-    return sorted(
+    different = [
         key for key in a if a[key] is not None and b.get(key) is not None and a[key] != b[key]
-    )
+    ]
+    return sorted(key for key in different if "tune" not in different or key not in OF_TUNE)
 
 
 def settings_of(cell: Cell) -> dict:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pref.analysis import cell_rows, stats
-from pref.analysis.runs import LATER_OPTIONS, Cell, Run
+from pref.analysis.runs import LATER_OPTIONS, OF_TUNE, Cell, Run
 from pref.files.console import UserError
 
 
@@ -26,7 +26,7 @@ def make_cells(runs: list[Run]) -> list[Cell]:
     differing = differing_settings(runs)
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        settings = {key: setting(run, key) for key in differing[run.loss]}
+        settings = settings_of(run, differing)
         group = groups[run.loss, run.beta, run.tau, json.dumps(settings)]
         if twin := next((other for other in group if other.seed == run.seed), None):
             raise UserError(
@@ -49,7 +49,7 @@ def make_cells(runs: list[Run]) -> list[Cell]:
 def make_cell(runs: list[Run], differing: dict[str, list[str]], by_id: dict[str, Run]) -> Cell:
     """The cell of `runs`, which are alike in everything but their seed. by_id: all runs."""
     first = runs[0]
-    settings = {key: setting(first, key) for key in differing[first.loss]}
+    settings = settings_of(first, differing)
     first_rounds = [first_round(run, by_id) for run in runs]
     accuracies = [run.summary["best_acc_ref"] for run in first_rounds if run and run.summary]
     return Cell(
@@ -79,21 +79,28 @@ def with_targets_of_first_round(runs: list[Run]) -> list[Run]:
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
-    """loss -> settings, besides beta and tau, that differ among its runs."""
+    """loss -> settings, besides beta and tau, that differ among its runs; those that follow from
+    `tune` among the runs that train the same.
+    """
     all_keys = {key for run in runs for key in run.settings}
-    values: dict[str, dict[str, set]] = defaultdict(lambda: defaultdict(set))
+    values: dict[tuple, set] = defaultdict(set)
     for run in runs:
         for key in all_keys:
-            values[run.loss][key].add(setting(run, key))
-    return {
-        loss: sorted(key for key in by_key if len(by_key[key]) > 1)
-        for loss, by_key in values.items()
-    }
+            same = setting(run, "tune") if key in OF_TUNE else None
+            values[run.loss, key, same].add(setting(run, key))
+    differing = {(loss, key) for (loss, key, _), found in values.items() if len(found) > 1}
+    return {run.loss: sorted(key for loss, key in differing if loss == run.loss) for run in runs}
+
+
+def settings_of(run: Run, differing: dict[str, list[str]]) -> dict:
+    """A run's values of the settings that differ, without those that its `tune` does not have."""
+    found = {key: setting(run, key) for key in differing[run.loss]}
+    return {k: value for k, value in found.items() if value is not None or k not in OF_TUNE}
 
 
 def setting(run: Run, key: str):
     """A run's setting; None where it does not apply."""
-    default = None if run.untrained else LATER_OPTIONS.get(key)
+    default = None if run.untrained or key in OF_TUNE else LATER_OPTIONS.get(key)
     return run.settings.get(key, default)
 
 

@@ -24,6 +24,10 @@ LATER_OPTIONS = {
     "use_rslora": False,
     "loraplus_lr_ratio": 1.0,
 }
+# Settings that follow from `tune`, or that only one of its values has: between an adapter and a
+# whole model they are no difference of their own.
+OF_TUNE = {"lora_r", "lora_alpha", "lora_dropout", "lora_targets", "use_rslora"}
+OF_TUNE |= {"loraplus_lr_ratio", "quant", "base_sha256", "optim", "freeze"}
 ACCURACIES = ("best_acc_ref", "final_acc_ref", "final_acc_sum", "final_acc_mean")
 TRAINING_NUMBERS = ("steps", "nonfinite_steps", "wall_s", "tokens", "peak_gib")
 SUMMARY_KEYS = (*ACCURACIES, "best_step", *TRAINING_NUMBERS)  # what is read of summary.json
