@@ -91,9 +91,11 @@ def test_no_more_layers_are_recomputed_than_must_be(longest):
     draft = draft_of(23.5, longest=longest)
     args = plan.decide(settled(), PACKING, draft)
     count, room = int(args.checkpointing), 23.5 * plan.MEMORY_SHARE["cuda"]
-    assert args.tokens_per_microbatch == max(2048, 3072 if longest == 3000 else 0)
-    assert 0 < count < LAYERS and need(args, draft) <= room
-    assert need(args, draft, checkpointing=str(count - 1)) > room
+    tokens, least = args.tokens_per_microbatch, {1500: 2048, 3000: 3072}[longest]
+    assert 0 < count < LAYERS and tokens >= least and need(args, draft) <= room
+    fewer = str(count - 1)
+    assert need(args, draft, checkpointing=fewer, tokens_per_microbatch=least) > room
+    assert need(args, draft, tokens_per_microbatch=tokens + FLEX_BLOCK) > room
     # Where nothing fits, whatever takes the least memory.
     args = plan.decide(settled(), PACKING, draft_of(6, longest=longest))
     assert args.checkpointing == "31"
@@ -132,9 +134,11 @@ def test_memory_of_k_layers_lies_between_all_and_none():
     assert values[:4] == sorted(values[:4], reverse=True)
     per_layer = 4096 * (275_000 - 8192) / 2**30  # what it keeps, but for its input
     assert values[0] - values[1] == pytest.approx(per_layer)
-    assert values[1] - values[2] == pytest.approx(15 * per_layer)
-    # The last layer is recomputed as soon as it has been computed: that saves nothing.
-    assert values[4] - values[3] == pytest.approx(4096 * 8192 / 2**30)
+    copied = LLAMA.trainable / LAYERS * 2 / 2**30  # of the adapter in bf16: cast anew
+    assert values[1] - values[2] == pytest.approx(15 * (per_layer + copied))
+    # The last layer is recomputed as soon as it has been computed: that saves next to nothing, what
+    # the head's logits take at another time than the layer.
+    assert abs(values[4] - values[3]) < per_layer / 6
 
 
 def test_checkpointing_some_layers_changes_no_gradient(tiny_model, pairs_folder):

@@ -246,7 +246,9 @@ def memory_of(
     each = 2 * width if is_compiled and not on_cuda else width + 12
     chunk = min(tokens, responses) * sizes.vocabulary * each
     logits = heap * (chunk + 2 * responses * sizes.hidden * width)
-    activations = heap * largest * bytes_per_token(args, sizes, on_cuda)
+    kept, in_last = (heap * largest * size for size in bytes_per_token(args, sizes, on_cuda))
+    # The chunk of logits is gone by then. On a CPU its memory is not: it stays in the heap.
+    activations = kept + (max(0, in_last - chunk) if on_cuda else in_last)
 
     # 3) What the process has besides.
     if on_cuda:
@@ -326,22 +328,23 @@ def checkpointed_layers(args: argparse.Namespace, layers: int) -> int:
     return named[args.checkpointing] if args.checkpointing in named else int(args.checkpointing)
 
 
-def bytes_per_token(args: argparse.Namespace, sizes: Sizes, on_cuda: bool) -> float:
-    """Bytes of activations for each token of a micro-batch, when they are the most.
+def bytes_per_token(args: argparse.Namespace, sizes: Sizes, on_cuda: bool) -> tuple[float, float]:
+    """Bytes of activations for each token of a micro-batch: those that the forward pass leaves, and
+    those that come in the last layer's backward pass, when they are the most.
 
-    The first k layers are checkpointed and keep their inputs; the others keep what autograd saves.
-    The most is held as the backward pass begins, in the last layer, which needs GRADIENTS besides.
-    Until it comes to the k layers, which are then recomputed one at a time, those of all others are
-    free. With k = L the last layer is one of them, and recomputed first.
+    The first k layers are checkpointed and leave their inputs; the others leave what autograd
+    saves. The last layer's backward pass needs GRADIENTS besides. Until it comes to the k layers,
+    which are then recomputed one at a time, those of all others are free. With k = L the last layer
+    is one of them, and recomputed first.
     """
     width = 2 if args.dtype == "bfloat16" else 4
     share = COMPILED_SHARE if args.compile == "on" else 1
     count, kept = checkpointed_layers(args, sizes.layers), sizes.kept
-    gradients = GRADIENTS["cuda" if on_cuda else "cpu"] * max(kept.layers)
-    held = share * (sum(kept.layers[count:]) + gradients)
+    left = count * sizes.hidden * width + share * sum(kept.layers[count:]) + kept.rest
+    in_last = share * GRADIENTS["cuda" if on_cuda else "cpu"] * max(kept.layers)
     if count == sizes.layers:
-        held += share * max(kept.layers)
-    return count * sizes.hidden * width + held + kept.rest
+        in_last += share * max(kept.layers)
+    return left, in_last
 
 
 def buffer_bytes(args: argparse.Namespace, sizes: Sizes, world: int) -> float:
@@ -351,9 +354,11 @@ def buffer_bytes(args: argparse.Namespace, sizes: Sizes, world: int) -> float:
     width = 2 if args.dtype == "bfloat16" else 4
     dequantised = 2 * sizes.largest_linear * width if args.quant == "nf4" else 0
     # 2) The adapter in the compute dtype, which the backward pass needs again: cast by each layer,
-    #    or gathered by FSDP.
+    #    unless that is recomputed (all but one), or gathered by FSDP.
     copied = sizes.trainable * width
     if world == 1:
+        recomputed = max(0, checkpointed_layers(args, sizes.layers) - 1)
+        copied *= 1 - recomputed / sizes.layers
         return CUBLAS + dequantised + copied
     # 3) FSDP adds up whole gradients in fp32 until the step's last micro-batch, when it reduces
     #    them layer by layer. A gathered layer of the base is copied from one buffer into tensors.
