@@ -353,6 +353,25 @@ def test_a_full_disk_on_two_ranks_leaves_the_state_before(undisturbed, arguments
     assert_close(run, undisturbed)
 
 
+def test_best_weights_do_not_pile_up_between_checkpoints(arguments, tmp_path, monkeypatch):
+    """Each of three evaluations is the best so far, and the first checkpoint comes after them."""
+    evaluate, write, seen = train_pref.evaluate, model_folder.write, []
+
+    def better_each_time(study, split):
+        metrics, logps = evaluate(study, split)
+        return metrics | {"eval/acc_ref": study.progress.step / 10}, logps
+
+    def counted(model, folder, *more):
+        seen.append(len(list(folder.parent.parent.glob("best-*"))))
+        write(model, folder, *more)
+
+    monkeypatch.setattr(train_pref, "evaluate", better_each_time)
+    monkeypatch.setattr(model_folder, "write", counted)
+    given = arguments(tmp_path, "--eval_steps", "1", "--save_steps", "100", "--max_steps", "3")
+    assert train_pref.main(given) == 0
+    assert seen == [1, 1, 1]  # the one that is being written
+
+
 def test_without_room_on_the_disk_a_run_does_not_begin(arguments, tmp_path, monkeypatch, capsys):
     assert train_pref.main(arguments(tmp_path, "--dry_run")) == 0
     out = capsys.readouterr().out

@@ -90,7 +90,9 @@ def test_shards_of_several_ranks_are_one_model(tmp_path, tiny_model):
     assert "Writing" not in done.stderr
     for kind, is_tied in (("llama", True), ("mixtral", False)):
         with safe_open(tmp_path / kind / "model.safetensors", "pt") as file:
-            assert ("lm_head.weight" in file.keys()) is not is_tied  # noqa: SIM118
+            keys = list(file.keys())
+            assert ("lm_head.weight" in keys) is not is_tied
+            assert {file.get_slice(key).get_dtype() for key in keys} == {"BF16"}
         assert json.loads((tmp_path / kind / "config.json").read_text())["dtype"] == "bfloat16"
         model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype="auto")
         expected = random_model(kind, tie_word_embeddings=is_tied).bfloat16().state_dict()
