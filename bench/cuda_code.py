@@ -71,10 +71,12 @@ def as_if_there(card: SimpleNamespace) -> None:
     """Let torch, Inductor and Triton take `card` for the current device."""
     import torch
     from torch._dynamo import device_interface
+    from torch._inductor.runtime import triton_helpers
     from torch._subclasses import FakeTensorMode
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
+    triton_helpers.set_driver_to_gpu = lambda: None
     capability = (card.major, card.minor)
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
@@ -82,6 +84,11 @@ def as_if_there(card: SimpleNamespace) -> None:
     torch.cuda.get_device_capability = lambda *_: capability
     torch.cuda.get_device_name = lambda *_: card.name
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
+    torch.cuda.set_rng_state = lambda *_: None
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda._exchange_device = lambda *_: 0
+    torch.cuda._maybe_exchange_device = lambda *_: 0  # another one: dynamo tells them apart
     interface = device_interface.CudaInterface
     interface.is_available = staticmethod(lambda: True)
     interface.get_compute_capability = staticmethod(lambda *_: 10 * card.major + card.minor)
@@ -100,13 +107,7 @@ def as_if_there(card: SimpleNamespace) -> None:
             is_active=lambda: True,
         )
     )
-    create = FakeTensorMode.__init__
-
-    def without_device(self, *args, **kwargs):
-        create(self, *args, **kwargs)
-        self.avoid_device_init = True
-
-    FakeTensorMode.__init__ = without_device
+    FakeTensorMode.avoid_device_init = property(lambda self: True)
 
 
 def record_kernels() -> dict[str, str]:
@@ -128,6 +129,7 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
     import torch
     from torch._functorch import config as functorch_config
     from torch._inductor import compile as inductor
+    from torch._inductor import config as inductor_config
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -136,11 +138,12 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
     from pref.training import memory
 
     functorch_config.force_non_lazy_backward_lowering = True
+    inductor_config.joint_graph_constant_folding = False  # it computes constants, on the device
     row = cuda_without_gpu.Row(1)
     given = cuda_without_gpu.arguments_of(row, folder, args.tokens)
     policy = ResponseLogps(memory.with_lora(memory.shapes_of(given.model, torch.bfloat16), given))
     layer = logps.decoder_layers(policy)[0]
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     batch = cuda_without_gpu.batch_on_cuda(cuda_without_gpu.make_pairs(args.tokens), fake)
     with fake:
         cuda_without_gpu.to_fake_cuda(policy, row.quant, fake)
@@ -156,16 +159,7 @@ def compile_layer(args: argparse.Namespace, folder: Path) -> None:
     def forward(x, cos, sin):
         return layer(x, attention_mask=mask, position_embeddings=(cos, sin), use_cache=False)
 
-    class Same(FakeTensorMode):
-        """Dynamo makes a fake mode for each graph; tensors of another one it would not take."""
-
-        def __new__(cls, shape_env=None, **_):
-            fake.shape_env = shape_env
-            return fake
-
-    torch._subclasses.FakeTensorMode = Same
     graph = torch._dynamo.export(forward)(x, *rotary).graph_module
-    torch._subclasses.FakeTensorMode = FakeTensorMode
     inductor(graph, [x, *rotary])
 
 
