@@ -112,6 +112,7 @@ class Bench:
             checkpointing=setting.checkpointing,
             compile="off" if self.args.no_compile else setting.compile,
             liger=setting.liger,
+            tune="lora",
             lora_r=self.args.lora_r,
             learning_rate=1e-4,
         )

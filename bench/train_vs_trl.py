@@ -47,6 +47,7 @@ CONTESTANTS = {
     "shared_eager": EAGER,
 }
 DEFAULT = ("trl", "trl_precomputed", "train_pref", "train_pref_plain")
+LORA = ("--lora_alpha", 16, "--lora_dropout", 0)
 BETA, SEED = 0.1, 42
 
 
@@ -87,6 +88,7 @@ def parse_args() -> argparse.Namespace:
         help="train_pref's; auto is on for long runs",
     )
     parser.add_argument("--liger", action="store_true", help="TRL with Liger's kernels (GPU)")
+    parser.add_argument("--tune", choices=["lora", "full"], default="lora")
     parser.add_argument("--lora_r", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=DEFAULT)
@@ -175,12 +177,23 @@ def trl_worker(args: argparse.Namespace) -> None:
             if "loss" in logs:
                 losses.append(logs["loss"])
 
-    ours = add_lora(
-        load_base(args.model, dtype, args.quant, device), args.lora_r, 16, 0.0, "all-linear", SEED
-    )
-    first = {name: p.detach().clone() for name, p in ours.named_parameters() if "lora_A" in name}
-    del ours
-    base = load_base(args.model, dtype, args.quant, device)
+    first, adapter = {}, None
+    if args.tune == "lora":
+        base = load_base(args.model, dtype, args.quant, device)
+        ours = add_lora(base, args.lora_r, 16, 0.0, "all-linear", SEED)
+        lora_a = ((name, p) for name, p in ours.named_parameters() if "lora_A" in name)
+        first = {name: p.detach().clone() for name, p in lora_a}
+        del ours
+        base = load_base(args.model, dtype, args.quant, device)
+        adapter = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=16,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    else:  # fp32 weights, and bf16 by autocast
+        base = load_base(args.model, torch.float32, "none", device).requires_grad_(True)
     rows = [
         json.loads(line)
         for line in (args.folder / "in_order.jsonl").read_text(encoding="utf-8").splitlines()
@@ -215,18 +228,12 @@ def trl_worker(args: argparse.Namespace) -> None:
         args=config,
         train_dataset=Dataset.from_list([{key: row[key] for key in columns} for row in rows]),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        peft_config=LoraConfig(
-            r=args.lora_r,
-            lora_alpha=16,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=adapter,
         callbacks=[Clock()],
     )
     with torch.no_grad():
         for name, p in trainer.model.named_parameters():
-            if "lora_A" in name:
+            if name in first:
                 p.copy_(first[name])
     trainer.train()
     print(json.dumps({"seconds": seconds, "losses": losses, "peak_gib": peak_gib(device)}))
@@ -281,12 +288,10 @@ def run_ours(
         args.max_length,
         "--truncation",
         "keep_start",
-        "--lora_r",
-        args.lora_r,
-        "--lora_alpha",
-        16,
-        "--lora_dropout",
-        0,
+        "--tune",
+        args.tune,
+        *(LORA if args.tune == "lora" else []),
+        *(["--lora_r", args.lora_r] if args.tune == "lora" else []),
         "--warmup_ratio",
         0,
         "--dtype",
@@ -426,6 +431,8 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]], counts: dic
     }
     if "train_pref" in rates:
         flops = 4 * (body * counts["shared"] + head * counts["responses"])
+        if args.tune == "full":
+            flops = 6 * body * counts["shared"] + 8 * head * counts["responses"]
         last["gemm_share"] = rates["train_pref"] * flops / rate
         last["gemm_tflops"] = rate / 1e12
     if {"trl", "train_pref"} <= rates.keys():

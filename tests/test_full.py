@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import run_script
+from safetensors.torch import load_file
 from test_train import ONE, metrics_of, tiny_policy, train, val_pairs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -612,6 +613,15 @@ def test_ranks_and_layout_do_not_change_the_run(one_rank, tiny_model, pairs_fold
             exact = key.endswith(("loss", "preference", "grad_norm", "lr", "epoch"))
             tolerance = 1e-5 if exact else 5e-4
             assert line[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), key
+    start, one, other = (
+        load_file(folder / "model.safetensors")
+        for folder in (tiny_model, one_rank / "model", run / "model")
+    )
+    assert start.keys() == one.keys() == other.keys()
+    for name, weight in one.items():
+        moved = (weight - start[name]).norm()
+        assert (weight - other[name]).norm() <= 1e-3 * moved, name
+        assert (moved == 0) == ("layers.0.mlp.up_proj" in name), name
 
 
 # ---- the plan -----------------------------------------------------------------------------------
