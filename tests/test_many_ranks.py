@@ -75,6 +75,25 @@ def test_an_adapter_is_gathered_and_reduced_once_a_step(tiny_model, pairs_folder
         assert all(isinstance(p, DTensor) for p in trainable(study.policy).values())
 
 
+def test_all_parameters_are_gathered_and_reduced_in_every_micro_batch(
+    tiny_model, pairs_folder, eight_ranks
+):
+    """No rank ever holds a whole gradient: after a micro-batch each has its shards alone."""
+    packing, more = Packing(2, tokens=1), ("--tune", "full", "--shard", "full")
+    study = study_of(tiny_model, pairs_folder, eight_ranks, packing, *more)
+    sharding.shard(study.policy, "full", torch.bfloat16, eight_ranks)
+    split = split_of(tiny_model, pairs_folder, repeated=MICRO_BATCHES)
+    with Collectives() as step:
+        train_pref.compute_gradients(study, split, list(range(8 * MICRO_BATCHES)))
+    assert step.counts == {
+        "_allgather_base_": MICRO_BATCHES * (1 + 2 * LAYERS),  # the root once, a layer twice
+        "_reduce_scatter_base_": MICRO_BATCHES * (1 + LAYERS),
+        "allreduce_": MICRO_BATCHES + 1,
+    }
+    for parameter in trainable(study.policy).values():
+        assert isinstance(parameter.grad, DTensor) and parameter.grad.dtype == torch.float32
+
+
 def test_a_single_rank_shards_nothing(tiny_model, pairs_folder):
     study = study_of(tiny_model, pairs_folder, Ranks(0, 1, CPU), Packing(2, tokens=600))
     for mode in ("adapters", "full"):

@@ -11,8 +11,9 @@ from waiting import NoWaitingFunctions, NoWaitingOperators, Waits
 
 import train_pref
 from losses import LOSSES, PairLogps
-from pref.model import flex, packing
+from pref.model import flex, packing, trained
 from pref.model.chat import TokenPair
+from pref.model.loading import load_base
 from pref.model.logps import ResponseLogps
 from pref.model.packing import Packing, make_batch, micro_batches
 from pref.model.ranks import Ranks
@@ -38,11 +39,15 @@ ONE_ON_META = OneOnMeta(0, 1, META)
 
 
 def study_of(model, pairs_folder, ranks: Ranks, packing: Packing, *more) -> train_pref.Study:
-    """What a step needs, with a random adapter in fp32."""
+    """What a step needs, with a random adapter or with all parameters in fp32."""
     given = train_args(model, pairs_folder, "none", "--max_grad_norm", "0", *more)
     args = arguments.parse_args([str(argument) for argument in given])
     parameters = arguments.loss_parameters(args)
-    if ranks.device == META:
+    if args.tune == "full":
+        model = load_base(args.model, torch.float32, "none", ranks.device)
+        trained.train_all(model, None, torch.float32)
+        policy = ResponseLogps(model)
+    elif ranks.device == META:
         policy = ResponseLogps(memory.with_lora(memory.shapes_of(args.model, torch.float32), args))
     else:
         policy = tiny_policy(model)
@@ -73,6 +78,8 @@ RUNS = [
     "--loss td_dpo --kl full_sym",
     "--loss cpo --score brier",
     "--loss dlrml --learn_beta_mix",
+    "--loss dpo --tune full",
+    "--loss cpo --score brier --tune full",
 ]
 
 

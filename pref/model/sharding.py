@@ -55,7 +55,8 @@ def shard(policy: ResponseLogps, mode: str, dtype: torch.dtype, ranks: Ranks) ->
             mp_policy=precision,
             ignored_params=replicated,
         )
-        sum_gradients(part)
+        if ranks.world > 1:
+            sum_gradients(part)
 
 
 def is_cast_by_fsdp(policy: ResponseLogps, dtype: torch.dtype) -> bool:
