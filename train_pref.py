@@ -5,7 +5,8 @@ losses.py.
     torchrun --nproc_per_node 8 train_pref.py --loss td_dpo --beta 2.5 --tau 2
 
 Reads  data/<name>/{train,val}.jsonl (prep_data.py) and a chat model (hub id or folder).
-Writes results/<run_id>/{args.json, metrics.jsonl, val_pairs.jsonl, adapter/, summary.json}
+Writes results/<run_id>/{args.json, metrics.jsonl, val_pairs.jsonl, adapter/, summary.json}, with
+       model/ in place of adapter/ where all parameters are trained,
 and    data/<name>/reference/<key>.safetensors, reference log-probs shared by all runs on the same
        data and base model.
 

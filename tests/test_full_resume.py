@@ -96,6 +96,7 @@ def test_the_model_is_the_best_evaluations_and_loads_as_it_is(
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_a_frozen_part_is_in_the_model_and_not_in_checkpoints(arguments, tmp_path, monkeypatch):
     """In bf16, with FSDP on one rank. Embedding and head, which are one tensor, are frozen."""
     given = arguments(tmp_path, "--dtype", "bfloat16", "--freeze", "embed_tokens")
@@ -123,9 +124,14 @@ NORM = "model.model.norm.weight"
 # ---- stopped, killed, continued -----------------------------------------------------------------
 
 
-def test_stopped_and_continued_the_run_is_the_same(undisturbed, stopped, arguments, tmp_path):
+def test_stopped_and_continued_the_run_is_the_same(
+    undisturbed, stopped, arguments, tmp_path, capsys
+):
     run = shutil.copytree(stopped / "run", tmp_path / "run")
     assert len(states(run)) == 2 and not (run / "model").exists()
+    assert train_pref.main(["--status", str(tmp_path)]) == 1
+    saved = int(states(run)[-1][5:])
+    assert f"run: stopped, saved after step {saved} of 8; continue with" in capsys.readouterr().out
     assert train_pref.main(arguments(tmp_path)) == 0
     assert_same(run, undisturbed)
 
@@ -317,6 +323,7 @@ sys.exit(train_pref.main())
 # ---- the disk -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_best_model_is_one_line(undisturbed, arguments, tmp_path, monkeypatch):
     original = model_folder.write
 
@@ -353,6 +360,7 @@ def test_a_full_disk_on_two_ranks_leaves_the_state_before(undisturbed, arguments
     assert_close(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_best_weights_do_not_pile_up_between_checkpoints(arguments, tmp_path, monkeypatch):
     """Each of three evaluations is the best so far, and the first checkpoint comes after them."""
     evaluate, write, seen = train_pref.evaluate, model_folder.write, []
