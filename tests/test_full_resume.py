@@ -383,8 +383,11 @@ def test_best_weights_do_not_pile_up_between_checkpoints(arguments, tmp_path, mo
 def test_without_room_on_the_disk_a_run_does_not_begin(arguments, tmp_path, monkeypatch, capsys):
     assert train_pref.main(arguments(tmp_path, "--dry_run")) == 0
     out = capsys.readouterr().out
-    assert "disk: up to" in out and "3 checkpoints of" in out
+    # 12 and 4 bytes of 100,160 parameters, three times
+    assert "disk: up to 0.0045 GiB while it runs: 3 checkpoints of 0.0011 and as many models" in out
     with monkeypatch.context() as patch:
         patch.setattr(assembly, "build_policy", lambda *_: pytest.fail("loaded"))
         patch.setattr(disk_room, "most_gib", lambda plan: 1e6)
-        refused(arguments(tmp_path), "and the run takes up to 1000000.0 GiB.*make room, or give a")
+        refused(
+            arguments(tmp_path), "and the run takes up to 1,000,000.0 GiB.*make room, or give a"
+        )

@@ -20,9 +20,14 @@ def most_gib(plan: Plan) -> float:
 
 def text(plan: Plan) -> str:
     return (
-        f"up to {most_gib(plan):.1f} GiB while it runs: {KEPT + 1} checkpoints of "
-        f"{plan.checkpoint_gib:.1f} and as many models of {plan.saved_gib:.1f}, of which one stays"
+        f"up to {number(most_gib(plan))} GiB while it runs: {KEPT + 1} checkpoints of "
+        f"{number(plan.checkpoint_gib)} and as many models of {number(plan.saved_gib)}, of which "
+        "one stays"
     )
+
+
+def number(gib: float) -> str:
+    return f"{gib:,.1f}" if gib >= 1 else f"{gib:.2g}"
 
 
 def show(plan: Plan, ranks: Ranks) -> None:
@@ -39,6 +44,6 @@ def check(plan: Plan, run: Path) -> None:
     free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in files)
     if most_gib(plan) * 2**30 > free:
         raise UserError(
-            f"{place}: has room for {free / 2**30:.1f} GiB, and the run takes {text(plan)}; make "
-            "room, or give a --results_dir on another disk"
+            f"{place}: has room for {number(free / 2**30)} GiB, and the run takes {text(plan)}; "
+            "make room, or give a --results_dir on another disk"
         )
