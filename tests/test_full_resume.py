@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from safetensors import safe_open
+from test_architectures import config_of
 from test_resume import (
     LIMITED,
     TIMES,
@@ -71,29 +72,50 @@ def states(run) -> list[str]:
 
 
 @torch.no_grad()
-def test_the_model_is_the_best_evaluations_and_loads_as_it_is(
-    undisturbed, tiny_model, pairs_folder
-):
-    """transformers' log-probs of the validation pairs are those that the run has written."""
-    folder = run_folders.weights_of(undisturbed)
-    assert folder.name == "model" and not (undisturbed / "adapter").exists()
+def check_model(run, start, pairs_folder) -> None:
+    """transformers' log-probs of the validation pairs, by the published model, are those that the
+    run has written; the tokenizer is that of the model in `start`.
+    """
+    folder = run_folders.weights_of(run)
     weights.find_model(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.float32 and model.config.use_cache
-    lines = [row for _, row in disk.read_jsonl(undisturbed / "val_pairs.jsonl")]
-    best = json.loads((undisturbed / "summary.json").read_text())["best_step"]
-    written = [[r["policy_chosen"], r["policy_rejected"]] for r in lines if r["step"] == best]
-    policy, pairs = ResponseLogps(model), val_pairs(tiny_model, pairs_folder)
+    lines = [row for _, row in disk.read_jsonl(run / "val_pairs.jsonl")]
+    best = json.loads((run / "summary.json").read_text())["best_step"]
+    written, before = (
+        torch.tensor([[r["policy_chosen"], r["policy_rejected"]] for r in lines if r["step"] == n])
+        for n in (best, 0)
+    )
+    policy, pairs = ResponseLogps(model, "eager"), val_pairs(start, pairs_folder)
     batch = make_batch(pairs, PACKING._replace(padded=True, shared=False), torch.device("cpu"))
     sums = sum_by_row(policy(batch).logps, batch).view(2, -1).T
-    assert torch.allclose(sums, torch.tensor(written), atol=1e-3)
-    start = [[r["policy_chosen"], r["policy_rejected"]] for r in lines if r["step"] == 0]
-    assert (sums - torch.tensor(start)).abs().max() > 0.1
+    assert torch.allclose(sums, written, atol=1e-3)
+    assert (written - before).abs().max() > 0.1
     messages = [{"role": "user", "content": "Hi"}]
-    ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (folder, tiny_model))
+    ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (folder, start))
     assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)
-    with safe_open(folder / "model.safetensors", "pt") as file:
+
+
+def test_the_model_is_the_best_one_and_loads_as_it_is(undisturbed, tiny_model, pairs_folder):
+    check_model(undisturbed, tiny_model, pairs_folder)
+    assert not (undisturbed / "adapter").exists()
+    with safe_open(undisturbed / "model" / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma", "qwen2", "mistral", "mixtral", "gpt2", "olmo2"])
+def test_architectures_are_trained_saved_and_loaded(kind, tiny_model, pairs_folder, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(tiny_model, start, ignore=shutil.ignore_patterns("model*", "config.json"))
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 600, "eos_token_id": 2, "pad_token_id": 2}
+    sizes["n_positions" if kind == "gpt2" else "max_position_embeddings"] = 2048
+    AutoModelForCausalLM.from_config(config_of(kind, **sizes)).float().save_pretrained(start)
+    folders = ["--model", start, "--data", pairs_folder, "--results_dir", tmp_path]
+    given = [*folders, *RUN.split(), "--max_steps", "2", "--learning_rate", "1e-2"]
+    assert train_pref.main([str(argument) for argument in given]) == 0
+    check_model(tmp_path / "run", start, pairs_folder)
 
 
 @pytest.mark.slow
