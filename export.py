@@ -1,11 +1,11 @@
-"""A run's adapter merged into its base: a model folder for any serving stack.
+"""A run as a model folder for any serving stack: its adapter merged into its base, or its model.
 
     python export.py results/td_dpo_b2.5_t2_s42
         the model in 16 bits -> results/td_dpo_b2.5_t2_s42/merged/
     python export.py results/RUN --out models/mine --dtype float32
     python export.py results/RUN --push me/llama-2-7b-td-dpo        (needs `hf auth login`)
 
-Reads   results/RUN/args.json, adapter/, the base model, and the run's validation pairs.
+Reads   results/RUN/args.json, adapter/, the base model, and the run's validation pairs; or model/.
 Writes  OUT/: *.safetensors (at most 5 GB each), config, tokenizer and chat template of the base,
         README.md (a model card) and export.json, which says what was merged and how far log-probs
         moved. It appears whole or not at all.
@@ -15,6 +15,10 @@ The base is loaded in 16 bits, also where training had it in 4: an adapter that 
 validation pairs is printed. Before anything is written, the merged model's log-probs are compared
 with those of base + adapter.
 
+A run of --tune full has nothing to merge, and its model/ is such a folder already. Its export, in
+results/RUN/exported/, has a model card beside the same files (hard links: no second copy on the
+disk), or the weights in another --dtype.
+
 Then transformers and vLLM load OUT as it is, `python gen_mtbench.py RESULTS --base --model OUT`
 answers with it, and llama.cpp's convert_hf_to_gguf.py makes a GGUF file of it.
 """
@@ -22,14 +26,17 @@ answers with it, and llama.cpp's convert_hf_to_gguf.py makes a GGUF file of it.
 import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pref.files import console, disk, model_card
+from pref.files import console, disk, model_card, run_folders
 from pref.files.console import UserError
 from pref.files.pairs import read_pairs
 from pref.model import (
@@ -63,6 +70,15 @@ class Run(NamedTuple):
     def adapter(self) -> Path:
         return self.folder / "adapter"
 
+    @property
+    def is_full(self) -> bool:
+        return run_folders.tune_of(self.record) == "full"
+
+    @property
+    def model(self) -> Path:
+        """Of a run that trained all parameters."""
+        return self.folder / run_folders.WEIGHTS["full"]
+
 
 class Wanted(NamedTuple):
     """What is to be written, and to where."""
@@ -79,10 +95,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=console.HelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, help="folder of a finished run, with its adapter/")
-    add("--out", type=Path, metavar="FOLDER", help="where to write it (default: RUN/merged)")
+    add("run", type=Path, help="folder of a finished run, with its adapter/ or model/")
+    add("--out", type=Path, metavar="FOLDER", help="default: RUN/merged, RUN/exported for a model/")
     dtypes = ["auto", "bfloat16", "float16", "float32"]
-    add("--dtype", choices=dtypes, default="auto", help="auto: the base's own 16-bit type")
+    add(
+        "--dtype",
+        choices=dtypes,
+        default="auto",
+        help="auto: the base's own 16-bit type, of model/ its own",
+    )
     add("--model", help="base model, if it has moved (default: the one the run was trained on)")
     add("--data", type=Path, help="pairs to compare on, if they have moved (default: the run's)")
     add("--num_pairs", type=int, default=32, help="validation pairs to compare (default: 32)")
@@ -99,17 +120,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.private and not args.push:
         raise UserError("--private is for --push; give that too, or leave it out")
     run = read_run(args.run)
-    files = find_base(run, args.model)
+    if run.is_full and args.data:
+        raise UserError("--data: a run of --tune full has nothing to compare; leave it out")
+    files = weights.find_model(str(run.model), "") if run.is_full else find_base(run, args.model)
     wanted = what_is_wanted(run, files, args)
     if args.push:
         hub.check_push(args.push, args.private)
 
-    # 2) The merged model, compared and written, unless that was done before.
-    done = read_done(wanted)
-    if done:
-        print(f"{wanted.out}: is there already, from the same adapter and base")
+    # 2) The model, merged, compared and written, unless that was done before.
+    if read_done(wanted):
+        source = "model" if run.is_full else "adapter and base"
+        print(f"{wanted.out}: is there already, from the same {source}")
+    elif run.is_full:
+        write_whole(run, files, wanted, args.model)
     else:
-        done = merge_and_write(run, files, wanted, args)
+        merge_and_write(run, files, wanted, args)
 
     # 3) What to do with it.
     if args.push:
@@ -122,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError for a folder that is no run, or has no adapter that can be merged."""
+    """Raises UserError for a folder that is no run, or has nothing that can be exported."""
     if not (folder / "args.json").is_file():
         raise UserError(f"{folder}: no run there (no args.json); give results/RUN_ID")
     record = disk.read_json(folder / "args.json")
@@ -132,14 +157,17 @@ def read_run(folder: Path) -> Run:
             f"{folder} says how)"
         )
     run = Run(folder, record, disk.read_json(folder / "summary.json"))
-    if not run.adapter.is_dir():
+    kind = run_folders.weights_of(folder)
+    if not kind.is_dir():
+        article = "an" if kind.name == "adapter" else "a"
         raise UserError(
-            f"{folder}: its training ended without an adapter (it diverged before an evaluation); "
-            "export another run"
+            f"{folder}: its training ended without {article} {kind.name} (it diverged before an "
+            "evaluation); export another run"
         )
-    lora.lora_config(run.adapter)
+    if not run.is_full:
+        lora.lora_config(run.adapter)
     if run.summary.get("status") == "diverged":
-        print(f"warning: {folder}: diverged; its adapter is the best before that")
+        print(f"warning: {folder}: diverged; its {kind.name} is the best before that")
     if record.get("mode") == "trial":
         print(f"warning: {folder}: is a trial run, trained for a few steps")
     return run
@@ -178,25 +206,33 @@ def check_same(run: Run, files: ModelFiles) -> None:
 
 
 def what_is_wanted(run: Run, files: ModelFiles, args: argparse.Namespace) -> Wanted:
-    """Raises UserError if the place is taken by something else, or there is no room for it."""
-    out = args.out or run.folder / "merged"
-    dtype = args.dtype
+    """files: of the base, or of the model of a run that trained all parameters. Raises UserError if
+    the place is taken by something else, or there is no room for it.
+    """
+    out = args.out or run.folder / ("exported" if run.is_full else "merged")
+    dtype, stored = args.dtype, stored_dtype(files)
     if dtype == "auto":
-        stored = str(files.config.get("dtype") or files.config.get("torch_dtype"))
-        dtype = stored if stored in ("bfloat16", "float16") else "bfloat16"
+        usable = WIDTH if run.is_full else ("bfloat16", "float16")
+        dtype = stored if stored in usable else "bfloat16"
+    name = "weights_sha256" if run.is_full else "adapter_sha256"
     record = {
         "run": run.record["run_id"],
-        "adapter_sha256": disk.sha256_file(run.adapter / "adapter_model.safetensors"),
+        name: run_folders.weights_sha256(run.folder),
         "model_sha256": run.record.get("model_sha256"),
         "dtype": dtype,
     }
     wanted = Wanted(out, dtype, record)
     if out.exists() and not read_done(wanted):
+        source = "model" if run.is_full else "adapter"
         raise UserError(
-            f"{out}: is there, and not from this adapter in {dtype}; give another --out, or remove "
-            "it"
+            f"{out}: is there, and not from this {source} in {dtype}; give another --out, or "
+            "remove it"
         )
     return wanted
+
+
+def stored_dtype(files: ModelFiles) -> str:
+    return str(files.config.get("dtype") or files.config.get("torch_dtype"))
 
 
 def read_done(wanted: Wanted) -> dict | None:
@@ -266,33 +302,103 @@ def tokenised(run: Run, files: ModelFiles, args: argparse.Namespace) -> list[cha
     return checked.pairs
 
 
+def place_of(wanted: Wanted) -> Path:
+    """The nearest folder above the result that is there."""
+    return next(p for p in (wanted.out.absolute(), *wanted.out.absolute().parents) if p.exists())
+
+
 def check_room(wanted: Wanted, files: ModelFiles) -> None:
     """Raise UserError if the disk has no room for the model."""
     shapes = loading.load_base(files.name, torch.bfloat16, "none", torch.device("meta"))
     needed = sum(p.numel() for p in shapes.parameters()) * WIDTH[wanted.dtype]
-    place = next(p for p in (wanted.out.absolute(), *wanted.out.absolute().parents) if p.exists())
+    place = place_of(wanted)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"{place}: has {free / 1e9:.1f} GB free, and the merged model takes "
+            f"{place}: has {free / 1e9:.1f} GB free, and the model takes "
             f"{needed / 1e9:.1f}; make room, or give an --out on another disk"
         )
 
 
 def write(model, run: Run, files: ModelFiles, wanted: Wanted, record: dict) -> None:
-    """Write everything beside its place, then put it there."""
-    partial = wanted.out.with_name(wanted.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
+    """Write the merged model and its card."""
+    with appearing(wanted.out) as partial:
         model_folder.write(model, partial, files.folder, getattr(torch, wanted.dtype))
         card = model_card.text(run.record, run.summary, files.name, files.folder, record)
         disk.write_text(partial / "README.md", card)
         disk.write_json(partial / "export.json", record)
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, put there at the end: it appears whole or not at all."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    partial.rename(wanted.out)
+    partial.rename(out)
+
+
+# ---- a model as it is ---------------------------------------------------------------------------
+
+
+def write_whole(run: Run, files: ModelFiles, wanted: Wanted, base: str | None) -> None:
+    """The model of a run that trained all parameters, with its card. base: where the model is that
+    it was trained from, if that has moved; its licence is named if it is found.
+    """
+    # 1) What the card says of the base, which need not be there any more.
+    name, folder = base or run.record["model"], run.folder
+    try:
+        folder = weights.find_model(name, needs_weights=False).folder
+    except UserError as error:
+        print(f"note: the card names no licence: {error}")
+
+    # 2) The same files, or weights in another dtype.
+    model, is_same = None, wanted.dtype == stored_dtype(files)
+    if not is_same or place_of(wanted).stat().st_dev != files.folder.stat().st_dev:
+        check_room(wanted, files)
+    if not is_same:
+        model = loading.load_base(files.name, getattr(torch, wanted.dtype), "none", pick_device(0))
+        check_finite(model, wanted)
+        print(f"weights in {stored_dtype(files)}, rounded to {wanted.dtype}")
+    record = wanted.record | {"versions": disk.versions()}
+    with appearing(wanted.out) as partial:
+        if model is None:
+            same_files(files.folder, partial)
+        else:
+            model_folder.write(model, partial, files.folder, getattr(torch, wanted.dtype))
+        card = model_card.text(run.record, run.summary, name, folder, record)
+        disk.write_text(partial / "README.md", card)
+        disk.write_json(partial / "export.json", record)
+
+
+def check_finite(model: torch.nn.Module, wanted: Wanted) -> None:
+    """Raise UserError if a weight has no value in the dtype that it was rounded to."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"--dtype {wanted.dtype}: {name} has values that are too large for it; give "
+                "bfloat16 or float32"
+            )
+
+
+def same_files(source: Path, target: Path) -> None:
+    """Put every file of `source` into `target`: weights as hard links where the disk can, which
+    take no room, everything else as copies, which can be edited.
+    """
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.suffix != ".safetensors":
+                raise OSError
+            os.link(path, place)
+        except OSError:
+            shutil.copyfile(path, place)
 
 
 # ---- what is printed ----------------------------------------------------------------------------

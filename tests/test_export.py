@@ -168,7 +168,7 @@ def test_a_full_disk_is_named_before_anything_is_written(run, monkeypatch):
     usage = shutil.disk_usage(run)._replace(free=1000)
     monkeypatch.setattr(export.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(export.merge, "merged", None)
-    with pytest.raises(UserError, match="0.0 GB free, and the merged model takes"):
+    with pytest.raises(UserError, match="0.0 GB free, and the model takes"):
         call(run)
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pref.files import disk
+from pref.files import disk, run_folders
 
 # Arguments of train_pref.py that say how a run was trained, in this order.
 SHOWN = ("beta", "tau", "beta_mix", "discopop_tau", "kl", "gamma", "label_smoothing", "margin")
@@ -13,10 +13,10 @@ SHOWN += ("use_rslora", "lora_dropout", "lora_targets", "quant", "dtype")
 SHOWN += ("seed", "init_adapter", "round")
 # Values of summary.json that are shown.
 ACCURACIES = {
-    "best_acc_ref": "accuracy against the reference, best step (the adapter's)",
+    "best_acc_ref": "accuracy against the reference, best step (that of these weights)",
     "final_acc_ref": "accuracy against the reference, last step",
     "steps": "optimiser steps",
-    "best_step": "step of the adapter",
+    "best_step": "step of these weights",
 }
 MOST_HEADER = 100  # lines of a README that are searched for a licence
 
@@ -37,7 +37,8 @@ def text(record: dict, summary: dict, base: str, base_folder: Path, export: dict
         "tags": ["preference-optimization", str(record["loss"])],
     }
     rows = {name: record[name] for name in SHOWN if record.get(name) is not None}
-    compared = export["comparison"]
+    is_full = run_folders.tune_of(record) == "full"
+    how = "all parameters trained" if is_full else "the LoRA adapter is merged into the weights"
     lines = [
         "---",
         *(f"{name}: {json.dumps(value)}" for name, value in header.items()),
@@ -46,7 +47,7 @@ def text(record: dict, summary: dict, base: str, base_folder: Path, export: dict
         f"# {record['run_id']}",
         "",
         f"{shown_base}, trained with the loss `{record['loss']}` on the preference pairs of "
-        f"`{data}`; the LoRA adapter is merged into the weights ({export['dtype']}).",
+        f"`{data}`; {how} ({export['dtype']}).",
         "",
         f"Licence: {licence or 'that of the base model; its folder does not name one'}.",
         "",
@@ -62,14 +63,24 @@ def text(record: dict, summary: dict, base: str, base_folder: Path, export: dict
             if disk.is_number(summary.get(key))
         ),
         "",
+        *merging_lines(export.get("comparison")),
+        f"Trained and {'exported' if is_full else 'merged'} with pref "
+        f"{export['versions']['pref']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def merging_lines(compared: dict | None) -> list[str]:
+    """How far merging moved the log-probabilities; nothing where nothing was merged."""
+    if compared is None:
+        return []
+    return [
         f"Merging changed the log-probabilities of {compared['tokens']:,} response tokens by "
         f"{compared['merging']:.2g} nats a token; the adapter itself changes them by "
         f"{compared['adapter']:.2g}.",
         "",
-        f"Trained and merged with pref {export['versions']['pref']}.",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def source_of(data: Path) -> str:
