@@ -142,7 +142,8 @@ def with_engine(
     length = local.cache_length(tokenizer, bench, args.max_new_tokens, 2048)
     ends = end_token_ids(tokenizer, model.generation_config)
     engine = Engine(model, {run.run_id: run.adapter for run in runs}, args.rows, length, ends)
-    author = local.Author(engine, tokenizer, store, work.Sampling(42, args.max_new_tokens))
+    sampling, loaded = work.Sampling(42, args.max_new_tokens), work.Loaded("base", "none", runs)
+    author = local.Author(engine, tokenizer, store, sampling, loaded)
     items, counted = work.all_items(runs, bench, 1), 0
 
     def count(request):

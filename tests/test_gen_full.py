@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import run_script, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_gen import plain_logp, rows_of, split, turns_of
@@ -216,3 +216,19 @@ def test_a_model_that_is_not_whole_is_named(results, bench):
     (results / "full" / "args.json").write_text(json.dumps({"tune": "half"}))
     with pytest.raises(UserError, match="tune is 'half'"):
         answer(results, bench)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_answers(results, bench):
+    """Each takes models one after the other; --kl waits for the other's answers to each of them."""
+    alone = shutil.copytree(results, results.parent / "alone")
+    assert answer(alone, bench, "--base --kl") == 0
+    given = "--max_new_tokens 10 --dtype float32 --temperature 0 --base --kl"
+    done = run_script("gen_mtbench.py", results, "--mt_bench", bench, *given.split(), torchrun=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("base", "lora", "full"):
+        assert turns_of(results, name) == turns_of(alone, name)
+        for ours, theirs in zip(rows_of(results, name), rows_of(alone, name), strict=True):
+            for key in ("logp", "logp_base"):
+                expected = theirs["choices"][0][key]
+                assert ours["choices"][0][key] == pytest.approx(expected, rel=1e-4)

@@ -106,7 +106,9 @@ def test_disk_and_hours_count_each_kind(tmp_path, tiny_model, monkeypatch):
     assert preflight.plans_of(study, [adapter, whole, adapter]) == plans
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
     need = 2 * 0.5 + 14 + (3 * 84 + 2 * 14) + 0.03
-    assert f"disk: {need:.1f} GiB for adapters and models" in preflight.check_disk(study, plans)
+    assert f"disk: {need:.1f} GiB for adapters, models and checkpoints" in preflight.check_disk(
+        study, plans
+    )
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     with pytest.raises(UserError, match=r"fewer runs at a time \(JOBS\)"):
         preflight.check_disk(study, plans)

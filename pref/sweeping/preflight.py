@@ -29,6 +29,8 @@ from pref.training.memory import shapes_of
 # Assumed training speeds, until a run of the grid has been measured. Per core: half of the
 # 0.17 TFLOP/s (0.083 of 2.07) that bench/README.md has for two cores.
 GPU_TFLOPS, CORE_TFLOPS = 60.0, 0.08
+# What runs leave on the disk.
+LEFT = {"lora": "adapters", "full": "models"}
 # Operations per parameter and token: 2 forward, 2 backward, and 2 for the gradients of parameters.
 OPERATIONS = {"lora": 4, "full": 6}
 
@@ -231,9 +233,7 @@ def check_disk(study: Study, plans: Plans) -> str:
     left = sum(plan.adapter_gib * len(points) for plan, points in plans.values())
     need = left + at_a_time * max(plan.working_gib for plan, _ in plans.values()) + logs_gib
     free = shutil.disk_usage(study.results).free / 2**30
-    what = " and ".join(
-        {"lora": "adapters", "full": "models"}[tune] for tune in sorted(plans)[::-1]
-    )
+    what = ", ".join(name for tune, name in LEFT.items() if tune in plans)
     text = f"disk: {need:.1f} GiB for {what} and checkpoints, {free:.1f} free in {study.results}"
     if need > free:
         smaller = "fewer runs at a time (JOBS)" if "full" in plans else "a smaller --lora_r"
