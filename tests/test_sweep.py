@@ -687,7 +687,7 @@ def test_the_commands_that_only_look(capsys, monkeypatch):
         sweeping.main(["quick", "--index", "9"])
     with pytest.raises(UserError, match="JUDGE is not set"):
         sweeping.main(["tddpo", "--stages", "judge", "--dry_run"])
-    with pytest.raises(UserError, match="no such grid; use one of controlled, discopop_paper, dlrml"):
+    with pytest.raises(UserError, match="no such grid; use one of controlled, discopop_paper"):
         sweeping.main(["nothing", "--list"])
 
 
