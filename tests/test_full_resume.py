@@ -186,6 +186,22 @@ def test_killed_before_its_summary_a_run_takes_its_model_back(
 
 
 @pytest.mark.slow
+def test_stopped_while_fsdp_has_gathered_weights_the_shards_are_saved(
+    arguments, tmp_path, monkeypatch
+):
+    """In bf16 on one rank: before the first evaluation, within others, and within steps."""
+    more = ("--dtype", "bfloat16", "--tokens_per_microbatch", "300")
+    whole, cut = (arguments(tmp_path / name, *more) for name in ("whole", "cut"))
+    assert train_pref.main(whole) == 0
+    for call in (5, 31, 29, 22, 13):
+        assert stop_at(monkeypatch, cut, call) == 75
+    assert train_pref.main(cut) == 0
+    starts = json.loads((tmp_path / "cut/run/args.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 2, 4, 5, 6]
+    assert_same(tmp_path / "cut/run", tmp_path / "whole/run")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_moments_in_8_bits_are_continued(arguments, tmp_path, ranks):
     """Those of two ranks are in blocks of each one's rows."""

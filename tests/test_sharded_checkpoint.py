@@ -141,6 +141,16 @@ def test_a_second_save_after_the_same_step_only_counts_on(run):
     assert_equal(content(again), content(checkpoints))
 
 
+def test_a_state_that_was_removed_is_written_again(run):
+    """As that of a run that was stopped before its first evaluation, which starts over."""
+    trained(run, 2, saved=[2])
+    again = toy(run, ONE)
+    again.restore()
+    shutil.rmtree(run / "checkpoint")
+    again.save(Progress(step=2))
+    assert toy(run, ONE).restore().step == 2
+
+
 def test_without_a_state_there_is_nothing_to_continue(run):
     assert toy(run, ONE).restore() is None
 

@@ -109,7 +109,7 @@ class ShardedCheckpoints:
         """
         path = self.folder / f"step-{progress.step:06}"
         temporary = path.with_suffix(".tmp")
-        is_new = progress.step != self.newest_step
+        is_new = self.ranks.from_main(progress.step != self.newest_step or not path.is_dir())
 
         # 1) The tensors, unless they are there: a run that is stopped twice in a step, with an
         #    evaluation between, has only counted on.
