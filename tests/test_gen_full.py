@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_script, write_jsonl
+from doubles import completion
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_gen import plain_logp, rows_of, split, turns_of
@@ -232,3 +233,19 @@ def test_two_processes_give_the_same_answers(results, bench):
             for key in ("logp", "logp_base"):
                 expected = theirs["choices"][0][key]
                 assert ours["choices"][0][key] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_server_has_it_under_its_run_id_and_the_engine_scores_its_answers(
+    results, bench, server, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    shutil.rmtree(results / "lora")
+    server.answer = lambda body: completion(f"as {body['model']}")
+    names = loads(monkeypatch)
+    assert answer(results / "full", bench, "--base_url", server.url, "--kl") == 0
+    assert {body["model"] for body in server.requests} == {"full"}
+    assert turns_of(results, "full")[81] == ["as full", "as full"]
+    assert len(names) == 2 and names[0] == "full"
+    row = rows_of(results, "full")[0]
+    assert row["settings"]["quant"] is None
+    assert {"logp", "logp_base"} <= row["choices"][0].keys()
