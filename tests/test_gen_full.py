@@ -235,6 +235,7 @@ def test_two_processes_give_the_same_answers(results, bench):
                 assert ours["choices"][0][key] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_server_has_it_under_its_run_id_and_the_engine_scores_its_answers(
     results, bench, server, monkeypatch
 ):
