@@ -97,7 +97,20 @@ def pairs_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def own_pairs(pairs_folder, tmp_path_factory) -> Path:
     """A data folder whose reference/ is not shared with other test files."""
-    return shutil.copytree(pairs_folder, tmp_path_factory.mktemp("own") / "pairs")
+    without = shutil.ignore_patterns("reference")  # what other tests have left there
+    return shutil.copytree(pairs_folder, tmp_path_factory.mktemp("own") / "pairs", ignore=without)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """torch.compile falls back to eager code, without a word, when a function has been compiled too
+    often in one process: what a test compiles is forgotten after it.
+    """
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["stats"]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
 
 
 @pytest.fixture(autouse=True)

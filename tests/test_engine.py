@@ -472,7 +472,7 @@ def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_pat
     pairs differ.
     """
     data = tmp_path / "data"
-    shutil.copytree(pairs_folder, data)
+    shutil.copytree(pairs_folder, data, ignore=shutil.ignore_patterns("reference"))
     rows = [json.loads(line) for line in (data / "val.jsonl").read_text().splitlines()]
 
     def cached(*more, model=tiny_model) -> int:
@@ -480,6 +480,7 @@ def test_a_grid_shares_one_reference(one_rank, tiny_model, pairs_folder, tmp_pat
         train(train_args(model, data, tmp_path / "r", "--max_steps", "1", *more))
         return capsys.readouterr().out.count("read from")
 
+    assert cached("--run_id", "first") == 0
     assert cached() == 2
     assert cached("--loss", "dpo", "--beta", "2.5", "--seed", "3", "--logp", "mean") == 2
     assert (
