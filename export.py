@@ -27,6 +27,7 @@ import pref.files.interrupts  # noqa: F401  isort: skip
 
 import argparse
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,13 +196,13 @@ def find_base(run: Run, model: str | None) -> ModelFiles:
 
 
 def check_same(run: Run, files: ModelFiles) -> None:
-    """Raise UserError if the base's weights are not those that the adapter was trained on."""
+    """Raise UserError if the weights of the base are not those that training started from."""
     expected, found = run.record.get("model_sha256"), weights.identity(files)
     if expected and found != expected:
         raise UserError(
             f"--model {files.name}: is another model (hash {found[:8]}) than the one that "
             f"{run.folder} was trained on ({expected[:8]}): it has changed, or is of another "
-            "revision; give the base that the adapter was trained on"
+            "revision; give the base that it was trained on"
         )
 
 
@@ -348,13 +349,19 @@ def appearing(out: Path) -> Iterator[Path]:
 
 def write_whole(run: Run, files: ModelFiles, wanted: Wanted, base: str | None) -> None:
     """The model of a run that trained all parameters, with its card. base: where the model is that
-    it was trained from, if that has moved; its licence is named if it is found.
+    it was trained from, if that has moved; its licence is named if it is found. Raises UserError
+    if `base` is not that model.
     """
     # 1) What the card says of the base, which need not be there any more.
     name, folder = base or run.record["model"], run.folder
     try:
-        folder = weights.find_model(name, needs_weights=False).folder
+        origin = weights.find_model(name)
+        if origin.is_local:
+            check_same(run, origin)
+        folder = origin.folder
     except UserError as error:
+        if base:
+            raise
         print(f"note: the card names no licence: {error}")
 
     # 2) The same files, or weights in another dtype.
@@ -427,8 +434,9 @@ def print_comparison(found: merge.Comparison, run: Run, wanted: Wanted) -> None:
 def print_next(out: Path) -> None:
     print(f"model: {out}")
     print(f"  transformers  AutoModelForCausalLM.from_pretrained({str(out)!r})")
-    print(f"  vLLM          vllm serve {out}")
-    print(f"  GGUF          python llama.cpp/convert_hf_to_gguf.py {out} --outfile NAME.gguf")
+    typed = shlex.quote(str(out))
+    print(f"  vLLM          vllm serve {typed}")
+    print(f"  GGUF          python llama.cpp/convert_hf_to_gguf.py {typed} --outfile NAME.gguf")
 
 
 if __name__ == "__main__":

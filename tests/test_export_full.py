@@ -88,6 +88,28 @@ def test_without_its_base_the_card_names_no_licence(run, capsys):
     assert 'base_model: "base"' in (run / "exported" / "README.md").read_text()
 
 
+def test_a_card_names_no_other_model_as_the_base(run, tiny_model, tmp_path, capsys):
+    """Neither one that --model gives, nor one that has taken the base's place."""
+    record = json.loads((run / "args.json").read_text())
+    trained_from = weights.identity(weights.find_model(str(tiny_model)))
+    disk.write_json(run / "args.json", record | {"model_sha256": trained_from})
+    other = tmp_path / "an other"
+    shutil.copytree(tiny_model, other)
+    (other / "README.md").write_text("---\nlicense: mit\n---\n")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="--model .*other: is another model .hash"):
+        call(run, "--model", other)
+    assert not (run / "exported").exists()
+    disk.write_json(run / "args.json", record | {"model_sha256": trained_from, "model": str(other)})
+    assert call(run, "--out", tmp_path / "with a space") == 0
+    shown = capsys.readouterr().out
+    assert "note: the card names no licence: --model" in shown and "another model" in shown
+    assert "mit" not in (tmp_path / "with a space" / "README.md").read_text()
+    assert f"vllm serve '{tmp_path / 'with a space'}'" in shown
+
+
 def test_what_cannot_be_exported(run, monkeypatch):
     with pytest.raises(UserError, match="--data: a run of --tune full has nothing to compare"):
         call(run, "--data", "data/mine")
