@@ -516,6 +516,13 @@ def test_what_does_not_go_with_all_parameters_is_refused(given):
         run_id.run_id_from(["--tune", "full", *given.split()])
 
 
+@pytest.mark.parametrize("freeze", ["", ",", "norm,", "norm, layers.0", "norm,norm"])
+def test_names_of_freeze_are_checked_before_anything_is_loaded(freeze):
+    """An empty one would train everything under the name of a run that freezes something."""
+    with pytest.raises(UserError, match="--freeze '.*': must be different names with commas"):
+        run_id.run_id_from(["--tune", "full", "--freeze", freeze])
+
+
 @pytest.mark.parametrize("given", ["--freeze norm", "--optim adamw_8bit"])
 def test_what_is_for_all_parameters_is_refused_with_lora(given):
     with pytest.raises(UserError, match=f"{given}: belongs to --tune full"):

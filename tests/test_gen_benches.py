@@ -121,6 +121,7 @@ def test_a_benchmark_of_ones_own_needs_a_manifest_alone(study, tmp_path, capsys)
         (("--bench", "alpaca_eval", "--mt_bench", "x"), "--mt_bench x: the data folder of mt_b"),
         (("--bench", "alpaca_eval", "--questions", "q"), "--questions: the file takes the place"),
         (("--bench", "../x"), "run id"),
+        (("--questions", "a b.jsonl"), "--questions a b.jsonl: run id .a b.: use letters"),
     ],
 )
 def test_questions_that_cannot_be_asked(study, options, message):

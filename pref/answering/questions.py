@@ -42,7 +42,7 @@ def load_bench(
     """
     found = benchmarks.folder_of_questions(file) if file else open_bench(bench, folder)
     if found is None:  # a file of the user's own
-        name, path = run_folders.check_run_id(file.stem), file
+        name, path = run_folders.check_run_id(file.stem, f"--questions {file}"), file
         questions, usual = mt_bench.read_questions(file, mt_bench=False), {}
     else:
         name, path = found.name, found.questions_file

@@ -502,3 +502,9 @@ def check_tuning(args: argparse.Namespace) -> None:
             "--quant nf4: weights in 4 bits cannot be trained, only adapters on them; leave it "
             "out, or give --tune lora"
         )
+    names = args.freeze.split(",") if args.freeze is not None else []
+    if len(set(names)) < len(names) or any(name != name.strip() or not name for name in names):
+        raise UserError(
+            f"--freeze {args.freeze!r}: must be different names with commas and no spaces, such as "
+            "embed_tokens,layers.0; leave it out to train everything"
+        )

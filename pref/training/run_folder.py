@@ -426,7 +426,7 @@ def summary_text(summary: dict, folder: Path) -> str:
         f"acc_ref {summary['best_acc_ref']} at step {summary['best_step']} (best), "
         f"{summary['final_acc_ref']} (final)\n"
         f"results: {folder}\n"
-        f"next: python gen_mtbench.py {folder.parent}"
+        f"next: python gen_mtbench.py {shlex.quote(str(folder.parent))}"
     )
 
 
