@@ -303,16 +303,11 @@ def tokenised(run: Run, files: ModelFiles, args: argparse.Namespace) -> list[cha
     return checked.pairs
 
 
-def place_of(wanted: Wanted) -> Path:
-    """The nearest folder above the result that is there."""
-    return next(p for p in (wanted.out.absolute(), *wanted.out.absolute().parents) if p.exists())
-
-
 def check_room(wanted: Wanted, files: ModelFiles) -> None:
     """Raise UserError if the disk has no room for the model."""
     shapes = loading.load_base(files.name, torch.bfloat16, "none", torch.device("meta"))
     needed = sum(p.numel() for p in shapes.parameters()) * WIDTH[wanted.dtype]
-    place = place_of(wanted)
+    place = disk.nearest(wanted.out)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
@@ -366,7 +361,7 @@ def write_whole(run: Run, files: ModelFiles, wanted: Wanted, base: str | None) -
 
     # 2) The same files, or weights in another dtype.
     model, is_same = None, wanted.dtype == stored_dtype(files)
-    if not is_same or place_of(wanted).stat().st_dev != files.folder.stat().st_dev:
+    if not is_same or disk.nearest(wanted.out).stat().st_dev != files.folder.stat().st_dev:
         check_room(wanted, files)
     if not is_same:
         model = loading.load_base(files.name, getattr(torch, wanted.dtype), "none", pick_device(0))

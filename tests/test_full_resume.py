@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from conftest import ROOT, run_script
+from killing import TOOLS
 from safetensors import safe_open
 from test_architectures import config_of
 from test_resume import (
@@ -224,38 +225,9 @@ def test_moments_in_8_bits_are_continued(arguments, tmp_path, ranks):
     assert_same(tmp_path / "cut/run", tmp_path / "whole/run")
 
 
-KILLED = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_pref
-from pref.files import disk
+KILLED = f"""{TOOLS}
 from pref.model import model_folder
-from pref.training import best_model, run_folder, sharded_checkpoint
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def at(module, name, call, action):
-    original, calls = getattr(module, name), iter(range(1, 10**6))
-    def replacement(*args, **kwargs):
-        if next(calls) == call:
-            return action(original, *args, **kwargs)
-        return original(*args, **kwargs)
-    setattr(module, name, replacement)
-
-def half_a_file(original, tensors, path, **more):
-    original(tensors, path, **more)
-    os.truncate(path, path.stat().st_size // 2)
-    die()
-
-def after(original, *a, **k):
-    original(*a, **k)
-    die()
-
-def no_summary(original, path, value):
-    if path.name == "summary.json":
-        die()
-    return original(path, value)
+from pref.training import best_model, sharded_checkpoint
 
 moment, number = sys.argv.pop(1), int(os.environ.get("RANK", 0))
 if moment == "writing a shard":
@@ -270,8 +242,7 @@ elif number == 0 and moment == "before a state has its name":
 elif number == 0 and moment == "removing an old state":
     at(sharded_checkpoint, "discard", 1, die)
 elif number == 0 and moment == "between model and summary":
-    original = disk.write_json
-    disk.write_json = lambda *a: no_summary(original, *a)
+    before_the_summary()
 sys.exit(train_pref.main())
 """
 MOMENTS = (

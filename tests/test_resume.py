@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, run_script
+from killing import TOOLS
 from safetensors.torch import load_file, save_file
 from test_train import metrics_of, train, train_args, val_pairs
 
@@ -192,53 +193,23 @@ def test_handlers_are_put_back_and_what_is_ignored_stays_ignored(arguments, tmp_
 
 # ---- killed -------------------------------------------------------------------------------------
 
-KILLED = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train_pref
-from pref.files import disk, run_folders
+KILLED = f"""{TOOLS}
 from pref.training import checkpoint, run_folder
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def at(module, name, call, action):
-    original, calls = getattr(module, name), iter(range(1, 10**6))
-    def replacement(*args, **kwargs):
-        if next(calls) == call:
-            return action(original, *args, **kwargs)
-        return original(*args, **kwargs)
-    setattr(module, name, replacement)
-
-def half_a_checkpoint(original, tensors, path, **more):
-    original(tensors, path, **more)
-    os.truncate(path, path.stat().st_size // 2)
-    die()
 
 def half_a_line(original, row):
     with open(sys.argv[sys.argv.index("--results_dir") + 1] + "/run/metrics.jsonl", "a") as file:
         file.write(original(row)[:50])
     die()
 
-def after(original, *a, **k):
-    original(*a, **k)
-    die()
-
-def no_summary(original, path, value):
-    if path.name == "summary.json":
-        die()
-    original(path, value)
-
 moment = sys.argv.pop(1)
 if moment == "writing a checkpoint":
-    at(checkpoint, "save_file", 2, half_a_checkpoint)
+    at(checkpoint, "save_file", 2, half_a_file)
 elif moment == "writing a line of metrics":
     at(disk, "jsonl_line", 3, half_a_line)
 elif moment == "between best adapter and checkpoint":
     at(run_folder, "save_best", 1, after)
 elif moment == "between adapter and summary":
-    original = disk.write_json
-    disk.write_json = lambda *a: no_summary(original, *a)
+    before_the_summary()
 sys.exit(train_pref.main())
 """
 

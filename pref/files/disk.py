@@ -177,6 +177,11 @@ def check_readable(path: Path) -> None:
 # ---- hashes --------------------------------------------------------------------------------------
 
 
+def nearest(path: Path) -> Path:
+    """`path` if it is there, or else the nearest folder above it that is."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

@@ -5,6 +5,7 @@ are small, and not looked at.
 import shutil
 from pathlib import Path
 
+from pref.files import disk
 from pref.files.console import UserError
 from pref.model.ranks import Ranks
 from pref.training.checkpoint import KEPT
@@ -39,7 +40,7 @@ def check(plan: Plan, run: Path) -> None:
     """Raise UserError if the disk of `run` has no room for it, beside what it has there already."""
     if plan.args.tune != "full":
         return
-    place = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
+    place = disk.nearest(run)
     files = [path for path in (run / "checkpoint").rglob("*") if path.is_file()]
     free = shutil.disk_usage(place).free + sum(path.stat().st_size for path in files)
     if most_gib(plan) * 2**30 > free:
