@@ -63,7 +63,8 @@ def test_gradients_by_products_against_masked_attention(kv_heads, queries, monke
     q, k, v, upstream = heads(4), heads(kv_heads), heads(kv_heads), heads(4)
     output, lse = branch_attention(q, k, v, ROWS, 0.3)
     ours = tuple(torch.zeros_like(t) for t in (q, k, v))
-    given = attention.Backward(upstream, q, k, v, output, lse)
+    delta = (upstream * output).sum(-1)
+    given = attention.Backward(upstream, q, k, v, output, lse, delta)
     attention._set_by_products(ours, given, layout_rows(ROWS), 0.3)
     inputs = [t.requires_grad_() for t in (q, k, v)]
     masked = F.scaled_dot_product_attention(
@@ -97,7 +98,8 @@ def test_in_bf16_products_are_as_exact_as_flash_attention(monkeypatch):
     for errors_of_ours in (both, errors(49)):
         assert errors_of_ours != flash
         assert all(e < max(2 * f, 0.01) for e, f in zip(errors_of_ours, flash))
-    backward = torch.ops.pref.branch_attention_backward
+    backward = torch.ops.pref.branch_attention_2_backward
     output, lse = branch_attention(q, k, v, ROWS, 0.25)
-    arguments = (upstream, q, k, v, output, lse, ROWS, 0.25)
+    delta = (upstream.float() * output.float()).sum(-1)
+    arguments = (upstream, q, k, v, output, lse, delta, ROWS, 0.25)
     torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -19,7 +19,7 @@ READS = {
 FROM_VALUES = {torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.new_tensor}
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 # Takes its layout on the CPU, the only device that it is for.
-ON_CPU_ONLY = {"pref::branch_attention", "pref::branch_attention_backward"}
+ON_CPU_ONLY = {"pref::branch_attention_2", "pref::branch_attention_2_backward"}
 
 
 class Waits(Exception):

@@ -7,9 +7,10 @@ what it does, and `own_logits` computes any head exactly.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -52,12 +53,39 @@ def replaced_forward(module: nn.Module, forward) -> Iterator[None]:
             module.forward = before
 
 
+def wide(linear: nn.Linear) -> AbstractContextManager:
+    """Context in which a head without bias gives fp32 logits from weights in a narrower type."""
+    return replaced_forward(linear, lambda x: F.linear(x.float(), linear.weight.float()))
+
+
 def chunk_tokens(vocabulary: int, on_cuda: bool, compiled: bool = False) -> int:
     """How many response tokens go through the head at once."""
     tokens = max(1, LOGITS_CHUNK // vocabulary)
     if not on_cuda:
         return max(1, COMPILED_CHUNK // vocabulary) if compiled else tokens
     return max(CUDA_LEAST_TOKENS, tokens // CUDA_TILE * CUDA_TILE)
+
+
+def is_attention(weight: Tensor, bias: Tensor | None, softcap: float | None) -> bool:
+    """Whether `as_attention` computes a linear head with this bias and cap: in bf16, on a CPU."""
+    is_bare = bias is None and softcap is None
+    return is_bare and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+
+
+def as_attention(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the logits z = W h: logsumexp(z), (N,) in fp32, and softmax(z) W, (N, H).
+
+    hidden (N, H), weight (V, H). This is attention of N queries over V keys, which are the values
+    too, and computed as such: with z in fp32, and in one pass over blocks of z that fit in a cache.
+    A product of matrices in bf16 rounds z to bf16, where numbers from 16 to 32 are 0.125 apart:
+    bench/README.md has what that does to log-probs.
+    """
+    if len(hidden) == 0:  # the kernel divides by it
+        return hidden.new_empty(0, dtype=torch.float32), hidden
+    keys = weight[None, None]
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mean, normaliser = kernel(hidden[None, None], keys, keys, 0.0, False, scale=1.0)
+    return normaliser[0, 0], mean[0, 0]
 
 
 def own_logits(causal: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -56,8 +56,10 @@ class TargetLogps(torch.autograd.Function):
 
     A trained weight's gradient is a sum over tokens, each times its incoming gradient, which is
     known only when the losses of the whole micro-batch are. So the forward pass saves the hidden
-    states and the normalisers, and the backward pass computes each chunk's logits again, and both
-    gradients from the same slopes. The weight's is summed over the chunks in fp32.
+    states, and the backward pass computes each chunk's logits again, and both gradients from the
+    same slopes. The weight's is summed over the chunks in fp32.
+
+    In bf16 on a CPU the first and the third line come from `head.as_attention`.
     """
 
     @staticmethod
@@ -67,25 +69,23 @@ class TargetLogps(torch.autograd.Function):
         logps_of, slopes_of: the functions below, or compiled versions of them.
         """
         is_trained = any(ctx.needs_input_grad[1:3])
-        logps = hidden.new_empty(len(targets), dtype=torch.float32)
-        normalisers = torch.empty_like(logps) if is_trained else None
         gradients = None
-        if ctx.needs_input_grad[0] and not is_trained:
-            gradients = torch.empty_like(hidden)
-        for start in range(0, len(targets), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = F.linear(hidden[rows], weight, bias)  # (n, V)
-            logps[rows], normaliser = logps_of(logits, targets[rows], softcap)
-            if gradients is not None:
-                slopes = slopes_of(logits, targets[rows], normaliser, softcap)  # (n, V)
-                torch.mm(slopes, weight, out=gradients[rows])
-            if is_trained:
-                normalisers[rows] = normaliser
-        ctx.softcap, ctx.chunk_tokens, ctx.slopes_of = softcap, chunk_tokens, slopes_of
-        if is_trained:
-            ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        if head.is_attention(weight, bias, softcap):
+            logps, gradients = logps_by_attention(hidden, weight, targets)
         else:
-            ctx.save_for_backward(gradients)
+            logps = hidden.new_empty(len(targets), dtype=torch.float32)
+            if ctx.needs_input_grad[0] and not is_trained:
+                gradients = torch.empty_like(hidden)
+            for start in range(0, len(targets), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                logits = F.linear(hidden[rows], weight, bias)  # (n, V)
+                logps[rows], normaliser = logps_of(logits, targets[rows], softcap)
+                if gradients is not None:
+                    slopes = slopes_of(logits, targets[rows], normaliser, softcap)  # (n, V)
+                    torch.mm(slopes, weight, out=gradients[rows])
+        ctx.softcap, ctx.chunk_tokens = softcap, chunk_tokens
+        ctx.logps_of, ctx.slopes_of = logps_of, slopes_of
+        ctx.save_for_backward(gradients, *((hidden, weight, bias, targets) if is_trained else ()))
         return logps
 
     @staticmethod
@@ -93,26 +93,51 @@ class TargetLogps(torch.autograd.Function):
         """grad (N,) -> the gradients for `hidden` (N, H), weight and bias; None for the five other
         arguments.
         """
-        if any(ctx.needs_input_grad[1:3]):
-            return *head_gradients(ctx, grad), *[None] * 5
-        (gradients,) = ctx.saved_tensors
-        return (grad.unsqueeze(1) * gradients).to(gradients.dtype), *[None] * 7
+        gradients, *inputs = ctx.saved_tensors
+        of_hidden = of_weight = of_bias = None
+        if inputs:
+            of_hidden, of_weight, of_bias = head_gradients(ctx, inputs, grad)
+        if gradients is not None and ctx.needs_input_grad[0]:
+            of_hidden = (grad.unsqueeze(1) * gradients).to(gradients.dtype)
+        return of_hidden, of_weight, of_bias, *[None] * 5
 
 
-def head_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias of TargetLogps, as far as they are needed; a
-    chunk of tokens at a time. grad: (N,), of the log-probs.
+def logps_by_attention(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of `targets`, (N,) fp32, and d log p / dh (N, H), by the head as attention: with
+    the target's logit z_y = W_y h,
+
+        log p(y) = z_y - logsumexp(z)          d log p / dh = W_y - softmax(z) W
+
+    The difference on the right is rounded as its terms are. A token of p(y) > 0.99 has a gradient
+    of 0.2 % of the others' norm, and only that loses its direction (bench/README.md).
     """
-    hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+    normaliser, mean = head.as_attention(hidden, weight)
+    of_targets = weight[targets]
+    logits = (hidden.float() * of_targets.float()).sum(-1)
+    # The two are rounded differently: without a limit log p could be 3e-5.
+    return (logits - normaliser).clamp_(max=0), of_targets - mean
+
+
+def head_gradients(
+    ctx, inputs: list[Tensor], grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias of TargetLogps, as far as they are needed and
+    not saved; a chunk of tokens at a time. inputs: hidden, weight, bias, targets. grad: (N,), of
+    the log-probs.
+    """
+    hidden, weight, bias, targets = inputs
+    is_saved = ctx.saved_tensors[0] is not None
     of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-    hidden_grad = torch.empty_like(hidden) if of_hidden else None
+    hidden_grad = torch.empty_like(hidden) if of_hidden and not is_saved else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
     bias_grad = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
     for start in range(0, len(targets), ctx.chunk_tokens):
         rows = slice(start, start + ctx.chunk_tokens)
         logits = F.linear(hidden[rows], weight, bias)  # (n, V)
-        slopes = ctx.slopes_of(logits, targets[rows], normalisers[rows], ctx.softcap, grad[rows])
-        if of_hidden:
+        # Of these logits, rounded as they are: then the slopes of a token add up to 0.
+        _, normaliser = ctx.logps_of(logits, targets[rows], ctx.softcap)
+        slopes = ctx.slopes_of(logits, targets[rows], normaliser, ctx.softcap, grad[rows])
+        if hidden_grad is not None:
             torch.mm(slopes, weight, out=hidden_grad[rows])
         if of_weight:
             weight_grad += slopes.t() @ hidden[rows]  # (V, H)
@@ -318,26 +343,41 @@ class ResponseLogps(nn.Module):
         """
         linear = self.causal[0].get_output_embeddings()
         is_plain = type(linear) is nn.Linear and self.is_plain_head
-        if reference is None and score is None and is_plain:
-            logps = TargetLogps.apply(
-                hidden.to(linear.weight.dtype),  # Mamba's are in fp32, and it does so itself
-                linear.weight,
-                linear.bias,
-                batch.targets,
-                self.softcap,
-                self.chunk_tokens,
-                *self.head_functions,
-            )
+        asks_more = reference is not None or score is not None
+        if not is_plain or (asks_more and not self.is_attention_head(linear)):
+            return self.values_in_chunks(hidden, batch, reference, kl, score)
+        logps = TargetLogps.apply(
+            hidden.to(linear.weight.dtype),  # Mamba's are in fp32, and it does so itself
+            linear.weight,
+            linear.bias,
+            batch.targets,
+            self.softcap,
+            self.chunk_tokens,
+            *self.head_functions,
+        )
+        if not asks_more:
             return TokenValues(logps)
-        return self.values_in_chunks(hidden, batch, reference, kl, score)
+        # A chunk's log-probs are of rounded logits, those of the cached reference are not.
+        return self.values_in_chunks(hidden, batch, reference, kl, score)._replace(logps=logps)
+
+    def is_attention_head(self, linear: nn.Linear) -> bool:
+        """Whether log-probs through this plain head are computed as attention."""
+        return head.is_attention(linear.weight, linear.bias, self.softcap)
 
     def own_logps(self, batch: Batch, attention: str) -> Tensor:
-        """(N,) log-probs of a plain batch, by the architecture's own forward and `attention`."""
+        """(N,) log-probs of a plain batch, by the architecture's own forward and `attention`. Its
+        head gives fp32 logits where ours does.
+        """
         causal = self.causal[0]
+        linear = causal.get_output_embeddings()
+        is_wide = type(linear) is nn.Linear and self.is_plain_head and self.is_attention_head(linear)
         ours = causal.config._attn_implementation
         set_attention(causal, attention)
         try:
-            output = causal(input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False)
+            with head.wide(linear) if is_wide else nullcontext():
+                output = causal(
+                    input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
+                )
         finally:
             set_attention(causal, ours)
         logits = output.logits.flatten(0, 1)[batch.positions].float()
