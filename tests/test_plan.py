@@ -122,7 +122,27 @@ def test_what_the_user_says_stays():
 def test_on_a_cpu_all_layers_are_recomputed_or_none():
     for gib, expected in ((512, "off"), (64, "on"), (1, "on")):
         args = plan.decide(settled("--quant", "none"), PACKING, draft_of(gib, on_cuda=False))
-        assert (args.checkpointing, args.tokens_per_microbatch) == (expected, 0)
+        assert (args.checkpointing, args.tokens_per_microbatch) == (expected, 8192)
+
+
+def test_on_a_cpu_micro_batches_are_large_where_there_is_room():
+    """Up to 4,096 tokens where 4 pairs of 512 tokens can have so many, not the 2,048 that are the
+    rule elsewhere; but fewer before anything is recomputed.
+    """
+    given, draft = settled("--quant", "none", "--max_length", "512"), draft_of(0, on_cuda=False)
+
+    def gib(tokens: int) -> float:
+        load = draft.load._replace(largest=tokens, responses=tokens)
+        args = settings.replaced(given, checkpointing="off")
+        return plan.memory_of(args, load, draft).total / plan.MEMORY_SHARE["cpu"]
+
+    little, much = gib(2048), gib(4096)
+    cases = (much + 1, "off", 4096), (much - 1, "off", 2048), (little - 1, "on", 2048)
+    for size, checkpointing, tokens in cases:
+        load = draft.load._replace(largest=4096, responses=4096)
+        there = draft._replace(load=load, device=draft.device._replace(bytes=size * 2**30))
+        args = plan.decide(given, Packing(0, tokens=4096), there)
+        assert (args.checkpointing, args.tokens_per_microbatch) == (checkpointing, tokens)
 
 
 def test_memory_of_k_layers_lies_between_all_and_none():
@@ -301,6 +321,9 @@ def test_a_run_that_is_continued_keeps_its_evaluations(tmp_path):
     kept = begun(args, tmp_path)
     assert (kept.eval_steps, kept.compile, kept.checkpointing) == (53, "on", "12")
     assert kept.tokens_per_microbatch == 5632
+    # Of version 1.6 on a CPU, where it was always the product.
+    disk.write_json(tmp_path / "args.json", record | {"tokens_per_microbatch": 0})
+    assert begun(args, tmp_path).tokens_per_microbatch == 4 * 2048
     given = arguments.parse_args(["--eval_steps", "7", "--tokens_per_microbatch", "512"])
     kept = begun(given, tmp_path)
     assert (kept.eval_steps, kept.tokens_per_microbatch) == (7, 512)

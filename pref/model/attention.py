@@ -136,10 +136,10 @@ def branch_attention(
             query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale
         )
         if not causal:  # the queries' second block: join it to the first
-            before = normaliser[:, :, queries]
-            both = torch.logaddexp(before, lse)
-            old, new = (torch.exp(part - both).unsqueeze(-1) for part in (before, lse))
-            out, lse = old * output[:, :, queries] + new * out, both
+            first, before = output[:, :, queries], normaliser[:, :, queries]
+            share = torch.sigmoid(lse - before).unsqueeze(-1)  # exp(lse - both)
+            out = torch.lerp(first.float(), out.float(), share)
+            lse = torch.logaddexp(before, lse)
         output[:, :, queries], normaliser[:, :, queries] = out, lse
     return output, normaliser
 
@@ -288,7 +288,7 @@ def _set_by_products(
         shares = torch.bmm(both.mT, back[:, at])
         sizes = [keys.stop - keys.start for keys in chunk.keys]
         for keys, share in zip(chunk.keys, shares.split(sizes, dim=1)):
-            sums[:, keys] += share
+            sums[:, keys].add_(share)
     d_value, d_key = sums.split(groups)
     d_key.mul_(scale)
     for start, *parts in rows:

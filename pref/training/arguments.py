@@ -221,8 +221,8 @@ MODEL = (
         "auto: if the plan would fill the device, on CUDA of as many layers as needed"
     ),
     Argument("tokens_per_microbatch", int, 0, range=BUDGETS, affects="kernel").describe(
-        "tokens per micro-batch that pairs are packed up to (0: per_device_batch * max_length, on "
-        "CUDA less where that saves recomputing)"
+        "tokens per micro-batch that pairs are packed up to (0: per_device_batch * max_length; on "
+        "CUDA less where that saves recomputing, on a CPU up to twice as many, but not over 4,096)"
     ),
     Argument("prefix_sharing", ("on", "off"), "on", affects="kernel").describe(
         "compute the prompt once per pair, or once per response"

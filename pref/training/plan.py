@@ -32,6 +32,10 @@ MEMORY_SHARE = {"cpu": 0.7, "cuda": 0.8}
 # 48 % more operations for each token. Half the tokens cost one more pass through the weights, for
 # NF4 3 % (A100) to 5 % (H100) of the time from 4,096 to 2,048, and small products use a GPU badly.
 LEAST_TOKENS = 2048
+# Tokens of a micro-batch on a CPU, if as many pairs can have so many: each micro-batch takes the
+# time of 250 tokens for itself, and steps of 1,800 tokens, which did not always fit into 2,048,
+# take 1.15 times as long (bench/README.md).
+CPU_TOKENS = 4096
 
 
 class Load(NamedTuple):
@@ -97,7 +101,7 @@ class Draft(NamedTuple):
 
 
 def decide(args: argparse.Namespace, packing: Packing, draft: Draft) -> argparse.Namespace:
-    """`args` with --compile, --checkpointing and, on CUDA, --tokens_per_microbatch settled.
+    """`args` with --compile, --checkpointing and --tokens_per_microbatch settled.
 
     Raises UserError if more layers are to be checkpointed than there are.
     """
@@ -133,17 +137,20 @@ def with_memory(args: argparse.Namespace, packing: Packing, draft: Draft) -> arg
     that fit into the memory.
 
     First the tokens of a micro-batch are lowered, down to LEAST_TOKENS or the longest pair. Only
-    then are layers recomputed, and no more of them than must be. On a CPU the micro-batches stay as
-    they are, and all layers are recomputed or none. Where nothing fits, it is what needs the least.
+    then are layers recomputed, and no more of them than must be. On a CPU micro-batches have
+    CPU_TOKENS, if there is room, and all layers are recomputed or none. Where nothing fits, it is
+    what needs the least.
     """
     # 1) What there is to choose from, the fastest first.
     on_cuda, layers = draft.device.on_cuda, draft.sizes.layers
     budgets, choices = [draft.load.largest], [args.checkpointing]
-    is_free = on_cuda and packing.tokens and not args.tokens_per_microbatch
-    if is_free:
+    is_free = packing.tokens and not args.tokens_per_microbatch
+    if is_free and on_cuda:
         most = -(-packing.tokens // FLEX_BLOCK) * FLEX_BLOCK
         least = -(-max(draft.longest, LEAST_TOKENS) // FLEX_BLOCK) * FLEX_BLOCK
         budgets = list(range(most, min(least, most) - 1, -FLEX_BLOCK))
+    elif is_free:
+        budgets = [packing.tokens, settings.budget_of(args)]
     if args.checkpointing == "auto":
         # Not the last layer: its backward pass comes at once, and what it kept would be the most.
         choices = ["off", *map(str, range(1, layers))] if on_cuda else ["off", "on"]
@@ -154,6 +161,8 @@ def with_memory(args: argparse.Namespace, packing: Packing, draft: Draft) -> arg
     def fits(checkpointing: str, tokens: int) -> bool:
         tried = settings.replaced(args, checkpointing=checkpointing)
         largest = max(tokens, draft.longest) if is_free else tokens
+        if not on_cuda:
+            largest = min(largest, draft.load.largest)
         load = draft.load._replace(largest=largest, responses=min(draft.load.responses, largest))
         return memory_of(tried, load, draft).total * 2**30 <= there
 
@@ -255,6 +264,9 @@ def of_run(
     """
     # 1) Steps, tokens and sizes.
     device, world = hardware.device_of(args, ranks), ranks.world
+    if packing.tokens and not (device.on_cuda or args.tokens_per_microbatch):
+        # A pair can have twice --max_length: two responses.
+        packing = packing._replace(tokens=max(packing.tokens, min(2 * packing.tokens, CPU_TOKENS)))
     steps = schedule.number_of_steps(args, len(pairs))
     members = [
         schedule.pairs_of_step(step, len(pairs), args.global_batch, args.seed)

@@ -111,14 +111,18 @@ def packing_of(args: argparse.Namespace, pad_id: int) -> Packing:
     that couple the pairs of a micro-batch, a fixed number of pairs.
     """
     by_number = args.packing == "off" or args.loss in COUPLES_BATCH
-    budget = args.tokens_per_microbatch or args.per_device_batch * args.max_length
     return Packing(
         pad_id,
         pairs=args.per_device_batch,
-        tokens=0 if by_number else budget,
+        tokens=0 if by_number else args.tokens_per_microbatch or budget_of(args),
         padded=args.packing == "off",
         shared=args.prefix_sharing == "on",
     )
+
+
+def budget_of(args: argparse.Namespace) -> int:
+    """Tokens of a micro-batch without --tokens_per_microbatch. On a CPU plan.py may raise it."""
+    return args.per_device_batch * args.max_length
 
 
 def as_begun(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
@@ -134,4 +138,6 @@ def as_begun(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
     if args.eval_steps is None:
         # Earlier versions had a default of 20, which is what their records have.
         begun["eval_steps"] = record.get("eval_every", record.get("eval_steps"))
+    if begun.get("tokens_per_microbatch") == 0:  # on a CPU, before it was raised there
+        begun["tokens_per_microbatch"] = budget_of(args)
     return replaced(args, **begun)
