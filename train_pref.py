@@ -413,7 +413,9 @@ def train(args: argparse.Namespace, ranks: Ranks, stop: Stop, command: str) -> i
         # 4) Base model, adapter and reference. Only now is it known whether weights and token ids
         #    are those of the run that the folder holds.
         policy, base = assembly.build_policy(args, ranks)
-        record |= reference.identity(base, reference.adapter_of(record), pairs)
+        has_wide_logits = policy.has_wide_logits(getattr(torch, args.dtype))
+        start = reference.adapter_of(record)
+        record |= reference.identity(base, start, pairs, has_wide_logits)
         run_folder.check_same_run(folder, record)
         splits = assembly.load_splits(args, ranks, policy, packing, record, rows, pairs)
 

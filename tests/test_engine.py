@@ -5,6 +5,7 @@ of the plain path.
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,14 @@ from pref.model import logps
 from pref.model.attention import branch_attention
 from pref.model.chat import TokenPair
 from pref.model.flex import block_mask
-from pref.model.logps import ResponseLogps, TargetLogps, logps_of, slopes_of, sum_by_row
+from pref.model.logps import (
+    ResponseLogps,
+    TargetLogps,
+    check_logps,
+    logps_of,
+    slopes_of,
+    sum_by_row,
+)
 from pref.model.packing import Packing, fill_bins, layout_rows, make_batch, share_out
 from pref.training import arguments, memory, schedule
 from pref.training.memory import shapes_of
@@ -252,6 +260,66 @@ def test_head_in_chunks_against_cross_entropy(softcap, chunk):
         torch.autograd.grad(values, hidden, upstream)[0] for values in (logps, expected)
     )
     assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_the_heads_logits_in_bf16_are_not_rounded(is_trained):
+    """Against float64: log-probs, and the gradients of hidden states and of a trained weight."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(300, 64) / 2).bfloat16(), torch.randn(500, 64).bfloat16()
+    logits = hidden.double() @ weight.double().t()
+    targets = torch.where(torch.rand(300) < 0.5, logits.argmax(-1), torch.randint(500, (300,)))
+    upstream = torch.randn(300)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_(is_trained)][: 1 + is_trained]
+    ours = TargetLogps.apply(hidden, weight, None, targets, None, 7, logps_of, slopes_of)
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    exact_weight = exact_inputs[1] if is_trained else weight.detach().double()
+    exact = -F.cross_entropy(exact_inputs[0] @ exact_weight.t(), targets, reduction="none")
+    rounded, normalisers = logps_of(F.linear(hidden, weight), targets, None)
+    errors = [(values.detach() - exact.detach()).abs().mean() for values in (ours, rounded)]
+    assert errors[0] < 1e-4 < errors[1] / 20
+
+    gradients = torch.autograd.grad(ours, inputs, upstream)
+    right = torch.autograd.grad(exact, exact_inputs, upstream.double())
+    of_rounded = slopes_of(F.linear(hidden, weight), targets, normalisers, None, upstream) @ weight
+    off = [((g - r).norm() / r.norm()).item() for g, r in zip(gradients, right)]
+    assert off[0] < 0.004 < (of_rounded - right[0]).norm() / right[0].norm()
+    assert off[-1] < 0.02
+
+
+def test_a_certain_token_has_log_prob_0_and_no_tokens_have_none():
+    hidden, weight = torch.ones(40, 64).bfloat16(), torch.linspace(-3, 3, 90).bfloat16()
+    weight = weight.unsqueeze(1).repeat(1, 64).requires_grad_()
+    inputs = hidden.requires_grad_(), weight, None, torch.full((40,), 89)
+    logps = TargetLogps.apply(*inputs, None, 7, logps_of, slopes_of)
+    assert logps.max() <= 0 and logps.min() > -0.02  # without a limit it is 1e-5 above
+    none = TargetLogps.apply(
+        hidden[:0], weight, None, torch.zeros(0, dtype=torch.long), None, 7, logps_of, slopes_of
+    )
+    none.sum().backward()
+    assert none.shape == (0,) and hidden.grad.count_nonzero() == weight.grad.count_nonzero() == 0
+
+
+def test_in_bf16_log_probs_do_not_depend_on_what_else_is_asked_for(
+    tiny_model, val_pairs, monkeypatch
+):
+    """The cached reference is computed without it: a difference of rounding would be the policy's.
+    And the architecture's own forward, which rounds its logits, is given a head that does not.
+    """
+    policy = ResponseLogps(policy_of(tiny_model).model.to(torch.bfloat16))
+    policy.causal[0].get_output_embeddings().weight.data *= 100
+    batch, plain = (
+        make_batch(val_pairs, LAYOUTS[name], ONE.device) for name in ("shared, packed", "plain")
+    )
+    with torch.no_grad():
+        alone = policy(batch).logps
+        assert torch.equal(policy(batch, "full_fwd").logps, alone)
+        assert torch.equal(policy(batch, None, {"score": "brier"}).logps, alone)
+        check_logps(policy, batch, plain)
+        ours, own = policy(plain).logps, policy(plain, own_attention="eager").logps
+        monkeypatch.setattr(logps.head, "wide", lambda _: nullcontext())
+        rounded = policy(plain, own_attention="eager").logps
+    assert (own - ours).abs().mean() < 1e-2 < (rounded - ours).abs().mean()
 
 
 def test_frozen_weights_get_no_gradient_and_prompts_no_logits(tiny_model, val_pairs, monkeypatch):

@@ -121,9 +121,10 @@ def run(prepared: Prepared, is_stopped: Callable[[], bool]) -> dict[str, Part]:
     args, pairs, ranks = prepared.args, prepared.pairs, prepared.ranks
     base = loading.load_base(args.model, getattr(torch, args.dtype), args.quant, ranks.device)
     hashes = BaseHashes(weights.identity(weights.find_model(args.model)), loading.fingerprint(base))
-    record = prepared.record | reference.identity(hashes, None, pairs)
-    caches = reference.cache_files(args.data, record)
     policy = ResponseLogps(base, settings.attention_of(args))
+    has_wide_logits = policy.has_wide_logits(getattr(torch, args.dtype))
+    record = prepared.record | reference.identity(hashes, None, pairs, has_wide_logits)
+    caches = reference.cache_files(args.data, record)
     check_computed_right(policy, prepared)
     parts = {}
     for name in pairs:

@@ -66,10 +66,11 @@ def chunk_tokens(vocabulary: int, on_cuda: bool, compiled: bool = False) -> int:
     return max(CUDA_LEAST_TOKENS, tokens // CUDA_TILE * CUDA_TILE)
 
 
-def is_attention(weight: Tensor, bias: Tensor | None, softcap: float | None) -> bool:
-    """Whether `as_attention` computes a linear head with this bias and cap: in bf16, on a CPU."""
-    is_bare = bias is None and softcap is None
-    return is_bare and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+def is_attention(
+    dtype: torch.dtype, device: torch.device, bias: Tensor | None, softcap: float | None
+) -> bool:
+    """Whether `as_attention` computes a linear head with this bias and cap: in bf16 on a CPU."""
+    return (dtype, device.type, bias, softcap) == (torch.bfloat16, "cpu", None, None)
 
 
 def as_attention(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,7 @@ class TargetLogps(torch.autograd.Function):
         """
         is_trained = any(ctx.needs_input_grad[1:3])
         gradients = None
-        if head.is_attention(weight, bias, softcap):
+        if head.is_attention(weight.dtype, weight.device, bias, softcap):
             logps, gradients = logps_by_attention(hidden, weight, targets)
         else:
             logps = hidden.new_empty(len(targets), dtype=torch.float32)
@@ -344,7 +344,7 @@ class ResponseLogps(nn.Module):
         linear = self.causal[0].get_output_embeddings()
         is_plain = type(linear) is nn.Linear and self.is_plain_head
         asks_more = reference is not None or score is not None
-        if not is_plain or (asks_more and not self.is_attention_head(linear)):
+        if not is_plain or (asks_more and not self.has_wide_logits(linear.weight.dtype)):
             return self.values_in_chunks(hidden, batch, reference, kl, score)
         logps = TargetLogps.apply(
             hidden.to(linear.weight.dtype),  # Mamba's are in fp32, and it does so itself
@@ -360,9 +360,12 @@ class ResponseLogps(nn.Module):
         # A chunk's log-probs are of rounded logits, those of the cached reference are not.
         return self.values_in_chunks(hidden, batch, reference, kl, score)._replace(logps=logps)
 
-    def is_attention_head(self, linear: nn.Linear) -> bool:
-        """Whether log-probs through this plain head are computed as attention."""
-        return head.is_attention(linear.weight, linear.bias, self.softcap)
+    def has_wide_logits(self, dtype: torch.dtype) -> bool:
+        """Whether log-probs in `dtype` are of fp32 logits, although it is not fp32."""
+        linear = self.causal[0].get_output_embeddings()
+        if type(linear) is not nn.Linear or not self.is_plain_head:
+            return False
+        return head.is_attention(dtype, linear.weight.device, linear.bias, self.softcap)
 
     def own_logps(self, batch: Batch, attention: str) -> Tensor:
         """(N,) log-probs of a plain batch, by the architecture's own forward and `attention`. Its
@@ -370,7 +373,7 @@ class ResponseLogps(nn.Module):
         """
         causal = self.causal[0]
         linear = causal.get_output_embeddings()
-        is_wide = type(linear) is nn.Linear and self.is_plain_head and self.is_attention_head(linear)
+        is_wide = type(linear) is nn.Linear and self.has_wide_logits(linear.weight.dtype)
         ours = causal.config._attn_implementation
         set_attention(causal, attention)
         try:

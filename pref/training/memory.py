@@ -238,13 +238,15 @@ def memory_of(
 
     # 2) Logits: one chunk of them in the compute dtype and three times in fp32 (compiled on a CPU,
     #    in the compute dtype alone, with their gradient), and the hidden states of response tokens
-    #    with their gradient.
+    #    with their gradient. As attention, in bf16 on a CPU, the head has two copies of its weight.
     width = 2 if args.dtype == "bfloat16" else 4
     heap = 1 if on_cuda else CPU_HEAP[args.compile]
     is_compiled = args.compile == "on"
     tokens = head.chunk_tokens(sizes.vocabulary, on_cuda, is_compiled)
     each = 2 * width if is_compiled and not on_cuda else width + 12
     chunk = min(tokens, responses) * sizes.vocabulary * each
+    if width == 2 and not on_cuda:
+        chunk = max(chunk, 2 * sizes.vocabulary * sizes.hidden * width)
     logits = heap * (chunk + 2 * responses * sizes.hidden * width)
     kept, in_last = (heap * largest * size for size in bytes_per_token(args, sizes, on_cuda))
     # The chunk of logits is gone by then. On a CPU its memory is not: it stays in the heap.

@@ -2,9 +2,9 @@
 the data, shared by all runs.
 
 `data/<name>/reference/<key>-{train,val}.safetensors` hold one fp32 log-prob (nats) per response
-token. The key is a hash of all base weights, of the way they were loaded (quantisation, dtype) and
-of the token ids of both splits, and of nothing else: runs of every loss, beta, tau, seed and LoRA
-setting read the same files.
+token. The key is a hash of all base weights, of the way they were loaded (quantisation, dtype), of
+whether logits are in fp32 all the same, and of the token ids of both splits, and of nothing else:
+runs of every loss, beta, tau, seed and LoRA setting read the same files.
 """
 
 import contextlib
@@ -106,16 +106,23 @@ def reference_key(weights: str, pairs: list[TokenPair]) -> str:
     return disk.sha256_json([weights, [[p.prompt, p.chosen, p.rejected] for p in pairs]])[:24]
 
 
-def identity(base: BaseHashes, adapter: str | None, pairs: dict[str, list[TokenPair]]) -> dict:
+def identity(
+    base: BaseHashes,
+    adapter: str | None,
+    pairs: dict[str, list[TokenPair]],
+    has_wide_logits: bool = False,
+) -> dict:
     """What args.json records of base model and token ids, so that a run is only continued with the
     same ones. `base_sha256` and `reference` are as version 1.0.0 wrote them, whose runs have no
     `model_sha256`.
 
     adapter: hash of the adapter that is part of the reference, or None (`adapter_of`).
+    has_wide_logits: as in ResponseLogps. A reference with other logits is another one.
     """
     model = base.loaded if adapter is None else disk.sha256_json([base.loaded, adapter])
     keys = {split: reference_key(model, pairs[split]) for split in pairs}
-    return {"model_sha256": base.model, "base_sha256": base.loaded, "reference": keys}
+    logits = {"logits": "float32"} if has_wide_logits else {}
+    return {"model_sha256": base.model, "base_sha256": base.loaded, "reference": keys} | logits
 
 
 def adapter_of(record: dict) -> str | None:
@@ -131,6 +138,8 @@ def cache_files(data: Path, record: dict) -> dict[str, Path]:
     parts = [record["model_sha256"], record["reference"]]
     if adapter_of(record):  # the hash of its weights, which these two scale
         parts.append([record["lora_r"], record["lora_alpha"]])
+    if record.get("logits"):
+        parts.append(record["logits"])
     key = disk.sha256_json(parts)[:24]
     return {
         split: data / "reference" / f"{key}-{split}.safetensors" for split in record["reference"]

@@ -35,7 +35,7 @@ from pref.training.reference import Split, response_lengths
 
 # May differ between two starts of one run. A loss that couples the pairs of a micro-batch also
 # depends on how the work is divided.
-NOT_THE_RUN = {*arguments.names_affecting("place", "speed", "kernel"), "versions"}
+NOT_THE_RUN = {*arguments.names_affecting("place", "speed", "kernel"), "versions", "logits"}
 NOT_THE_RUN_UNLESS_COUPLED = {*arguments.names_affecting("coupled"), "world_size"}
 EARLIER_EVAL_STEPS = 20  # the default of versions that recorded it
 # What a refused run is told about a change that is not an argument's.
