@@ -58,7 +58,7 @@ def test_what_makes_another_run():
     assert set(names_affecting("session")) == session
     assert {
         *("model", "results_dir", "run_id", "data", "loss_file", "init_adapter"),
-        *("save_steps", "shard", "tokens_per_microbatch", "versions"),
+        *("save_steps", "shard", "tokens_per_microbatch", "versions", "logits"),
         *("checkpointing", "compile", "prefix_sharing", "packing"),
     } == run_folder.NOT_THE_RUN
     assert {"per_device_batch", "world_size"} == run_folder.NOT_THE_RUN_UNLESS_COUPLED

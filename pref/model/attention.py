@@ -138,7 +138,7 @@ def branch_attention(
         if not causal:  # the queries' second block: join it to the first
             first, before = output[:, :, queries], normaliser[:, :, queries]
             share = torch.sigmoid(lse - before).unsqueeze(-1)  # exp(lse - both)
-            out = torch.lerp(first.float(), out.float(), share)
+            out = torch.lerp(first.to(share.dtype), out.to(share.dtype), share)
             lse = torch.logaddexp(before, lse)
         output[:, :, queries], normaliser[:, :, queries] = out, lse
     return output, normaliser
