@@ -75,22 +75,21 @@ def main() -> None:
             results["rounded"].append(rounded(hidden, weight, batch.targets))
             with torch.enable_grad():
                 results["training"].append(of_training(hidden, weight, batch.targets))
-    joined = {name: tuple(map(torch.cat, zip(*parts))) for name, parts in results.items()}
-
-    exact, right = joined.pop("exact")
+    exact, right = map(torch.cat, zip(*results.pop("exact"), strict=True))
     certain = exact.exp() > CERTAIN
     share = right[certain].norm() / right.norm()
     print(
         f"{len(exact)} response tokens, {certain.float().mean():.0%} of them with p > {CERTAIN}, "
         f"which have {share:.2%} of the gradient's norm"
     )
-    for name, (logps, slopes) in joined.items():
-        off = logps - exact
-        each = (slopes - right).norm(dim=-1) / right.norm(dim=-1)
+    for name, parts in results.items():
+        logps, slopes = map(torch.cat, zip(*parts, strict=True))
+        off, gradient_off = logps - exact, slopes - right
+        each = gradient_off.norm(dim=-1) / right.norm(dim=-1)
         print(
-            f"{name}: log-probs off by {off.square().mean().sqrt():.1e} nats (root mean square), at "
-            f"most {off.abs().max():.1e}; gradient by {(slopes - right).norm() / right.norm():.2%} "
-            f"of its norm, those of certain tokens by {each[certain].median():.0%} of theirs (median)"
+            f"{name}: log-probs off by {off.square().mean().sqrt():.1e} nats (root mean square), "
+            f"at most {off.abs().max():.1e}; gradient by {gradient_off.norm() / right.norm():.2%} "
+            f"of its norm, a certain token's by {each[certain].median():.0%} of its own (median)"
         )
 
 

@@ -14,5 +14,5 @@ analysis.
 
 from pathlib import Path
 
-__version__ = "1.6.0"
+__version__ = "1.7.0"
 ROOT = Path(__file__).resolve().parent.parent  # the checkout: examples/, grids/, the stages
