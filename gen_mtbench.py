@@ -221,7 +221,9 @@ def read_run(folder: Path) -> Run | None:
     weights = run_folders.weights_of(folder)
     sha256 = run_folders.weights_sha256(folder)
     if sha256 is None:
-        print(f"{folder}: no {weights.name} (unfinished or diverged); left out", flush=True)
+        is_finished = (folder / "summary.json").is_file()
+        why = "removed since, or the run diverged" if is_finished else "unfinished or diverged"
+        print(f"{folder}: no {weights.name} ({why}); left out", flush=True)
         return None
     is_full = run_folders.tune_of(record) == "full"
     return Run(

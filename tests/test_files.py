@@ -191,6 +191,15 @@ def test_exit_codes(error, code, capsys):
     assert stopped.value.code == code and capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_path_below_a_file_is_an_error_with_a_remedy(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda: write_json(tmp_path / "file" / "results" / "x.json", {}))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"{tmp_path / 'file'}" in error
+    assert "a part of this path is a file: give another path" in error
+
+
 def test_text_tables():
     rows = [["run", "n", ""], ["dpo", "80", "-"], ["", "1", "best"]]
     assert format_table(rows) == "run  n\ndpo  80  -\n     1   best"

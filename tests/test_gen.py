@@ -168,8 +168,12 @@ def test_unfinished_runs_are_left_out(results, bench, tmp_path, capsys):
     for name in ("dpo", "td_dpo"):
         copy_run(results, name, tmp_path)
     (tmp_path / "dpo" / "summary.json").unlink()
+    shutil.copytree(tmp_path / "td_dpo", tmp_path / "lost")
+    shutil.rmtree(tmp_path / "lost" / "adapter")
     answer(tmp_path, bench)
-    assert "dpo: training has not finished" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "dpo: training has not finished" in out
+    assert "lost: no adapter (removed since, or the run diverged); left out" in out
     assert not (tmp_path / "dpo" / "mt_bench").exists()
     assert (tmp_path / "td_dpo" / "mt_bench").exists()
 

@@ -60,7 +60,10 @@ def exit_code_of(main: Callable[[], int | None]) -> int:
         print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         code = 2
     except OSError as error:  # its message names the path
-        print(f"error: {error}", file=sys.stderr)
+        remedy = ""
+        if isinstance(error, NotADirectoryError):
+            remedy = "; a part of this path is a file: give another path"
+        print(f"error: {error}{remedy}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
