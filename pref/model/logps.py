@@ -94,12 +94,14 @@ class TargetLogps(torch.autograd.Function):
         arguments.
         """
         gradients, *inputs = ctx.saved_tensors
-        of_hidden = of_weight = of_bias = None
+        hidden_grad = weight_grad = bias_grad = None
         if inputs:
-            of_hidden, of_weight, of_bias = head_gradients(ctx, inputs, grad)
+            hidden_grad, weight_grad, bias_grad = head_gradients(
+                ctx, inputs, grad, gradients is None
+            )
         if gradients is not None and ctx.needs_input_grad[0]:
-            of_hidden = (grad.unsqueeze(1) * gradients).to(gradients.dtype)
-        return of_hidden, of_weight, of_bias, *[None] * 5
+            hidden_grad = (grad.unsqueeze(1) * gradients).to(gradients.dtype)
+        return hidden_grad, weight_grad, bias_grad, *[None] * 5
 
 
 def logps_by_attention(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,16 +121,16 @@ def logps_by_attention(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
 
 
 def head_gradients(
-    ctx, inputs: list[Tensor], grad: Tensor
+    ctx, inputs: list[Tensor], grad: Tensor, is_hidden_missing: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias of TargetLogps, as far as they are needed and
-    not saved; a chunk of tokens at a time. inputs: hidden, weight, bias, targets. grad: (N,), of
-    the log-probs.
+    """Gradients of hidden states, weight and bias of TargetLogps, as far as they are needed, a
+    chunk of tokens at a time; of hidden states only if the forward pass has not saved them.
+
+    inputs: hidden, weight, bias, targets. grad: (N,), of the log-probs.
     """
     hidden, weight, bias, targets = inputs
-    is_saved = ctx.saved_tensors[0] is not None
     of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-    hidden_grad = torch.empty_like(hidden) if of_hidden and not is_saved else None
+    hidden_grad = torch.empty_like(hidden) if of_hidden and is_hidden_missing else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
     bias_grad = torch.zeros_like(bias, dtype=torch.float32) if of_bias else None
     for start in range(0, len(targets), ctx.chunk_tokens):
