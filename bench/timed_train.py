@@ -9,6 +9,7 @@ every position, prompts and padding included.
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,6 +18,7 @@ import torch  # noqa: E402
 
 import train_pref  # noqa: E402
 from pref.files import console  # noqa: E402
+from pref.model import head  # noqa: E402
 from pref.model.logps import ResponseLogps  # noqa: E402
 
 take_step, packed_forward = train_pref.take_step, ResponseLogps.forward
@@ -39,4 +41,5 @@ if __name__ == "__main__":
     if "--own_forward" in sys.argv:
         sys.argv.remove("--own_forward")
         ResponseLogps.forward = own_forward
+        head.wide = lambda _: nullcontext()  # its logits in bf16, as in its own training
     console.run_main(train_pref.main)
