@@ -174,12 +174,12 @@ def check_readable(path: Path) -> None:
         pass
 
 
-# ---- hashes --------------------------------------------------------------------------------------
-
-
 def nearest(path: Path) -> Path:
     """`path` if it is there, or else the nearest folder above it that is."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+# ---- hashes --------------------------------------------------------------------------------------
 
 
 def sha256_file(path: Path) -> str:
